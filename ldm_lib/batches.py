@@ -1,0 +1,69 @@
+"""What a training sample is made of: order, variant, t, noise and latent augmentation.
+
+All of it is a function of (seed, epoch, position in the epoch) and of nothing else: not of the process, the worker or
+what was drawn before.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ldm_lib.config import TrainingConfig
+from ldm_lib.latents import Latents
+
+DEBUG_PAIRS, DEBUG_T_MIN = 16, 100  # fixed (t, noise) pairs of the overfitting test
+LEFT_RIGHT = 1  # axis of a latent (c x y z) in LPS
+
+
+class TrainingSamples(Dataset):
+    """Cached latents and, for each position of an epoch, the random part of a training sample.
+
+    Args:
+        variants: per case, its encodings.
+    """
+
+    def __init__(self, variants: Sequence[Sequence[Latents]], config: TrainingConfig, steps: int) -> None:
+        self.variants, self.config, self.steps = list(variants), config, steps
+
+    def __getitem__(self, where: tuple[int, int, int]) -> Latents:
+        epoch, position, index = where
+        rng = np.random.default_rng([self.config.seed, epoch, position])
+        sample = dict(self.variants[index][int(rng.integers(len(self.variants[index])))])
+        if rng.random() < self.config.latent_flip_probability:
+            sample = {name: tensor.flip(LEFT_RIGHT) for name, tensor in sample.items()}
+        draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        t = torch.randint(0, self.steps, (), generator=draw)
+        if self.config.overfit_batches:
+            pair = position // len(self.variants) % DEBUG_PAIRS
+            t = torch.linspace(DEBUG_T_MIN, self.steps - 1, DEBUG_PAIRS).round().long()[pair]
+            draw = torch.Generator().manual_seed(pair * len(self.variants) + index)
+        noise = torch.randn(sample["target"].shape, generator=draw)
+        if self.config.latent_noise:
+            jitter = torch.randn(sample["voided"].shape, generator=draw)
+            sample["voided"] = sample["voided"] + self.config.latent_noise * jitter
+        return sample | {"t": t, "noise": noise}
+
+
+class EpochOrder(Sampler):
+    """(epoch, position, index) of an epoch: a permutation by (seed, epoch), wrapped so that every batch is full."""
+
+    def __init__(self, count: int, config: TrainingConfig) -> None:
+        self.count, self.config, self.epoch = count, config, 0
+        batch = config.batch_size * config.accumulate_grad_batches
+        self.length = math.ceil(count / batch) * batch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count * DEBUG_PAIRS if self.config.overfit_batches else self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        order = np.random.default_rng([self.config.seed, self.epoch]).permutation(self.count)
+        if self.config.overfit_batches:
+            order = np.arange(self.count)
+        for position in range(len(self)):
+            yield self.epoch, position, int(order[position % self.count])

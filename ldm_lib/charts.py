@@ -1,0 +1,138 @@
+"""Numbers as pictures: training curves, histograms and scores; tables in, matplotlib Figure out."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ldm_lib.slices import FONT, WIDTH, Plate
+
+GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SCORES = {
+    "ssim": "SSIM (higher is better)",
+    "psnr_01": "PSNR, dB (higher is better)",
+    "mse": "MSE (lower is better)",
+    "rmse": "RMSE (lower is better)",
+    "mae": "MAE (lower is better)",
+}
+
+
+def curves(
+    table: Mapping[str, Sequence[float]],
+    *,
+    x: str,
+    ys: Sequence[str | Sequence[str]],
+    log: Collection[str] = (),
+    title: str = "",
+) -> Plate:
+    """Training curves: one panel for each item of `ys`; names grouped in a list share a panel.
+
+    Args:
+        table: column name to numbers, such as a pandas DataFrame; rows that are NaN are left out.
+        x: the column along the bottom.
+        ys: columns to draw, such as `[["train_loss", "val_noise_loss"], "learning_rate"]`.
+        log: columns whose panel has a logarithmic axis.
+        title: of the figure.
+    """
+    panels = [[y] if isinstance(y, str) else list(y) for y in ys]
+    figure = Plate(figsize=(WIDTH, 1.9 * len(panels) + 0.7), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    for ax, names in zip(axes, panels, strict=True):
+        for name, colour in zip(names, GROUPS, strict=False):
+            along, values = np.asarray(table[x], float), np.asarray(table[name], float)
+            known = np.isfinite(along) & np.isfinite(values)
+            marker = "o" if known.sum() < 40 else ""
+            style = {"color": colour, "lw": 1.4, "marker": marker, "ms": 3}
+            ax.plot(along[known], values[known], label=name, **style)
+        ax.set_yscale("log" if set(names) & set(log) else "linear")
+        ax.legend(fontsize=FONT, frameon=False)
+        _plain(ax)
+    axes[-1].set_xlabel(x, fontsize=FONT + 0.5)
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure
+
+
+def histograms(
+    groups: Mapping[str, np.ndarray],
+    *,
+    channels: Sequence[str] = ("",),
+    unit: str = "intensity",
+    normal: bool = False,
+    bins: int = 80,
+    title: str = "",
+) -> Plate:
+    """Densities of several groups of values, one panel for each channel.
+
+    Args:
+        groups: name to values `c n` (or `n` for one channel).
+        channels: their names.
+        unit: what the values are.
+        normal: draw the standard normal density beside them, the sampler's starting point.
+        bins: over the 0.1st to 99.9th percentile of all groups.
+        title: of the figure.
+    """
+    columns = min(len(channels), 3)
+    rows = -(-len(channels) // columns)
+    figure = Plate(figsize=(WIDTH, 2.3 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    values = {name: np.reshape(v, (len(channels), -1)) for name, v in groups.items()}
+    for c, (ax, channel) in enumerate(zip(axes, channels, strict=False)):
+        low, high = np.percentile(np.concatenate([v[c] for v in values.values()]), [0.1, 99.9])
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+        for (name, v), colour in zip(values.items(), GROUPS, strict=False):
+            label = f"{name}: {v[c].mean():.3g} ± {v[c].std():.3g}"
+            density = np.histogram(v[c], edges, density=True)[0]
+            ax.stairs(density, edges, color=colour, lw=1.4, label=label)
+        if normal:
+            bell = np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi)
+            ax.plot(edges, bell, color="0.45", lw=1, ls="--", label="standard normal")
+        ax.set_title(channel, fontsize=FONT + 1)
+        ax.set_ylim(0, ax.get_ylim()[1] * (1.15 + 0.15 * len(values)))
+        ax.legend(fontsize=8, frameon=False, loc="upper right")
+        _plain(ax)
+    for ax in axes[len(channels) :]:
+        ax.set_axis_off()
+    figure.supxlabel(unit, fontsize=FONT + 0.5)
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure
+
+
+def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], title: str = "") -> Plate:
+    """Methods by scores: a dot for each case, a line joining a case's methods, a bar at the mean.
+
+    Args:
+        table: columns `case`, `method` and the scores, one row for each pair, such as a DataFrame.
+        scores: columns to draw, one panel each.
+        title: of the figure.
+    """
+    case, method = np.asarray(table["case"], str), np.asarray(table["method"], str)
+    methods = list(dict.fromkeys(method))
+    figure = Plate(figsize=(WIDTH, 0.42 * len(methods) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
+    for ax, score in zip(axes, scores, strict=True):
+        values = np.asarray(table[score], float)
+        height = np.array([methods.index(name) for name in method])
+        for name in dict.fromkeys(case):
+            own = np.flatnonzero(case == name)[np.argsort(height[case == name])]
+            ax.plot(values[own], height[own], color="0.85", lw=0.8, zorder=1)
+        ax.scatter(values, height, s=16, color=GROUPS[0], alpha=0.6, lw=0, zorder=2)
+        for k, name in enumerate(methods):
+            known = values[(method == name) & ~np.isnan(values)]
+            mean = known.mean() if known.size else np.nan
+            ax.plot([mean, mean], [k - 0.28, k + 0.28], color=GROUPS[1], lw=2.5, zorder=3)
+            text = f"{mean:.3g}" if known.size else ""
+            ax.text(1.01, k, text, transform=ax.get_yaxis_transform(), fontsize=FONT, va="center")
+        ax.set_xlabel(SCORES.get(score, score), fontsize=FONT + 0.5)
+        _plain(ax)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    figure.suptitle(f"{title}   dots: {len(set(case))} cases, bar: mean".strip(), fontsize=FONT + 2.5)
+    return figure
+
+
+def _plain(ax: Axes) -> None:
+    """Light grid, no box."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.92", lw=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=FONT, which="both")

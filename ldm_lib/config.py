@@ -1,0 +1,249 @@
+"""One frozen pydantic model per notebook, and the presets.
+
+The fields of a model are its notebook's parameters cell, name for name and default for default: `parameters_cell`
+writes the cell from the model, and a test compares. Defaults are the `demo` preset, so that a notebook opened by hand
+and run from top to bottom ends on a laptop; `full` holds the numbers of the design.
+"""
+
+import difflib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ldm_lib.errors import ConfigError
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+
+
+def safe_name(text: str) -> str:
+    """A name that can be a file's: letters, digits, '.', '_' and '-', at most 128, no path in it."""
+    if not _SAFE_NAME.match(text):
+        raise ValueError("letters, digits, '.', '_' and '-' only, the first a letter or digit, at most 128")
+    return text
+
+
+def _integers(text: str) -> str:
+    """ "32,64,128" -> itself, when every part is a positive integer."""
+    if not text or not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
+        raise ValueError('positive integers separated by commas, such as "32,64,128"')
+    return text
+
+
+IntegerList = Annotated[str, AfterValidator(_integers)]
+Name = Annotated[str, AfterValidator(safe_name)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """ "32,64,128" -> (32, 64, 128)."""
+    return tuple(int(part) for part in text.split(","))
+
+
+class StageConfig(BaseModel):
+    """What every stage takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    run: Name = Field("lab", description="run folder under outputs/, created if needed")
+    overwrite: bool = Field(False, description="replace this stage if it was made with other settings")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of every random number in this stage")
+
+
+class DeviceConfig(StageConfig):
+    """A stage that runs a network."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one")
+    precision: Literal["auto", "32", "bf16", "16"] = Field("auto", description="auto: bf16 where it pays, else 32")
+
+
+class AuditConfig(StageConfig):
+    """01_data_audit: which cases are there, which may be used, who trains and who validates."""
+
+    data_dir: str = Field("", description="folder of cases; empty makes the synthetic cohort")
+    conditioning_dir: str = Field("", description="folder of growth and tissue maps; empty looks beside data_dir")
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="of the patients")
+    synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="size of the synthetic cohort")
+    synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(0, description="number of its first patient")
+    spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size of the synthetic cohort, mm")
+    masks_per_patient: Annotated[int, Field(ge=1, le=3)] = Field(3, description="holes per synthetic patient")
+
+
+class AutoencoderConfig(DeviceConfig):
+    """02_autoencoder_check: what is lost by going latent."""
+
+    autoencoder_dir: str = Field("", description="folder with weights; empty trains them here")
+    latent_channels: Positive = Field(6, description="numbers per latent cell")
+    channels: IntegerList = Field("16,32,64", description="width of each level; one halving less than levels")
+    blocks: Positive = Field(1, description="residual blocks per level")
+    autoencoder_steps: Positive = Field(600, description="optimiser steps")
+    autoencoder_batch_size: Positive = Field(4, description="crops per step")
+    autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="peak, of AdamW")
+    crop: Annotated[int, Field(ge=8)] = Field(32, description="edge of a training crop, voxels")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(1e-3, description="of the KL term, a mean over latent elements")
+    voided_fraction: Fraction = Field(0.5, description="of the crops that show the voided image")
+    check_cases: Positive = Field(6, description="validation cases whose ceiling is measured")
+
+
+class ConditioningConfig(StageConfig):
+    """03_conditioning: what the model will see."""
+
+    growth_threshold: Fraction = Field(0.2, description="tumour-cell concentration below which there is no tumour")
+    pooling: Literal["area", "nearest"] = Field("area", description="voxels to cells: occupancy or centre voxel")
+    mask_dilation: Annotated[int, Field(ge=0, le=4)] = Field(1, description="cells by which the latent mask grows")
+    context: Literal["composite", "concat"] = Field("composite", description="concat also shows the undilated latent")
+    show_case: str = Field("", description="case to draw; empty takes the first validation case")
+
+
+class TrainingConfig(DeviceConfig):
+    """04_training: the denoiser, on cached latents."""
+
+    batch_size: Positive = Field(2, description="samples per device and step")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="of AdamW, constant after warm-up")
+    warmup_steps: Count = Field(50, description="optimiser steps of linear warm-up")
+    max_epochs: Positive = Field(30, description="passes over the training samples")
+    accumulate_grad_batches: Positive = Field(1, description="batches per optimiser step")
+    gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are kept")
+    devices: Positive = Field(1, description="a notebook trains on one")
+    num_workers: Count = Field(0, description="loader processes; cached latents need none")
+    patience: Positive = Field(20, description="epochs without a better val_loss before stopping")
+    val_every: Positive = Field(5, description="epochs between validations")
+    val_cases: Positive = Field(2, description="validation cases that are sampled and scored")
+    num_inference_steps: Positive = Field(10, description="sampling steps in validation")
+    save_samples_every: Count = Field(10, description="epochs between written sample volumes; 0 for none")
+    overfit_batches: Count = Field(0, description="debug: train on so many fixed batches; 0 is off")
+    base_width: Positive = Field(32, description="channels of the first level of the ADM")
+    multipliers: IntegerList = Field("1,2,4", description="width of each level over base_width")
+    blocks_per_level: Positive = Field(1, description="residual blocks per level")
+    attention_rates: IntegerList = Field("4", description="downsampling rates with attention")
+    keep_weights: Literal["last", "best"] = Field(
+        "last", description="EMA weights to keep: of the end or best val_loss"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="inside residual blocks")
+    diffusion_steps: Annotated[int, Field(ge=2, le=10000)] = Field(1000, description="steps of the noise schedule")
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first variance of the linear schedule")
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last variance of the linear schedule")
+    cache_variants: Positive = Field(2, description="encodings per training sample; all but the first augmented")
+    flip_probability: Fraction = Field(0.5, description="left-right flip of the image and its maps")
+    rotation_degrees: Annotated[float, Field(ge=0, le=45)] = Field(8.0, description="largest rotation about each axis")
+    intensity_shift: Annotated[float, Field(ge=0, le=0.5)] = Field(0.1, description="largest change of gain and gamma")
+    latent_noise: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="std of noise added to known latents")
+    latent_flip_probability: Fraction = Field(0.0, description="flip of latents; not exact, see notebook 02")
+    tissue_deformation_mm: Annotated[float, Field(ge=0, le=20)] = Field(4.0, description="largest, of the tissue map")
+    wandb_mode: Literal["off", "offline", "online"] = Field("offline", description="Weights & Biases tracker")
+    use_mlflow: bool = Field(True, description="MLflow tracker, sqlite beside the runs")
+
+
+class SamplingConfig(DeviceConfig):
+    """05_sampling: voided volumes in, inpainted volumes out."""
+
+    sampler: Literal["ddpm", "ddim", "dpm++2m"] = Field("ddim", description="how the noise is removed")
+    num_inference_steps: Positive = Field(20, description="denoiser calls per sample")
+    samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
+    max_cases: Count = Field(12, description="validation cases to fill; 0 for all")
+
+
+class EvaluationConfig(StageConfig):
+    """06_evaluation: scores comparable with the challenge's."""
+
+    baselines: bool = Field(True, description="score mean, mirror, harmonic fill and tissue paint too")
+    show_cases: Positive = Field(3, description="cases to draw: best, median, worst by SSIM first")
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "01_data_audit": AuditConfig,
+    "02_autoencoder_check": AutoencoderConfig,
+    "03_conditioning": ConditioningConfig,
+    "04_training": TrainingConfig,
+    "05_sampling": SamplingConfig,
+    "06_evaluation": EvaluationConfig,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "synthetic_patients": 5, "spacing_mm": 6.0, "masks_per_patient": 1, "channels": "8,16",
+        "autoencoder_steps": 60, "crop": 16, "check_cases": 1, "base_width": 16, "multipliers": "1,2",
+        "attention_rates": "2", "max_epochs": 2, "val_every": 1, "val_cases": 1, "num_inference_steps": 4,
+        "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5, "samples": 2, "max_cases": 1,
+        "show_cases": 1, "wandb_mode": "off", "use_mlflow": False,
+    },
+    "demo": {},
+    "full": {
+        "synthetic_patients": 100, "spacing_mm": 1.0, "channels": "32,64,128,128", "blocks": 2,
+        "autoencoder_steps": 20000, "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96,
+        "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "ema_decay": 0.9999,
+        "val_cases": 8, "num_inference_steps": 50, "base_width": 128, "blocks_per_level": 2, "cache_variants": 4,
+        "samples": 1, "max_cases": 0, "keep_weights": "best",
+    },
+}  # fmt: skip
+DEFAULT_PRESET = "demo"
+
+
+def stage_name(text: str) -> str:
+    """ "4", "04" or "04_training" -> "04_training"."""
+    found = [name for name in STAGES if name == text or name[:2] == text.zfill(2)]
+    if not found:
+        raise ConfigError(f"no stage {text!r}; there are {', '.join(STAGES)}", fix=_nearest(text, STAGES))
+    return found[0]
+
+
+def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = None) -> dict[str, StageConfig]:
+    """The configuration of all six stages: defaults, then the preset, then `overrides` (text values are converted).
+
+    An override reaches every stage that has a parameter of its name.
+
+    Raises:
+        ConfigError: an unknown preset or name (with the nearest known one), a wrong type, a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}", fix=_nearest(preset, PRESETS))
+    known = {name for model in STAGES.values() for name in model.model_fields}
+    for name in overrides or {}:
+        if name not in known:
+            raise ConfigError(f"unknown parameter {name!r}", fix=_nearest(name, known))
+    values = {**PRESETS[preset], **(overrides or {})}
+    return {
+        stage: validated(model, {k: v for k, v in values.items() if k in model.model_fields})
+        for stage, model in STAGES.items()
+    }
+
+
+def validated(model: type[StageConfig], values: dict[str, Any]) -> StageConfig:
+    """Build a configuration, or say in one line what was expected."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        given = problem.get("input")
+        fix = (
+            _nearest(name, model.model_fields)
+            if problem["type"] == "extra_forbidden"
+            else f"see `make params NB={_number(model)}`"
+        )
+        raise ConfigError(f"{name} = {given!r}: {problem['msg'].removeprefix('Value error, ')}", fix=fix) from None
+
+
+def parameters_cell(model: type[StageConfig]) -> str:
+    """The source of a notebook's parameters cell: one `name: type = literal  # meaning` a line."""
+    lines = []
+    for name, field in model.model_fields.items():
+        kind = type(field.default).__name__
+        literal = json.dumps(field.default) if kind == "str" else repr(field.default)
+        choices = getattr(field.annotation, "__args__", ())
+        among = f" ({', '.join(choices)})" if choices and all(isinstance(c, str) for c in choices) else ""
+        lines.append(f"{name}: {kind} = {literal}  # {field.description}{among}")
+    return "\n".join(lines)
+
+
+def _number(model: type[StageConfig]) -> str:
+    return next(name[:2] for name, known in STAGES.items() if known is model)
+
+
+def _nearest(name: str, known: Any) -> str:
+    match = difflib.get_close_matches(name, list(known), 1, 0.4)
+    return f"did you mean {match[0]!r}?" if match else "see `make params NB=01` to 06"

@@ -1,0 +1,35 @@
+"""Where a network runs and in which precision."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ldm_lib.errors import ConfigError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto", "cpu" or "cuda" -> a device that is there; a GPU that was asked for and is absent is refused."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda', but no CUDA device is visible", fix="set device to auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """ "auto" -> "bf16" where the processor multiplies it faster, else "32"."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "16"
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "32"
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Mixed precision for a forward pass; "32" changes nothing."""
+    dtype = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision]
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        yield

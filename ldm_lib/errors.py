@@ -1,0 +1,40 @@
+"""The refusals of this project: each is one line that says where, what, with which numbers, and what to do."""
+
+
+class LdmError(Exception):
+    """Something the user can mend; the command line prints it without a traceback.
+
+    Args:
+        cause: what was given and what is allowed, with the numbers.
+        where: the file, case, parameter or stage it is about.
+        fix: what to do next, as an imperative.
+    """
+
+    def __init__(self, cause: str, *, where: object = "", fix: str = "") -> None:
+        self.cause, self.where, self.fix = cause, str(where), fix
+        super().__init__(cause, self.where, fix)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        mend = f" Fix: {self.fix.rstrip('.')}." if self.fix else ""
+        return f"{place}{self.cause.rstrip('.')}.{mend}"
+
+
+class InputError(LdmError):
+    """A volume, mask, map or case that cannot be used as given."""
+
+
+class ConfigError(LdmError):
+    """A parameter with an unknown name, a wrong type or a value out of range."""
+
+
+class RunError(LdmError):
+    """A run folder that is locked, incomplete, finished with other settings, or not writable."""
+
+
+class WeightsError(LdmError):
+    """A model folder or checkpoint that is missing, damaged, unsafe or of another kind."""
+
+
+class TrainingError(LdmError):
+    """A training that cannot go on: a non-finite loss, or a checkpoint that does not fit."""

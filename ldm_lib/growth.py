@@ -1,0 +1,172 @@
+"""Tumour growth by reaction and diffusion: how far a glioma has spread through white and grey matter.
+
+Fisher-Kolmogorov equation (Swanson et al. 2000, Cell Proliferation 33:317), u the tumour cell concentration in [0, 1]:
+
+    du/dt = div(D grad u) + rho u (1 - u),   no flux across the brain's edge,
+    D = D_white white + D_white / ratio grey
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ldm_lib.errors import ConfigError, InputError
+
+GROWTH_THRESHOLD = 0.2  # below this concentration the conditioning calls a voxel healthy
+SAFETY = 0.9  # share of the largest stable step that is taken
+MAX_GROWTH_PER_STEP = 0.1  # rho dt, for accuracy: the reaction alone would stay stable far longer
+
+
+def threshold_growth(growth, threshold: float = GROWTH_THRESHOLD):
+    """Set concentrations below `threshold` to 0 and keep the others; any shape, array or tensor."""
+    return growth * (growth >= threshold)
+
+
+def stable_step_days(largest_diffusion: float, spacing_mm: float | Sequence[float]) -> float:
+    """Largest stable step of the explicit scheme, 1 / (2 D sum(1 / h^2)), in days; D in mm^2/day."""
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    return float(1 / (2 * largest_diffusion * np.sum(1 / h**2))) if largest_diffusion else np.inf
+
+
+def simulate_growth(
+    white: np.ndarray | torch.Tensor,
+    grey: np.ndarray | torch.Tensor,
+    *,
+    seed_vox: Sequence[int] | None = None,
+    initial: np.ndarray | torch.Tensor | None = None,
+    spacing_mm: float | Sequence[float],
+    days: float,
+    diffusion_white_mm2_per_day: float,
+    diffusion_ratio: float = 10.0,
+    proliferation_per_day: float,
+    seed_sigma_mm: float = 2.0,
+) -> np.ndarray | torch.Tensor:
+    """Grow a tumour in the tissue for `days` days; float32 concentration in [0, 1], array or tensor as `white`.
+
+    Args:
+        white, grey: tissue shares (..., x, y, z) in [0, 1], leading axes a batch; no tissue, no tumour.
+        seed_vox: voxel x, y, z where the tumour starts, a Gaussian of height 1 and `seed_sigma_mm`.
+        initial: a concentration to start from instead, shape of `white`, in [0, 1].
+        spacing_mm: voxel size, one number or three.
+        diffusion_white_mm2_per_day: D in pure white matter; in grey matter it is `diffusion_ratio` times less.
+        proliferation_per_day: rho.
+
+    Raises:
+        InputError: shapes differ, values are not shares, or the start is missing or outside the tissue.
+        ConfigError: a rate, time or size out of range.
+    """
+    _check_rates(days, diffusion_white_mm2_per_day, proliferation_per_day, diffusion_ratio, seed_sigma_mm)
+    white_t, grey_t = _shares(white, "white"), _shares(grey, "grey")
+    _same_shape(white_t, grey_t, "grey")
+    tissue = (white_t + grey_t) > 0
+    start = _start(tissue, seed_vox, initial, spacing_mm, seed_sigma_mm)
+    diffusion = diffusion_white_mm2_per_day * (white_t + grey_t / diffusion_ratio)
+    grown = _march(start, diffusion, proliferation_per_day * tissue, spacing_mm, days)
+    return grown if isinstance(white, torch.Tensor) else grown.numpy()
+
+
+def _march(
+    u: torch.Tensor, diffusion: torch.Tensor, rho: torch.Tensor, spacing_mm: float | Sequence[float], days: float
+) -> torch.Tensor:
+    """Explicit Euler steps of equal length, none longer than stability and accuracy allow."""
+    limit = SAFETY * stable_step_days(float(diffusion.max()), spacing_mm)
+    limit = min(limit, MAX_GROWTH_PER_STEP / max(float(rho.max()), 1e-30))
+    steps = int(np.ceil(days / limit))
+    faces = _permeability(diffusion, spacing_mm)
+    for _ in range(steps):
+        u = u + (days / steps) * (_divergence(faces, u) + rho * u * (1 - u))
+    return u.clamp(0, 1)
+
+
+def _check_rates(days: float, diffusion: float, proliferation: float, ratio: float, sigma_mm: float) -> None:
+    above, positive = "a finite number of at least 0", "a finite number above 0"
+    for name, value, allowed in (
+        ("days", days, above),
+        ("diffusion_white_mm2_per_day", diffusion, above),
+        ("proliferation_per_day", proliferation, above),
+        ("diffusion_ratio", ratio, positive),
+        ("seed_sigma_mm", sigma_mm, positive),
+    ):
+        if not (np.isfinite(value) and (value > 0 or (value == 0 and allowed is above))):
+            raise ConfigError(f"{value} given, allowed is {allowed}", where=name, fix="correct it")
+
+
+def _shares(values: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
+    field = torch.as_tensor(values).to(torch.float32)
+    low, high = (float(v) for v in torch.aminmax(field))
+    if not (low >= 0 and high <= 1 + 1e-5):
+        raise InputError(
+            f"values from {low:g} to {high:g}, allowed are shares from 0 to 1",
+            where=name,
+            fix="clip or rescale the map, and replace what is not finite",
+        )
+    return field
+
+
+def _same_shape(white: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    if other.shape != white.shape:
+        raise InputError(
+            f"shape {tuple(other.shape)}, but white has {tuple(white.shape)}",
+            where=name,
+            fix="resample both to one grid",
+        )
+
+
+def _start(
+    tissue: torch.Tensor,
+    seed_vox: Sequence[int] | None,
+    initial: np.ndarray | torch.Tensor | None,
+    spacing_mm: float | Sequence[float],
+    sigma_mm: float,
+) -> torch.Tensor:
+    if (seed_vox is None) == (initial is None):
+        raise InputError("seed_vox and initial: exactly one is needed to start a tumour", fix="give one")
+    if initial is not None:
+        u = _shares(initial, "initial")
+        _same_shape(tissue, u, "initial")
+    else:
+        u = _gaussian(tissue.shape[-3:], seed_vox, spacing_mm, sigma_mm).expand(tissue.shape)
+    u = u.to(tissue.device) * tissue
+    if not u.any():
+        raise InputError(
+            "the tumour starts outside the tissue: its concentration is 0 wherever there is white or grey matter",
+            where=f"seed_vox {seed_vox}" if initial is None else "initial",
+            fix="move the start into white or grey matter",
+        )
+    return u
+
+
+def _gaussian(
+    shape: Sequence[int], centre_vox: Sequence[int], spacing_mm: float | Sequence[float], sigma_mm: float
+) -> torch.Tensor:
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    axes = [(torch.arange(n) - c) * float(s) for n, c, s in zip(shape, centre_vox, h, strict=True)]
+    x, y, z = torch.meshgrid(*axes, indexing="ij")
+    squared = x**2 + y**2 + z**2
+    u = torch.exp(-squared / (2 * sigma_mm**2))
+    return torch.where(squared <= (4 * sigma_mm) ** 2, u, 0.0).to(torch.float32)
+
+
+def _permeability(diffusion: torch.Tensor, spacing_mm: float | Sequence[float]) -> list[torch.Tensor]:
+    """D / h^2 on the faces between neighbours, one tensor an axis.
+
+    The harmonic mean keeps the flux continuous where D jumps, and is 0 beside a voxel without tissue.
+    """
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    faces = []
+    for axis, size in zip((-3, -2, -1), h, strict=True):
+        n = diffusion.shape[axis]
+        a, b = diffusion.narrow(axis, 0, n - 1), diffusion.narrow(axis, 1, n - 1)
+        faces.append(2 * a * b / (a + b).clamp_min(1e-30) / float(size) ** 2)
+    return faces
+
+
+def _divergence(permeability: list[torch.Tensor], u: torch.Tensor) -> torch.Tensor:
+    """div(D grad u): what leaves a voxel through a face enters its neighbour, so the sum is conserved."""
+    change = torch.zeros_like(u)
+    for axis, face in zip((-3, -2, -1), permeability, strict=True):
+        flux = face * u.diff(dim=axis)
+        change.narrow(axis, 0, u.shape[axis] - 1).add_(flux)
+        change.narrow(axis, 1, u.shape[axis] - 1).sub_(flux)
+    return change

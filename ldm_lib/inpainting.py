@@ -1,0 +1,257 @@
+"""Volume in, volume out: encode, sample the hole's cells, decode, paste.
+
+Outside the mask the input comes back bit for bit; voxels under the mask are never read.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_lib.adm import ADM
+from ldm_lib.autoencoder import Autoencoder
+from ldm_lib.cohort import Case, CaseData, load_case
+from ldm_lib.conditioning import model_case
+from ldm_lib.devices import autocast, pick_device, pick_precision
+from ldm_lib.errors import ConfigError, InputError, WeightsError
+from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, encode_case, keep_known
+from ldm_lib.nifti import require_writable
+from ldm_lib.runs import outputs_folder
+from ldm_lib.samplers import SAMPLERS
+from ldm_lib.schedule import NoiseSchedule, linear_schedule
+from ldm_lib.volumes import write_like, write_map
+from ldm_lib.weights import load_model
+
+log = logging.getLogger("ldm_lib")
+
+SAMPLES_AT_ONCE = 4
+AUTOENCODER_FOLDER = "autoencoder"  # inside a model folder
+
+
+@dataclass(frozen=True)
+class Filled:
+    """K inpainted volumes of one case, (x, y, z) float32 in the file's order and units.
+
+    Attributes:
+        samples: K volumes, equal to the voided image outside the mask.
+        mean: of the samples.
+        std: per-voxel standard deviation over the samples (ddof 0), 0 outside the mask.
+    """
+
+    samples: list[np.ndarray]
+
+    @property
+    def mean(self) -> np.ndarray:
+        return np.mean(self.samples, axis=0, dtype=np.float64).astype(np.float32)
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.std(self.samples, axis=0, dtype=np.float64).astype(np.float32)
+
+
+class CaseNoise:
+    """Gaussian noise that depends on (seed, case, sample, step) alone, whatever the batch, order or device."""
+
+    def __init__(self, names: Sequence[str], seed: int, shape: Sequence[int], device: torch.device) -> None:
+        self.names, self.seed, self.shape, self.device = list(names), seed, tuple(shape), device
+
+    def __call__(self, step: int) -> Tensor:
+        """(b c x y z) standard normal; step -1 is where sampling starts."""
+        return torch.stack([self._draw(f"{self.seed}/{name}/{step}") for name in self.names]).to(self.device)
+
+    def _draw(self, text: str) -> Tensor:
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(number))
+
+
+@dataclass(frozen=True)
+class Inpainter:
+    """A frozen autoencoder and a denoiser, with all that decides how they are used."""
+
+    autoencoder: Autoencoder
+    denoiser: ADM
+    schedule: NoiseSchedule
+    settings: CellSettings
+    device: torch.device
+    precision: str
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, *, device: str = "auto", precision: str = "auto") -> "Inpainter":
+        """Load a model folder; without one, the newest finished training under outputs/."""
+        folder = Path(folder) if folder else newest_model()
+        where = pick_device(device)
+        denoiser = load_model(folder, "adm")
+        autoencoder = load_model(folder / AUTOENCODER_FOLDER, "autoencoder")
+        facts = denoiser.folder_config
+        if facts["autoencoder_sha256"] != autoencoder.folder_config["sha256"]:
+            raise WeightsError("was trained on latents of another autoencoder", where=folder,
+                               fix="copy the whole model folder, its autoencoder included")  # fmt: skip
+        return cls(autoencoder.to(where), denoiser.to(where), linear_schedule(**facts["schedule"]),
+                   CellSettings(**facts["settings"]), where, pick_precision(precision, where))  # fmt: skip
+
+    def encode(self, data: CaseData) -> Latents:
+        """The latents, conditioning and cells of one case."""
+        case = replace(model_case(data, self.autoencoder.factor), target=None)
+        return encode_case(case, self.autoencoder, self.settings, device=self.device, precision=self.precision)
+
+    def sample(
+        self,
+        latents: Sequence[Latents],
+        names: Sequence[str],
+        *,
+        seed: int,
+        sampler: str,
+        steps: int,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Tensor:
+        """Fill the holes of a batch of encoded cases: (b c x y z) standardised latents on the CPU.
+
+        Args:
+            latents: of equal grids.
+            names: one per element; with `seed` they determine the sample.
+        """
+        batch = {name: value.to(self.device) for name, value in collate(latents).items()}
+        noise = CaseNoise(names, seed, batch["voided"].shape[1:], self.device)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            with autocast(self.device, self.precision):
+                return self.denoiser(denoiser_input(x, batch, self.settings), t).float()
+
+        with torch.inference_mode():
+            filled = SAMPLERS[sampler](
+                denoise, noise(-1), self.schedule, steps=steps, noise=noise,
+                keep=lambda z: keep_known(z, batch), callback=callback,
+            )  # fmt: skip
+        return filled.cpu()
+
+    def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
+        """(c x y z) latent -> (x, y, z) in the file's order and units, pasted into the voided image."""
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            volume = self.autoencoder.decode(latent[None].to(self.device))[0, 0].float().cpu().numpy()
+        voxels = data.frame(self.autoencoder.factor).to_file(volume) * data.scale
+        return np.where(data.mask, voxels, data.voided).astype(np.float32)
+
+    def fill(
+        self,
+        data: CaseData,
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        sampler: str = "ddim",
+        steps: int = 50,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Filled:
+        """Inpaint one case K times."""
+        latents, volumes = self.encode(data), []
+        names = [sample_name(data.case, k) for k in range(samples)]
+        for start in range(0, samples, SAMPLES_AT_ONCE):
+            chosen = names[start : start + SAMPLES_AT_ONCE]
+            drawn = self.sample(
+                [latents] * len(chosen), chosen, seed=seed, sampler=sampler, steps=steps, callback=callback
+            )
+            volumes += [self.decode(latent, data) for latent in drawn]
+        return Filled(volumes)
+
+
+def sample_name(case: Case, k: int) -> str:
+    """Names the k-th sample of a case; with the seed it determines the noise."""
+    return f"{case.key}/{k}"
+
+
+def newest_model() -> Path:
+    """The model folder of the training that finished last under outputs/."""
+    done = {path: json.loads(path.read_text())["finished"] for path in outputs_folder().glob("*/04_training/done.json")}
+    if not done:
+        raise WeightsError("no weights: no finished training", where=outputs_folder().name,
+                           fix="name a model folder with --model, or `make run` first")  # fmt: skip
+    return max(done, key=done.get).parent / "model"
+
+
+def write_filled(filled: Filled, data: CaseData, output: Path, *, samples: bool = False) -> list[Path]:
+    """Write the result: one sample as it is; of several the mean, their standard deviation and, if asked, each.
+
+    The standard deviation is float32 in source units at `<output>-std`, the samples at `<output>-sample-000k`.
+    """
+    best = filled.samples[0] if len(filled.samples) == 1 else filled.mean
+    written = [write_like(output, data.source, best, data.mask)]
+    if len(filled.samples) > 1:
+        written.append(write_map(_named(output, "std"), filled.std, data.source.affine))
+    if samples:
+        written += [write_like(_named(output, f"sample-{k:04d}"), data.source, volume, data.mask)
+                    for k, volume in enumerate(filled.samples)]  # fmt: skip
+    return written
+
+
+def inpaint(
+    t1n_voided: str | Path,
+    mask: str | Path,
+    output: str | Path,
+    *,
+    growth: str | Path | None = None,
+    tissue: str | Path | None = None,
+    model: str | Path | None = None,
+    sampler: str = "ddim",
+    steps: int = 50,
+    samples: int = 1,
+    write_samples: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[Path]:
+    """Fill the hole of one file and write the result in the file's own grid, header and dtype.
+
+    Args:
+        t1n_voided: 3D T1n; voided here, with a warning, if it is not void under the mask.
+        mask: binary, on the same grid, 1 = fill this.
+        output: .nii or .nii.gz; the mean when samples > 1, then `<output>-std` is written beside it.
+        growth: tumour-cell concentration in [0, 1]; none means zero, healthy tissue.
+        tissue: labels 1 CSF, 2 GM, 3 WM; none means unknown.
+        model: folder with weights; none takes the newest finished training.
+
+    Returns:
+        the files written.
+
+    Raises:
+        LdmError: an input, parameter, model or output path that cannot be used; nothing is written then.
+    """
+    output = Path(output)
+    require_writable(output)
+    if sampler not in SAMPLERS or steps < 1 or samples < 1 or seed < 0:
+        raise ConfigError(
+            f"sampler {sampler!r}, steps {steps}, samples {samples}, seed {seed}",
+            fix=f"take a sampler of {', '.join(SAMPLERS)}, steps and samples from 1, a seed from 0",
+        )
+    data = load_case(case_of_files(t1n_voided, mask, growth=growth, tissue=tissue))
+    if output.exists() and output.resolve() in {path.resolve() for path in data.case.files().values()}:
+        raise InputError("is one of the inputs", where=output, fix="name another file")
+    for warning in data.warnings:
+        log.warning("%s: %s", data.case.t1n_voided, warning)
+    inpainter = Inpainter.load(model, device=device)
+    if max(abs(s - inpainter.autoencoder.spacing_mm) for s in data.source.spacing_mm) > 0.05:
+        log.warning("%s: voxels of %s mm, the model was trained at %g mm", data.case.t1n_voided,
+                    data.source.spacing_mm, inpainter.autoencoder.spacing_mm)  # fmt: skip
+    filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps)
+    return write_filled(filled, data, output, samples=write_samples)
+
+
+def case_of_files(
+    t1n_voided: str | Path, mask: str | Path, *, growth: str | Path | None = None, tissue: str | Path | None = None
+) -> Case:
+    """A case made of named files, its id taken from the image's name as the layouts write it."""
+    name = Path(t1n_voided).name.removesuffix(".gz").removesuffix(".nii")
+    identity, _, index = name.partition("-t1n-voided")
+    return Case(
+        id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
+        mask_healthy=None, mask_unhealthy=None, growth=growth and Path(growth), tissue=tissue and Path(tissue),
+    )  # fmt: skip
+
+
+def _named(output: Path, what: str) -> Path:
+    stem = output.name.removesuffix(".gz").removesuffix(".nii")
+    return output.with_name(f"{stem}-{what}{output.name[len(stem) :]}")

@@ -1,0 +1,137 @@
+"""Inpainting masks by the rules of the BraTS Local Synthesis challenge (Kofler et al. 2023, arXiv 2305.08992)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from ldm_lib.errors import InputError
+
+PLACES_PER_TURN = 60
+
+
+def dilate_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[float]) -> np.ndarray:
+    """Every voxel whose centre lies at most `radius_mm` from the centre of a mask voxel.
+
+    Args:
+        mask: x y z; what is not 0 counts.
+        radius_mm: 0 gives the mask back.
+        spacing_mm: voxel size, one number or three.
+
+    Returns:
+        bool, same shape.
+    """
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    out = mask != 0
+    if not out.any():
+        return out
+    box = _box_around(out, np.ceil(radius_mm / h).astype(int))
+    # a hair's breadth of tolerance: 3 steps of 1.1 mm are 3.3 mm
+    out[box] = ndimage.distance_transform_edt(~out[box], sampling=h) <= radius_mm + 1e-6
+    return out
+
+
+def unhealthy_mask(segmentation: np.ndarray, spacing_mm: float | Sequence[float], margin_mm: float = 5.0) -> np.ndarray:
+    """What is treated as unhealthy: the tumour segmentation x y z and a margin around it, bool."""
+    return dilate_mm(segmentation, margin_mm, spacing_mm)
+
+
+def healthy_mask(
+    brain: np.ndarray,
+    unhealthy: np.ndarray,
+    donor: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    spacing_mm: float | Sequence[float],
+    min_distance_mm: float = 5.0,
+    min_inside: float = 0.75,
+    scale: tuple[float, float] = (0.6, 1.1),
+    turns: int = 40,
+) -> np.ndarray:
+    """Put a turned and scaled copy of another patient's tumour where this patient is healthy.
+
+    Args:
+        brain: x y z, not 0 inside the brain.
+        unhealthy: x y z, not 0 in this patient's tumour with its margin; may be empty.
+        donor: tumour of another patient, x y z in voxels of the same size.
+        rng: the only source of randomness.
+        spacing_mm: voxel size, one number or three.
+        min_distance_mm: every voxel lies farther than this from `unhealthy`.
+        min_inside: at least this share of the mask lies inside the brain.
+        scale: smallest and largest factor on the donor's diameter.
+        turns: so many turned copies are tried, each at many places.
+
+    Returns:
+        bool, shape of `brain`, never empty.
+
+    Raises:
+        InputError: brain or donor is empty, or no place was found.
+    """
+    for name, mask in (("brain", brain), ("donor", donor)):
+        if not np.any(mask):
+            raise InputError("the mask is empty", where=name, fix="give one with at least one voxel")
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    brain = brain != 0
+    forbidden = dilate_mm(unhealthy, min_distance_mm, h)
+    bounds = _box_around(brain, np.zeros(3, int))
+    for _ in range(turns):
+        shape = _turned(donor, rng, h, rng.uniform(*scale))
+        for _ in range(PLACES_PER_TURN):
+            place = _place(shape, bounds, rng, brain.shape)
+            if place is None or forbidden[place][shape].any():
+                continue
+            if brain[place][shape].mean() >= min_inside:
+                out = np.zeros(brain.shape, bool)
+                out[place] = shape
+                return out
+    raise InputError(
+        f"no place for a healthy mask in {turns} turns of {PLACES_PER_TURN} places: the donor has "
+        f"{int(np.count_nonzero(donor))} voxels, the brain {int(brain.sum())}, of which "
+        f"{int((brain & ~forbidden).sum())} lie more than {min_distance_mm:g} mm from the unhealthy mask",
+        fix="take a smaller donor or a smaller scale",
+    )
+
+
+def void(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of the image x y z with 0 wherever the mask is not 0; dtype and all other voxels stay."""
+    out = image.copy()
+    out[mask != 0] = 0
+    return out
+
+
+def _box_around(mask: np.ndarray, margin_vox: np.ndarray) -> tuple[slice, ...]:
+    """Bounding box of a mask that is not empty, widened by a margin and clipped to the volume."""
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    return tuple(
+        slice(max(b.start - m, 0), min(b.stop + m, n))
+        for b, m, n in zip(box, margin_vox.tolist(), mask.shape, strict=True)
+    )
+
+
+def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: float) -> np.ndarray:
+    """The donor's bounding box, turned about a random axis by a random angle and scaled; at least one voxel."""
+    shape = (donor != 0)[_box_around(donor != 0, np.zeros(3, int))]
+    # QR of a normal matrix is uniform over rotations once the signs are fixed; it may mirror, as tumours do
+    q, r = np.linalg.qr(rng.standard_normal((3, 3)))
+    turn = (q * np.sign(np.diag(r))) / scale
+    matrix = turn * h[None, :] / h[:, None]
+    half_mm = np.linalg.norm(np.array(shape.shape) * h) / 2 * scale
+    size = 2 * np.ceil(half_mm / h).astype(int) + 1
+    offset = (np.array(shape.shape) - 1) / 2 - matrix @ ((size - 1) / 2)
+    soft = ndimage.affine_transform(shape.astype(np.float32), matrix, offset, output_shape=tuple(size), order=1)
+    turned = soft >= min(0.5, float(soft.max()))
+    return turned[_box_around(turned, np.zeros(3, int))]
+
+
+def _place(
+    shape: np.ndarray, bounds: tuple[slice, ...], rng: np.random.Generator, volume: Sequence[int]
+) -> tuple[slice, ...] | None:
+    """Where the shape's box lands when its centre is drawn from `bounds`; None if it sticks out of the volume."""
+    share = rng.uniform(size=3)
+    place = []
+    for n, b, s, size in zip(shape.shape, bounds, share, volume, strict=True):
+        start = round(b.start + s * (b.stop - b.start - 1) - (n - 1) / 2)
+        if start < 0 or start + n > size:
+            return None
+        place.append(slice(start, start + n))
+    return tuple(place)

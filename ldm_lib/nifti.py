@@ -1,0 +1,197 @@
+"""The bytes of a NIfTI file: what must hold before a voxel is believed, and how bytes reach the disk.
+
+The checks run in an order that spends nothing on a bad file: is it a file, what kind, what does its header claim, does
+the stream reach its end with the right checksum. Nothing is allocated on a header's word alone.
+"""
+
+import gzip
+import math
+import os
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from ldm_lib.errors import InputError
+
+SUFFIXES = (".nii.gz", ".nii")
+MAX_BYTES = 2 << 30  # a 1 mm float64 head takes 70 MB; what claims thirty times as much is not one
+_CHUNK = 1 << 20
+_AGAIN = "download or export the file again"
+
+
+def require_writable(path: str | Path) -> None:
+    """Refuse an output path early: wrong ending, no such folder, or a folder that takes no file."""
+    path = Path(path)
+    if not path.name.lower().endswith(SUFFIXES):
+        raise InputError(f"an output must end in {' or '.join(SUFFIXES)}", where=path)
+    if path.is_dir():
+        raise InputError("is a directory", where=path, fix="name a file")
+    if not path.parent.is_dir():
+        raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
+    probe = _beside(path)
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror})",
+            where=path,
+            fix="choose a folder you may write to",
+        ) from error
+
+
+def read_bytes(path: Path) -> tuple[bytes, int]:
+    """The unpacked content, and how many packed bytes follow the last gzip member."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"broken link to {path.readlink()}", where=path, fix="restore its target")
+    if not path.exists():
+        raise InputError("no such file", where=path, fix="check the path and the case's name")
+    if path.is_dir():
+        raise InputError("is a directory, not a NIfTI file", where=path)
+    if not path.name.lower().endswith(SUFFIXES):
+        raise InputError(f"not named {' or '.join(SUFFIXES)}", where=path, fix="convert it to NIfTI")
+    try:
+        packed = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=path) from error
+    if not packed:
+        raise InputError("empty (0 bytes)", where=path, fix="download it again")
+    if packed[:2] == b"\x1f\x8b":
+        return _gunzip(packed, path)
+    if packed.lstrip()[:1] == b"<":
+        raise InputError("an HTML page, not NIfTI", where=path, fix="log in and download it again")
+    if packed.startswith(b"version https://git-lfs"):
+        raise InputError("a git-LFS pointer, not the file", where=path, fix="run `git lfs pull`")
+    if path.name.lower().endswith(".gz"):
+        raise InputError("not gzip", where=path, fix="rename it to .nii, or download it again")
+    return packed, 0
+
+
+def _gunzip(packed: bytes, path: Path) -> tuple[bytes, int]:
+    """Unpack to the stream's end, so that its checksum is read, and never beyond what the header claims."""
+    stream, parts, held, limit = zlib.decompressobj(31), [], 0, MAX_BYTES
+    waiting = packed
+    try:
+        while waiting and not stream.eof and held <= limit:
+            parts.append(stream.decompress(waiting, _CHUNK))
+            held, waiting = held + len(parts[-1]), stream.unconsumed_tail
+            if limit == MAX_BYTES and held >= 540:
+                limit = _claimed_bytes(b"".join(parts), path) + MAX_BYTES // 64
+    except zlib.error as error:
+        cause = "checksum mismatch" if "check" in str(error) else "damaged gzip stream"
+        raise InputError(f"{cause} ({error})", where=path, fix=_AGAIN) from error
+    if not stream.eof:
+        raise InputError(f"gzip ends early after {held} bytes", where=path, fix=_AGAIN)
+    return b"".join(parts), len(stream.unused_data)
+
+
+def parse_header(content: bytes, path: Path) -> nib.Nifti1Header:
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        if kind.may_contain_header(content[:540]):
+            return kind(content[: kind.sizeof_hdr], check=False)
+    raise InputError("no NIfTI header", where=path, fix="convert it to single-file NIfTI (.nii.gz)")
+
+
+def _claimed_bytes(content: bytes, path: Path) -> int:
+    header = parse_header(content, path)
+    claimed = math.prod(header_shape(header, path)) * header_dtype(header, path).itemsize
+    if claimed > MAX_BYTES:
+        raise InputError(
+            f"claims {claimed / 1e9:.1f} GB of voxels; at most {MAX_BYTES / 1e9:.1f} GB are read",
+            where=path,
+            fix=_AGAIN,
+        )
+    return claimed
+
+
+def header_shape(header: nib.Nifti1Header, path: Path) -> tuple[int, int, int]:
+    axes = int(header["dim"][0])
+    if not 1 <= axes <= 7:
+        raise InputError(f"dim[0] is {axes}: not a number of axes", where=path, fix=_AGAIN)
+    shape = tuple(int(n) for n in header["dim"][1 : axes + 1])
+    if min(shape) < 1:
+        raise InputError(f"an axis without voxels: shape {shape}", where=path, fix=_AGAIN)
+    if len(shape) > 3 and math.prod(shape[3:]) != 1:
+        raise InputError(f"{math.prod(shape[3:])} volumes, need 1", where=path, fix="split the series")
+    if len(shape) < 3 or min(shape[:3]) < 2:
+        raise InputError(f"shape {shape} is not 3D", where=path, fix="give the whole volume")
+    return shape[:3]
+
+
+def header_dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
+    try:
+        dtype = header.get_data_dtype()
+    except (KeyError, nib.spatialimages.HeaderDataError) as error:
+        raise InputError(f"unknown datatype code {int(header['datatype'])}", where=path, fix=_AGAIN) from error
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise InputError(f"voxels of type {dtype}, need one real number each", where=path)
+    return dtype
+
+
+def header_affine(header: nib.Nifti1Header, path: Path) -> np.ndarray:
+    export = "export it with its scanner orientation"
+    if int(header["sform_code"]) not in range(6) or int(header["qform_code"]) not in range(6):
+        raise InputError("orientation codes outside 0..5", where=path, fix=export)
+    if not (header["sform_code"] or header["qform_code"]):
+        raise InputError("no orientation: sform and qform codes are both 0", where=path, fix=export)
+    try:
+        affine = header.get_best_affine()
+    except (nib.spatialimages.HeaderDataError, ValueError) as error:
+        raise InputError(f"qform quaternion invalid ({error})", where=path, fix=export) from error
+    axes = affine[:3, :3]
+    lengths = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(affine).all() or lengths.min() < 1e-3 or abs(np.linalg.det(axes)) < 1e-6:
+        raise InputError("its affine is not finite and invertible", where=path, fix=export)
+    cosines = np.abs(axes.T @ axes / np.outer(lengths, lengths) - np.eye(3)).max()
+    if cosines > 1e-2:
+        raise InputError(f"sheared axes (cosine {cosines:.2f})", where=path, fix="resample it first")
+    return affine
+
+
+def voxel_offset(header: nib.Nifti1Header, length: int, path: Path) -> int:
+    offset = float(header["vox_offset"])
+    if not math.isfinite(offset) or not int(header.sizeof_hdr) <= offset <= length:
+        raise InputError(f"vox_offset {offset:g} is not inside the file ({length} bytes)", where=path, fix=_AGAIN)
+    return int(offset)
+
+
+def scaling(header: nib.Nifti1Header, path: Path, warnings: list[str]) -> tuple[float, float]:
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0:
+        return 1.0, 0.0
+    if not math.isfinite(slope):
+        warnings.append(f"scl_slope {slope} read as 1")
+        return 1.0, 0.0
+    if not math.isfinite(intercept) or abs(slope) < 1e-30:
+        raise InputError(
+            f"scl_slope {slope:g}, scl_inter {intercept:g}: not a usable range",
+            where=path,
+            fix=_AGAIN,
+        )
+    return slope, intercept
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Temporary file in the same folder, flush to disk, rename, re-read and compare."""
+    require_writable(path)
+    packed = gzip.compress(content, 6, mtime=0) if path.name.lower().endswith(".gz") else content
+    partial = _beside(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(packed)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if partial.read_bytes() != packed:
+            raise InputError("what was written does not read back", where=path, fix="check the disk")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot be written ({error.strerror})", where=path, fix="check space and rights") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

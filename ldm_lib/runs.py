@@ -1,0 +1,310 @@
+"""A run folder that can testify: who made what, from which inputs, with which settings, and whether it ended.
+
+`done.json` is written last. A stage without it never ended, whatever else lies in its folder. A stage that is done with
+the same inputs and parameters need not run again; with different ones it is refused until it is told to overwrite.
+"""
+
+import csv
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ldm_lib.config import STAGES, StageConfig, validated
+from ldm_lib.errors import RunError
+
+log = logging.getLogger("ldm_lib")
+
+OUTPUTS_VARIABLE = "LDM_OUTPUTS"  # the folder of runs, when it is not ./outputs
+OWNER_VARIABLE = "LDM_RUN_OWNER"  # process id of the runner that holds the lock for its kernels
+UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers"}
+UNTRACKED_OUTPUTS = ("notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
+                     "parameters.json")  # fmt: skip
+PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn", "papermill", "pydantic")
+
+
+def outputs_folder() -> Path:
+    """Where runs live: $LDM_OUTPUTS, else outputs/ of the project the library was installed from."""
+    return Path(os.environ.get(OUTPUTS_VARIABLE) or Path(__file__).parents[1] / "outputs").resolve()
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Atomic, sorted, readable JSON."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n")
+    return partial.replace(path)
+
+
+def fingerprint(content: Any) -> str:
+    """Hex digest of any JSON-like content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class RunLock:
+    """A run folder belongs to one process; the kernel drops the lock when its owner dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("a+")
+        except OSError as error:
+            raise RunError(
+                f"cannot be written ({error.strerror})", where=folder, fix="choose another outputs folder"
+            ) from error
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._refuse(folder)
+        self._stream.seek(0)
+        self._stream.truncate()
+        self._stream.write(f"pid {os.getpid()} since {_now()}")
+        self._stream.flush()
+
+    def _refuse(self, folder: Path) -> None:
+        self._stream.seek(0)
+        owner = self._stream.read()
+        self._stream.close()
+        if os.environ.get(OWNER_VARIABLE) and owner.startswith(f"pid {os.environ[OWNER_VARIABLE]} "):
+            return
+        raise RunError(f"locked by {owner}", where=folder, fix="wait for it, or name another run")
+
+    def release(self) -> None:
+        self._stream.close()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A saved figure that a notebook shows as it stands on disk."""
+
+    path: Path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+
+@dataclass
+class Stage:
+    """One open stage of a run: where its notebook writes, and what it must answer for.
+
+    Attributes:
+        name: such as "04_training".
+        config: its validated parameters.
+        folder: outputs/<run>/<name>.
+        inputs: name -> sha256 of what it was made from.
+    """
+
+    name: str
+    config: StageConfig
+    folder: Path
+    inputs: dict[str, str]
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    _lock: RunLock | None = None
+    _started: float = field(default_factory=time.monotonic)
+
+    def previous(self, name: str) -> Path:
+        """The folder of an earlier stage of this run, which must be done."""
+        return require_done(self.folder.parent, name)
+
+    def figure(self, figure: Any, name: str) -> Picture:
+        """Save a matplotlib figure as figures/<name>.png and show it."""
+        path = self.folder / "figures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=100, facecolor=figure.get_facecolor())
+        return Picture(path)
+
+    def table(self, rows: list[dict[str, Any]], name: str) -> Any:
+        """Save rows as <name>.csv (columns in order of appearance) and return them as a DataFrame."""
+        import pandas
+
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        partial = self.folder / f".{name}.csv.part"
+        with partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.folder / f"{name}.csv")
+        return pandas.DataFrame(rows, columns=columns)
+
+    def check(self, what: str, passed: bool, found: object, *, required: bool = True) -> None:
+        """Note an acceptance check; a required one that failed keeps the stage from closing."""
+        self.checks.append({"check": what, "passed": bool(passed), "found": str(found), "required": required})
+
+    def close(self, summary: dict[str, Any]) -> Any:
+        """Write summary.json and, last, done.json; return the checks as a table.
+
+        Raises:
+            RunError: a required check failed; the stage stays open.
+        """
+        import pandas
+
+        write_json(self.folder / "summary.json", summary)
+        failed = [c for c in self.checks if c["required"] and not c["passed"]]
+        if failed:
+            told = "; ".join(f"{c['check']} ({c['found']})" for c in failed)
+            raise RunError(f"not accepted: {told}", where=self.name, fix="see the notebook's last table")
+        content = {
+            "stage": self.name,
+            "parameters": tracked(self.config),
+            "inputs": self.inputs,
+            "outputs": {name: sha256(path) for name, path in _outputs(self.folder).items()},
+            "checks": self.checks,
+            "seconds": round(time.monotonic() - self._started, 1),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "finished": _now(),
+        }
+        headless = OWNER_VARIABLE in os.environ
+        write_json(self.folder / ("pending.json" if headless else "done.json"), content)
+        log.info("%s closed after %.0f s", self.name, content["seconds"])
+        if self._lock:
+            self._lock.release()
+        return pandas.DataFrame(self.checks, columns=["check", "passed", "found", "required"])
+
+
+def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] | None = None) -> Stage:
+    """Open a stage from a notebook: `open_stage("04_training", globals())` takes the parameters by name.
+
+    Raises:
+        ConfigError: a parameter of a wrong type or out of range.
+        RunError: the run is locked, an earlier stage is not done, or this stage was begun with other settings.
+    """
+    model = STAGES[name]
+    config = validated(model, {key: parameters[key] for key in model.model_fields if key in parameters})
+    run_folder = outputs_folder() / config.run
+    lock = RunLock(run_folder)
+    _log_to(run_folder / "log.txt")
+    folder = run_folder / name
+    inputs = {**upstream_digests(run_folder, name), **(inputs or {})}
+    differences = changes(folder, config, inputs)
+    if differences and config.overwrite:
+        shutil.rmtree(folder)
+    elif differences:
+        raise RunError(f"was made with other settings: {'; '.join(differences)}", where=f"{config.run}/{name}",
+                       fix="name another run, or set overwrite to replace it")  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    for marker in ("done.json", "pending.json"):
+        (folder / marker).unlink(missing_ok=True)
+    write_json(folder / "parameters.json", {"parameters": tracked(config), "inputs": inputs})
+    log.info("%s opened", name)
+    return Stage(name, config, folder, inputs, _lock=lock)
+
+
+def tracked(config: StageConfig) -> dict[str, Any]:
+    """The parameters that decide a stage's result."""
+    return {k: v for k, v in config.model_dump().items() if k not in UNTRACKED_PARAMETERS}
+
+
+def changes(folder: Path, config: StageConfig, inputs: dict[str, str]) -> list[str]:
+    """What differs between a stage as it was begun and as it is asked for now; empty if nothing or not begun."""
+    begun = folder / "parameters.json"
+    if not begun.exists():
+        return []
+    before = json.loads(begun.read_text())
+    now = tracked(config)
+    said = [
+        f"{k} was {before['parameters'].get(k)!r}, now {v!r}"
+        for k, v in now.items()
+        if before["parameters"].get(k) != v
+    ]
+    return said + [
+        f"input {k} changed" for k in sorted({*before["inputs"], *inputs}) if before["inputs"].get(k) != inputs.get(k)
+    ]
+
+
+def is_done(folder: Path, config: StageConfig, inputs: dict[str, str]) -> bool:
+    """Whether a stage ended with these settings and inputs and all it wrote is still there, byte for byte."""
+    return (folder / "done.json").exists() and not changes(folder, config, inputs) and not damaged(folder)
+
+
+def damaged(folder: Path) -> list[str]:
+    """Outputs of a done stage that are missing or not what they were."""
+    recorded = json.loads((folder / "done.json").read_text())["outputs"]
+    files = _outputs(folder)
+    return sorted(name for name, digest in recorded.items() if name not in files or sha256(files[name]) != digest)
+
+
+def require_done(run_folder: Path, name: str) -> Path:
+    """The folder of a done stage, or a refusal that says which stage to run."""
+    folder = run_folder / name
+    if not (folder / "done.json").exists():
+        raise RunError(
+            "is not done", where=f"{run_folder.name}/{name}", fix=f"run `make {name[:2]} RUN={run_folder.name}`"
+        )
+    return folder
+
+
+def upstream_digests(run_folder: Path, name: str) -> dict[str, str]:
+    """Each earlier stage -> digest of all its outputs; every one must be done."""
+    earlier = [stage for stage in STAGES if stage < name]
+    return {
+        stage: fingerprint(json.loads((require_done(run_folder, stage) / "done.json").read_text())["outputs"])
+        for stage in earlier
+    }
+
+
+def testify(run_folder: Path, *, preset: str, configs: dict[str, StageConfig], command: list[str]) -> None:
+    """Write run.json (code, versions, machine, command) and config.json (every parameter of every stage)."""
+    write_json(run_folder / "run.json", {
+        "command": command,
+        "created": _now(),
+        "git": _git_state(),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    })  # fmt: skip
+    write_json(run_folder / "config.json", {"preset": preset, **{k: v.model_dump() for k, v in configs.items()}})
+    _log_to(run_folder / "log.txt")
+
+
+def _outputs(folder: Path) -> dict[str, Path]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    named = {p.relative_to(folder).as_posix(): p for p in files}
+    return {n: p for n, p in named.items() if n not in UNTRACKED_OUTPUTS and not p.name.startswith(".")}
+
+
+def _git_state() -> dict[str, Any]:
+    root = Path(__file__).parents[1]
+    try:
+        ask = ["git", "-C", str(root)]
+        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "changed_files": None}
+    return {"commit": commit, "changed_files": len(changed.splitlines())}
+
+
+def _log_to(path: Path) -> None:
+    known = {getattr(handler, "baseFilename", "") for handler in log.handlers}
+    if str(path) not in known:
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+        handler = logging.FileHandler(path)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and paths as JSON sees them."""
+    return value.item() if hasattr(value, "item") else str(value)

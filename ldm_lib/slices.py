@@ -1,0 +1,225 @@
+"""How a volume is cut and drawn: one panel, its millimetres, its letters, the mask's outline.
+
+Volumes are `x y z` in LPS order (x to the patient's left, y to the back, z up). Pictures are
+radiological: anterior or superior up, the patient's left at the right. Axes are millimetres from
+the volume's first corner.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
+
+from ldm_lib.errors import InputError
+
+PLANES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # across, down, through
+ENDS = ("RL", "AP", "IS")  # what lies at the low and at the high end of x, y, z
+FONT = 8.5
+WIDTH = 9.6  # inches: the text width of a notebook at 100 dpi
+OUTLINE, CROSS, LETTER = "#00E5FF", "#9AA0A6", "#FFD54F"
+
+
+class Plate(Figure):
+    """A Figure that any kernel shows by itself: no pyplot, no backend, nothing left open."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where volumes of one shape are cut, and which part of them is shown.
+
+    Attributes:
+        shape: voxels along x, y, z.
+        spacing_mm: size of a voxel along x, y, z.
+        centre_vox: the voxel in which the three planes meet.
+        box_mm: (3, 2), lowest and highest millimetre shown of x, y, z.
+        mask: what is outlined, or None.
+    """
+
+    shape: tuple[int, ...]
+    spacing_mm: np.ndarray
+    centre_vox: tuple[int, ...]
+    box_mm: np.ndarray
+    mask: np.ndarray | None
+
+    def extent_mm(self, plane: str) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top of the whole slice, as `imshow` wants them."""
+        across, down = (np.asarray(self.shape) * self.spacing_mm)[list(PLANES[plane][:2])]
+        return (0.0, across, down, 0.0) if plane == "axial" else (0.0, across, 0.0, down)
+
+    def position(self, plane: str) -> str:
+        """Where the plane lies, in words."""
+        through = PLANES[plane][2]
+        at_mm = (self.centre_vox[through] + 0.5) * self.spacing_mm[through]
+        return f"{plane}, {'xyz'[through]} = {at_mm:.4g} mm"
+
+    def picture(self, volume: np.ndarray, plane: str) -> np.ndarray:
+        """The slice as rows from top to bottom."""
+        through = PLANES[plane][2]
+        rows = np.take(volume, self.centre_vox[through], axis=through).T
+        return rows if plane == "axial" else rows[::-1]
+
+    def outline_mm(self, plane: str) -> np.ndarray:
+        """The edges of voxels between mask and not mask, (n, 2 ends, across and down)."""
+        padded = np.pad(self.picture(self.mask, plane) != 0, 1)
+        upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
+        level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])
+        edges = [upright[:, None] + [[0, 0], [1, 0]], level[:, None] + [[0, 0], [0, 1]]]
+        left, right, bottom, top = self.extent_mm(plane)
+        rows, columns = np.subtract(padded.shape, 2)
+        pixel_mm = np.array([(right - left) / columns, (bottom - top) / rows])
+        return np.concatenate(edges)[..., ::-1] * pixel_mm + [left, top]
+
+    def draw(self, ax: Axes, volume: np.ndarray, plane: str, **style: object) -> AxesImage:
+        """One panel: the slice, the mask's outline, where the other planes lie, the letters."""
+        style = {"cmap": "gray", "interpolation": "auto"} | style
+        image = self.paint(ax, volume, plane, **style)
+        if self.mask is not None:
+            ax.add_collection(LineCollection(self.outline_mm(plane), colors=OUTLINE, lw=1.1))
+        across, down, _ = PLANES[plane]
+        box = self.box_mm[down]
+        ax.set(xlim=self.box_mm[across], ylim=box[::-1] if plane == "axial" else box)
+        self._mark_crossing(ax, across, down)
+        _mark_directions(ax, ENDS[across], ENDS[down] if plane != "axial" else ENDS[down][::-1])
+        ax.set_facecolor("black")
+        ax.tick_params(labelsize=FONT, length=2, pad=1.5)
+        ax.locator_params(nbins=5)
+        return image
+
+    def paint(self, ax: Axes, volume: np.ndarray, plane: str, **style: object) -> AxesImage:
+        """The slice alone, to be laid over a panel."""
+        style = {"interpolation": "nearest"} | style
+        return ax.imshow(self.picture(volume, plane), extent=self.extent_mm(plane), **style)
+
+    def contour(self, ax: Axes, volume: np.ndarray, plane: str, lines: Mapping[float, str]) -> None:
+        """Smooth lines where the volume passes each level, in the level's colour."""
+        rows = self.picture(volume, plane)
+        if np.ptp(rows) > 0:
+            style = {"levels": list(lines), "colors": list(lines.values()), "linewidths": 1.3}
+            ax.contour(rows, origin="upper", extent=self.extent_mm(plane), **style)
+
+    def _mark_crossing(self, ax: Axes, across: int, down: int) -> None:
+        cross_mm = (np.asarray(self.centre_vox) + 0.5) * self.spacing_mm
+        for low, high in ((0, 0.03), (0.97, 1)):
+            ax.axvline(cross_mm[across], low, high, color=CROSS, lw=0.9)
+            ax.axhline(cross_mm[down], low, high, color=CROSS, lw=0.9)
+
+
+def _mark_directions(ax: Axes, left_right: str, bottom_top: str) -> None:
+    black = [withStroke(linewidth=2, foreground="black")]
+    style = {"color": LETTER, "fontsize": FONT, "fontweight": "bold", "path_effects": black}
+    style |= {"transform": ax.transAxes}
+    ax.text(0.04, 0.5, left_right[0], ha="left", va="center", **style)
+    ax.text(0.96, 0.5, left_right[1], ha="right", va="center", **style)
+    ax.text(0.5, 0.04, bottom_top[0], ha="center", va="bottom", **style)
+    ax.text(0.5, 0.96, bottom_top[1], ha="center", va="top", **style)
+
+
+def cut(
+    volumes: Mapping[str, np.ndarray],
+    spacing_mm: Sequence[float],
+    *,
+    mask: np.ndarray | None = None,
+    centre_vox: Sequence[int] | None = None,
+    margin_mm: float | None = None,
+) -> Cut:
+    """Cut at the mask's centroid; show all that is not 0, or `margin_mm` around the mask.
+
+    Raises:
+        InputError: shapes are not three-dimensional and alike, or the centre lies outside.
+    """
+    arrays = dict(volumes) if mask is None else {**volumes, "mask": mask}
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    shape = next(iter(shapes.values()), ())
+    if len(shape) != 3 or set(shapes.values()) != {shape}:
+        raise InputError(f"volumes must be x y z of one shape, got {shapes}", fix="crop them alike")
+    holed = mask is not None and np.any(mask)
+    if centre_vox is None:
+        centre_vox = np.argwhere(mask).mean(0).round() if holed else np.asarray(shape) // 2
+    centre_vox = tuple(int(c) for c in centre_vox)
+    if any(not 0 <= c < n for c, n in zip(centre_vox, shape, strict=True)):
+        raise InputError(f"centre_vox {centre_vox} lies outside shape {shape}", fix="give voxels inside it")
+    spacing = np.asarray(spacing_mm, float)
+    if holed and margin_mm is not None:
+        box_mm = _box_mm(np.asarray(mask) != 0, spacing, margin_mm)
+    else:
+        anything = np.logical_or.reduce([np.asarray(array) != 0 for array in arrays.values()])
+        box_mm = _box_mm(anything, spacing, margin_mm=6.0)
+    return Cut(shape, spacing, centre_vox, box_mm, mask)
+
+
+def _box_mm(shown: np.ndarray, spacing_mm: np.ndarray, margin_mm: float) -> np.ndarray:
+    """(3, 2), the box of what is shown with its margin, inside the volume."""
+    corners = np.argwhere(shown) if shown.any() else np.argwhere(np.ones_like(shown))
+    low = corners.min(0) * spacing_mm - margin_mm
+    high = (corners.max(0) + 1) * spacing_mm + margin_mm
+    return np.stack([np.maximum(low, 0), np.minimum(high, shown.shape * spacing_mm)], axis=1)
+
+
+def three_planes(
+    view: Cut, rows: Sequence[str], *, title: str = "", width: float = WIDTH, bar: float = 0.0
+) -> tuple[Plate, np.ndarray]:
+    """Empty axes, (rows, 3 planes), all panels at one scale; `bar` inches stay free at the right."""
+    sides = np.array([[np.ptp(view.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
+    height = sides[:, 1].max() * (width - 1.4 - bar) / sides[:, 0].sum() + 0.1
+    figure = Plate(figsize=(width, height * len(rows) + 0.9), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.04, w_pad=0.08, hspace=0.01, wspace=0.0)
+    axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=sides[:, 0])
+    for ax, plane in zip(axes[0], PLANES, strict=True):
+        ax.set_title(view.position(plane), fontsize=FONT + 1)
+    for line, name in zip(axes, rows, strict=True):
+        line[0].set_ylabel(name, fontsize=FONT + 1.5, fontweight="bold")
+    for ax in axes[:-1].flat:
+        ax.tick_params(labelbottom=False)
+    for ax in axes[-1]:
+        ax.set_xlabel("mm", fontsize=FONT)
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure, axes
+
+
+def strip(
+    view: Cut, plane: str, names: Sequence[str], *, title: str = "", columns: int = 5
+) -> tuple[Plate, list[Axes]]:
+    """Empty axes for one slice of several volumes side by side, `columns` in a row."""
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    across, down, _ = PLANES[plane]
+    ratio = np.ptp(view.box_mm[down]) / np.ptp(view.box_mm[across])
+    height = rows * ((WIDTH - 0.7) / columns * ratio + 0.25) + 1.0
+    figure = Plate(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for k, (ax, name) in enumerate(zip(axes, names, strict=False)):
+        ax.set_title(name, fontsize=FONT + 0.5)
+        lowest = k + columns >= len(names)
+        ax.tick_params(labelleft=k % columns == 0, labelbottom=lowest)
+        ax.set_xlabel("mm" if lowest else "", fontsize=FONT)
+    for ax in axes[len(names) :]:
+        ax.set_axis_off()
+    figure.suptitle(f"{title}   {view.position(plane)}".strip(), fontsize=FONT + 2.5)
+    return figure, list(axes[: len(names)])
+
+
+def intensity_window(volume: np.ndarray, window: tuple[float, float] | None = None) -> tuple[float, float]:
+    """The given window, or 0 to the 99.5th percentile of the voxels above 0."""
+    if window is not None:
+        return window
+    bright = np.asarray(volume)[np.asarray(volume) > 0]
+    return 0.0, float(np.percentile(bright, 99.5)) if bright.size else 1.0
+
+
+def colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray | Axes, label: str, *, below: bool = False) -> None:
+    """A bar at the right of its axes, or below them."""
+    place = {"location": "bottom" if below else "right", "fraction": 0.06, "pad": 0.02}
+    bar = figure.colorbar(image, ax=axes, aspect=20, **place)
+    bar.set_label(label, fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)

@@ -1,0 +1,275 @@
+"""Train the denoiser on cached latents; the only module that knows Lightning's trainer.
+
+    z_t = add_noise(z_target, noise, t);  loss = mean over samples of mean over a sample's generated cells of
+    (ADM(composite, conditioning, mask, t) - noise)^2        (Ho et al. 2020, eq. 14, on the hole alone)
+
+What a sample is made of is a function of (seed, epoch, position in the epoch), see `batches`; so a resumed training is
+the uninterrupted one.
+"""
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from ldm_lib.adm import ADM
+from ldm_lib.batches import EpochOrder, TrainingSamples
+from ldm_lib.cohort import CaseData
+from ldm_lib.config import TrainingConfig, integers
+from ldm_lib.devices import pick_device, pick_precision
+from ldm_lib.errors import ConfigError, TrainingError
+from ldm_lib.inpainting import AUTOENCODER_FOLDER, Inpainter, sample_name
+from ldm_lib.latents import Latents, collate, denoiser_input, input_channels
+from ldm_lib.metrics import brats_scores
+from ldm_lib.schedule import linear_schedule
+from ldm_lib.tracking import MetricsTable, trackers
+from ldm_lib.volumes import normalise, write_like, write_map
+from ldm_lib.weights import load_model, save_model
+
+log = logging.getLogger("ldm_lib")
+
+LAST = "last"
+
+
+def masked_loss(predicted: Tensor, noise: Tensor, cells: Tensor) -> Tensor:
+    """Mean over samples of the mean squared error over a sample's cells.
+
+    Args:
+        predicted, noise: (b c x y z).
+        cells: (b 1 x y z), 1 where the loss counts; a sample without such cells weighs nothing.
+    """
+    error = ((predicted.float() - noise.float()).square() * cells).sum(dim=(1, 2, 3, 4))
+    count = cells.sum(dim=(1, 2, 3, 4)) * predicted.shape[1]
+    return (error / count.clamp(min=1)).mean()
+
+
+class DiffusionTraining(L.LightningModule):
+    """The denoiser, its averaged weights, and the validation that samples in image space.
+
+    Args:
+        inpainter: holds the frozen autoencoder, the denoiser to train, schedule and settings.
+        validation: loaded cases with a target.
+        validation_latents: their encodings, in the same order.
+        samples_folder: where sample volumes go.
+    """
+
+    def __init__(
+        self,
+        inpainter: Inpainter,
+        config: TrainingConfig,
+        validation: Sequence[CaseData],
+        validation_latents: Sequence[Latents],
+        samples_folder: Path,
+    ) -> None:
+        super().__init__()
+        self.denoiser = inpainter.denoiser
+        self.ema = AveragedModel(self.denoiser, multi_avg_fn=_moving_average(config.ema_decay))
+        self.config, self.samples_folder = config, samples_folder
+        self._validation, self._latents = list(validation), list(validation_latents)
+        self._inpainter = [inpainter]  # in a list: its autoencoder is not part of this module's weights
+
+    @property
+    def inpainter(self) -> Inpainter:
+        """The frozen parts with the averaged denoiser."""
+        given = self._inpainter[0]
+        return Inpainter(
+            given.autoencoder, self.ema.module, given.schedule, given.settings, given.device, given.precision
+        )
+
+    def noise_loss(self, denoiser: torch.nn.Module, batch: Latents) -> Tensor:
+        """The training loss of a batch with its t and noise."""
+        schedule, settings = self._inpainter[0].schedule, self._inpainter[0].settings
+        noisy = schedule.add_noise(batch["target"], batch["noise"], batch["t"])
+        return masked_loss(denoiser(denoiser_input(noisy, batch, settings), batch["t"]), batch["noise"], batch["loss"])
+
+    def training_step(self, batch: Latents, batch_idx: int) -> Tensor:
+        loss = self.noise_loss(self.denoiser, batch)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}",
+                                where="training", fix="lower learning_rate, or use precision 32")  # fmt: skip
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(batch["t"]))
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update_parameters(self.denoiser)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("learning_rate", self.lr_schedulers().get_last_lr()[0])
+
+    def validation_step(self, batch: Tensor, _: int) -> None:
+        for k in batch.tolist():
+            data, latents = self._validation[k], self._latents[k]
+            figures = self._score(data, latents) | {"val_noise_loss": self._fixed_noise_loss(latents)}
+            self.log_dict(figures, on_epoch=True, batch_size=1)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimiser = torch.optim.AdamW(self.denoiser.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
+        warmup = self.config.warmup_steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _score(self, data: CaseData, latents: Latents) -> dict[str, float]:
+        name, steps = sample_name(data.case, 0), self.config.num_inference_steps
+        drawn = self.inpainter.sample([latents], [name], seed=self.config.seed, sampler="ddim", steps=steps)
+        filled = self.inpainter.decode(drawn[0], data)
+        error = normalise(filled, data.scale) - normalise(data.target, data.scale)
+        healthy = data.mask if data.healthy is None else data.healthy
+        scores = brats_scores(filled, data.target, data.voided, healthy, where=data.case.key)
+        self._save_sample(data, filled)
+        return {"val_loss": float(np.mean(error**2)), "val_psnr": scores["psnr_01"], "val_ssim": scores["ssim"]}
+
+    def _fixed_noise_loss(self, latents: Latents) -> Tensor:
+        schedule = self._inpainter[0].schedule
+        t = torch.tensor([int(share * (schedule.steps - 1)) for share in (0.1, 0.3, 0.5, 0.7, 0.9)])
+        noise = torch.randn(latents["target"].shape, generator=torch.Generator().manual_seed(0))
+        samples = collate([latents | {"t": t_k, "noise": noise} for t_k in t])
+        batch = {key: value.to(self.device) for key, value in samples.items()}
+        return self.noise_loss(self.ema.module, batch)
+
+    def _save_sample(self, data: CaseData, filled: np.ndarray) -> None:
+        every, epoch = self.config.save_samples_every, self.current_epoch + 1
+        if self.trainer.sanity_checking or not every or epoch % every >= self.config.val_every:
+            return
+        folder = self.samples_folder / f"epoch_{epoch:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = f"{data.case.id}_{data.case.index or 'mask'}"
+        write_like(folder / f"{stem}_inpainted.nii.gz", data.source, filled, data.mask)
+        write_map(folder / f"{stem}_target.nii.gz", data.target, data.source.affine)
+
+
+class EpochLog(L.Callback):
+    """One plain line per validation, with the remaining time; and the metrics table on disk."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: DiffusionTraining) -> None:  # noqa: ARG002
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsTable):
+                logger.save()
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        if "val_loss" in metrics and (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0:
+            told = ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items()))
+            log.info("epoch %d/%d: %s", trainer.current_epoch + 1, trainer.max_epochs, told)
+
+
+def build_denoiser(config: TrainingConfig, *, in_channels: int, out_channels: int) -> ADM:
+    """The ADM that a training's parameters describe, its weights a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return ADM(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            base_width=config.base_width,
+            multipliers=integers(config.multipliers),
+            blocks_per_level=config.blocks_per_level,
+            attention_rates=integers(config.attention_rates),
+            dropout=config.dropout,
+        )
+
+
+def new_inpainter(autoencoder_folder: Path, config: TrainingConfig, settings: Any) -> Inpainter:
+    """The frozen autoencoder of a folder beside an untrained denoiser."""
+    device = pick_device(config.device)
+    autoencoder = load_model(autoencoder_folder, "autoencoder")
+    channels = autoencoder.latent_channels
+    denoiser = build_denoiser(config, in_channels=input_channels(channels, settings), out_channels=channels)
+    schedule = linear_schedule(config.diffusion_steps, config.beta_start, config.beta_end)
+    precision = pick_precision(config.precision, device)
+    return Inpainter(autoencoder.to(device), denoiser.to(device), schedule, settings, device, precision)
+
+
+def train(
+    inpainter: Inpainter,
+    variants: Sequence[Sequence[Latents]],
+    validation: Sequence[CaseData],
+    validation_latents: Sequence[Latents],
+    config: TrainingConfig,
+    folder: Path,
+) -> DiffusionTraining:
+    """Train, or resume from checkpoints/last.ckpt, and return the module with its averaged weights.
+
+    Args:
+        variants: per training case, its encodings.
+        folder: of the stage; takes checkpoints/, samples/, metrics.csv and the trackers' files.
+
+    Raises:
+        ConfigError: more than one device.
+        TrainingError: a loss that is not finite.
+    """
+    if config.devices > 1:
+        raise ConfigError(f"devices = {config.devices}: training uses one device", fix="set devices to 1")
+    if config.overfit_batches:
+        variants = [[first] for first, *_ in variants[: config.overfit_batches * config.batch_size]]
+    module = DiffusionTraining(inpainter, config, validation, validation_latents, folder / "samples")
+    samples = TrainingSamples(variants, config, inpainter.schedule.steps)
+    loader = DataLoader(samples, config.batch_size, sampler=EpochOrder(len(variants), config), collate_fn=collate,
+                        num_workers=config.num_workers)  # fmt: skip
+    last = folder / "checkpoints" / f"{LAST}.ckpt"
+    trainer = _trainer(config, inpainter, folder)
+    trainer.fit(module, loader, DataLoader(torch.arange(len(validation)), 1), ckpt_path=last if last.exists() else None,
+                weights_only=True)  # fmt: skip
+    return module
+
+
+def save_trained(
+    module: DiffusionTraining,
+    autoencoder_folder: Path,
+    folder: Path,
+    *,
+    schedule: dict[str, Any],
+    settings: dict[str, Any],
+) -> str:
+    """Write the averaged denoiser and the autoencoder it belongs to as one model folder; return its sha256."""
+    if module.config.keep_weights == "best" and (best := module.trainer.checkpoint_callbacks[0].best_model_path):
+        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+    shutil.copytree(autoencoder_folder, folder / AUTOENCODER_FOLDER, dirs_exist_ok=True)
+    autoencoder = module.inpainter.autoencoder.folder_config["sha256"]
+    steps = module.trainer.global_step
+    return save_model(folder, module.ema.module, schedule=schedule, settings=settings, autoencoder_sha256=autoencoder,
+                      optimiser_steps=steps)  # fmt: skip
+
+
+def _trainer(config: TrainingConfig, inpainter: Inpainter, folder: Path) -> L.Trainer:
+    checkpoints = folder / "checkpoints"
+    best = ModelCheckpoint(checkpoints, "brain_mri_inpainting-{epoch}-{val_loss:.6f}", monitor="val_loss",
+                           save_top_k=2, save_on_train_epoch_end=False)  # fmt: skip
+    last = ModelCheckpoint(checkpoints, LAST, save_on_train_epoch_end=True, enable_version_counter=False)
+    stop = EarlyStopping("val_loss", patience=max(1, math.ceil(config.patience / config.val_every)),
+                         check_on_train_epoch_end=False)  # fmt: skip
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator="gpu" if inpainter.device.type == "cuda" else "cpu",
+        devices=1,
+        precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[inpainter.precision],
+        max_epochs=config.max_epochs,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        gradient_clip_val=config.gradient_clip,
+        check_val_every_n_epoch=min(config.val_every, config.max_epochs),
+        num_sanity_val_steps=0,
+        logger=trackers(config, folder),
+        callbacks=[best, last, EpochLog()] + ([] if config.overfit_batches else [stop]),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+
+
+def _moving_average(decay: float) -> Any:
+    """Exponential moving average whose decay rises with the number of updates, so that the start is forgotten."""
+
+    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
+        rate = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averaged, current, 1 - rate)
+
+    return update

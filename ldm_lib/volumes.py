@@ -1,0 +1,250 @@
+"""NIfTI in and out: every file passes one gate, and what is written keeps the source's header byte for byte.
+
+A `Volume` remembers the raw voxels and the bytes in front of them, so that an output differs from its source in the
+voxels of the hole and in nothing else: same header, extensions, byte order, slope and intercept.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from ldm_lib.errors import InputError
+from ldm_lib.nifti import (
+    header_affine,
+    header_dtype,
+    header_shape,
+    parse_header,
+    read_bytes,
+    scaling,
+    voxel_offset,
+    write_bytes,
+)
+
+GRID_TOLERANCE_MM = 1e-3
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One 3D image as it stands on disk.
+
+    Attributes:
+        path: the file it came from.
+        raw: stored voxels (x, y, z) in the file's own dtype and byte order, before slope and intercept.
+        preamble: header and extensions, exactly as read.
+        affine: (4, 4) voxel indices to millimetres, RAS+ world.
+        slope, intercept: voxel = raw * slope + intercept.
+        warnings: what is odd about the file but does not forbid its use.
+    """
+
+    path: Path
+    raw: np.ndarray
+    preamble: bytes
+    affine: np.ndarray
+    slope: float
+    intercept: float
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def voxels(self) -> np.ndarray:
+        """(x, y, z) float32 in the file's scaled units."""
+        if (self.slope, self.intercept) == (1.0, 0.0):
+            return self.raw.astype(np.float32)
+        return (self.raw * np.float64(self.slope) + self.intercept).astype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.raw.shape
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0).round(6))
+
+    @property
+    def orientation(self) -> str:
+        """Three letters, the directions in which the voxel axes grow, such as "LPS"."""
+        return "".join(nib.aff2axcodes(self.affine))
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read one 3D scalar NIfTI file (.nii or .nii.gz) through the gate.
+
+    Raises:
+        InputError: the file is missing, unreadable, damaged, not a 3D scalar NIfTI, has no usable orientation,
+            or holds a voxel that is not finite.
+    """
+    path = Path(path)
+    content, trailing = read_bytes(path)
+    header = parse_header(content, path)
+    shape, dtype, affine = (
+        header_shape(header, path),
+        header_dtype(header, path),
+        header_affine(header, path),
+    )
+    offset, n_bytes = voxel_offset(header, len(content), path), math.prod(shape) * dtype.itemsize
+    held = len(content) - offset
+    if held < n_bytes:
+        raise InputError(
+            f"expected {n_bytes} bytes of voxels, got {held}",
+            where=path,
+            fix="download or export the file again",
+        )
+    warnings = []
+    if surplus := held - n_bytes + trailing:
+        warnings.append(f"{surplus} bytes after the last voxel are ignored")
+    slope, intercept = scaling(header, path, warnings)
+    raw = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
+    volume = Volume(path, raw, content[:offset], affine, slope, intercept, tuple(warnings))
+    _refuse_non_finite(volume)
+    return volume
+
+
+def read_image(path: str | Path) -> Volume:
+    """`read_volume`, and refuse an image without contrast (all voxels equal, or none above zero)."""
+    volume = read_volume(path)
+    low, high = float(volume.voxels.min()), float(volume.voxels.max())
+    if low == high:
+        cause = "the image is empty" if high == 0 else f"no contrast (min = max = {high:g})"
+        raise InputError(cause, where=path, fix="give a skull-stripped T1n volume")
+    if high <= 0:
+        raise InputError(
+            f"no voxel above 0 (max {high:g})",
+            where=path,
+            fix="check the slope and the units of the export",
+        )
+    return volume
+
+
+def read_mask(path: str | Path, like: Volume, *, allow_empty: bool = False) -> np.ndarray:
+    """Read a binary mask on the grid of `like`: bool (x, y, z), True = fill this (0/1 or 0/255 on disk).
+
+    Raises:
+        InputError: another grid, values that are not binary, or no voxel set.
+    """
+    volume = read_volume(path)
+    require_same_grid(volume, like)
+    values = np.unique(volume.raw)
+    if values.size > 2 or (values.size == 2 and values[0] != 0) or values[-1] not in (0, 1, 255):
+        shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if values.size > 6 else "")
+        kind = "looks like a segmentation" if values.size < 10 else "looks interpolated"
+        raise InputError(
+            f"not binary: {values.size} values ({shown}), {kind}",
+            where=path,
+            fix="store 0 outside the hole and 1 inside",
+        )
+    mask = volume.raw != 0
+    if not mask.any() and not allow_empty:
+        raise InputError(
+            f"the mask is empty (0 of {mask.size} voxels)",
+            where=path,
+            fix="mark the voxels to fill with 1",
+        )
+    return mask
+
+
+def read_labels(path: str | Path, like: Volume, allowed: tuple[int, ...]) -> np.ndarray:
+    """Read a label map on the grid of `like`: uint8 (x, y, z), every value one of `allowed`."""
+    volume = read_volume(path)
+    require_same_grid(volume, like)
+    values, counts = np.unique(volume.voxels, return_counts=True)
+    strange = ~np.isin(values, allowed)
+    if strange.any():
+        shown = ", ".join(
+            f"{v:g} ({n} voxels)" for v, n in list(zip(values[strange], counts[strange], strict=True))[:4]
+        )
+        raise InputError(f"labels {shown} are not among {allowed}", where=path, fix="relabel it: 1 CSF, 2 GM, 3 WM")
+    return volume.voxels.astype(np.uint8)
+
+
+def read_unit_map(path: str | Path, like: Volume) -> np.ndarray:
+    """Read a map of concentrations on the grid of `like`: float32 (x, y, z) in [0, 1]."""
+    volume = read_volume(path)
+    require_same_grid(volume, like)
+    low, high = float(volume.voxels.min()), float(volume.voxels.max())
+    if low < -1e-6 or high > 1 + 1e-6:
+        raise InputError(f"values from {low:g} to {high:g}, must lie in [0, 1]", where=path, fix="give concentrations")
+    return np.clip(volume.voxels, 0, 1)
+
+
+def require_same_grid(volume: Volume, like: Volume) -> None:
+    """Refuse two files whose shapes or corner positions (beyond 1e-3 mm) differ."""
+    if volume.shape != like.shape:
+        raise InputError(
+            f"shape {volume.shape}, but {like.path.name} has {like.shape}",
+            where=volume.path,
+            fix="resample it onto the image's grid",
+        )
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+    corners[:, :3] *= np.array(volume.shape) - 1
+    distance = np.linalg.norm(corners @ (volume.affine - like.affine).T, axis=1).max()
+    if distance > GRID_TOLERANCE_MM:
+        raise InputError(
+            f"its corners lie {distance:.1f} mm from those of {like.path.name} "
+            f"({volume.orientation} against {like.orientation})",
+            where=volume.path,
+            fix="resample it onto the image's grid",
+        )
+
+
+def intensity_scale(voided: np.ndarray, mask: np.ndarray) -> float:
+    """The divisor that normalises a case: 99.5th percentile of the voxels above 0 outside the mask, source units."""
+    seen = voided[(voided > 0) & ~mask]
+    if seen.size == 0:
+        raise InputError(
+            "no voxel above 0 outside the mask: nothing to learn the intensity scale from",
+            fix="check that mask and image belong together",
+        )
+    return float(np.percentile(seen, 99.5))
+
+
+def normalise(voxels: np.ndarray, scale: float) -> np.ndarray:
+    """Source units to the network's float32: v / scale, negatives to 0, nothing clipped above."""
+    return (np.maximum(voxels, 0) / scale).astype(np.float32)
+
+
+def write_like(path: str | Path, source: Volume, voxels: np.ndarray, mask: np.ndarray) -> Path:
+    """Write `source` with the voxels under `mask` replaced, and nothing else changed.
+
+    Args:
+        path: ends in .nii or .nii.gz; replaced atomically.
+        source: gives header, dtype and every voxel outside the mask, bit for bit.
+        voxels: (x, y, z) in the source's scaled units; rounded and saturated to its dtype.
+        mask: (x, y, z) bool.
+
+    Raises:
+        InputError: a value to paste is not finite, or the file cannot be written or re-read.
+    """
+    values = (np.asarray(voxels, np.float64)[mask] - source.intercept) / source.slope
+    if not np.isfinite(values).all():
+        raise InputError(f"{np.count_nonzero(~np.isfinite(values))} filled voxels are not finite", where=path)
+    if np.issubdtype(source.raw.dtype, np.integer):
+        limits = np.iinfo(source.raw.dtype)
+        values = np.clip(np.rint(values), limits.min, limits.max)
+    filled = source.raw.copy(order="F")
+    filled[mask] = values.astype(source.raw.dtype)
+    return write_bytes(Path(path), source.preamble + filled.tobytes(order="F"))
+
+
+def write_map(path: str | Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
+    """Write a new NIfTI of the array's own dtype (x, y, z), slope 1, intercept 0, scanner coordinates."""
+    image = nib.Nifti1Image(np.asarray(voxels), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    return write_bytes(Path(path), image.to_bytes())
+
+
+def _refuse_non_finite(volume: Volume) -> None:
+    if volume.raw.dtype.kind != "f":
+        return
+    bad = ~np.isfinite(volume.raw)
+    if count := int(bad.sum()):
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise InputError(
+            f"{count} voxels are not finite, the first at {first}",
+            where=volume.path,
+            fix="set the background to 0",
+        )
