@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_lib.autoencoder import Autoencoder, kl_divergence
-from ldm_lib.cohort import Case, CaseData, load_case
+from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.conditioning import ModelCase, model_case
 from ldm_lib.config import AutoencoderConfig
 from ldm_lib.devices import autocast

@@ -77,12 +77,7 @@ def histograms(
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     values = {name: np.reshape(v, (len(channels), -1)) for name, v in groups.items()}
     for c, (ax, channel) in enumerate(zip(axes, channels, strict=False)):
-        low, high = np.percentile(np.concatenate([v[c] for v in values.values()]), [0.1, 99.9])
-        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-        for (name, v), colour in zip(values.items(), GROUPS, strict=False):
-            label = f"{name}: {v[c].mean():.3g} ± {v[c].std():.3g}"
-            density = np.histogram(v[c], edges, density=True)[0]
-            ax.stairs(density, edges, color=colour, lw=1.4, label=label)
+        edges = _densities(ax, {name: v[c] for name, v in values.items()}, bins)
         if normal:
             bell = np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi)
             ax.plot(edges, bell, color="0.45", lw=1, ls="--", label="standard normal")
@@ -95,6 +90,16 @@ def histograms(
     figure.supxlabel(unit, fontsize=FONT + 0.5)
     figure.suptitle(title, fontsize=FONT + 2.5)
     return figure
+
+
+def _densities(ax: Axes, values: Mapping[str, np.ndarray], bins: int) -> np.ndarray:
+    """Draw each group's density over common bins and return their edges."""
+    low, high = np.percentile(np.concatenate(list(values.values())), [0.1, 99.9])
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    for (name, v), colour in zip(values.items(), GROUPS, strict=False):
+        density = np.histogram(v, edges, density=True)[0]
+        ax.stairs(density, edges, color=colour, lw=1.4, label=f"{name}: {v.mean():.3g} ± {v.std():.3g}")
+    return edges
 
 
 def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], title: str = "") -> Plate:

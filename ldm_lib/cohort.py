@@ -1,4 +1,4 @@
-"""Find, check, load and split the cases of a folder, in the seed layout or the challenge's.
+"""Find, check and split the cases of a folder, in the seed layout or the challenge's.
 
 Seed layout: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz`, and so on: one patient, up
 to three holes. Challenge layout (BraTS Local Synthesis): `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz`,
@@ -8,60 +8,22 @@ and so on: one hole, the last three digits are a time point of the same patient.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.config import safe_name
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import Frame
-from ldm_lib.volumes import (
-    Volume,
-    intensity_scale,
-    read_image,
-    read_labels,
-    read_mask,
-    read_unit_map,
-    require_same_grid,
-)
+from ldm_lib.runs import fingerprint, sha256
 
 IMAGE_ROLES = ("t1n", "t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
 CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}
-TISSUE_LABELS = (0, 1, 2, 3)
 _TIME_POINT = re.compile(r"(BraTS-[A-Z]+-\d+)-\d{3}")
 _MASK_INDEX = re.compile(r"-(\d{4})\.nii\.gz")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One hole of one patient, and where its files are (None: there is no such file)."""
-
-    id: str
-    patient: str
-    index: str  # "0000".."0002" in the seed layout, "" in the challenge's
-    t1n: Path | None
-    t1n_voided: Path | None
-    mask: Path
-    mask_healthy: Path | None
-    mask_unhealthy: Path | None
-    growth: Path | None
-    tissue: Path | None
-
-    @property
-    def key(self) -> str:
-        """Names the case in tables, caches and random seeds."""
-        return f"{self.id}-{self.index}" if self.index else self.id
-
-    @property
-    def result_name(self) -> str:
-        """The challenge's file name, with the hole's number where a patient has several."""
-        return f"{self.id}-t1n-inference{'-' + self.index if self.index else ''}.nii.gz"
-
-    def files(self) -> dict[str, Path]:
-        """Role -> path of every file there is."""
-        return {f.name: path for f in fields(self) if isinstance(path := getattr(self, f.name), Path)}
 
 
 @dataclass(frozen=True)
@@ -70,39 +32,6 @@ class Exclusion:
 
     case: str
     reason: str
-
-
-@dataclass(frozen=True)
-class CaseData:
-    """A case read through the gate. Arrays are (x, y, z) in the file's voxel order, images in source units.
-
-    Attributes:
-        source: the voided file (or the full image, when there is no voided one).
-        voided: float32, 0 under the mask.
-        mask: bool, True = fill this.
-        scale: intensity divisor of this case.
-        target: the full image, or None.
-        healthy, unhealthy: bool parts of the mask, or None.
-        growth: tumour-cell concentration in [0, 1], or None.
-        tissue: labels 0 none, 1 CSF, 2 GM, 3 WM, or None.
-        warnings: what is odd but usable.
-    """
-
-    case: Case
-    source: Volume
-    voided: np.ndarray
-    mask: np.ndarray
-    scale: float
-    target: np.ndarray | None
-    healthy: np.ndarray | None
-    unhealthy: np.ndarray | None
-    growth: np.ndarray | None
-    tissue: np.ndarray | None
-    warnings: tuple[str, ...]
-
-    def frame(self, multiple: int) -> Frame:
-        """The way from this file's voxel order to the model's grid and back."""
-        return Frame.of(self.source.affine, self.source.shape, multiple)
 
 
 def find_cases(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[list[Case], list[Exclusion]]:
@@ -128,34 +57,6 @@ def find_cases(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple
         raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {present}", where=root,
                          fix="see the README's table of layouts")  # fmt: skip
     return cases, exclusions
-
-
-def load_case(case: Case) -> CaseData:
-    """Read and check all files of a case.
-
-    Raises:
-        InputError: a file is refused, or the files contradict each other.
-    """
-    source = read_image(case.t1n_voided or case.t1n)
-    mask = read_mask(case.mask, source)
-    warnings = list(source.warnings)
-    voided, under = source.voxels.copy(), int(np.count_nonzero(source.voxels[mask]))
-    voided[mask] = 0
-    if case.t1n_voided and under:
-        warnings.append(f"{under} of {int(mask.sum())} voxels under the mask were not void; voided here")
-    if not np.any(voided):
-        raise InputError("no image is left outside the mask", where=case.mask, fix="check the mask")
-    target = _read_target(case, source, mask, warnings)
-    parts = {role: _optional_mask(path, source) for role, path in
-             (("healthy", case.mask_healthy), ("unhealthy", case.mask_unhealthy))}  # fmt: skip
-    _check_parts(case, mask, parts, warnings)
-    growth = read_unit_map(case.growth, source) if case.growth else None
-    tissue = read_labels(case.tissue, source, TISSUE_LABELS) if case.tissue else None
-    warnings += [f"no {kind} map" for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
-    if (lowest := float(voided.min())) < 0:
-        warnings.append(f"{int((voided < 0).sum())} negative voxels, down to {lowest:g}; read as 0")
-    return CaseData(case, source, voided, mask, intensity_scale(voided, mask), target, parts["healthy"],
-                    parts["unhealthy"], growth, tissue, tuple(warnings))  # fmt: skip
 
 
 def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: float) -> dict[str, list[str]]:
@@ -244,30 +145,55 @@ def _existing(path: Path) -> Path | None:
     return path if path.exists() or path.is_symlink() else None
 
 
-def _optional_mask(path: Path | None, like: Volume) -> np.ndarray | None:
-    return read_mask(path, like, allow_empty=True) if path else None
+@dataclass(frozen=True)
+class AuditRow:
+    """What the gate said of one case: status "ok", "warning" or "refused", the reason, and facts of what was read."""
+
+    key: str
+    status: str
+    reason: str
+    case: Case | None
+    facts: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """One line of a table."""
+        return {"case": self.key, "status": self.status, **self.facts, "reason": self.reason}
 
 
-def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray | None:
-    if case.t1n is None:
-        return None
-    target = source if case.t1n_voided is None else read_image(case.t1n)
-    require_same_grid(target, source)
-    changed = int(np.count_nonzero((target.voxels != source.voxels) & ~mask))
-    if changed:
-        warnings.append(f"{changed} voxels outside the mask differ between t1n and t1n-voided")
-    return target.voxels
+def audit(data_dir: str | Path, conditioning_dir: str | Path = "") -> Iterator[AuditRow]:
+    """Read every case of a folder through the gate, one row each; no refusal stops the pass."""
+    cases, exclusions = find_cases(data_dir, conditioning_dir)
+    for exclusion in exclusions:
+        yield AuditRow(exclusion.case, "refused", exclusion.reason, None, {})
+    for case in cases:
+        try:
+            data = load_case(case)
+        except InputError as error:
+            yield AuditRow(case.key, "refused", str(error), case, {})
+        else:
+            status = "warning" if data.warnings else "ok"
+            yield AuditRow(case.key, status, "; ".join(data.warnings), case, _facts(data))
 
 
-def _check_parts(case: Case, mask: np.ndarray, parts: dict[str, np.ndarray | None], warnings: list[str]) -> None:
-    healthy, unhealthy = parts["healthy"], parts["unhealthy"]
-    if healthy is not None and (outside := int((healthy & ~mask).sum())):
-        raise InputError(f"{outside} voxels of mask-healthy lie outside the mask", where=case.mask_healthy,
-                         fix="make the masks of one case together")  # fmt: skip
-    if healthy is None or unhealthy is None:
-        return
-    if both := int((healthy & unhealthy).sum()):
-        raise InputError(f"{both} voxels are both healthy and unhealthy", where=case.mask_healthy,
-                         fix="make the masks of one case together")  # fmt: skip
-    if wrong := int((mask != (healthy | unhealthy)).sum()):
-        warnings.append(f"mask differs from healthy + unhealthy in {wrong} voxels")
+def _facts(data: CaseData) -> dict[str, Any]:
+    litre = float(np.prod(data.source.spacing_mm)) / 1000
+    return {
+        "patient": data.case.patient,
+        "shape": "x".join(map(str, data.source.shape)),
+        "spacing_mm": data.source.spacing_mm[0],
+        "orientation": data.source.orientation,
+        "dtype": str(data.source.raw.dtype),
+        "scale": data.scale,
+        "hole_ml": round(float(data.mask.sum()) * litre, 1),
+        "healthy_ml": None if data.healthy is None else round(float(data.healthy.sum()) * litre, 1),
+        "growth": data.growth is not None,
+        "tissue": data.tissue is not None,
+    }
+
+
+def source_digests(data_dir: str | Path, conditioning_dir: str | Path = "") -> dict[str, str]:
+    """ "data" -> digest over the bytes of every file of every case; empty for the synthetic cohort."""
+    if not data_dir:
+        return {}
+    cases, _ = find_cases(data_dir, conditioning_dir)
+    return {"data": fingerprint({c.key: {role: sha256(path) for role, path in c.files().items()} for c in cases})}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm_lib.cohort import CaseData
+from ldm_lib.cases import CaseData
 from ldm_lib.geometry import cell_centre, cell_share, latent_mask
 from ldm_lib.growth import GROWTH_THRESHOLD, threshold_growth
 from ldm_lib.tissue import one_hot

@@ -208,7 +208,7 @@ def samples_grid(
     view = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
     low, high = intensity_window(target if target is not None else samples[0], window)
     names = [*volumes, "standard deviation"]
-    figure, axes = strip(view, plane, names, title=_stated(title, low, high))
+    figure, axes = strip(view, plane, names, title=_stated(title, low, high), bar=0.25)
     for ax, volume in zip(axes, volumes.values(), strict=False):
         view.draw(ax, volume, plane, vmin=low, vmax=high)
     image = view.draw(axes[-1], np.std(samples, axis=0), plane, cmap="magma", vmin=0)

@@ -74,6 +74,10 @@ class Frame:
         """The exact inverse of `to_model`."""
         return nib.orientations.apply_orientation(self.padding.crop(array), self.turn_back)
 
+    def turn_spacing(self, spacing_mm: tuple[float, ...]) -> tuple[float, ...]:
+        """Voxel sizes along the file's axes -> along the model's."""
+        return tuple(spacing_mm[int(axis)] for axis in np.argsort(self.turn[:, 0]))
+
     def to_lps(self, array: np.ndarray) -> np.ndarray:
         """Turn without padding: what figures show."""
         return nib.orientations.apply_orientation(array, self.turn)

@@ -25,7 +25,7 @@ def threshold_growth(growth, threshold: float = GROWTH_THRESHOLD):
 
 def stable_step_days(largest_diffusion: float, spacing_mm: float | Sequence[float]) -> float:
     """Largest stable step of the explicit scheme, 1 / (2 D sum(1 / h^2)), in days; D in mm^2/day."""
-    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    h = _voxel_size(spacing_mm)
     return float(1 / (2 * largest_diffusion * np.sum(1 / h**2))) if largest_diffusion else np.inf
 
 
@@ -62,18 +62,47 @@ def simulate_growth(
     tissue = (white_t + grey_t) > 0
     start = _start(tissue, seed_vox, initial, spacing_mm, seed_sigma_mm)
     diffusion = diffusion_white_mm2_per_day * (white_t + grey_t / diffusion_ratio)
-    grown = _march(start, diffusion, proliferation_per_day * tissue, spacing_mm, days)
+    # bounds that hold for any tissue, so that a tumour does not depend on the others in its batch
+    limit = SAFETY * stable_step_days(diffusion_white_mm2_per_day * (1 + 1 / diffusion_ratio), spacing_mm)
+    limit = min(limit, MAX_GROWTH_PER_STEP / max(proliferation_per_day, 1e-30))
+    faces, steps = _permeability(diffusion, spacing_mm), int(np.ceil(days / limit))
+    grown = _march(start, faces, proliferation_per_day * tissue, days=days, steps=steps)
     return grown if isinstance(white, torch.Tensor) else grown.numpy()
 
 
-def _march(
-    u: torch.Tensor, diffusion: torch.Tensor, rho: torch.Tensor, spacing_mm: float | Sequence[float], days: float
-) -> torch.Tensor:
-    """Explicit Euler steps of equal length, none longer than stability and accuracy allow."""
-    limit = SAFETY * stable_step_days(float(diffusion.max()), spacing_mm)
-    limit = min(limit, MAX_GROWTH_PER_STEP / max(float(rho.max()), 1e-30))
-    steps = int(np.ceil(days / limit))
-    faces = _permeability(diffusion, spacing_mm)
+def random_tumour(
+    white: np.ndarray, grey: np.ndarray, allowed: np.ndarray, rng: np.random.Generator, *, spacing_mm: float
+) -> np.ndarray:
+    """A tumour of random place, size and rates: concentration float32 x y z in [0, 1].
+
+    Args:
+        white, grey: tissue shares x y z in [0, 1].
+        allowed: bool x y z, where it may start; not empty.
+        rng: draws the start, the radius aimed at (9 to 26 mm, reached in patchy tissue and passed in uniform
+            white matter), the width of the front sqrt(D / rho) (1.8 to 4.5 mm) and rho (0.01 to 0.03 per day).
+        spacing_mm: isotropic voxel size.
+    """
+    places = np.argwhere(allowed)
+    start = places[rng.integers(len(places))]
+    radius_mm, front_mm, rho = rng.uniform(9, 26), rng.uniform(1.8, 4.5), rng.uniform(0.01, 0.03)
+    reach = int(np.ceil(2 * radius_mm / spacing_mm))
+    box = tuple(slice(max(c - reach, 0), c + reach + 1) for c in start)
+    growth = np.zeros(white.shape, np.float32)
+    growth[box] = simulate_growth(
+        white[box],
+        grey[box],
+        seed_vox=[c - b.start for c, b in zip(start, box, strict=True)],
+        spacing_mm=spacing_mm,
+        days=0.65 * (radius_mm / front_mm + 3) / rho,  # in uniform tissue the front moves 2 front_mm rho a day
+        diffusion_white_mm2_per_day=front_mm**2 * rho,
+        proliferation_per_day=rho,
+        seed_sigma_mm=spacing_mm,
+    )
+    return growth
+
+
+def _march(u: torch.Tensor, faces: list[torch.Tensor], rho: torch.Tensor, *, days: float, steps: int) -> torch.Tensor:
+    """Explicit Euler: du = dt (div(D grad u) + rho u (1 - u))."""
     for _ in range(steps):
         u = u + (days / steps) * (_divergence(faces, u) + rho * u * (1 - u))
     return u.clamp(0, 1)
@@ -90,6 +119,13 @@ def _check_rates(days: float, diffusion: float, proliferation: float, ratio: flo
     ):
         if not (np.isfinite(value) and (value > 0 or (value == 0 and allowed is above))):
             raise ConfigError(f"{value} given, allowed is {allowed}", where=name, fix="correct it")
+
+
+def _voxel_size(spacing_mm: float | Sequence[float]) -> np.ndarray:
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    if not (np.isfinite(h) & (h > 0)).all():
+        raise ConfigError(f"{spacing_mm} given, allowed are finite numbers above 0", where="spacing_mm")
+    return h
 
 
 def _shares(values: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
@@ -140,7 +176,7 @@ def _start(
 def _gaussian(
     shape: Sequence[int], centre_vox: Sequence[int], spacing_mm: float | Sequence[float], sigma_mm: float
 ) -> torch.Tensor:
-    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    h = _voxel_size(spacing_mm)
     axes = [(torch.arange(n) - c) * float(s) for n, c, s in zip(shape, centre_vox, h, strict=True)]
     x, y, z = torch.meshgrid(*axes, indexing="ij")
     squared = x**2 + y**2 + z**2
@@ -153,7 +189,7 @@ def _permeability(diffusion: torch.Tensor, spacing_mm: float | Sequence[float]) 
 
     The harmonic mean keeps the flux continuous where D jumps, and is 0 beside a voxel without tissue.
     """
-    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    h = _voxel_size(spacing_mm)
     faces = []
     for axis, size in zip((-3, -2, -1), h, strict=True):
         n = diffusion.shape[axis]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.cohort import Case, CaseData, load_case
+from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import ConfigError, InputError, WeightsError

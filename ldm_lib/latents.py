@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm_lib.augmentation import Augmentation
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.cohort import Case, load_case
+from ldm_lib.cases import Case, load_case
 from ldm_lib.conditioning import ModelCase, conditioning, loss_cells, model_case
 from ldm_lib.devices import autocast
 from ldm_lib.geometry import cell_share, latent_mask

@@ -1,13 +1,13 @@
 """Inpainting masks by the rules of the BraTS Local Synthesis challenge (Kofler et al. 2023, arXiv 2305.08992)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import ndimage
 
 from ldm_lib.errors import InputError
 
-PLACES_PER_TURN = 60
+TURNS, PLACES_PER_TURN = 40, 60  # tries before a healthy mask is given up
 
 
 def dilate_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[float]) -> np.ndarray:
@@ -46,7 +46,6 @@ def healthy_mask(
     min_distance_mm: float = 5.0,
     min_inside: float = 0.75,
     scale: tuple[float, float] = (0.6, 1.1),
-    turns: int = 40,
 ) -> np.ndarray:
     """Put a turned and scaled copy of another patient's tumour where this patient is healthy.
 
@@ -59,7 +58,6 @@ def healthy_mask(
         min_distance_mm: every voxel lies farther than this from `unhealthy`.
         min_inside: at least this share of the mask lies inside the brain.
         scale: smallest and largest factor on the donor's diameter.
-        turns: so many turned copies are tried, each at many places.
 
     Returns:
         bool, shape of `brain`, never empty.
@@ -70,24 +68,17 @@ def healthy_mask(
     for name, mask in (("brain", brain), ("donor", donor)):
         if not np.any(mask):
             raise InputError("the mask is empty", where=name, fix="give one with at least one voxel")
-    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
     brain = brain != 0
-    forbidden = dilate_mm(unhealthy, min_distance_mm, h)
-    bounds = _box_around(brain, np.zeros(3, int))
-    for _ in range(turns):
-        shape = _turned(donor, rng, h, rng.uniform(*scale))
-        for _ in range(PLACES_PER_TURN):
-            place = _place(shape, bounds, rng, brain.shape)
-            if place is None or forbidden[place][shape].any():
-                continue
-            if brain[place][shape].mean() >= min_inside:
-                out = np.zeros(brain.shape, bool)
-                out[place] = shape
-                return out
+    forbidden = dilate_mm(unhealthy, min_distance_mm, spacing_mm)
+    for place, shape in _candidates(brain, donor, rng, spacing_mm, scale):
+        if not forbidden[place][shape].any() and brain[place][shape].mean() >= min_inside:
+            out = np.zeros(brain.shape, bool)
+            out[place] = shape
+            return out
     raise InputError(
-        f"no place for a healthy mask in {turns} turns of {PLACES_PER_TURN} places: the donor has "
-        f"{int(np.count_nonzero(donor))} voxels, the brain {int(brain.sum())}, of which "
-        f"{int((brain & ~forbidden).sum())} lie more than {min_distance_mm:g} mm from the unhealthy mask",
+        f"no place for a healthy mask in {TURNS} turns of {PLACES_PER_TURN} places: the donor has "
+        f"{np.count_nonzero(donor)} voxels, the brain {brain.sum()}, of which {(brain & ~forbidden).sum()} "
+        f"lie more than {min_distance_mm:g} mm from the unhealthy mask",
         fix="take a smaller donor or a smaller scale",
     )
 
@@ -110,7 +101,8 @@ def _box_around(mask: np.ndarray, margin_vox: np.ndarray) -> tuple[slice, ...]:
 
 def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: float) -> np.ndarray:
     """The donor's bounding box, turned about a random axis by a random angle and scaled; at least one voxel."""
-    shape = (donor != 0)[_box_around(donor != 0, np.zeros(3, int))]
+    # a rim of zeros, so that interpolation reaches the outer half of the outermost voxels
+    shape = np.pad((donor != 0)[_box_around(donor != 0, np.zeros(3, int))], 1)
     # QR of a normal matrix is uniform over rotations once the signs are fixed; it may mirror, as tumours do
     q, r = np.linalg.qr(rng.standard_normal((3, 3)))
     turn = (q * np.sign(np.diag(r))) / scale
@@ -123,15 +115,21 @@ def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: f
     return turned[_box_around(turned, np.zeros(3, int))]
 
 
-def _place(
-    shape: np.ndarray, bounds: tuple[slice, ...], rng: np.random.Generator, volume: Sequence[int]
-) -> tuple[slice, ...] | None:
-    """Where the shape's box lands when its centre is drawn from `bounds`; None if it sticks out of the volume."""
-    share = rng.uniform(size=3)
-    place = []
-    for n, b, s, size in zip(shape.shape, bounds, share, volume, strict=True):
-        start = round(b.start + s * (b.stop - b.start - 1) - (n - 1) / 2)
-        if start < 0 or start + n > size:
-            return None
-        place.append(slice(start, start + n))
-    return tuple(place)
+def _candidates(
+    brain: np.ndarray,
+    donor: np.ndarray,
+    rng: np.random.Generator,
+    spacing_mm: float | Sequence[float],
+    scale: tuple[float, float],
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Turned copies of the donor, each at places drawn from the brain's box: the place's box and the copy."""
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    bounds = _box_around(brain, np.zeros(3, int))
+    low, extent = np.array([b.start for b in bounds]), np.array([b.stop - 1 - b.start for b in bounds])
+    for _ in range(TURNS):
+        copy = _turned(donor, rng, h, rng.uniform(*scale))
+        for share in rng.uniform(size=(PLACES_PER_TURN, 3)):
+            start = np.rint(low + share * extent - (np.array(copy.shape) - 1) / 2).astype(int)
+            stop = start + copy.shape
+            if (start >= 0).all() and (stop <= brain.shape).all():
+                yield tuple(slice(a, b) for a, b in zip(start, stop, strict=True)), copy

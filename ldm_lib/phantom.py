@@ -5,19 +5,19 @@ Everything random is drawn in millimetres from (seed, patient): a patient is the
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from nilearn import datasets
+from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from ldm_lib.errors import ConfigError
-from ldm_lib.growth import GROWTH_THRESHOLD, simulate_growth
+from ldm_lib.growth import GROWTH_THRESHOLD, random_tumour
 from ldm_lib.masks import healthy_mask, unhealthy_mask, void
-from ldm_lib.tissue import CSF, GM, WM, smooth_field
+from ldm_lib.tissue import CSF, smooth_field
 from ldm_lib.volumes import write_map
 
 # Disjoint ranges: no patient that trains is ever shown in a demo or tested on.
@@ -27,8 +27,10 @@ TEST_PATIENTS = range(9000, 10000)
 
 EXTENT_MM = (240, 240, 155)  # the BraTS field of view
 CENTRE_MM = (120.0, 126.0, 76.0)  # where the brain's centre lies in it, from the corner of voxel 0
+ATLAS_CENTRE_VOX = (98, 117, 77)  # the middle of the MNI152 brain's bounding box
 GROWTH_MM = 3.0  # voxel size of the grid on which tumours grow
-STREAMS = ("anatomy", "tumour", "look", "noise", "masks", "donor")
+SUPRATENTORIAL_MM = 62.0  # tumours start above this height
+ANATOMY, TUMOUR, LOOK, NOISE, MASKS, DONORS = range(6)  # streams of random numbers; each donor takes two
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,6 @@ class Grid(NamedTuple):
         return affine
 
 
-class Atlas(NamedTuple):
-    """The MNI152 templates (RAS, 1 mm), float32 x y z, with the brain's bounding box centre in voxels."""
-
-    brain: np.ndarray
-    grey: np.ndarray  # shares in [0, 1]; the rest of the brain is CSF
-    white: np.ndarray
-    detail: np.ndarray  # T1 intensity beyond the tissue shares
-    centre: np.ndarray
-
-
 class Anatomy(NamedTuple):
     """A healthy brain on a grid: `inside` bool x y z, and values of its voxels in that order."""
 
@@ -92,8 +84,7 @@ def make_phantom(seed: int, patient: int, *, spacing_mm: float = 1.0, masks: int
     """Make one patient: a function of (seed, patient), the same anatomy whatever the voxel size.
 
     Args:
-        seed: number of the cohort, 0 or more.
-        patient: number within the cohort, 0 or more; see TRAINING_PATIENTS, DEMO_PATIENTS, TEST_PATIENTS.
+        seed, patient: numbers of cohort and patient, 0 or more; see TRAINING_PATIENTS and its neighbours.
         spacing_mm: isotropic voxel size; 1 is the BraTS grid 240 x 240 x 155.
         masks: how many pairs of masks.
 
@@ -101,27 +92,25 @@ def make_phantom(seed: int, patient: int, *, spacing_mm: float = 1.0, masks: int
         ConfigError: a number out of range.
         InputError: no place for a healthy mask.
     """
-    if seed < 0 or patient < 0 or masks < 0 or not 0.5 <= spacing_mm <= 12:
-        raise ConfigError(
-            f"seed {seed}, patient {patient}, masks {masks}, spacing_mm {spacing_mm}: "
-            "the first three are 0 or more, the spacing is 0.5 to 12 mm",
-            where="make_phantom",
-        )
-    rng = {name: np.random.default_rng([seed, patient, k]) for k, name in enumerate(STREAMS)}
-    grid = grid_of(spacing_mm)
-    anatomy = _anatomy([seed, patient, 0], grid)
-    growth = _resample(_tumour([seed, patient, 0], rng["tumour"]), grid) * anatomy.inside
+    if min(seed, patient, masks) < 0 or not 0.5 <= spacing_mm <= 12:
+        given = f"seed {seed}, patient {patient}, masks {masks}, spacing_mm {spacing_mm:g}"
+        raise ConfigError(f"{given} given; allowed are 0 or more, and 0.5 to 12 mm", where="make_phantom")
+    grid, rng = grid_of(spacing_mm), partial(_rng, seed, patient)
+    anatomy = _anatomy(rng(ANATOMY), grid)
+    growth = _resample(_tumour(rng(ANATOMY), rng(TUMOUR)), grid) * anatomy.inside
     segmentation = growth >= GROWTH_THRESHOLD
-    t1n = _image(anatomy, growth, grid, rng["look"], rng["noise"])
-    tissue = np.zeros(grid.shape, np.uint8)
-    tissue[anatomy.inside] = np.array([CSF, GM, WM], np.uint8)[anatomy.tissue.argmax(0)]
     unhealthy = unhealthy_mask(segmentation, spacing_mm)
-    pairs = []
-    for k in range(masks):
-        donor = _resample(_tumour([seed, patient, 5, k], rng["donor"]), grid) >= GROWTH_THRESHOLD
-        place = healthy_mask(anatomy.inside, unhealthy, donor, rng["masks"], spacing_mm=spacing_mm)
-        pairs.append((place, unhealthy))
+    pairs, places = [], rng(MASKS)
+    for k in range(DONORS, DONORS + 2 * masks, 2):  # a donor is a patient of no cohort
+        donor = _resample(_tumour(rng(k), rng(k + 1)), grid) >= GROWTH_THRESHOLD
+        pairs.append((healthy_mask(anatomy.inside, unhealthy, donor, places, spacing_mm=spacing_mm), unhealthy))
+    t1n = _image(anatomy, growth, grid, rng(LOOK), rng(NOISE))
+    tissue = _volume(anatomy.inside, CSF + anatomy.tissue.argmax(0), np.uint8)
     return Phantom(t1n, tissue, growth, segmentation, tuple(pairs), grid.affine)
+
+
+def _rng(seed: int, patient: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng([seed, patient, stream])
 
 
 def grid_of(spacing_mm: float) -> Grid:
@@ -130,19 +119,14 @@ def grid_of(spacing_mm: float) -> Grid:
 
 
 @lru_cache(maxsize=1)
-def _atlas() -> Atlas:
-    t1, gm, wm = (
-        load(resolution=1).get_fdata(dtype=np.float32)
-        for load in (
-            datasets.load_mni152_template,
-            datasets.load_mni152_gm_template,
-            datasets.load_mni152_wm_template,
-        )
-    )
+def _atlas() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """From the MNI152 templates (RAS, 1 mm), x y z: brain, shares of GM and WM (the rest is CSF), T1 beyond these."""
+    templates = load_mni152_template, load_mni152_gm_template, load_mni152_wm_template
+    t1, gm, wm = (load(resolution=1).get_fdata(dtype=np.float32) for load in templates)
     brain = t1 > 0
     # An average of many heads hides the sulci: what is darker than its surroundings is CSF.
     weight = ndimage.gaussian_filter(brain.astype(np.float32), 3) + 1e-6
-    sharp = t1 + 1.0 * (t1 - ndimage.gaussian_filter(t1, 3) / weight)
+    sharp = t1 + (t1 - ndimage.gaussian_filter(t1, 3) / weight)
     dark = 1 / (1 + np.exp((sharp - 0.54) / 0.04))
     tissue = np.minimum(gm + wm, 1 - dark) / np.maximum(gm + wm, 1e-6) * brain
     gm, wm = gm * tissue, wm * tissue
@@ -150,18 +134,15 @@ def _atlas() -> Atlas:
     means = np.linalg.lstsq(values.T, t1[brain], rcond=None)[0]
     detail = np.zeros_like(t1)
     detail[brain] = np.clip(t1[brain] - means @ values, -0.12, 0.12)
-    box = ndimage.find_objects(brain.astype(np.uint8))[0]
-    centre = np.array([(b.start + b.stop - 1) / 2 for b in box])
-    return Atlas(brain.astype(np.float32), gm, wm, detail, centre)
+    return brain.astype(np.float32), gm, wm, detail
 
 
-def _anatomy(key: list[int], grid: Grid) -> Anatomy:
+def _anatomy(rng: np.random.Generator, grid: Grid) -> Anatomy:
     """Bend the atlas into one brain; coarse voxels are the means of eight of half their size."""
     if grid.spacing_mm < 2:
-        return _bent_atlas(np.random.default_rng(key), grid)
-    fine_grid = Grid(tuple(2 * n for n in grid.shape), grid.spacing_mm / 2)
-    fine = _bent_atlas(np.random.default_rng(key), fine_grid)
-    filled = _block_sum(fine.inside, np.ones(1, np.float32))
+        return _bent_atlas(rng, grid)
+    fine = _bent_atlas(rng, Grid(tuple(2 * n for n in grid.shape), grid.spacing_mm / 2))
+    filled = _block_sum(fine.inside, np.ones(1))
     inside = filled >= 4
     values = np.stack([_block_sum(fine.inside, v)[inside] for v in (*fine.tissue, fine.detail)])
     values /= filled[inside]
@@ -169,26 +150,31 @@ def _anatomy(key: list[int], grid: Grid) -> Anatomy:
 
 
 def _block_sum(inside: np.ndarray, values: np.ndarray) -> np.ndarray:
-    full = np.zeros(inside.shape, np.float32)
-    full[inside] = values
     x, y, z = (n // 2 for n in inside.shape)
-    return full.reshape(x, 2, y, 2, z, 2).sum((1, 3, 5))
+    return _volume(inside, values).reshape(x, 2, y, 2, z, 2).sum((1, 3, 5))
+
+
+def _volume(inside: np.ndarray, values: np.ndarray, dtype: type = np.float32) -> np.ndarray:
+    """Values of the voxels inside, 0 outside: x y z."""
+    volume = np.zeros(inside.shape, dtype)
+    volume[inside] = values
+    return volume
 
 
 def _bent_atlas(rng: np.random.Generator, grid: Grid) -> Anatomy:
-    atlas = _atlas()
-    points = _atlas_points(rng, grid, atlas.centre)
-    brain = ndimage.map_coordinates(atlas.brain, points, order=1)
+    points = _atlas_points(rng, grid)
+    brain, *maps = _atlas()
+    brain = ndimage.map_coordinates(brain, points, order=1)
     inside = brain >= 0.5
     points, brain = points[:, inside], brain[inside]
-    grey, white, detail = (ndimage.map_coordinates(m, points, order=1) for m in (atlas.grey, atlas.white, atlas.detail))
+    grey, white, detail = (ndimage.map_coordinates(m, points, order=1) for m in maps)
     sharpness, atrophy = rng.uniform(1.4, 2.4), rng.uniform(-0.7, 0.8)
     shares = np.maximum(np.stack([brain - grey - white, grey, white]), 1e-3) ** sharpness
     shares[0] *= np.exp(atrophy)
     return Anatomy(inside, shares / shares.sum(0), detail)
 
 
-def _atlas_points(rng: np.random.Generator, grid: Grid, centre: np.ndarray) -> np.ndarray:
+def _atlas_points(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     """Where in the atlas (voxels) each voxel of the grid takes its tissue from: float32 (3, x, y, z)."""
     x, y, z = (p - c for p, c in zip(grid.positions_mm, CENTRE_MM, strict=True))
     position = np.stack(np.meshgrid(-x, -y, z, indexing="ij")).astype(np.float32)
@@ -198,40 +184,24 @@ def _atlas_points(rng: np.random.Generator, grid: Grid, centre: np.ndarray) -> n
     points += rng.normal(0, 2, (3, 1, 1, 1)).astype(np.float32)
     # ventricles: the map is zoomed about a point between their bodies
     zoom = rng.uniform(-0.25, 0.45)
-    hub = np.array([0, -3, 8], np.float32).reshape(3, 1, 1, 1)
-    radius = np.array([22, 40, 22], np.float32).reshape(3, 1, 1, 1)
+    hub, radius = (np.array(v, np.float32).reshape(3, 1, 1, 1) for v in ((0, -3, 8), (22, 40, 22)))
     points -= zoom * (points - hub) * np.exp(-(((points - hub) / radius) ** 2).sum(0) / 2)
     for node_mm, size_mm in ((45, 2.8), (18, 1.9), (9, 0.8)):
         for axis in range(3):
             points[axis] += size_mm * smooth_field(rng, grid.positions_mm, node_mm, EXTENT_MM)
-    return points + centre.astype(np.float32).reshape(3, 1, 1, 1)
+    return points + np.array(ATLAS_CENTRE_VOX, np.float32).reshape(3, 1, 1, 1)
 
 
-def _tumour(key: list[int], rng: np.random.Generator) -> np.ndarray:
-    """Growth on the grid of GROWTH_MM, in the tissue of the brain `key`: float32 x y z in [0, 1]."""
+def _tumour(anatomy_rng: np.random.Generator, rng: np.random.Generator) -> np.ndarray:
+    """Growth on the grid of GROWTH_MM in the brain that `anatomy_rng` draws: float32 x y z in [0, 1]."""
     grid = grid_of(GROWTH_MM)
-    anatomy = _bent_atlas(np.random.default_rng(key), grid)
-    grey, white = (np.zeros(grid.shape, np.float32) for _ in range(2))
+    anatomy = _bent_atlas(anatomy_rng, grid)
+    # tissue lets cells through unevenly: tumours are lobed, not round
     patchy = 0.08 + 0.92 / (1 + np.exp(-3 * smooth_field(rng, grid.positions_mm, 9, EXTENT_MM)))
-    grey[anatomy.inside], white[anatomy.inside] = anatomy.tissue[1:] * patchy[anatomy.inside]
+    grey, white = (_volume(anatomy.inside, share) * patchy for share in anatomy.tissue[1:])
     depth = ndimage.distance_transform_edt(anatomy.inside, sampling=GROWTH_MM)
-    deep = (white > 0.3) & (depth > 10) & (grid.positions_mm[2] > 62)
-    start = np.argwhere(deep)[int(rng.uniform() * deep.sum())]
-    radius_mm, front_mm, rho = rng.uniform(9, 26), rng.uniform(1.8, 4.5), rng.uniform(0.01, 0.03)
-    reach = int(np.ceil(2 * radius_mm / GROWTH_MM))
-    box = tuple(slice(max(c - reach, 0), c + reach + 1) for c in start)
-    growth = np.zeros(grid.shape, np.float32)
-    growth[box] = simulate_growth(
-        white[box],
-        grey[box],
-        seed_vox=[c - b.start for c, b in zip(start, box, strict=True)],
-        spacing_mm=GROWTH_MM,
-        days=(radius_mm / front_mm + 3) / (2 * rho) * 1.3,
-        diffusion_white_mm2_per_day=front_mm**2 * rho,
-        proliferation_per_day=rho,
-        seed_sigma_mm=GROWTH_MM,
-    )
-    return growth
+    allowed = (white > 0.3) & (depth > 10) & (grid.positions_mm[2] > SUPRATENTORIAL_MM)
+    return random_tumour(white, grey, allowed, rng, spacing_mm=GROWTH_MM)
 
 
 def _resample(field: np.ndarray, grid: Grid) -> np.ndarray:
@@ -260,27 +230,24 @@ def _image(
     real, imaginary = noise.standard_normal((2, values.size), dtype=np.float32) * sd
     values = np.hypot(values + real, imaginary)
     white = np.exp(look.uniform(np.log(400), np.log(3000)))
-    t1n = np.zeros(grid.shape, np.int16)
-    t1n[inside] = np.clip(np.rint(values * white), 1, 32000)
-    return t1n
+    return _volume(inside, np.clip(np.rint(values * white), 1, 32000), np.int16)
 
 
 def _blurred(values: np.ndarray, inside: np.ndarray, thick_mm: float, axis: int, grid: Grid) -> np.ndarray:
     """The scan's resolution: 0.4 mm in the plane, `thick_mm` (standard deviation) through the slices."""
-    sigma = np.full(3, 0.4) / grid.spacing_mm
-    sigma[axis] = thick_mm / grid.spacing_mm
-    image = np.zeros(inside.shape, np.float32)
-    image[inside] = values
+    sigma = np.where(np.arange(3) == axis, thick_mm, 0.4) / grid.spacing_mm
     weight = ndimage.gaussian_filter(inside.astype(np.float32), sigma)
-    return (ndimage.gaussian_filter(image, sigma) / np.maximum(weight, 1e-6))[inside]
+    return (ndimage.gaussian_filter(_volume(inside, values), sigma) / np.maximum(weight, 1e-6))[inside]
 
 
-def _with_tumour(values, u, texture, csf, gm, look):
-    """Darken what the tumour has reached; below the threshold nothing changes."""
+def _with_tumour(
+    values: np.ndarray, u: np.ndarray, texture: np.ndarray, csf: float, gm: float, look: np.random.Generator
+) -> np.ndarray:
+    """Darken what the tumour `u` has reached, and in some its core; below the threshold nothing changes."""
     oedema = gm * look.uniform(0.72, 0.95)
     necrosis = csf + look.uniform(0.05, 0.2)
     share = np.clip((u - GROWTH_THRESHOLD) / 0.5, 0, 1) * look.uniform(0.75, 0.95)
-    core = np.clip((u / u.max() + 0.02 * texture - look.uniform(0.80, 1.10)) / 0.06, 0, 1)
+    core = np.clip((u / max(u.max(), GROWTH_THRESHOLD) + 0.02 * texture - look.uniform(0.80, 1.10)) / 0.06, 0, 1)
     target = (oedema + (necrosis - oedema) * core) * (1 + 0.07 * texture)
     return values + share * (target - values)
 
@@ -288,9 +255,9 @@ def _with_tumour(values, u, texture, csf, gm, look):
 def write_patient(folder: str | Path, seed: int, patient: int, *, spacing_mm: float = 1.0, masks: int = 3) -> str:
     """Make one patient and write it below `folder` in the seed layout; returns the patient's id.
 
-    Files are `data/<ID>/<ID>-t1n.nii.gz` and, for each mask k, `-t1n-voided-000k`, `-mask-000k`,
-    `-mask-healthy-000k`, `-mask-unhealthy-000k`; `conditioning_data/growth_model/<ID>.nii.gz` and
-    `conditioning_data/tissue_segmentation/<ID>.nii.gz`. The same (seed, patient) gives the same bytes.
+    Files are `data/<ID>/<ID>-t1n.nii.gz` and, for each mask k, `-t1n-voided-000k`, `-mask-000k`, `-mask-healthy-000k`,
+    `-mask-unhealthy-000k`; `conditioning_data/{growth_model,tissue_segmentation}/<ID>.nii.gz`. Written twice on one
+    machine the bytes are the same; another processor may round a few voxels otherwise.
     """
     phantom = make_phantom(seed, patient, spacing_mm=spacing_mm, masks=masks)
     case = f"Synthetic_{patient:05d}"

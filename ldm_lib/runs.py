@@ -72,19 +72,21 @@ class RunLock:
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._refuse(folder)
+            self._require_own_runner(folder)
+            return
         self._stream.seek(0)
         self._stream.truncate()
         self._stream.write(f"pid {os.getpid()} since {_now()}")
         self._stream.flush()
 
-    def _refuse(self, folder: Path) -> None:
+    def _require_own_runner(self, folder: Path) -> None:
+        """A kernel works under the lock of the runner that started it; anybody else is refused."""
         self._stream.seek(0)
         owner = self._stream.read()
-        self._stream.close()
-        if os.environ.get(OWNER_VARIABLE) and owner.startswith(f"pid {os.environ[OWNER_VARIABLE]} "):
-            return
-        raise RunError(f"locked by {owner}", where=folder, fix="wait for it, or name another run")
+        runner = os.environ.get(OWNER_VARIABLE)
+        if not (runner and owner.startswith(f"pid {runner} ")):
+            self._stream.close()
+            raise RunError(f"locked by {owner}", where=folder, fix="wait for it, or name another run")
 
     def release(self) -> None:
         self._stream.close()

@@ -188,18 +188,19 @@ def three_planes(
 
 
 def strip(
-    view: Cut, plane: str, names: Sequence[str], *, title: str = "", columns: int = 5
+    view: Cut, plane: str, names: Sequence[str], *, title: str = "", columns: int = 5, bar: float = 0.0
 ) -> tuple[Plate, list[Axes]]:
-    """Empty axes for one slice of several volumes side by side, `columns` in a row."""
+    """Empty axes for one slice of several volumes side by side, `columns` in a row; `bar` inches stay free below."""
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
     across, down, _ = PLANES[plane]
     ratio = np.ptp(view.box_mm[down]) / np.ptp(view.box_mm[across])
-    height = rows * ((WIDTH - 0.7) / columns * ratio + 0.25) + 1.0
+    height = rows * ((WIDTH - 0.7) / columns * ratio + 0.25) + 1.0 + bar
     figure = Plate(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for k, (ax, name) in enumerate(zip(axes, names, strict=False)):
         ax.set_title(name, fontsize=FONT + 0.5)
+        ax.set_anchor("N")
         lowest = k + columns >= len(names)
         ax.tick_params(labelleft=k % columns == 0, labelbottom=lowest)
         ax.set_xlabel("mm" if lowest else "", fontsize=FONT)
@@ -219,7 +220,7 @@ def intensity_window(volume: np.ndarray, window: tuple[float, float] | None = No
 
 def colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray | Axes, label: str, *, below: bool = False) -> None:
     """A bar at the right of its axes, or below them."""
-    place = {"location": "bottom" if below else "right", "fraction": 0.06, "pad": 0.02}
+    place = {"location": "bottom" if below else "right", "fraction": 0.06, "pad": 0.02, "panchor": False}
     bar = figure.colorbar(image, ax=axes, aspect=20, **place)
     bar.set_label(label, fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)

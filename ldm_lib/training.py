@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 
 from ldm_lib.adm import ADM
 from ldm_lib.batches import EpochOrder, TrainingSamples
-from ldm_lib.cohort import CaseData
+from ldm_lib.cases import CaseData
 from ldm_lib.config import TrainingConfig, integers
 from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.errors import ConfigError, TrainingError
 from ldm_lib.inpainting import AUTOENCODER_FOLDER, Inpainter, sample_name
-from ldm_lib.latents import Latents, collate, denoiser_input, input_channels
+from ldm_lib.latents import Latents, collate, denoiser_input, input_channels, keep_known
 from ldm_lib.metrics import brats_scores
 from ldm_lib.schedule import linear_schedule
 from ldm_lib.tracking import MetricsTable, trackers
@@ -159,6 +159,31 @@ class EpochLog(L.Callback):
         if "val_loss" in metrics and (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0:
             told = ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items()))
             log.info("epoch %d/%d: %s", trainer.current_epoch + 1, trainer.max_epochs, told)
+
+
+def noisy_composite(batch: Latents, inpainter: Inpainter, *, t: int, seed: int) -> Tensor:
+    """Known cells clean, the others at noise level t: the first channels of what the denoiser sees (b c x y z)."""
+    noise = torch.randn(batch["target"].shape, generator=torch.Generator().manual_seed(seed))
+    times = torch.full((len(noise),), t)
+    return keep_known(inpainter.schedule.add_noise(batch["target"], noise, times), batch)
+
+
+def loss_by_noise_level(
+    module: DiffusionTraining, latents: Sequence[Latents], *, seed: int, levels: int = 10
+) -> list[dict[str, float]]:
+    """The noise loss of the averaged and of the raw weights at evenly spaced t: rows of {"t", "ema", "raw"}."""
+    rows = []
+    for t in torch.linspace(0, module.inpainter.schedule.steps - 1, levels).round().long():
+        noise = [torch.randn(x["target"].shape, generator=torch.Generator().manual_seed(seed)) for x in latents]
+        batch = collate([x | {"t": t, "noise": n} for x, n in zip(latents, noise, strict=True)])
+        batch = {name: value.to(module.inpainter.device) for name, value in batch.items()}
+        with torch.inference_mode():
+            losses = {
+                name: float(module.noise_loss(net, batch))
+                for name, net in (("ema", module.ema.module), ("raw", module.denoiser))
+            }
+        rows.append({"t": int(t), **losses})
+    return rows
 
 
 def build_denoiser(config: TrainingConfig, *, in_channels: int, out_channels: int) -> ADM:

@@ -75,16 +75,7 @@ def _controls(
         widgets.IntSlider(c, 0, n - 1, description=axis, continuous_update=False)
         for axis, c, n in zip(("x, to left", "y, to back", "z, up"), centre_vox, shape, strict=True)
     ]
-    lowest = min(window[0], *(float(np.min(v)) for v in volumes.values()))
-    highest = max(window[1], *(float(np.max(v)) for v in volumes.values()))
-    shown = widgets.FloatRangeSlider(
-        value=window,
-        min=lowest,
-        max=highest,
-        step=(highest - lowest) / 200,
-        description="window",
-        continuous_update=False,
-    )
+    shown = _window_slider(volumes, window)
     outline = widgets.Checkbox(mask is not None, description="mask outline", disabled=mask is None)
     image = widgets.Image(format="png")
 
@@ -102,3 +93,16 @@ def _controls(
         control.observe(redraw, names="value")
     redraw()
     return widgets.VBox([widgets.HBox([volume, shown, outline]), widgets.HBox(position), image])
+
+
+def _window_slider(volumes: Mapping[str, np.ndarray], window: tuple[float, float]) -> widgets.FloatRangeSlider:
+    lowest = min(window[0], *(float(np.min(v)) for v in volumes.values()))
+    highest = max(window[1], *(float(np.max(v)) for v in volumes.values()))
+    return widgets.FloatRangeSlider(
+        value=window,
+        min=lowest,
+        max=highest,
+        step=(highest - lowest) / 200,
+        description="window",
+        continuous_update=False,
+    )

@@ -1,0 +1,45 @@
+"""Charts: what is drawn are the numbers that were given."""
+
+import numpy as np
+
+from ldm_lib import charts
+
+
+def test_curves_leave_out_nan_rows_and_scale_as_told():
+    nan = np.nan
+    table = {"epoch": [0, 1, 2, 3], "train_loss": [4, 3, 2, 1], "val_loss": [nan, 3.5, nan, 1.5], "lr": [1, 2, 3, 4]}
+    figure = charts.curves(table, x="epoch", ys=[["train_loss", "val_loss"], "lr"], log=["lr"])
+    losses, rate = figure.axes
+    assert [line.get_label() for line in losses.lines] == ["train_loss", "val_loss"]
+    assert np.array_equal(losses.lines[1].get_xydata(), [[1, 3.5], [3, 1.5]])
+    assert (losses.get_yscale(), rate.get_yscale()) == ("linear", "log")
+
+
+def test_histograms_are_densities_over_one_set_of_bins_in_each_channel():
+    rng = np.random.default_rng(0)
+    groups = {"train": rng.normal(0, 1, (2, 5000)), "sampled": rng.normal(3, 2, (2, 900))}
+    figure = charts.histograms(groups, channels=["c0", "c1"], normal=True)
+    for c, ax in enumerate(figure.axes):
+        first, second = (patch.get_data() for patch in ax.patches)
+        assert np.array_equal(first.edges, second.edges)
+        expected = np.histogram(groups["sampled"][c], first.edges, density=True)[0]
+        np.testing.assert_allclose(second.values, expected)
+        assert np.isclose(np.sum(first.values * np.diff(first.edges)), 1)
+        assert f"train: {groups['train'][c].mean():.3g}" in ax.get_legend().get_texts()[0].get_text()
+
+
+def test_score_dots_show_each_case_and_the_mean_of_each_method():
+    table = {"case": ["a", "b", "a", "b"], "method": ["zero", "zero", "ours", "ours"], "ssim": [0.2, 0.4, 0.9, 0.7]}
+    (ax,) = charts.score_dots(table, scores=["ssim"]).axes
+    dots = ax.collections[0].get_offsets()
+    assert {tuple(dot) for dot in np.asarray(dots)} == {(0.2, 0), (0.4, 0), (0.9, 1), (0.7, 1)}
+    joins = [line.get_xydata().tolist() for line in ax.lines if len(set(line.get_xdata())) == 2]
+    assert joins == [[[0.2, 0], [0.9, 1]], [[0.4, 0], [0.7, 1]]]
+    assert [text.get_text() for text in ax.texts] == ["0.3", "0.8"]
+    assert ax.yaxis_inverted() and [t.get_text() for t in ax.get_yticklabels()] == ["zero", "ours"]
+
+
+def test_a_score_that_a_method_lacks_leaves_its_row_empty():
+    table = {"case": ["a", "a"], "method": ["zero", "ours"], "psnr_01": [np.nan, 20.0]}
+    (ax,) = charts.score_dots(table, scores=["psnr_01"]).axes
+    assert [text.get_text() for text in ax.texts] == ["", "20"]
