@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"ERROR {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader, such as `head`, has left
+        sys.stdout = None
+        return 0
 
 
 def run(options: argparse.Namespace) -> int:
@@ -143,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--growth", help="tumour-cell concentration in [0, 1]; none means healthy")
     sub.add_argument("--tissue", help="labels 1 CSF, 2 GM, 3 WM")
     sub.add_argument("--model", help="folder with weights; none takes the newest finished training")
-    sub.add_argument("--sampler", default="ddim", choices=SAMPLER_NAMES)
-    sub.add_argument("--steps", type=int, default=50, help="denoiser calls per sample (default: 50)")
+    sub.add_argument("--sampler", default="dpm++2m", choices=SAMPLER_NAMES)
+    sub.add_argument("--steps", type=int, default=20, help="denoiser calls per sample (default: 20)")
     sub.add_argument("--samples", type=int, default=1, help="K; also writes the standard deviation if above 1")
     sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
     sub.add_argument("--seed", type=int, default=0)

@@ -34,6 +34,8 @@ class TrainingSamples(Dataset):
         sample = dict(self.variants[index][int(rng.integers(len(self.variants[index])))])
         if rng.random() < self.config.latent_flip_probability:
             sample = {name: tensor.flip(LEFT_RIGHT) for name, tensor in sample.items()}
+        if self.config.latent_crop and not self.config.overfit_batches:
+            sample = crop_around_hole(sample, self.config.latent_crop, rng)
         draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
         t = torch.randint(0, self.steps, (), generator=draw)
         if self.config.overfit_batches:
@@ -45,6 +47,16 @@ class TrainingSamples(Dataset):
             jitter = torch.randn(sample["voided"].shape, generator=draw)
             sample["voided"] = sample["voided"] + self.config.latent_noise * jitter
         return sample | {"t": t, "noise": noise}
+
+
+def crop_around_hole(sample: Latents, edge: int, rng: np.random.Generator) -> Latents:
+    """Cut every tensor (c x y z) to at most `edge` cells an axis, somewhere around a random cell of the hole."""
+    hole = sample["hole"][0].nonzero().numpy()
+    centre = hole[rng.integers(len(hole))] + rng.integers(-edge // 4, edge // 4 + 1, 3)
+    shape = np.array(sample["hole"].shape[1:])
+    corner = np.clip(centre - edge // 2, 0, np.maximum(shape - edge, 0))
+    box = (slice(None), *(slice(int(c), int(c) + edge) for c in corner))
+    return {name: tensor[box] for name, tensor in sample.items()}
 
 
 class EpochOrder(Sampler):

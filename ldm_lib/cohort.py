@@ -18,7 +18,7 @@ import numpy as np
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.config import safe_name
 from ldm_lib.errors import InputError
-from ldm_lib.runs import fingerprint, sha256
+from ldm_lib.files import fingerprint, sha256
 
 IMAGE_ROLES = ("t1n", "t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
 CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}

@@ -67,7 +67,7 @@ class AuditConfig(StageConfig):
     conditioning_dir: str = Field("", description="folder of growth and tissue maps; empty looks beside data_dir")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="of the patients")
     synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="size of the synthetic cohort")
-    synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(0, description="number of its first patient")
+    synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(8000, description="number of its first patient")
     spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size of the synthetic cohort, mm")
     masks_per_patient: Annotated[int, Field(ge=1, le=3)] = Field(3, description="holes per synthetic patient")
 
@@ -77,7 +77,7 @@ class AutoencoderConfig(DeviceConfig):
 
     autoencoder_dir: str = Field("", description="folder with weights; empty trains them here")
     latent_channels: Positive = Field(6, description="numbers per latent cell")
-    channels: IntegerList = Field("16,32,64", description="width of each level; one halving less than levels")
+    channels: IntegerList = Field("16,32", description="width of each level; one halving less than levels")
     blocks: Positive = Field(1, description="residual blocks per level")
     autoencoder_steps: Positive = Field(600, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")
@@ -127,6 +127,7 @@ class TrainingConfig(DeviceConfig):
     diffusion_steps: Annotated[int, Field(ge=2, le=10000)] = Field(1000, description="steps of the noise schedule")
     beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first variance of the linear schedule")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last variance of the linear schedule")
+    latent_crop: Count = Field(16, description="edge of a training crop around the hole, cells; 0 takes whole latents")
     cache_variants: Positive = Field(2, description="encodings per training sample; all but the first augmented")
     flip_probability: Fraction = Field(0.5, description="left-right flip of the image and its maps")
     rotation_degrees: Annotated[float, Field(ge=0, le=45)] = Field(8.0, description="largest rotation about each axis")
@@ -141,7 +142,7 @@ class TrainingConfig(DeviceConfig):
 class SamplingConfig(DeviceConfig):
     """05_sampling: voided volumes in, inpainted volumes out."""
 
-    sampler: Literal["ddpm", "ddim", "dpm++2m"] = Field("ddim", description="how the noise is removed")
+    sampler: Literal["ddpm", "ddim", "dpm++2m"] = Field("dpm++2m", description="how the noise is removed")
     num_inference_steps: Positive = Field(20, description="denoiser calls per sample")
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
     max_cases: Count = Field(12, description="validation cases to fill; 0 for all")
@@ -173,11 +174,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "demo": {},
     "full": {
-        "synthetic_patients": 100, "spacing_mm": 1.0, "channels": "32,64,128,128", "blocks": 2,
+        "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "channels": "32,64,128,128", "blocks": 2,
         "autoencoder_steps": 20000, "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96,
         "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "ema_decay": 0.9999,
-        "val_cases": 8, "num_inference_steps": 50, "base_width": 128, "blocks_per_level": 2, "cache_variants": 4,
-        "samples": 1, "max_cases": 0, "keep_weights": "best",
+        "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128, "blocks_per_level": 2,
+        "cache_variants": 4, "samples": 1, "max_cases": 0, "keep_weights": "best",
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"

@@ -25,8 +25,8 @@ from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.cases import Case, load_case
 from ldm_lib.conditioning import ModelCase, conditioning, loss_cells, model_case
 from ldm_lib.devices import autocast
+from ldm_lib.files import fingerprint, sha256
 from ldm_lib.geometry import cell_share, latent_mask
-from ldm_lib.runs import fingerprint, sha256
 
 log = logging.getLogger("ldm_lib")
 

@@ -1,7 +1,6 @@
 """HTML that needs nothing and does nothing: one file, no scripts, no network, images inside."""
 
 import html
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from ldm_lib.errors import RunError
+from ldm_lib.files import replacing
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 TAGS = frozenset({
@@ -49,6 +49,7 @@ def write_report(notebook_path: str | Path, html_path: str | Path, *, title: str
         notebook = nbformat.read(notebook_path, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError) as error:
         raise RunError(f"is not a readable notebook ({error})", where=notebook_path, fix="run the stage") from error
+    _describe_pictures(notebook)
     exporter = HTMLExporter(
         template_name="basic",
         sanitize_html=True,
@@ -98,13 +99,12 @@ def _allowed(tag: str, name: str, value: str) -> bool:
 
 def _write(path: Path, text: str) -> Path:
     """Beside its place first, then renamed: a reader sees the old page or the new one, never half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        partial.write_text(text, encoding="utf-8")
-        return partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunError(f"cannot be written ({error.strerror})", where=path, fix="check space and rights") from error
+    return path
 
 
 def _page(title: str, body: str) -> str:
@@ -122,6 +122,17 @@ def _page(title: str, body: str) -> str:
 </body>
 </html>
 """
+
+
+def _describe_pictures(notebook: nbformat.NotebookNode) -> None:
+    """Give each picture the heading above it as its alternative text."""
+    heading = "figure"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and (found := re.search(r"^#+\s*(.+)$", cell.source, re.MULTILINE)):
+            heading = found.group(1)
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", ()):
+                output.setdefault("metadata", {}).setdefault("image/png", {}).setdefault("alt", heading)
 
 
 def _stage_row(run_folder: Path, row: Mapping[str, Any]) -> str:

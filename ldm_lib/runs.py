@@ -6,7 +6,6 @@ the same inputs and parameters need not run again; with different ones it is ref
 
 import csv
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from typing import Any
 
 from ldm_lib.config import STAGES, StageConfig, validated
 from ldm_lib.errors import RunError
+from ldm_lib.files import fingerprint, replacing, sha256, write_json
 
 log = logging.getLogger("ldm_lib")
 
@@ -37,24 +37,6 @@ PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn
 def outputs_folder() -> Path:
     """Where runs live: $LDM_OUTPUTS, else outputs/ of the project the library was installed from."""
     return Path(os.environ.get(OUTPUTS_VARIABLE) or Path(__file__).parents[1] / "outputs").resolve()
-
-
-def write_json(path: Path, content: Any) -> Path:
-    """Atomic, sorted, readable JSON."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n")
-    return partial.replace(path)
-
-
-def fingerprint(content: Any) -> str:
-    """Hex digest of any JSON-like content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
-
-
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class RunLock:
@@ -137,12 +119,10 @@ class Stage:
         import pandas
 
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        partial = self.folder / f".{name}.csv.part"
-        with partial.open("w", newline="") as stream:
+        with replacing(self.folder / f"{name}.csv") as partial, partial.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(rows)
-        partial.replace(self.folder / f"{name}.csv")
         return pandas.DataFrame(rows, columns=columns)
 
     def check(self, what: str, passed: bool, found: object, *, required: bool = True) -> None:
@@ -305,8 +285,3 @@ def _log_to(path: Path) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _plain(value: Any) -> Any:
-    """numpy scalars and paths as JSON sees them."""
-    return value.item() if hasattr(value, "item") else str(value)

@@ -28,7 +28,7 @@ from ldm_lib.cases import CaseData
 from ldm_lib.config import TrainingConfig, integers
 from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.errors import ConfigError, TrainingError
-from ldm_lib.inpainting import AUTOENCODER_FOLDER, Inpainter, sample_name
+from ldm_lib.inpainting import AUTOENCODER_FOLDER, DEFAULT_SAMPLER, Inpainter, sample_name
 from ldm_lib.latents import Latents, collate, denoiser_input, input_channels, keep_known
 from ldm_lib.metrics import brats_scores
 from ldm_lib.schedule import linear_schedule
@@ -121,7 +121,7 @@ class DiffusionTraining(L.LightningModule):
 
     def _score(self, data: CaseData, latents: Latents) -> dict[str, float]:
         name, steps = sample_name(data.case, 0), self.config.num_inference_steps
-        drawn = self.inpainter.sample([latents], [name], seed=self.config.seed, sampler="ddim", steps=steps)
+        drawn = self.inpainter.sample([latents], [name], seed=self.config.seed, sampler=DEFAULT_SAMPLER, steps=steps)
         filled = self.inpainter.decode(drawn[0], data)
         error = normalise(filled, data.scale) - normalise(data.target, data.scale)
         healthy = data.mask if data.healthy is None else data.healthy

@@ -16,7 +16,7 @@ from torch import nn
 from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.errors import WeightsError
-from ldm_lib.runs import sha256
+from ldm_lib.files import sha256
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 KINDS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "adm": ADM}

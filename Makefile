@@ -1,0 +1,77 @@
+# `make` alone prints this help. Values reach the shell through the environment, never spliced into a command.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup run 01 02 03 04 05 06 train test test-all lab params doctor validate mlflow lint clean
+
+PRESET ?= demo
+RUN ?= $(PRESET)
+NB ?= 04
+export PRESET RUN NB
+
+VENV_PYTHON := .venv/bin/python
+LDM := $(VENV_PYTHON) -m ldm_lib
+# RUN, PRESET, DATA_DIR, CONDITIONING_DIR, OVERWRITE=1 and SET="key=value key=value" apply to run, 01 to 06 and train.
+define STAGES
+set --; \
+for pair in $$SET; do set -- "$$@" --set "$$pair"; done; \
+for name in DATA_DIR CONDITIONING_DIR BATCH_SIZE LEARNING_RATE MAX_EPOCHS ACCUMULATE_GRAD_BATCHES DEVICES; do \
+  eval "value=\$${$$name:-}"; key=$$(printf %s "$$name" | tr A-Z a-z); \
+  if [ -n "$$value" ]; then set -- "$$@" --set "$$key=$$value"; fi; \
+done; \
+if [ -n "$$OVERWRITE" ]; then set -- "$$@" --overwrite; fi; \
+$(LDM) run $(1) --run "$$RUN" --preset "$$PRESET" "$$@"
+endef
+
+help: ## this list
+	@echo "make TARGET [PRESET=smoke|demo|full] [RUN=name] [DATA_DIR=...] [CONDITIONING_DIR=...] [SET=\"key=value ...\"] [OVERWRITE=1]"
+	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {printf "  %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/ready ## create .venv and install everything (done by the others when needed)
+
+.venv/ready: pyproject.toml
+	@set -e; for python in $$PYTHON python3.11 python3.12 python3.13 python3; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "ERROR no Python 3.11 or newer found. Fix: install one, or make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	echo "setting up .venv with $$($$found --version); this takes a few minutes once"; \
+	"$$found" -m venv .venv; \
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: .venv/ready ## all six notebooks: synthetic cohort, or DATA_DIR=... (PRESET=demo by default)
+	@$(call STAGES,)
+
+01 02 03 04 05 06: .venv/ready ## one stage of a run: 01 audit, 02 autoencoder, 03 conditioning, 04 training, 05 sampling, 06 scores
+	@$(call STAGES,$@)
+
+train: .venv/ready ## stage 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS, ACCUMULATE_GRAD_BATCHES, DEVICES
+	@$(call STAGES,04)
+
+test: .venv/ready ## fast tests and one tiny pipeline, under 8 minutes
+	@$(VENV_PYTHON) -m pytest -m "not slow"
+
+test-all: .venv/ready ## every test
+	@$(VENV_PYTHON) -m pytest
+
+lab: .venv/ready ## JupyterLab on the notebooks, on 127.0.0.1 with a token
+	@.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb
+
+params: .venv/ready ## parameters of a stage: make params NB=04 PRESET=full
+	@$(LDM) params "$$NB" --preset "$$PRESET"
+
+doctor: .venv/ready ## check installation and machine
+	@$(LDM) doctor
+
+validate: .venv/ready ## check every case of DATA_DIR
+	@$(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR"
+
+mlflow: .venv/ready ## browse tracked figures on 127.0.0.1:5000
+	@.venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri "sqlite:///$$PWD/outputs/mlflow.db"
+
+lint: .venv/ready ## ruff, and notebooks without outputs
+	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
+	@.venv/bin/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+
+clean: ## remove caches; never outputs, never data
+	rm -rf .pytest_cache .ruff_cache build dist *.egg-info
+	find ldm_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,142 @@
+"""The house rules of the library, read from its syntax trees."""
+
+import ast
+import re
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "ldm_lib"
+# Floors from the ground up; a module imports from floors below it, or from a neighbour named before it.
+FLOORS = [
+    ["errors", "files", "config", "runs"],
+    ["nifti", "volumes", "geometry", "cases", "cohort", "masks"],
+    ["growth", "tissue", "phantom", "conditioning", "augmentation"],
+    ["schedule", "samplers", "metrics", "baselines"],
+    ["devices", "autoencoder", "adm", "weights"],
+    ["latents", "batches", "autoencoding", "inpainting", "tracking", "training", "evaluation"],
+    ["slices", "figures", "charts", "viewer", "report", "kernels", "runner", "doctor", "__main__"],
+]
+ORDER = {name: place for place, name in enumerate(chain.from_iterable(FLOORS))}
+MODULES = sorted(path for path in LIBRARY.glob("*.py") if path.stem != "__init__")
+TREES = {path.stem: ast.parse(path.read_text()) for path in MODULES}
+HEAVY = {"torch", "monai", "lightning", "mlflow", "wandb", "papermill", "nilearn", "dipy"}
+
+
+def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
+    """Every module name imported anywhere below a node, with the statement."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "ldm_lib":
+            found += [(f"ldm_lib.{alias.name}", node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node))
+    return found
+
+
+def test_every_module_has_a_floor():
+    assert sorted(ORDER) == sorted(TREES), "give a new module its place in FLOORS"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_imports_come_from_below(name):
+    own = [module.split(".")[1] for module, _ in imports(TREES[name]) if module.startswith("ldm_lib.")]
+    above = [module for module in own if ORDER[module] >= ORDER[name]]
+    assert not above, f"{name} imports {above}, which stand on the same step or above it"
+
+
+def test_no_sub_packages_and_no_rooms_for_anything():
+    assert not [path for path in LIBRARY.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert not {"utils", "helpers", "common", "misc"} & set(TREES)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_only_one_floor_knows_networks(name):
+    floor = next(k for k, modules in enumerate(FLOORS) if name in modules)
+    libraries = {module.split(".")[0] for module, _ in imports(TREES[name])}
+    assert "monai" not in libraries or floor == 4
+    assert "lightning" not in libraries or name in ("training", "tracking")
+
+
+@pytest.mark.parametrize("name", ["config", "cohort", "cases", "volumes", "metrics", "baselines", "evaluation", "runs"])
+def test_light_modules_load_nothing_heavy(name):
+    """Help, validate, score and notebook 06 start at once."""
+    seen, waiting = set(), [name]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        top_level = [n for n in TREES[module].body if isinstance(n, ast.Import | ast.ImportFrom)]
+        for imported, _ in chain.from_iterable(imports(node) for node in top_level):
+            assert imported.split(".")[0] not in HEAVY, f"{name} loads {imported} through {module}"
+            waiting += [imported.split(".")[1]] if imported.startswith("ldm_lib.") else []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_files_and_functions_are_small(path):
+    assert len(path.read_text().splitlines()) <= 300
+    functions = [n for n in ast.walk(TREES[path.stem]) if isinstance(n, ast.FunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if code_lines(f) > 40}
+    assert not long, f"over 40 lines without docstring: {long}"
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function less its docstring."""
+    first = function.body[0]
+    told = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if told else 0)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_public_names_have_docstrings(name):
+    tree = TREES[name]
+    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    silent = [n.name for n in public if not ast.get_docstring(n)] if name != "__main__" else []
+    assert ast.get_docstring(tree) and not silent, silent
+
+
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_MODULES = {"pickle", "joblib", "dill", "shelve", "marshal", "requests", "urllib.request", "yaml"}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_nothing_executes_what_it_reads(name):
+    """No eval, pickle or yaml, no shell; torch.load only with weights_only=True; np.load never."""
+    tree = TREES[name]
+    assert not FORBIDDEN_MODULES & {module for module, _ in imports(tree)}
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        called = ast.unparse(call.func)
+        assert called not in FORBIDDEN_CALLS, f"line {call.lineno}"
+        assert called not in ("np.load", "os.system", "os.popen"), f"line {call.lineno}"
+        options = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        assert options.get("shell") != "True", f"line {call.lineno}"
+        if called == "torch.load":
+            assert options.get("weights_only") == "True", f"line {call.lineno}"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_no_assert_and_no_blanket_except(name):
+    for node in ast.walk(TREES[name]):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}"
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            assert caught not in ("", "Exception", "BaseException"), f"line {node.lineno}"
+
+
+def test_the_library_is_thin():
+    lines = sum(len(path.read_text().splitlines()) for path in MODULES)
+    assert lines < 6000, f"{lines} lines"
+
+
+def test_no_path_of_a_machine_in_the_tree():
+    pattern = re.compile(r"/(?:home|Users|root|wor[k]|mnt)/\w")
+    suffixes = {".py", ".md", ".toml", ".yml", ".yaml", ".ipynb", ".cff", ""}
+    skipped = {".git", ".venv", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache"}
+    paths = [p for p in ROOT.rglob("*") if p.is_file() and p.suffix in suffixes and not skipped & set(p.parts)]
+    told = [str(p.relative_to(ROOT)) for p in paths if pattern.search(p.read_text(errors="ignore"))]
+    assert not told
