@@ -5,6 +5,7 @@ nothing across its edge. Gain and gamma change both images alike. The tissue map
 and relabelled, because a map made from a scan is never exact.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,13 +58,16 @@ def flip(case: ModelCase) -> ModelCase:
 
 
 def rotate(case: ModelCase, degrees: np.ndarray) -> ModelCase:
-    """Rotate about the grid's centre by angles (3,) about x, y, z: images linearly, labels by nearest neighbour."""
+    """Rotate isotropic voxels about the grid's centre by angles (3,) about x, y, z.
+
+    Images are interpolated linearly, labels and masks by nearest neighbour; what comes from outside is air.
+    """
     matrix = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
     centre = (np.array(case.mask.shape) - 1) / 2
+    offset = centre - matrix @ centre
 
     def turn(array: np.ndarray, order: int) -> np.ndarray:
-        offset = centre - matrix @ centre
-        turned = ndimage.affine_transform(array.astype(np.float32), matrix, offset, order=order)
+        turned = ndimage.affine_transform(array.astype(np.float32), matrix, offset, order=order, mode="grid-constant")
         return turned.astype(array.dtype) if array.dtype != bool else turned > 0.5
 
     return _void(_map(case, turn))
@@ -78,7 +82,8 @@ def change_intensity(case: ModelCase, *, gain: float, gamma: float) -> ModelCase
     )
 
 
-def _map(case: ModelCase, change) -> ModelCase:
+def _map(case: ModelCase, change: Callable[[np.ndarray, int], np.ndarray]) -> ModelCase:
+    """Change every array of a case; the number is the interpolation order it bears."""
     linear = {name: change(getattr(case, name), 1) for name in ("voided", "target", "growth")}
     nearest = {name: change(getattr(case, name), 0) for name in ("mask", "unknown", "tissue")}
     return ModelCase(**{name: np.ascontiguousarray(array) for name, array in (linear | nearest).items()})

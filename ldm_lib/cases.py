@@ -104,44 +104,46 @@ def load_case(case: Case) -> CaseData:
         InputError: a file is refused, or the files contradict each other.
     """
     source = read_image(case.t1n_voided or case.t1n)
-    mask = read_mask(case.mask, source)
     warnings = list(source.warnings)
+    mask = read_mask(case.mask, source, warnings=warnings)
     voided, under = source.voxels.copy(), int(np.count_nonzero(source.voxels[mask]))
     voided[mask] = 0
     if case.t1n_voided and under:
         warnings.append(f"{under} of {int(mask.sum())} voxels under the mask were not void; voided here")
-    if not np.any(voided):
-        raise InputError("no image is left outside the mask", where=case.mask, fix="check the mask")
+    scale = intensity_scale(voided, mask, where=source.path)
     target = _read_target(case, source, mask, warnings)
-    parts = {role: _optional_mask(path, source) for role, path in
-             (("healthy", case.mask_healthy), ("unhealthy", case.mask_unhealthy))}  # fmt: skip
-    _check_parts(case, mask, parts, warnings)
-    growth = read_unit_map(case.growth, source) if case.growth else None
-    tissue = read_labels(case.tissue, source, TISSUE_LABELS) if case.tissue else None
+    healthy, unhealthy = (
+        read_mask(path, source, allow_empty=True, warnings=warnings) if path else None
+        for path in (case.mask_healthy, case.mask_unhealthy)
+    )
+    _check_parts(case, mask, healthy, unhealthy, warnings)
+    growth = read_unit_map(case.growth, source, warnings=warnings) if case.growth else None
+    tissue = read_labels(case.tissue, source, TISSUE_LABELS, warnings=warnings) if case.tissue else None
     warnings += [f"no {kind} map" for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
     if (lowest := float(voided.min())) < 0:
         warnings.append(f"{int((voided < 0).sum())} negative voxels, down to {lowest:g}; read as 0")
-    return CaseData(case, source, voided, mask, intensity_scale(voided, mask), target, parts["healthy"],
-                    parts["unhealthy"], growth, tissue, tuple(warnings))  # fmt: skip
-
-
-def _optional_mask(path: Path | None, like: Volume) -> np.ndarray | None:
-    return read_mask(path, like, allow_empty=True) if path else None
+    return CaseData(
+        case, source, voided, mask, scale, target, healthy, unhealthy, growth, tissue, tuple(warnings)
+    )  # fmt: skip
 
 
 def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray | None:
     if case.t1n is None:
         return None
-    target = source if case.t1n_voided is None else read_image(case.t1n)
+    if case.t1n_voided is None:
+        return source.voxels
+    target = read_image(case.t1n)
     require_same_grid(target, source)
+    warnings += target.named_warnings
     changed = int(np.count_nonzero((target.voxels != source.voxels) & ~mask))
     if changed:
         warnings.append(f"{changed} voxels outside the mask differ between t1n and t1n-voided")
     return target.voxels
 
 
-def _check_parts(case: Case, mask: np.ndarray, parts: dict[str, np.ndarray | None], warnings: list[str]) -> None:
-    healthy, unhealthy = parts["healthy"], parts["unhealthy"]
+def _check_parts(
+    case: Case, mask: np.ndarray, healthy: np.ndarray | None, unhealthy: np.ndarray | None, warnings: list[str]
+) -> None:
     if healthy is not None and (outside := int((healthy & ~mask).sum())):
         raise InputError(f"{outside} voxels of mask-healthy lie outside the mask", where=case.mask_healthy,
                          fix="make the masks of one case together")  # fmt: skip

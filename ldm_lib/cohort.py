@@ -18,12 +18,13 @@ import numpy as np
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.config import safe_name
 from ldm_lib.errors import InputError
-from ldm_lib.files import fingerprint, sha256
+from ldm_lib.files import fingerprint, sha256, write_json
 
-IMAGE_ROLES = ("t1n", "t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
+HOLE_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
 CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}
-_TIME_POINT = re.compile(r"(BraTS-[A-Z]+-\d+)-\d{3}")
-_MASK_INDEX = re.compile(r"-(\d{4})\.nii\.gz")
+DEFAULT_CONDITIONING = "conditioning_data"
+_TIME_POINT = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d{3}")
+_HOLE = re.compile(r"-(?:mask|t1n-voided)(-\d{4})?\.nii\.gz")
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ def find_cases(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple
     conditioning = _conditioning_folder(root, conditioning_dir)
     cases, exclusions = [], []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if folder.name == DEFAULT_CONDITIONING or (conditioning and folder.samefile(conditioning)):
+            continue
         found, refused = _cases_of(folder, conditioning)
         cases += found
         exclusions += refused
     if not cases:
-        present = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
-        raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {present}", where=root,
-                         fix="see the README's table of layouts")  # fmt: skip
+        refusals = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
+        raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {_listing(root)}{refusals}",
+                         where=root, fix="see the README's table of layouts")  # fmt: skip
     return cases, exclusions
 
 
@@ -77,26 +80,26 @@ def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: f
 
 def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]], root: Path) -> None:
     """Cases and split as JSON; files that lie under `root` are written relative to it."""
+    root = root.absolute()
 
     def told(value: object) -> object:
         if not isinstance(value, Path):
             return value
-        absolute = value.resolve()
+        absolute = value.absolute()  # links stay links: what they point to may be renamed
         return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)
 
     rows = [{k: told(v) for k, v in asdict(case).items()} for case in cases]
-    path.write_text(json.dumps({"split": split, "cases": rows}, indent=1) + "\n")
+    write_json(path, {"split": split, "cases": rows})
 
 
 def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
     """Training cases and validation cases of a run, from what `write_cohort` wrote."""
-    content = json.loads(path.read_text())
-    plain = {"id", "patient", "index"}
+    content, plain = json.loads(path.read_text()), {"id", "patient", "index"}
     cases = [
         Case(**{k: v if k in plain or v is None else root / v for k, v in row.items()}) for row in content["cases"]
     ]
-    chosen = content["split"]
-    return tuple([c for c in cases if c.patient in set(chosen[side])] for side in ("train", "validation"))
+    train, validation = (set(content["split"][side]) for side in ("train", "validation"))
+    return [c for c in cases if c.patient in train], [c for c in cases if c.patient in validation]
 
 
 def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
@@ -105,40 +108,53 @@ def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
         if not folder.is_dir():
             raise InputError("no such folder", where=folder, fix="leave CONDITIONING_DIR empty if there are no maps")
         return folder
-    return next((p for p in (root / "conditioning_data", root.parent / "conditioning_data") if p.is_dir()), None)
+    return next((p for p in (root / DEFAULT_CONDITIONING, root.parent / DEFAULT_CONDITIONING) if p.is_dir()), None)
 
 
 def _cases_of(folder: Path, conditioning: Path | None) -> tuple[list[Case], list[Exclusion]]:
     try:
-        identity = safe_name(folder.name)
+        identity, names = safe_name(folder.name), [p.name for p in folder.iterdir()]
     except ValueError as error:
         return [], [Exclusion(repr(folder.name), f"folder name is not a patient id: {error}")]
-    names = {p.name for p in folder.iterdir()}
-    indices = sorted(m.group(0) for n in names if n.startswith(f"{identity}-mask-0") and (m := _MASK_INDEX.search(n)))
-    endings = indices or ([".nii.gz"] if f"{identity}-mask.nii.gz" in names else [])
-    if not endings:
-        return [], [] if folder.name == "conditioning_data" else [Exclusion(identity, "no mask file")]
+    except OSError as error:
+        return [], [Exclusion(folder.name, f"cannot be listed ({error.strerror})")]
+    found = [_HOLE.fullmatch(name.removeprefix(identity)) for name in names if name.startswith(identity)]
+    holes = sorted({match.group(1) or "" for match in found if match})
+    if not holes:
+        return [], [Exclusion(identity, f"no mask file; present: {_listing(folder)}")]
     cases, exclusions = [], []
-    for ending in endings:
-        found = {role.replace("-", "_"): _existing(folder / f"{identity}-{role}{ending}") for role in IMAGE_ROLES[1:]}
-        found["t1n"] = _existing(folder / f"{identity}-t1n.nii.gz")
-        maps = {
-            k: conditioning and _existing(conditioning / v / f"{identity}.nii.gz")
-            for k, v in CONDITIONING_FOLDERS.items()
-        }
-        match = _TIME_POINT.fullmatch(identity)
-        case = Case(
-            id=identity,
-            patient=match.group(1) if match else identity,
-            index=ending[1:5] if indices else "",
-            **found,
-            **maps,
-        )
-        if case.t1n or case.t1n_voided:
-            cases.append(case)
-        else:
+    for hole in holes:
+        case = _case(folder, identity, hole, conditioning)
+        if case.mask is None:
+            exclusions.append(Exclusion(case.key, "no mask file beside its t1n-voided"))
+        elif case.t1n is None and case.t1n_voided is None:
             exclusions.append(Exclusion(case.key, "neither t1n nor t1n-voided beside its mask"))
+        else:
+            cases.append(case)
     return cases, exclusions
+
+
+def _case(folder: Path, identity: str, hole: str, conditioning: Path | None) -> Case:
+    """The files of one hole ("-0000", or "" in the challenge's layout); a missing one is None."""
+    images = {role.replace("-", "_"): _existing(folder / f"{identity}-{role}{hole}.nii.gz") for role in HOLE_ROLES}
+    maps = {
+        role: _existing(conditioning / name / f"{identity}.nii.gz") if conditioning else None
+        for role, name in CONDITIONING_FOLDERS.items()
+    }
+    time_point = _TIME_POINT.fullmatch(identity)
+    return Case(
+        id=identity,
+        patient=time_point.group(1) if time_point else identity,
+        index=hole.removeprefix("-"),
+        t1n=_existing(folder / f"{identity}-t1n.nii.gz"),
+        **images,
+        **maps,
+    )
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
 
 
 def _existing(path: Path) -> Path | None:
@@ -196,4 +212,11 @@ def source_digests(data_dir: str | Path, conditioning_dir: str | Path = "") -> d
     if not data_dir:
         return {}
     cases, _ = find_cases(data_dir, conditioning_dir)
-    return {"data": fingerprint({c.key: {role: sha256(path) for role, path in c.files().items()} for c in cases})}
+    return {"data": fingerprint({c.key: {role: _digest(path) for role, path in c.files().items()} for c in cases})}
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:  # a broken link or a folder: the gate refuses it later, with its reason
+        return f"unreadable: {error.strerror}"

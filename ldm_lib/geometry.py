@@ -5,7 +5,6 @@ A file's voxels come in any axis order and any shape; the network wants one orde
 centre shifts an odd remainder by one slice.
 """
 
-import math
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -106,8 +105,3 @@ def cell_centre(array: np.ndarray, factor: int) -> np.ndarray:
     """(..., x, y, z) -> (..., x/f, y/f, z/f): the voxel at each cell's centre (the upper one of the middle pair)."""
     middle = slice(factor // 2, None, factor)
     return np.asarray(array)[..., middle, middle, middle]
-
-
-def covers(shape: tuple[int, ...], factor: int) -> bool:
-    """Whether every axis is divisible by the factor."""
-    return math.gcd(*shape, factor) == factor

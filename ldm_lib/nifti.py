@@ -7,8 +7,10 @@ the stream reach its end with the right checksum. Nothing is allocated on a head
 import gzip
 import math
 import os
+import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +19,10 @@ from ldm_lib.errors import InputError
 
 SUFFIXES = (".nii.gz", ".nii")
 MAX_BYTES = 2 << 30  # a 1 mm float64 head takes 70 MB; what claims thirty times as much is not one
+_SLACK = MAX_BYTES // 64  # headers, extensions, stray bytes behind the voxels
 _CHUNK = 1 << 20
+_GZIP = b"\x1f\x8b"
+_HEADER = nib.Nifti2Header.sizeof_hdr  # the longer of the two kinds
 _AGAIN = "download or export the file again"
 
 
@@ -32,7 +37,7 @@ def require_writable(path: str | Path) -> None:
         raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
     probe = _beside(path)
     try:
-        probe.write_bytes(b"")
+        _create(probe).close()
         probe.unlink()
     except OSError as error:
         raise InputError(
@@ -44,52 +49,67 @@ def require_writable(path: str | Path) -> None:
 
 def read_bytes(path: Path) -> tuple[bytes, int]:
     """The unpacked content, and how many packed bytes follow the last gzip member."""
+    try:
+        _require_file(path)
+        packed = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=path, fix="check its name and rights") from error
+    if not packed:
+        raise InputError("empty (0 bytes)", where=path, fix="download it again")
+    if packed.startswith(_GZIP):
+        return _gunzip(packed, path)
+    start = packed[:512].lstrip()
+    if start.startswith(b"<"):
+        raise InputError("an HTML page, not NIfTI", where=path, fix="log in and download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError("a git-LFS pointer, not the file", where=path, fix="run `git lfs pull`")
+    if start.startswith(b"/annex/objects/"):
+        raise InputError("a git-annex pointer, not the file", where=path, fix="run `git annex get`")
+    if path.name.lower().endswith(".gz"):
+        raise InputError("not gzip", where=path, fix="rename it to .nii, or download it again")
+    return packed, 0
+
+
+def _require_file(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise InputError(f"broken link to {path.readlink()}", where=path, fix="restore its target")
     if not path.exists():
         raise InputError("no such file", where=path, fix="check the path and the case's name")
     if path.is_dir():
         raise InputError("is a directory, not a NIfTI file", where=path)
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError("not a regular file", where=path)
     if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"not named {' or '.join(SUFFIXES)}", where=path, fix="convert it to NIfTI")
-    try:
-        packed = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=path) from error
-    if not packed:
-        raise InputError("empty (0 bytes)", where=path, fix="download it again")
-    if packed[:2] == b"\x1f\x8b":
-        return _gunzip(packed, path)
-    if packed.lstrip()[:1] == b"<":
-        raise InputError("an HTML page, not NIfTI", where=path, fix="log in and download it again")
-    if packed.startswith(b"version https://git-lfs"):
-        raise InputError("a git-LFS pointer, not the file", where=path, fix="run `git lfs pull`")
-    if path.name.lower().endswith(".gz"):
-        raise InputError("not gzip", where=path, fix="rename it to .nii, or download it again")
-    return packed, 0
+    if (size := path.stat().st_size) > MAX_BYTES + _SLACK:
+        raise InputError(f"holds {size / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.1f} GB are read", where=path)
 
 
 def _gunzip(packed: bytes, path: Path) -> tuple[bytes, int]:
     """Unpack to the stream's end, so that its checksum is read, and never beyond what the header claims."""
-    stream, parts, held, limit = zlib.decompressobj(31), [], 0, MAX_BYTES
-    waiting = packed
+    content, claimed, waiting, stream = bytearray(), 0, packed, zlib.decompressobj(31)
     try:
-        while waiting and not stream.eof and held <= limit:
-            parts.append(stream.decompress(waiting, _CHUNK))
-            held, waiting = held + len(parts[-1]), stream.unconsumed_tail
-            if limit == MAX_BYTES and held >= 540:
-                limit = _claimed_bytes(b"".join(parts), path) + MAX_BYTES // 64
+        while waiting:
+            content += stream.decompress(waiting, _CHUNK)
+            waiting = stream.unconsumed_tail
+            if stream.eof and stream.unused_data.startswith(_GZIP):  # written in blocks, as bgzip does
+                waiting, stream = stream.unused_data, zlib.decompressobj(31)
+            if not claimed and len(content) >= _HEADER:
+                claimed = _claimed_bytes(bytes(content[:_HEADER]), path)
+            if len(content) > (claimed or MAX_BYTES) + _SLACK:
+                raise InputError(f"unpacks to far more than the {claimed} bytes it claims", where=path, fix=_AGAIN)
     except zlib.error as error:
         cause = "checksum mismatch" if "check" in str(error) else "damaged gzip stream"
         raise InputError(f"{cause} ({error})", where=path, fix=_AGAIN) from error
     if not stream.eof:
-        raise InputError(f"gzip ends early after {held} bytes", where=path, fix=_AGAIN)
-    return b"".join(parts), len(stream.unused_data)
+        of = f" of {claimed} and a header" if claimed else ""
+        raise InputError(f"gzip ends early (got {len(content)} bytes{of})", where=path, fix=_AGAIN)
+    return bytes(content), len(stream.unused_data)
 
 
 def parse_header(content: bytes, path: Path) -> nib.Nifti1Header:
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        if kind.may_contain_header(content[:540]):
+        if kind.may_contain_header(content[:_HEADER]):
             return kind(content[: kind.sizeof_hdr], check=False)
     raise InputError("no NIfTI header", where=path, fix="convert it to single-file NIfTI (.nii.gz)")
 
@@ -150,10 +170,42 @@ def header_affine(header: nib.Nifti1Header, path: Path) -> np.ndarray:
     return affine
 
 
-def voxel_offset(header: nib.Nifti1Header, length: int, path: Path) -> int:
-    offset = float(header["vox_offset"])
-    if not math.isfinite(offset) or not int(header.sizeof_hdr) <= offset <= length:
-        raise InputError(f"vox_offset {offset:g} is not inside the file ({length} bytes)", where=path, fix=_AGAIN)
+def header_oddities(header: nib.Nifti1Header, affine: np.ndarray, path: Path) -> list[str]:
+    """Fields that contradict the others, as warnings; refused where millimetres are in doubt."""
+    unit = {1: "metre", 3: "micron"}.get(int(header["xyzt_units"]) & 7)
+    if unit:
+        raise InputError(f"its unit of length is the {unit}, need mm", where=path, fix="export it in millimetres")
+    found, spacing = header["pixdim"][1:4], np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(found).all():
+        raise InputError(f"pixdim {_triple(found)} is not finite", where=path, fix=_AGAIN)
+    warnings = []
+    if int(header["sizeof_hdr"]) != header.sizeof_hdr:
+        warnings.append(f"sizeof_hdr is {int(header['sizeof_hdr'])}, must be {header.sizeof_hdr}")
+    if int(header["bitpix"]) != 8 * header.get_data_dtype().itemsize:
+        warnings.append(f"bitpix {int(header['bitpix'])} contradicts the datatype {header.get_data_dtype()}")
+    if not np.allclose(found, spacing, rtol=1e-3):
+        warnings.append(f"pixdim {_triple(found)} contradicts the affine's {_triple(spacing)} mm, which are used")
+    return warnings
+
+
+def _triple(numbers: np.ndarray) -> str:
+    return "(" + ", ".join(f"{n:g}" for n in numbers) + ")"
+
+
+def voxel_offset(header: nib.Nifti1Header, content: bytes, path: Path) -> int:
+    """Where the voxels begin, behind header and extensions, each of which must end before them."""
+    offset, first = float(header["vox_offset"]), int(header.single_vox_offset)
+    if not math.isfinite(offset) or not first <= offset <= len(content):
+        raise InputError(
+            f"vox_offset {offset:g} is not inside the file ({first} to {len(content)} bytes)", where=path, fix=_AGAIN
+        )
+    start = first
+    while content[first - 4] and start + 8 <= offset:
+        (size,) = struct.unpack_from(f"{header.endianness}i", content, start)
+        if not 8 <= size <= offset - start:
+            raise InputError(f"a header extension claims {size} bytes, {int(offset) - start} are there", where=path,
+                             fix=_AGAIN)  # fmt: skip
+        start += size
     return int(offset)
 
 
@@ -177,13 +229,19 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
+def _create(path: Path) -> BinaryIO:
+    """A new file, never what a link of that name points to."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
 def write_bytes(path: Path, content: bytes) -> Path:
     """Temporary file in the same folder, flush to disk, rename, re-read and compare."""
     require_writable(path)
     packed = gzip.compress(content, 6, mtime=0) if path.name.lower().endswith(".gz") else content
     partial = _beside(path)
     try:
-        with partial.open("wb") as stream:
+        with _create(partial) as stream:
             stream.write(packed)
             stream.flush()
             os.fsync(stream.fileno())

@@ -4,32 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm_lib.errors import InputError
-
 CSF, GM, WM = 1, 2, 3
 TISSUES = {CSF: "CSF", GM: "GM", WM: "WM"}
-
-
-def check_labels(labels: np.ndarray, where: object) -> None:
-    """Refuse a segmentation with values other than 0 (background), 1 CSF, 2 GM, 3 WM.
-
-    Args:
-        labels: segmentation x y z, integers or whole-numbered floats.
-        where: the file or case it came from, for the message.
-
-    Raises:
-        InputError: names the values found beyond the four, each with its number of voxels.
-    """
-    values, counts = np.unique(labels, return_counts=True)
-    strange = {v: n for v, n in zip(values.tolist(), counts.tolist(), strict=True) if v not in (0, *TISSUES)}
-    if strange:
-        shown = ", ".join(f"{v:g} in {n} voxels" for v, n in list(strange.items())[:8])
-        more = f" and {len(strange) - 8} more values" if len(strange) > 8 else ""
-        raise InputError(
-            f"tissue labels {shown}{more}; allowed are 0 background, 1 CSF, 2 GM, 3 WM",
-            where=where,
-            fix="relabel the segmentation",
-        )
 
 
 def one_hot(labels: np.ndarray) -> np.ndarray:

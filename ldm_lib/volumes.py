@@ -16,6 +16,7 @@ from ldm_lib.errors import InputError
 from ldm_lib.nifti import (
     header_affine,
     header_dtype,
+    header_oddities,
     header_shape,
     parse_header,
     read_bytes,
@@ -25,6 +26,7 @@ from ldm_lib.nifti import (
 )
 
 GRID_TOLERANCE_MM = 1e-3
+MASK_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,15 @@ class Volume:
     @cached_property
     def voxels(self) -> np.ndarray:
         """(x, y, z) float32 in the file's scaled units."""
-        if (self.slope, self.intercept) == (1.0, 0.0):
-            return self.raw.astype(np.float32)
-        return (self.raw * np.float64(self.slope) + self.intercept).astype(np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
+            if (self.slope, self.intercept) == (1.0, 0.0):
+                return self.raw.astype(np.float32)
+            return (self.raw * np.float64(self.slope) + self.intercept).astype(np.float32)
+
+    @property
+    def named_warnings(self) -> list[str]:
+        """`warnings`, each with the file's name."""
+        return [f"{self.path.name}: {warning}" for warning in self.warnings]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -79,12 +87,10 @@ def read_volume(path: str | Path) -> Volume:
     path = Path(path)
     content, trailing = read_bytes(path)
     header = parse_header(content, path)
-    shape, dtype, affine = (
-        header_shape(header, path),
-        header_dtype(header, path),
-        header_affine(header, path),
-    )
-    offset, n_bytes = voxel_offset(header, len(content), path), math.prod(shape) * dtype.itemsize
+    shape, dtype = header_shape(header, path), header_dtype(header, path)
+    affine = header_affine(header, path)
+    warnings = header_oddities(header, affine, path)
+    offset, n_bytes = voxel_offset(header, content, path), math.prod(shape) * dtype.itemsize
     held = len(content) - offset
     if held < n_bytes:
         raise InputError(
@@ -92,7 +98,6 @@ def read_volume(path: str | Path) -> Volume:
             where=path,
             fix="download or export the file again",
         )
-    warnings = []
     if surplus := held - n_bytes + trailing:
         warnings.append(f"{surplus} bytes after the last voxel are ignored")
     slope, intercept = scaling(header, path, warnings)
@@ -118,16 +123,21 @@ def read_image(path: str | Path) -> Volume:
     return volume
 
 
-def read_mask(path: str | Path, like: Volume, *, allow_empty: bool = False) -> np.ndarray:
+def read_mask(
+    path: str | Path, like: Volume, *, allow_empty: bool = False, warnings: list[str] | None = None
+) -> np.ndarray:
     """Read a binary mask on the grid of `like`: bool (x, y, z), True = fill this (0/1 or 0/255 on disk).
+
+    Args:
+        warnings: what is odd but usable is appended here.
 
     Raises:
         InputError: another grid, values that are not binary, or no voxel set.
     """
-    volume = read_volume(path)
-    require_same_grid(volume, like)
-    values = np.unique(volume.raw)
-    if values.size > 2 or (values.size == 2 and values[0] != 0) or values[-1] not in (0, 1, 255):
+    volume = _read_on_grid(path, like, warnings)
+    values = np.unique(volume.voxels)
+    levels = np.rint(values)  # a tool that saves 0 and 1 as scaled integers returns 0.00001 and 0.99999
+    if np.abs(values - levels).max() > MASK_TOLERANCE or not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
         shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if values.size > 6 else "")
         kind = "looks like a segmentation" if values.size < 10 else "looks interpolated"
         raise InputError(
@@ -135,7 +145,9 @@ def read_mask(path: str | Path, like: Volume, *, allow_empty: bool = False) -> n
             where=path,
             fix="store 0 outside the hole and 1 inside",
         )
-    mask = volume.raw != 0
+    if levels[-1] == 255 and warnings is not None:
+        warnings.append(f"{volume.path.name}: 255 read as 1")
+    mask = volume.voxels > 0.5
     if not mask.any() and not allow_empty:
         raise InputError(
             f"the mask is empty (0 of {mask.size} voxels)",
@@ -145,28 +157,34 @@ def read_mask(path: str | Path, like: Volume, *, allow_empty: bool = False) -> n
     return mask
 
 
-def read_labels(path: str | Path, like: Volume, allowed: tuple[int, ...]) -> np.ndarray:
+def read_labels(
+    path: str | Path, like: Volume, allowed: tuple[int, ...], *, warnings: list[str] | None = None
+) -> np.ndarray:
     """Read a label map on the grid of `like`: uint8 (x, y, z), every value one of `allowed`."""
-    volume = read_volume(path)
-    require_same_grid(volume, like)
+    volume = _read_on_grid(path, like, warnings)
     values, counts = np.unique(volume.voxels, return_counts=True)
     strange = ~np.isin(values, allowed)
     if strange.any():
-        shown = ", ".join(
-            f"{v:g} ({n} voxels)" for v, n in list(zip(values[strange], counts[strange], strict=True))[:4]
-        )
+        shown = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[strange][:4], counts[strange][:4], strict=True))
         raise InputError(f"labels {shown} are not among {allowed}", where=path, fix="relabel it: 1 CSF, 2 GM, 3 WM")
     return volume.voxels.astype(np.uint8)
 
 
-def read_unit_map(path: str | Path, like: Volume) -> np.ndarray:
+def read_unit_map(path: str | Path, like: Volume, *, warnings: list[str] | None = None) -> np.ndarray:
     """Read a map of concentrations on the grid of `like`: float32 (x, y, z) in [0, 1]."""
-    volume = read_volume(path)
-    require_same_grid(volume, like)
+    volume = _read_on_grid(path, like, warnings)
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     if low < -1e-6 or high > 1 + 1e-6:
         raise InputError(f"values from {low:g} to {high:g}, must lie in [0, 1]", where=path, fix="give concentrations")
     return np.clip(volume.voxels, 0, 1)
+
+
+def _read_on_grid(path: str | Path, like: Volume, warnings: list[str] | None) -> Volume:
+    volume = read_volume(path)
+    require_same_grid(volume, like)
+    if warnings is not None:
+        warnings += volume.named_warnings
+    return volume
 
 
 def require_same_grid(volume: Volume, like: Volume) -> None:
@@ -189,12 +207,13 @@ def require_same_grid(volume: Volume, like: Volume) -> None:
         )
 
 
-def intensity_scale(voided: np.ndarray, mask: np.ndarray) -> float:
+def intensity_scale(voided: np.ndarray, mask: np.ndarray, *, where: object = "") -> float:
     """The divisor that normalises a case: 99.5th percentile of the voxels above 0 outside the mask, source units."""
     seen = voided[(voided > 0) & ~mask]
     if seen.size == 0:
         raise InputError(
             "no voxel above 0 outside the mask: nothing to learn the intensity scale from",
+            where=where,
             fix="check that mask and image belong together",
         )
     return float(np.percentile(seen, 99.5))
@@ -220,9 +239,9 @@ def write_like(path: str | Path, source: Volume, voxels: np.ndarray, mask: np.nd
     values = (np.asarray(voxels, np.float64)[mask] - source.intercept) / source.slope
     if not np.isfinite(values).all():
         raise InputError(f"{np.count_nonzero(~np.isfinite(values))} filled voxels are not finite", where=path)
-    if np.issubdtype(source.raw.dtype, np.integer):
-        limits = np.iinfo(source.raw.dtype)
-        values = np.clip(np.rint(values), limits.min, limits.max)
+    whole = source.raw.dtype.kind in "iu"
+    limits = np.iinfo(source.raw.dtype) if whole else np.finfo(source.raw.dtype)
+    values = np.clip(np.rint(values) if whole else values, limits.min, limits.max)
     filled = source.raw.copy(order="F")
     filled[mask] = values.astype(source.raw.dtype)
     return write_bytes(Path(path), source.preamble + filled.tobytes(order="F"))
@@ -238,13 +257,11 @@ def write_map(path: str | Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
 
 
 def _refuse_non_finite(volume: Volume) -> None:
-    if volume.raw.dtype.kind != "f":
-        return
-    bad = ~np.isfinite(volume.raw)
+    bad = ~np.isfinite(volume.voxels)
     if count := int(bad.sum()):
         first = tuple(int(i) for i in np.argwhere(bad)[0])
         raise InputError(
-            f"{count} voxels are not finite, the first at {first}",
+            f"{count} voxels are not finite (in float32), the first at {first}",
             where=volume.path,
             fix="set the background to 0",
         )

@@ -129,8 +129,15 @@ def test_no_assert_and_no_blanket_except(name):
 
 
 def test_the_library_is_thin():
-    lines = sum(len(path.read_text().splitlines()) for path in MODULES)
-    assert lines < 6000, f"{lines} lines"
+    """Lines of code: what is left without docstrings, comments and blank lines."""
+    total = 0
+    for path in MODULES:
+        tree, lines = TREES[path.stem], [line.strip() for line in path.read_text().splitlines()]
+        documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.FunctionDef | ast.ClassDef)]
+        spans = [n.body[0] for n in documented if ast.get_docstring(n)]
+        told = set(chain.from_iterable(range(s.lineno - 1, s.end_lineno) for s in spans))
+        total += sum(bool(line) and not line.startswith("#") for k, line in enumerate(lines) if k not in told)
+    assert total < 4200, f"{total} lines of code"
 
 
 def test_no_path_of_a_machine_in_the_tree():

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ldm_lib.errors import InputError
-from ldm_lib.tissue import CSF, GM, TISSUES, WM, check_labels, deform_labels, one_hot, smooth_field
+from ldm_lib.tissue import CSF, GM, TISSUES, WM, deform_labels, one_hot, smooth_field
 
 
 @pytest.fixture
@@ -22,17 +21,6 @@ def test_one_hot_is_csf_gm_wm_and_loses_nothing(onion):
     assert [TISSUES[k] for k in (1, 2, 3)] == ["CSF", "GM", "WM"]
     np.testing.assert_array_equal(np.tensordot([1, 2, 3], channels, axes=1), onion)
     np.testing.assert_array_equal(channels.sum(0), onion > 0)
-
-
-def test_check_labels_names_values_and_counts(onion):
-    check_labels(onion, "case")
-    check_labels(onion.astype(np.float32), "case")
-    onion[0, 0, :3] = 7
-    onion[0, 0, 4] = 4
-    with pytest.raises(InputError, match="case: tissue labels 4 in 1 voxels, 7 in 3 voxels; allowed are 0"):
-        check_labels(onion, "case")
-    with pytest.raises(InputError, match="nan in 1 voxels"):
-        check_labels(np.array([0, 1, np.nan]), "case")
 
 
 def test_no_displacement_and_no_patches_change_nothing(onion):
@@ -60,7 +48,7 @@ def test_patches_blank_and_relabel_but_never_grow_the_brain(onion):
     for seed in range(8):
         rough = deform_labels(onion, np.random.default_rng(seed), spacing_mm=2, max_displacement_mm=0)
         assert not rough[onion == 0].any()
-        check_labels(rough, seed)
+        assert set(np.unique(rough)) <= {0, *TISSUES}
         blanked += ((rough == 0) & (onion > 0)).sum()
         relabelled += ((rough != onion) & (rough > 0)).sum()
     assert blanked > 100
