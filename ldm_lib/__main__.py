@@ -9,13 +9,14 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
-from ldm_lib.config import DEFAULT_PRESET, PRESETS, stage_name
+from ldm_lib.config import DEFAULT_PRESET, PRESETS, SamplingConfig, stage_name
 from ldm_lib.errors import ConfigError, InputError, LdmError
 
-SAMPLER_NAMES = ("ddpm", "ddim", "dpm++2m")
+SAMPLING = SamplingConfig.model_fields  # the sampling options are the parameters of notebook 05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,19 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"ERROR {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader, such as `head`, has left
         sys.stdout = None
         return 0
+    except OSError as error:  # a full disk, a folder without rights
+        if options.debug:
+            raise
+        print(f"ERROR {InputError(error.strerror or str(error), where=error.filename or '')}", file=sys.stderr)
+    return 1
 
 
 def run(options: argparse.Namespace) -> int:
     from ldm_lib import runner
 
-    overrides = dict(_assignment(text) for text in options.set)
+    overrides = _assignments(options.set)
     folder = runner.run(
         [stage_name(text) for text in options.stages],
-        name=options.run or options.preset,
+        name=options.run or overrides.pop("run", options.preset),
         preset=options.preset,
         overrides=overrides | ({"overwrite": True} if options.overwrite else {}),
         command=["python", "-m", "ldm_lib", *sys.argv[1:]],
@@ -127,31 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function, text: str) -> argparse.ArgumentParser:
+    def command(function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(command=function)
         return sub
 
-    sub = command(run, "run the notebooks of a run folder, all or the stages named")
-    sub.add_argument("stages", nargs="*", metavar="STAGE", help="such as 04 or 04_training; none means all six")
-    sub.add_argument("--run", default="", help="run folder under outputs/ (default: the preset's name)")
-    sub.add_argument("--preset", default=DEFAULT_PRESET, help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter; repeatable")
-    sub.add_argument("--overwrite", action="store_true", help="replace stages made with other settings")
-
-    sub = command(inpaint, "fill the hole of one volume")
-    sub.add_argument("--t1n-voided", required=True, help="3D T1n, .nii or .nii.gz")
-    sub.add_argument("--mask", required=True, help="1 = fill this, on the same grid")
-    sub.add_argument("--output", required=True, help="result; the mean if --samples is above 1")
-    sub.add_argument("--growth", help="tumour-cell concentration in [0, 1]; none means healthy")
-    sub.add_argument("--tissue", help="labels 1 CSF, 2 GM, 3 WM")
-    sub.add_argument("--model", help="folder with weights; none takes the newest finished training")
-    sub.add_argument("--sampler", default="dpm++2m", choices=SAMPLER_NAMES)
-    sub.add_argument("--steps", type=int, default=20, help="denoiser calls per sample (default: 20)")
-    sub.add_argument("--samples", type=int, default=1, help="K; also writes the standard deviation if above 1")
-    sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    _add_run_options(command(run, "run the notebooks of a run folder, all or the stages named"))
+    _add_inpaint_options(command(inpaint, "fill the hole of one volume"))
 
     sub = command(validate, "check every case of a folder in one pass")
     sub.add_argument("data_dir")
@@ -170,11 +157,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write for example --set max_epochs=10")
-    return name.strip(), value.strip()
+def _add_run_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("stages", nargs="*", metavar="STAGE", help="such as 04 or 04_training; none means all six")
+    sub.add_argument("--run", default="", help="run folder under outputs/ (default: the preset's name)")
+    sub.add_argument("--preset", default=DEFAULT_PRESET, help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter; repeatable")
+    sub.add_argument("--overwrite", action="store_true", help="replace stages made with other settings")
+
+
+def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--t1n-voided", required=True, help="3D T1n, .nii or .nii.gz")
+    sub.add_argument("--mask", required=True, help="1 = fill this, on the same grid")
+    sub.add_argument("--output", required=True, help="result; the mean if --samples is above 1")
+    sub.add_argument("--growth", help="tumour-cell concentration in [0, 1]; none means healthy")
+    sub.add_argument("--tissue", help="labels 1 CSF, 2 GM, 3 WM")
+    sub.add_argument("--model", help="folder with weights; none takes the newest finished training")
+    sub.add_argument("--sampler", default=SAMPLING["sampler"].default, choices=get_args(SAMPLING["sampler"].annotation))
+    steps = SAMPLING["num_inference_steps"].default
+    sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
+    sub.add_argument("--samples", type=int, default=1, help="K; also writes the standard deviation if above 1")
+    sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
+    sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)
+    sub.add_argument("--device", default=SAMPLING["device"].default, choices=get_args(SAMPLING["device"].annotation))
+
+
+def _assignments(texts: Iterable[str]) -> dict[str, str]:
+    """["key=value", ...] -> {key: value}; a key given twice is refused, for one of them would be lost."""
+    values: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write for example --set max_epochs=10")
+        if name in values:
+            raise ConfigError(f"--set {name} is given twice, {values[name]!r} and {value!r}", fix="keep one")
+        values[name] = value
+    return values
 
 
 def _require_folder(path: str) -> None:

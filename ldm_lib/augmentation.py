@@ -1,7 +1,7 @@
 """Random changes of a training case, the same for image, masks, growth and tissue.
 
-Flip and rotation move every array by one transform, then the hole is voided again, so that interpolation carries
-nothing across its edge. Gain and gamma change both images alike. The tissue map alone is also deformed, patched out
+Flip and rotation move every array by one transform and cut the hole anew out of the moved image, so that its edge is
+as sharp as in a file. Gain and gamma change both images alike. The tissue map alone is also deformed, patched out
 and relabelled, because a map made from a scan is never exact.
 """
 
@@ -70,7 +70,7 @@ def rotate(case: ModelCase, degrees: np.ndarray) -> ModelCase:
         turned = ndimage.affine_transform(array.astype(np.float32), matrix, offset, order=order, mode="grid-constant")
         return turned.astype(array.dtype) if array.dtype != bool else turned > 0.5
 
-    return _void(_map(case, turn))
+    return _map(case, turn)
 
 
 def change_intensity(case: ModelCase, *, gain: float, gamma: float) -> ModelCase:
@@ -83,11 +83,8 @@ def change_intensity(case: ModelCase, *, gain: float, gamma: float) -> ModelCase
 
 
 def _map(case: ModelCase, change: Callable[[np.ndarray, int], np.ndarray]) -> ModelCase:
-    """Change every array of a case; the number is the interpolation order it bears."""
-    linear = {name: change(getattr(case, name), 1) for name in ("voided", "target", "growth")}
+    """Change every array of a case, and void the hole; the number is the interpolation order an array bears."""
+    linear = {name: change(getattr(case, name), 1) for name in ("target", "growth")}
     nearest = {name: change(getattr(case, name), 0) for name in ("mask", "unknown", "tissue")}
-    return ModelCase(**{name: np.ascontiguousarray(array) for name, array in (linear | nearest).items()})
-
-
-def _void(case: ModelCase) -> ModelCase:
-    return replace(case, voided=np.where(case.mask, np.float32(0), case.target))
+    moved = {name: np.ascontiguousarray(array) for name, array in (linear | nearest).items()}
+    return ModelCase(voided=np.where(moved["mask"], np.float32(0), moved["target"]), **moved)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ldm_lib.errors import InputError
 
+QUIET_LOG_VARIANCE = -6.0
+
 
 class Autoencoder(nn.Module):
     """AutoencoderKL (Rombach et al., arXiv 2112.10752) without attention, and the statistics of its latents.
@@ -21,15 +23,25 @@ class Autoencoder(nn.Module):
         latent_channels: numbers per latent cell.
         blocks: residual blocks per level.
         spacing_mm: voxel size it was trained at.
+        linear_start: add a linear block code beside the network, see `LinearCode`.
     """
 
-    def __init__(self, *, channels: tuple[int, ...], latent_channels: int, blocks: int, spacing_mm: float) -> None:
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...],
+        latent_channels: int,
+        blocks: int,
+        spacing_mm: float,
+        linear_start: bool = True,
+    ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
             "channels": list(channels),
             "latent_channels": latent_channels,
             "blocks": blocks,
             "spacing_mm": float(spacing_mm),
+            "linear_start": linear_start,
         }
         self.network = AutoencoderKL(
             spatial_dims=3,
@@ -43,6 +55,9 @@ class Autoencoder(nn.Module):
             with_encoder_nonlocal_attn=False,
             with_decoder_nonlocal_attn=False,
         )
+        self.linear = LinearCode(latent_channels, self.factor) if linear_start else None
+        if linear_start:
+            _silence(self.network)
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("scale_factor", torch.ones(latent_channels))
 
@@ -62,7 +77,19 @@ class Autoencoder(nn.Module):
     def moments(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, before standardisation."""
         self._require_divisible(volume)
-        return self.network.encode(volume)
+        mean, std = self.network.encode(volume)
+        if self.linear is None:
+            return mean, std
+        with torch.autocast(volume.device.type, enabled=False):
+            return mean.float() + self.linear.encode(volume.float()), std
+
+    def rebuild(self, code: Tensor) -> Tensor:
+        """Volume (b 1 fx fy fz) from latents before standardisation."""
+        volume = self.network.decode(code)
+        if self.linear is None:
+            return volume
+        with torch.autocast(code.device.type, enabled=False):
+            return volume.float() + self.linear.decode(code.float())
 
     def encode(self, volume: Tensor) -> Tensor:
         """Normalised volume (b 1 x y z) -> standardised posterior mean (b c x/f y/f z/f), float32."""
@@ -72,7 +99,7 @@ class Autoencoder(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Standardised latent (b c x y z) -> normalised volume (b 1 fx fy fz), float32."""
         raw = latent / _per_channel(self.scale_factor) + _per_channel(self.latent_mean)
-        return self.network.decode(raw).float()
+        return self.rebuild(raw).float()
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Set shift and scale (c,) from latents' statistics before standardisation; scale factor = 1 / std."""
@@ -91,9 +118,43 @@ class Autoencoder(nn.Module):
             )
 
 
+class LinearCode(nn.Module):
+    """The best linear code of blocks of f x f x f voxels: c numbers each, by principal components.
+
+    The network beside it starts at zero output, so that training starts from the linear optimum and learns the rest.
+    """
+
+    def __init__(self, latent_channels: int, factor: int) -> None:
+        super().__init__()
+        self.encode = nn.Conv3d(1, latent_channels, factor, stride=factor)
+        self.decode = nn.ConvTranspose3d(latent_channels, 1, factor, stride=factor)
+
+    @torch.no_grad()
+    def fit(self, mean: Tensor, covariance: Tensor) -> None:
+        """Set both ways from the mean (f^3,) and covariance (f^3, f^3) of blocks; codes have unit variance."""
+        latent_channels = self.encode.out_channels
+        variance, axes = torch.linalg.eigh(covariance.double())
+        kept = [-1 - k % len(variance) for k in range(latent_channels)]
+        uses = torch.tensor([[kept.count(k)] for k in kept])  # more channels than voxels share the axes there are
+        axes, deviation = axes[:, kept].T, variance[kept].clamp(min=1e-8).sqrt()[:, None]
+        self.encode.weight.copy_((axes / deviation).view_as(self.encode.weight))
+        self.encode.bias.copy_(-(axes / deviation) @ mean.double())
+        self.decode.weight.copy_((axes * deviation / uses).view_as(self.decode.weight))
+        self.decode.bias.copy_(mean.mean()[None])
+
+
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     """KL(N(mean, std^2) || N(0, 1)), the mean over latent elements (Kingma & Welling, arXiv 1312.6114, app. B)."""
     return 0.5 * (mean.square() + std.square() - 2 * std.log() - 1).mean()
+
+
+def _silence(network: AutoencoderKL) -> None:
+    """Zero posterior mean, nearly no posterior noise and zero output, until training says otherwise."""
+    mean, log_variance = network.quant_conv_mu.conv, network.quant_conv_log_sigma.conv
+    for layer in (mean, log_variance, network.decoder.blocks[-1].conv):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.constant_(log_variance.bias, QUIET_LOG_VARIANCE)
 
 
 def _per_channel(values: Tensor) -> Tensor:

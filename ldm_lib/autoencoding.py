@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ from ldm_lib.metrics import brats_scores
 log = logging.getLogger("ldm_lib")
 
 CASES_IN_MEMORY = 64
+CASES_FOR_STATISTICS = 24
 AIR_CROPS = 0.1  # share of crops placed anywhere; the others are centred on a brain voxel
 
 
@@ -45,7 +47,8 @@ class CropLoader:
         rng = np.random.default_rng([self.config.seed, step, i])
         case = self._load(int(rng.integers(len(self.cases))))
         image = case.voided if case.target is None or rng.random() < self.config.voided_fraction else case.target
-        size = [min(self.config.crop - self.config.crop % self.factor, n) for n in image.shape]
+        edge = max(self.factor, self.config.crop - self.config.crop % self.factor)
+        size = [min(edge, n) for n in image.shape]
         centre = self._centre(image, rng)
         corner = [int(np.clip(c - s // 2, 0, n - s)) for c, s, n in zip(centre, size, image.shape, strict=True)]
         box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
@@ -81,6 +84,8 @@ def train_autoencoder(
         TrainingError: a loss that is not finite.
     """
     loader = CropLoader(cases, config, autoencoder.factor)
+    if autoencoder.linear is not None:
+        autoencoder.linear.fit(*block_statistics(_one_hole_each(cases), autoencoder.factor))
     noise = torch.Generator(device.type).manual_seed(config.seed)
     autoencoder.to(device, memory_format=torch.channels_last_3d).train()
     peak, steps = config.autoencoder_learning_rate, config.autoencoder_steps
@@ -91,7 +96,7 @@ def train_autoencoder(
         with autocast(device, precision):
             mean, std = autoencoder.moments(volume)
             sampled = mean + std * torch.randn(mean.shape, generator=noise, device=device)
-            rebuilt = autoencoder.network.decode(sampled)
+            rebuilt = autoencoder.rebuild(sampled)
         l1, kl = F.l1_loss(rebuilt.float(), volume), kl_divergence(mean.float(), std.float())
         loss = l1 + config.kl_weight * kl
         if not math.isfinite(loss.item()):
@@ -105,15 +110,30 @@ def train_autoencoder(
         schedule.step()
         on_step({"step": step, "l1": l1.item(), "kl": kl.item(), "learning_rate": schedule.get_last_lr()[0]})
     autoencoder.freeze()
-    one_hole_each = {case.patient: case for case in cases}.values()
-    mean, std = latent_statistics(autoencoder, one_hole_each, device=device, precision=precision)
+    mean, std = latent_statistics(autoencoder, _one_hole_each(cases), device=device, precision=precision)
     autoencoder.standardise(mean, std)
+
+
+def block_statistics(cases: Sequence[Case], factor: int) -> tuple[Tensor, Tensor]:
+    """Mean (f^3,) and covariance (f^3, f^3) of the blocks of a few training images that hold any brain, float64."""
+    rows = []
+    for case in cases[:CASES_FOR_STATISTICS]:
+        data = model_case(load_case(case), factor)
+        image = data.voided if data.target is None else data.target
+        blocks = rearrange(image, "(x a) (y b) (z c) -> (x y z) (a b c)", a=factor, b=factor, c=factor)
+        rows.append(blocks[(blocks > 0).any(axis=1)])
+    blocks = torch.from_numpy(np.concatenate(rows)).double()
+    return blocks.mean(0), torch.cov(blocks.T)
 
 
 def latent_statistics(
     autoencoder: Autoencoder, cases: Iterable[Case], *, device: torch.device, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (c,) of the unstandardised latents over brain cells, not air."""
+    """Mean and standard deviation (c,) of the unstandardised latents over brain cells, not air.
+
+    Raises:
+        TrainingError: no case has such a cell.
+    """
     total, count = 0, 0
     for case in cases:
         data = model_case(load_case(case), autoencoder.factor)
@@ -124,6 +144,8 @@ def latent_statistics(
         inside = mean[0].double()[:, brain]
         total = total + torch.stack([inside.sum(1), inside.square().sum(1)])
         count += inside.shape[1]
+    if not count:
+        raise TrainingError("no cell lies mostly in the brain", where="autoencoder", fix="use fewer halvings")
     mean, square = total / count
     return mean.float().cpu(), (square - mean.square()).clamp(min=0).sqrt().float().cpu()
 
@@ -133,6 +155,10 @@ def reconstruct(autoencoder: Autoencoder, image: np.ndarray, *, device: torch.de
     volume = torch.from_numpy(image)[None, None].to(device)
     with torch.inference_mode(), autocast(device, precision):
         return autoencoder.decode(autoencoder.encode(volume))[0, 0].cpu().numpy()
+
+
+def _one_hole_each(cases: Sequence[Case]) -> list[Case]:
+    return list({case.patient: case for case in cases}.values())
 
 
 def ceiling(

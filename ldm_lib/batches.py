@@ -1,6 +1,6 @@
-"""What a training sample is made of: order, variant, t, noise and latent augmentation.
+"""What a training sample is made of (order, variant, t, noise and latent augmentation), and the loss of a batch.
 
-All of it is a function of (seed, epoch, position in the epoch) and of nothing else: not of the process, the worker or
+The sample is a function of (seed, epoch, position in the epoch) and of nothing else: not of the process, the worker or
 what was drawn before.
 """
 
@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ldm_lib.config import TrainingConfig
 from ldm_lib.latents import Latents
 
-DEBUG_PAIRS, DEBUG_T_MIN = 16, 100  # fixed (t, noise) pairs of the overfitting test
+DEBUG_PAIRS = 16  # fixed (t, noise) pairs of the overfitting test; t from a tenth of the schedule to its end
 LEFT_RIGHT = 1  # axis of a latent (c x y z) in LPS
 
 
@@ -32,15 +33,13 @@ class TrainingSamples(Dataset):
         epoch, position, index = where
         rng = np.random.default_rng([self.config.seed, epoch, position])
         sample = dict(self.variants[index][int(rng.integers(len(self.variants[index])))])
-        if rng.random() < self.config.latent_flip_probability:
-            sample = {name: tensor.flip(LEFT_RIGHT) for name, tensor in sample.items()}
-        if self.config.latent_crop and not self.config.overfit_batches:
-            sample = crop_around_hole(sample, self.config.latent_crop, rng)
+        if not self.config.overfit_batches:
+            sample = self._changed(sample, rng)
         draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
         t = torch.randint(0, self.steps, (), generator=draw)
         if self.config.overfit_batches:
             pair = position // len(self.variants) % DEBUG_PAIRS
-            t = torch.linspace(DEBUG_T_MIN, self.steps - 1, DEBUG_PAIRS).round().long()[pair]
+            t = torch.linspace(self.steps // 10, self.steps - 1, DEBUG_PAIRS).round().long()[pair]
             draw = torch.Generator().manual_seed(pair * len(self.variants) + index)
         noise = torch.randn(sample["target"].shape, generator=draw)
         if self.config.latent_noise:
@@ -48,11 +47,18 @@ class TrainingSamples(Dataset):
             sample["voided"] = sample["voided"] + self.config.latent_noise * jitter
         return sample | {"t": t, "noise": noise}
 
+    def _changed(self, sample: Latents, rng: np.random.Generator) -> Latents:
+        if rng.random() < self.config.latent_flip_probability:
+            sample = {name: tensor.flip(LEFT_RIGHT) for name, tensor in sample.items()}
+        if self.config.latent_crop:
+            sample = crop_around_hole(sample, self.config.latent_crop, rng)
+        return sample
+
 
 def crop_around_hole(sample: Latents, edge: int, rng: np.random.Generator) -> Latents:
     """Cut every tensor (c x y z) to at most `edge` cells an axis, somewhere around a random cell of the hole."""
     hole = sample["hole"][0].nonzero().numpy()
-    centre = hole[rng.integers(len(hole))] + rng.integers(-edge // 4, edge // 4 + 1, 3)
+    centre = hole[rng.integers(len(hole))] + rng.integers(-(edge // 4), edge // 4 + 1, 3)
     shape = np.array(sample["hole"].shape[1:])
     corner = np.clip(centre - edge // 2, 0, np.maximum(shape - edge, 0))
     box = (slice(None), *(slice(int(c), int(c) + edge) for c in corner))
@@ -79,3 +85,15 @@ class EpochOrder(Sampler):
             order = np.arange(self.count)
         for position in range(len(self)):
             yield self.epoch, position, int(order[position % self.count])
+
+
+def masked_loss(predicted: Tensor, noise: Tensor, cells: Tensor) -> Tensor:
+    """Mean over samples of the mean squared error over a sample's cells.
+
+    Args:
+        predicted, noise: (b c x y z).
+        cells: (b 1 x y z), 1 where the loss counts; a sample without such cells adds nothing.
+    """
+    error = ((predicted.float() - noise.float()).square() * cells).sum(dim=(1, 2, 3, 4))
+    count = cells.sum(dim=(1, 2, 3, 4)) * predicted.shape[1]
+    return (error / count.clamp(min=1)).mean()

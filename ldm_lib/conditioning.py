@@ -55,12 +55,7 @@ def model_case(data: CaseData, multiple: int) -> ModelCase:
 
 
 def conditioning(
-    growth: np.ndarray,
-    tissue: np.ndarray,
-    *,
-    factor: int,
-    threshold: float = GROWTH_THRESHOLD,
-    pooling: str = "area",
+    growth: np.ndarray, tissue: np.ndarray, *, factor: int, threshold: float = GROWTH_THRESHOLD, pooling: str = "area"
 ) -> np.ndarray:
     """Growth (x, y, z) in [0, 1] and tissue labels (x, y, z) -> (4, x/f, y/f, z/f) float32.
 

@@ -8,9 +8,9 @@ and run from top to bottom ends on a laptop; `full` holds the numbers of the des
 import difflib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ldm_lib.errors import ConfigError
 
@@ -26,7 +26,7 @@ def safe_name(text: str) -> str:
 
 def _integers(text: str) -> str:
     """ "32,64,128" -> itself, when every part is a positive integer."""
-    if not text or not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
+    if not text or not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
         raise ValueError('positive integers separated by commas, such as "32,64,128"')
     return text
 
@@ -79,9 +79,10 @@ class AutoencoderConfig(DeviceConfig):
     latent_channels: Positive = Field(6, description="numbers per latent cell")
     channels: IntegerList = Field("16,32", description="width of each level; one halving less than levels")
     blocks: Positive = Field(1, description="residual blocks per level")
-    autoencoder_steps: Positive = Field(600, description="optimiser steps")
+    linear_start: bool = Field(True, description="begin at the best linear code instead of at random")
+    autoencoder_steps: Positive = Field(100, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")
-    autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="peak, of AdamW")
+    autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="peak, of AdamW")
     crop: Annotated[int, Field(ge=8)] = Field(32, description="edge of a training crop, voxels")
     kl_weight: Annotated[float, Field(ge=0)] = Field(1e-3, description="of the KL term, a mean over latent elements")
     voided_fraction: Fraction = Field(0.5, description="of the crops that show the voided image")
@@ -137,6 +138,20 @@ class TrainingConfig(DeviceConfig):
     tissue_deformation_mm: Annotated[float, Field(ge=0, le=20)] = Field(4.0, description="largest, of the tissue map")
     wandb_mode: Literal["off", "offline", "online"] = Field("offline", description="Weights & Biases tracker")
     use_mlflow: bool = Field(True, description="MLflow tracker, sqlite beside the runs")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        """What one parameter alone cannot tell, refused before hours of other stages rather than after them."""
+        rates = [2**level for level in range(len(integers(self.multipliers)))]
+        if not set(integers(self.attention_rates)) <= set(rates):
+            raise ValueError(
+                f"attention_rates = {self.attention_rates!r}: multipliers {self.multipliers!r} leave {rates}"
+            )
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start = {self.beta_start}: above beta_end = {self.beta_end}")
+        if self.devices > 1:
+            raise ValueError(f"devices = {self.devices}: training uses one device")
+        return self
 
 
 class SamplingConfig(DeviceConfig):
@@ -219,14 +234,12 @@ def validated(model: type[StageConfig], values: dict[str, Any]) -> StageConfig:
         return model(**values)
     except ValidationError as error:
         problem = error.errors()[0]
-        name = ".".join(str(part) for part in problem["loc"])
-        given = problem.get("input")
-        fix = (
-            _nearest(name, model.model_fields)
-            if problem["type"] == "extra_forbidden"
-            else f"see `make params NB={_number(model)}`"
-        )
-        raise ConfigError(f"{name} = {given!r}: {problem['msg'].removeprefix('Value error, ')}", fix=fix) from None
+    name = ".".join(str(part) for part in problem["loc"])
+    given = f"{name} = {problem['input']!r}: " if name else ""
+    fix = f"see `make params NB={_number(model)}`"
+    if problem["type"] == "extra_forbidden":
+        fix = _nearest(name, model.model_fields)
+    raise ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=fix)
 
 
 def parameters_cell(model: type[StageConfig]) -> str:

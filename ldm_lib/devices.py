@@ -18,7 +18,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto" -> "bf16" where the processor multiplies it faster, else "32"."""
+    """ "auto" -> "bf16" where the processor multiplies it faster, else "32"; "16" needs a GPU."""
+    if name == "16" and device.type == "cpu":
+        raise ConfigError("precision = '16' on a CPU", fix="set precision to auto, bf16 or 32")
     if name != "auto":
         return name
     if device.type == "cuda":

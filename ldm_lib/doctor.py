@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from jupyter_client.kernelspec import KernelSpecManager
+from packaging.requirements import Requirement
 
 from ldm_lib.runs import outputs_folder
 
@@ -24,7 +25,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Python, packages, kernel, devices, disk, memory and the outputs folder."""
-    return [_python(), *_packages(), _kernel(), _device(), _outputs(), _memory()]
+    return [_python(), _packages(), _kernel(), _device(), _outputs(), _memory()]
 
 
 def _python() -> Finding:
@@ -32,13 +33,18 @@ def _python() -> Finding:
     return Finding("Python", sys.version_info >= (3, 11), f"{version} (3.11 or newer)")
 
 
-def _packages() -> list[Finding]:
-    needed = [line.split(";")[0] for line in metadata.requires("brain-mri-inpainting") or [] if "extra ==" not in line]
-    names = [text.split("[")[0].rstrip("=<>!~.*,0123456789 ") for text in needed]
-    present = {name: version for name in names if (version := _version(name))}
-    missing = sorted(set(names) - set(present))
-    found = f"missing {', '.join(missing)}: run `make setup`" if missing else f"{len(present)} present"
-    return [Finding("packages", not missing, found), Finding("torch", "torch" in present, present.get("torch", "none"))]
+def _packages() -> Finding:
+    """Whether what pyproject.toml asks for is installed, in the versions it asks for."""
+    try:
+        lines = metadata.requires("brain-mri-inpainting") or []
+    except metadata.PackageNotFoundError:
+        return Finding("packages", False, "this project is not installed: run `make setup`")
+    needed = [Requirement(line) for line in lines]
+    needed = [package for package in needed if not package.marker or package.marker.evaluate({"extra": ""})]
+    versions = {package: _version(package.name) for package in needed}
+    unfit = [f"{p} (found {v or 'none'})" for p, v in versions.items() if not (v and v in p.specifier)]
+    found = f"{', '.join(unfit)}: run `make setup`" if unfit else f"{len(versions)} present, torch {_version('torch')}"
+    return Finding("packages", not unfit, found)
 
 
 def _version(name: str) -> str:

@@ -1,12 +1,18 @@
-"""Files that are there whole or not at all, and digests that tell them apart."""
+"""Files that are there whole or not at all, folders that belong to one process, and digests that tell files apart."""
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
+
+from ldm_lib.errors import RunError
+
+OWNER_VARIABLE = "LDM_RUN_OWNER"  # process id of the runner that holds the lock for its kernels
 
 
 @contextmanager
@@ -43,3 +49,56 @@ def fingerprint(content: Any) -> str:
 def _plain(value: Any) -> Any:
     """numpy scalars and paths as JSON sees them."""
     return value.item() if hasattr(value, "item") else str(value)
+
+
+class FolderLock:
+    """A folder belongs to one process; the system drops the lock when its owner dies.
+
+    A kernel works under the lock of the runner that started it, and a notebook may open its stage again.
+
+    Raises:
+        RunError: another process holds the lock, or the folder cannot be written.
+    """
+
+    _held: ClassVar[dict[Path, IO[str]]] = {}  # of this process: a lock outlives the stage object that took it
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        if self.path in self._held:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stream = self.path.open("a+")
+        except OSError as error:
+            raise RunError(
+                f"cannot be written ({error.strerror})", where=folder, fix="choose another outputs folder"
+            ) from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _require_own_runner(stream, folder)
+            return
+        stream.truncate(0)
+        stream.write(f"pid {os.getpid()} since {now()}")
+        stream.flush()
+        self._held[self.path] = stream
+
+    def release(self) -> None:
+        """Let go, even while a forked loader process still has the file open."""
+        if stream := self._held.pop(self.path, None):
+            fcntl.flock(stream, fcntl.LOCK_UN)
+            stream.close()
+
+
+def _require_own_runner(stream: IO[str], folder: Path) -> None:
+    with stream:
+        stream.seek(0)
+        owner = stream.read()
+    runner = os.environ.get(OWNER_VARIABLE)
+    if not (runner and owner.startswith(f"pid {runner} ")):
+        raise RunError(f"locked by {owner}", where=folder, fix="wait for it, or name another run")
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601 writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

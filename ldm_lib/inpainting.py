@@ -6,6 +6,7 @@ Outside the mask the input comes back bit for bit; voxels under the mask are nev
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,11 +92,16 @@ class Inpainter:
         denoiser = load_model(folder, "adm")
         autoencoder = load_model(folder / AUTOENCODER_FOLDER, "autoencoder")
         facts = denoiser.folder_config
-        if facts["autoencoder_sha256"] != autoencoder.folder_config["sha256"]:
+        try:
+            trained_on, settings = facts["autoencoder_sha256"], CellSettings(**facts["settings"])
+            schedule = linear_schedule(**facts["schedule"])
+        except (KeyError, TypeError) as error:
+            raise WeightsError(f"its config does not say how it was trained ({error})", where=folder) from error
+        if trained_on != autoencoder.folder_config["sha256"]:
             raise WeightsError("was trained on latents of another autoencoder", where=folder,
                                fix="copy the whole model folder, its autoencoder included")  # fmt: skip
-        return cls(autoencoder.to(where), denoiser.to(where), linear_schedule(**facts["schedule"]),
-                   CellSettings(**facts["settings"]), where, pick_precision(precision, where))  # fmt: skip
+        how = where, pick_precision(precision, where)
+        return cls(autoencoder.to(where), denoiser.to(where), schedule, settings, *how)
 
     def encode(self, data: CaseData) -> Latents:
         """The latents, conditioning and cells of one case."""
@@ -175,19 +181,27 @@ def newest_model() -> Path:
     return max(done, key=done.get).parent / "model"
 
 
+def result_paths(output: Path, samples: int, *, each: bool) -> dict[str, Path]:
+    """What a result consists of -> its file: the volume, the spread of several samples and, if asked, each sample."""
+    names = (["std"] if samples > 1 else []) + [f"sample-{k:04d}" for k in range(samples if each else 0)]
+    stem = _stem(output)
+    return {"": output} | {name: output.with_name(f"{stem}-{name}{output.name[len(stem) :]}") for name in names}
+
+
 def write_filled(filled: Filled, data: CaseData, output: Path, *, samples: bool = False) -> list[Path]:
     """Write the result: one sample as it is; of several the mean, their standard deviation and, if asked, each.
 
     The standard deviation is float32 in source units at `<output>-std`, the samples at `<output>-sample-000k`.
     """
-    best = filled.samples[0] if len(filled.samples) == 1 else filled.mean
-    written = [write_like(output, data.source, best, data.mask)]
-    if len(filled.samples) > 1:
-        written.append(write_map(_named(output, "std"), filled.std, data.source.affine))
-    if samples:
-        written += [write_like(_named(output, f"sample-{k:04d}"), data.source, volume, data.mask)
-                    for k, volume in enumerate(filled.samples)]  # fmt: skip
-    return written
+    paths = result_paths(output, len(filled.samples), each=samples)
+    volumes = {"": filled.samples[0] if len(filled.samples) == 1 else filled.mean}
+    volumes |= {f"sample-{k:04d}": volume for k, volume in enumerate(filled.samples)}
+    return [
+        write_map(path, filled.std, data.source.affine)
+        if name == "std"
+        else write_like(path, data.source, volumes[name], data.mask)
+        for name, path in paths.items()
+    ]
 
 
 def inpaint(
@@ -221,16 +235,17 @@ def inpaint(
     Raises:
         LdmError: an input, parameter, model or output path that cannot be used; nothing is written then.
     """
-    output = Path(output)
-    require_writable(output)
+    case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue)
     if sampler not in SAMPLERS or steps < 1 or samples < 1 or seed < 0:
         raise ConfigError(
             f"sampler {sampler!r}, steps {steps}, samples {samples}, seed {seed}",
             fix=f"take a sampler of {', '.join(SAMPLERS)}, steps and samples from 1, a seed from 0",
         )
-    data = load_case(case_of_files(t1n_voided, mask, growth=growth, tissue=tissue))
-    if output.exists() and output.resolve() in {path.resolve() for path in data.case.files().values()}:
-        raise InputError("is one of the inputs", where=output, fix="name another file")
+    for path in result_paths(Path(output), samples, each=write_samples).values():
+        require_writable(path)
+        if path.resolve() in {given.resolve() for given in case.files().values()}:
+            raise InputError("is one of the inputs", where=path, fix="name another output")
+    data = load_case(case)
     for warning in data.warnings:
         log.warning("%s: %s", data.case.t1n_voided, warning)
     inpainter = Inpainter.load(model, device=device)
@@ -238,21 +253,19 @@ def inpaint(
         log.warning("%s: voxels of %s mm, the model was trained at %g mm", data.case.t1n_voided,
                     data.source.spacing_mm, inpainter.autoencoder.spacing_mm)  # fmt: skip
     filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps)
-    return write_filled(filled, data, output, samples=write_samples)
+    return write_filled(filled, data, Path(output), samples=write_samples)
 
 
 def case_of_files(
     t1n_voided: str | Path, mask: str | Path, *, growth: str | Path | None = None, tissue: str | Path | None = None
 ) -> Case:
     """A case made of named files, its id taken from the image's name as the layouts write it."""
-    name = Path(t1n_voided).name.removesuffix(".gz").removesuffix(".nii")
-    identity, _, index = name.partition("-t1n-voided")
+    identity, _, index = _stem(Path(t1n_voided)).partition("-t1n-voided")
     return Case(
         id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
         mask_healthy=None, mask_unhealthy=None, growth=growth and Path(growth), tissue=tissue and Path(tissue),
     )  # fmt: skip
 
 
-def _named(output: Path, what: str) -> Path:
-    stem = output.name.removesuffix(".gz").removesuffix(".nii")
-    return output.with_name(f"{stem}-{what}{output.name[len(stem) :]}")
+def _stem(path: Path) -> str:
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)

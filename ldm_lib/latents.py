@@ -9,7 +9,6 @@ settings, augmentation, precision and the version of this code. It carries the d
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_lib.augmentation import Augmentation
@@ -25,7 +24,7 @@ from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.cases import Case, load_case
 from ldm_lib.conditioning import ModelCase, conditioning, loss_cells, model_case
 from ldm_lib.devices import autocast
-from ldm_lib.files import fingerprint, sha256
+from ldm_lib.files import fingerprint, replacing, sha256
 from ldm_lib.geometry import cell_share, latent_mask
 
 log = logging.getLogger("ldm_lib")
@@ -132,9 +131,8 @@ class LatentCache:
             rng = np.random.default_rng([self.seed, variant, int.from_bytes(digest, "big")])
             plain = self.augmentation(plain, rng, spacing_mm=self.autoencoder.spacing_mm)
         entry = encode_case(plain, self.autoencoder, self.settings, device=self.device, precision=self.precision)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        partial.write_bytes(save(entry, {"digest": _digest(entry)}))
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file(entry, partial, {"digest": _digest(entry)})
         return entry
 
 
@@ -194,6 +192,6 @@ def _read(path: Path) -> Latents | None:
 def _digest(entry: Latents) -> str:
     digest = hashlib.sha256()
     for name in sorted(entry):
-        digest.update(json.dumps([name, list(entry[name].shape)]).encode())
+        digest.update(json.dumps([name, str(entry[name].dtype), list(entry[name].shape)]).encode())
         digest.update(entry[name].contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -10,12 +10,12 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
 
 from ldm_lib.errors import InputError
+from ldm_lib.files import replacing
 
 SUFFIXES = (".nii.gz", ".nii")
 MAX_BYTES = 2 << 30  # a 1 mm float64 head takes 70 MB; what claims thirty times as much is not one
@@ -31,19 +31,18 @@ def require_writable(path: str | Path) -> None:
     path = Path(path)
     if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"an output must end in {' or '.join(SUFFIXES)}", where=path)
-    if path.is_dir():
-        raise InputError("is a directory", where=path, fix="name a file")
-    if not path.parent.is_dir():
-        raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
-    probe = _beside(path)
+    probe = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _create(probe).close()
+        if path.is_dir():
+            raise InputError("is a directory", where=path, fix="name a file")
+        if not path.parent.is_dir():
+            raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
+        probe.unlink(missing_ok=True)  # left by a crash, or a link that someone planted
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"cannot be written ({error.strerror})",
-            where=path,
-            fix="choose a folder you may write to",
+            f"cannot be written ({error.strerror})", where=path, fix="choose a folder you may write to"
         ) from error
 
 
@@ -108,6 +107,7 @@ def _gunzip(packed: bytes, path: Path) -> tuple[bytes, int]:
 
 
 def parse_header(content: bytes, path: Path) -> nib.Nifti1Header:
+    """The NIfTI-1 or NIfTI-2 header at the start of the content, in its own byte order, unchecked."""
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(content[:_HEADER]):
             return kind(content[: kind.sizeof_hdr], check=False)
@@ -127,6 +127,7 @@ def _claimed_bytes(content: bytes, path: Path) -> int:
 
 
 def header_shape(header: nib.Nifti1Header, path: Path) -> tuple[int, int, int]:
+    """(x, y, z); further axes of length 1 are dropped."""
     axes = int(header["dim"][0])
     if not 1 <= axes <= 7:
         raise InputError(f"dim[0] is {axes}: not a number of axes", where=path, fix=_AGAIN)
@@ -141,6 +142,7 @@ def header_shape(header: nib.Nifti1Header, path: Path) -> tuple[int, int, int]:
 
 
 def header_dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
+    """The stored voxel type, an integer or a float of at most 8 bytes, in the file's byte order."""
     try:
         dtype = header.get_data_dtype()
     except (KeyError, nib.spatialimages.HeaderDataError) as error:
@@ -151,6 +153,7 @@ def header_dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
 
 
 def header_affine(header: nib.Nifti1Header, path: Path) -> np.ndarray:
+    """(4, 4) voxel indices to millimetres: the sform, else the qform; invertible, with orthogonal axes."""
     export = "export it with its scanner orientation"
     if int(header["sform_code"]) not in range(6) or int(header["qform_code"]) not in range(6):
         raise InputError("orientation codes outside 0..5", where=path, fix=export)
@@ -210,6 +213,7 @@ def voxel_offset(header: nib.Nifti1Header, content: bytes, path: Path) -> int:
 
 
 def scaling(header: nib.Nifti1Header, path: Path, warnings: list[str]) -> tuple[float, float]:
+    """Slope and intercept; a slope of 0 or none at all means 1 and 0."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0:
         return 1.0, 0.0
@@ -217,39 +221,19 @@ def scaling(header: nib.Nifti1Header, path: Path, warnings: list[str]) -> tuple[
         warnings.append(f"scl_slope {slope} read as 1")
         return 1.0, 0.0
     if not math.isfinite(intercept) or abs(slope) < 1e-30:
-        raise InputError(
-            f"scl_slope {slope:g}, scl_inter {intercept:g}: not a usable range",
-            where=path,
-            fix=_AGAIN,
-        )
+        raise InputError(f"scl_slope {slope:g}, scl_inter {intercept:g}: not a usable range", where=path, fix=_AGAIN)
     return slope, intercept
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def _create(path: Path) -> BinaryIO:
-    """A new file, never what a link of that name points to."""
-    path.unlink(missing_ok=True)
-    return path.open("xb")
-
-
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Temporary file in the same folder, flush to disk, rename, re-read and compare."""
+    """Write a packed or plain file whole or not at all, and read it back before it takes its name."""
     require_writable(path)
     packed = gzip.compress(content, 6, mtime=0) if path.name.lower().endswith(".gz") else content
-    partial = _beside(path)
     try:
-        with _create(partial) as stream:
-            stream.write(packed)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if partial.read_bytes() != packed:
-            raise InputError("what was written does not read back", where=path, fix="check the disk")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(packed)
+            if partial.read_bytes() != packed:
+                raise InputError("what was written does not read back", where=path, fix="check the disk")
     except OSError as error:
         raise InputError(f"cannot be written ({error.strerror})", where=path, fix="check space and rights") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -4,28 +4,16 @@ The runner holds the run's lock for its kernels, skips what is done, refuses wha
 `done.json` in place last, after the executed notebook and its report.
 """
 
-import json
-import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.cohort import source_digests
 from ldm_lib.config import STAGES, AuditConfig, StageConfig, resolve
 from ldm_lib.errors import LdmError, RunError
-from ldm_lib.runs import (
-    OWNER_VARIABLE,
-    RunLock,
-    changes,
-    is_done,
-    outputs_folder,
-    testify,
-    tracked,
-    upstream_digests,
-)
-
-log = logging.getLogger("ldm_lib")
+from ldm_lib.files import OWNER_VARIABLE, FolderLock
+from ldm_lib.runs import is_done, outputs_folder, read_record, require_unchanged, testify, upstream_digests
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -37,7 +25,7 @@ def run(
     preset: str,
     overrides: dict[str, Any],
     command: Sequence[str],
-    say: Any,
+    say: Callable[[str], None],
 ) -> Path:
     """Run stages in order and return the run's folder.
 
@@ -52,12 +40,16 @@ def run(
     """
     configs = resolve(preset, _absolute(overrides) | {"run": name})
     folder = outputs_folder() / configs["01_data_audit"].run
-    lock = RunLock(folder)
+    lock = FolderLock(folder)
     os.environ[OWNER_VARIABLE] = str(os.getpid())
     try:
-        testify(folder, preset=preset, configs=configs, command=list(command))
         for stage in stages or STAGES:
-            _run_stage(stage, configs[stage], folder, say)
+            if _is_needed(stage, configs[stage], folder):
+                testify(folder, preset=preset, configs=configs, command=list(command))
+                say(f"{stage}: running")
+                say(_make(stage, configs[stage], folder / stage))
+            else:
+                say(f"{stage}: done already, skipped")
         _write_index(folder)
     finally:
         del os.environ[OWNER_VARIABLE]
@@ -72,24 +64,26 @@ def stage_inputs(stage: str, config: StageConfig, run_folder: Path) -> dict[str,
     return upstream_digests(run_folder, stage)
 
 
-def _run_stage(stage: str, config: StageConfig, run_folder: Path, say: Any) -> None:
+def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
+    """Whether a stage must run; refused if it was made with other settings and may not be replaced."""
     folder = run_folder / stage
     inputs = stage_inputs(stage, config, run_folder)
     if is_done(folder, config, inputs):
-        say(f"{stage}: done already, skipped")
-        return
-    differences = changes(folder, config, inputs)
-    if differences and not config.overwrite:
-        raise RunError(f"was made with other settings: {'; '.join(differences)}", where=f"{run_folder.name}/{stage}",
-                       fix="name another run with --run, or add --overwrite")  # fmt: skip
-    say(f"{stage}: running")
+        return False
+    if not config.overwrite:
+        require_unchanged(folder, config, inputs, fix="name another run with --run, or add --overwrite")
+    return True
+
+
+def _make(stage: str, config: StageConfig, folder: Path) -> str:
+    """Execute a stage, write its report, and only then call it done; return a line about it."""
     _execute(stage, config, folder)
-    done = json.loads((folder / "pending.json").read_text())
     _write_report(stage, folder)
     (folder / "pending.json").replace(folder / "done.json")
+    done = read_record(folder / "done.json")
     passed = sum(check["passed"] for check in done["checks"])
-    say(f"{stage}: done in {done['seconds']:.0f} s, {passed} of {len(done['checks'])} checks passed, "
-        f"{done['peak_memory_mb']} MB")  # fmt: skip
+    checks = f"{passed} of {len(done['checks'])} checks passed"
+    return f"{stage}: done in {done['seconds']:.0f} s, {checks}, {done['peak_memory_mb']} MB"
 
 
 def _execute(stage: str, config: StageConfig, folder: Path) -> None:
@@ -112,19 +106,23 @@ def _execute(stage: str, config: StageConfig, folder: Path) -> None:
             cwd=NOTEBOOKS,
         )
     except PapermillExecutionError as error:
-        raise RunError(_told(error), where=f"{stage}, cell {error.exec_count}", fix=f"see {partial}") from error
+        raise _failure(error, stage, partial) from error
     except DeadKernelError as error:
         raise RunError("the kernel was killed, most likely out of memory", where=stage,
                        fix="take a smaller preset or crop, or a machine with more memory") from error  # fmt: skip
+    except RuntimeError as error:
+        raise RunError(f"the kernel did not start ({error})", where=stage, fix="run `make doctor`") from error
     if not (folder / "pending.json").exists():
         raise RunError("the notebook ended without closing its stage", where=stage, fix=f"see {partial}")
     partial.replace(folder / "notebook.ipynb")
 
 
-def _told(error: Any) -> str:
-    """What a cell raised: our own refusals as they stand, anything else with its type."""
-    own = {cls.__name__ for cls in LdmError.__subclasses__()}
-    return error.evalue if error.ename in own else f"{error.ename}: {error.evalue}"
+def _failure(error: Any, stage: str, notebook: Path) -> RunError:
+    """What a cell raised, in one line: our refusals as they stand, anything else with its type and where to look."""
+    where = f"{stage}, cell {error.exec_count}"
+    if error.ename in {known.__name__ for known in LdmError.__subclasses__()}:
+        return RunError(error.evalue, where=where)
+    return RunError(f"{error.ename}: {error.evalue}".splitlines()[0], where=where, fix=f"see {notebook}")
 
 
 def _write_report(stage: str, folder: Path) -> None:
@@ -136,10 +134,8 @@ def _write_report(stage: str, folder: Path) -> None:
 def _write_index(run_folder: Path) -> None:
     from ldm_lib.report import write_index
 
-    done = [json.loads(path.read_text()) for path in sorted(run_folder.glob("*/done.json"))]
-    rows = [{"stage": d["stage"], "status": "done", "seconds": d["seconds"], "checks": d["checks"],
-             "report": f"{d['stage']}/report.html"} for d in done]  # fmt: skip
-    write_index(run_folder, rows)
+    done = [read_record(path) for path in sorted(run_folder.glob("*/done.json"))]
+    write_index(run_folder, [{"status": "done", **record} for record in done])
 
 
 def _absolute(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +147,6 @@ def _absolute(overrides: dict[str, Any]) -> dict[str, Any]:
 def describe(stage: str, preset: str) -> str:
     """The parameters of a stage under a preset, one a line, as `make params` prints them."""
     config = resolve(preset)[stage]
-    values = tracked(config) | config.model_dump()
-    width = max(map(len, values))
     fields = type(config).model_fields
-    return "\n".join(f"{k:{width}}  {values[k]!r:14}  {fields[k].description}" for k in fields)
+    width = max(map(len, fields))
+    return "\n".join(f"{k:{width}}  {getattr(config, k)!r:14}  {fields[k].description}" for k in fields)

@@ -5,7 +5,6 @@ the same inputs and parameters need not run again; with different ones it is ref
 """
 
 import csv
-import fcntl
 import json
 import logging
 import os
@@ -14,20 +13,19 @@ import resource
 import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.config import STAGES, StageConfig, validated
 from ldm_lib.errors import RunError
-from ldm_lib.files import fingerprint, replacing, sha256, write_json
+from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, replacing, sha256, write_json
 
 log = logging.getLogger("ldm_lib")
 
 OUTPUTS_VARIABLE = "LDM_OUTPUTS"  # the folder of runs, when it is not ./outputs
-OWNER_VARIABLE = "LDM_RUN_OWNER"  # process id of the runner that holds the lock for its kernels
 UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers"}
 UNTRACKED_OUTPUTS = ("notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
                      "parameters.json")  # fmt: skip
@@ -37,41 +35,6 @@ PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn
 def outputs_folder() -> Path:
     """Where runs live: $LDM_OUTPUTS, else outputs/ of the project the library was installed from."""
     return Path(os.environ.get(OUTPUTS_VARIABLE) or Path(__file__).parents[1] / "outputs").resolve()
-
-
-class RunLock:
-    """A run folder belongs to one process; the kernel drops the lock when its owner dies."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._stream = self.path.open("a+")
-        except OSError as error:
-            raise RunError(
-                f"cannot be written ({error.strerror})", where=folder, fix="choose another outputs folder"
-            ) from error
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._require_own_runner(folder)
-            return
-        self._stream.seek(0)
-        self._stream.truncate()
-        self._stream.write(f"pid {os.getpid()} since {_now()}")
-        self._stream.flush()
-
-    def _require_own_runner(self, folder: Path) -> None:
-        """A kernel works under the lock of the runner that started it; anybody else is refused."""
-        self._stream.seek(0)
-        owner = self._stream.read()
-        runner = os.environ.get(OWNER_VARIABLE)
-        if not (runner and owner.startswith(f"pid {runner} ")):
-            self._stream.close()
-            raise RunError(f"locked by {owner}", where=folder, fix="wait for it, or name another run")
-
-    def release(self) -> None:
-        self._stream.close()
 
 
 @dataclass(frozen=True)
@@ -100,7 +63,7 @@ class Stage:
     folder: Path
     inputs: dict[str, str]
     checks: list[dict[str, Any]] = field(default_factory=list)
-    _lock: RunLock | None = None
+    _lock: FolderLock | None = None
     _started: float = field(default_factory=time.monotonic)
 
     def previous(self, name: str) -> Path:
@@ -150,12 +113,13 @@ class Stage:
             "checks": self.checks,
             "seconds": round(time.monotonic() - self._started, 1),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            "finished": _now(),
+            "finished": now(),
+            "made_with": provenance(),
         }
         headless = OWNER_VARIABLE in os.environ
         write_json(self.folder / ("pending.json" if headless else "done.json"), content)
         log.info("%s closed after %.0f s", self.name, content["seconds"])
-        if self._lock:
+        if self._lock and not headless:
             self._lock.release()
         return pandas.DataFrame(self.checks, columns=["check", "passed", "found", "required"])
 
@@ -170,22 +134,35 @@ def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] 
     model = STAGES[name]
     config = validated(model, {key: parameters[key] for key in model.model_fields if key in parameters})
     run_folder = outputs_folder() / config.run
-    lock = RunLock(run_folder)
-    _log_to(run_folder / "log.txt")
     folder = run_folder / name
-    inputs = {**upstream_digests(run_folder, name), **(inputs or {})}
-    differences = changes(folder, config, inputs)
-    if differences and config.overwrite:
+    lock = FolderLock(run_folder)
+    with ExitStack() as refused:
+        refused.callback(lock.release)
+        _log_to(run_folder / "log.txt")
+        inputs = {**upstream_digests(run_folder, name), **(inputs or {})}
+        _make_room(folder, config, inputs)
+        write_json(folder / "parameters.json", {"parameters": tracked(config), "inputs": inputs})
+        refused.pop_all()
+    log.info("%s opened", name)
+    return Stage(name, config, folder, inputs, _lock=lock)
+
+
+def _make_room(folder: Path, config: StageConfig, inputs: dict[str, str]) -> None:
+    """A stage that is open is not done; what was made with other settings goes, or keeps it from opening."""
+    if not config.overwrite:
+        require_unchanged(folder, config, inputs, fix="name another run, or set overwrite to replace it")
+    elif changes(folder, config, inputs):
         shutil.rmtree(folder)
-    elif differences:
-        raise RunError(f"was made with other settings: {'; '.join(differences)}", where=f"{config.run}/{name}",
-                       fix="name another run, or set overwrite to replace it")  # fmt: skip
     folder.mkdir(exist_ok=True)
     for marker in ("done.json", "pending.json"):
         (folder / marker).unlink(missing_ok=True)
-    write_json(folder / "parameters.json", {"parameters": tracked(config), "inputs": inputs})
-    log.info("%s opened", name)
-    return Stage(name, config, folder, inputs, _lock=lock)
+
+
+def require_unchanged(folder: Path, config: StageConfig, inputs: dict[str, str], *, fix: str) -> None:
+    """Refuse a stage that was begun with other settings or inputs, naming each."""
+    if differences := changes(folder, config, inputs):
+        where = f"{folder.parent.name}/{folder.name}"
+        raise RunError(f"was made with other settings: {'; '.join(differences)}", where=where, fix=fix)
 
 
 def tracked(config: StageConfig) -> dict[str, Any]:
@@ -198,16 +175,23 @@ def changes(folder: Path, config: StageConfig, inputs: dict[str, str]) -> list[s
     begun = folder / "parameters.json"
     if not begun.exists():
         return []
-    before = json.loads(begun.read_text())
-    now = tracked(config)
-    said = [
-        f"{k} was {before['parameters'].get(k)!r}, now {v!r}"
-        for k, v in now.items()
-        if before["parameters"].get(k) != v
-    ]
-    return said + [
-        f"input {k} changed" for k in sorted({*before["inputs"], *inputs}) if before["inputs"].get(k) != inputs.get(k)
-    ]
+    record = read_record(begun)
+    was, made_from = record["parameters"], record["inputs"]
+    told = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in tracked(config).items() if was.get(k) != v]
+    names = sorted({*made_from, *inputs})
+    return told + [f"input {name} changed" for name in names if made_from.get(name) != inputs.get(name)]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One of the JSON files that a stage leaves.
+
+    Raises:
+        RunError: it cannot be read as what it was written as.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"is damaged ({error})", where=path, fix="remove its folder and run the stage again") from error
 
 
 def is_done(folder: Path, config: StageConfig, inputs: dict[str, str]) -> bool:
@@ -217,7 +201,7 @@ def is_done(folder: Path, config: StageConfig, inputs: dict[str, str]) -> bool:
 
 def damaged(folder: Path) -> list[str]:
     """Outputs of a done stage that are missing or not what they were."""
-    recorded = json.loads((folder / "done.json").read_text())["outputs"]
+    recorded = read_record(folder / "done.json")["outputs"]
     files = _outputs(folder)
     return sorted(name for name, digest in recorded.items() if name not in files or sha256(files[name]) != digest)
 
@@ -236,23 +220,25 @@ def upstream_digests(run_folder: Path, name: str) -> dict[str, str]:
     """Each earlier stage -> digest of all its outputs; every one must be done."""
     earlier = [stage for stage in STAGES if stage < name]
     return {
-        stage: fingerprint(json.loads((require_done(run_folder, stage) / "done.json").read_text())["outputs"])
-        for stage in earlier
+        stage: fingerprint(read_record(require_done(run_folder, stage) / "done.json")["outputs"]) for stage in earlier
     }
 
 
 def testify(run_folder: Path, *, preset: str, configs: dict[str, StageConfig], command: list[str]) -> None:
     """Write run.json (code, versions, machine, command) and config.json (every parameter of every stage)."""
-    write_json(run_folder / "run.json", {
-        "command": command,
-        "created": _now(),
+    write_json(run_folder / "run.json", {"command": command, "created": now(), **provenance()})
+    write_json(run_folder / "config.json", {"preset": preset, **{k: v.model_dump() for k, v in configs.items()}})
+    _log_to(run_folder / "log.txt")
+
+
+def provenance() -> dict[str, Any]:
+    """The code, the versions and the machine that a result comes from."""
+    return {
         "git": _git_state(),
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
-    })  # fmt: skip
-    write_json(run_folder / "config.json", {"preset": preset, **{k: v.model_dump() for k, v in configs.items()}})
-    _log_to(run_folder / "log.txt")
+    }
 
 
 def _outputs(folder: Path) -> dict[str, Path]:
@@ -277,11 +263,8 @@ def _log_to(path: Path) -> None:
     if str(path) not in known:
         for handler in list(log.handlers):
             log.removeHandler(handler)
+            handler.close()
         handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

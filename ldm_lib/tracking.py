@@ -1,20 +1,27 @@
-"""Where a training's figures go: a CSV table always, Weights & Biases and MLflow when asked.
+"""Where a training's figures go: a CSV table and the log always, Weights & Biases and MLflow when asked.
 
-Only names and numbers are tracked: no volumes, no paths.
+Only parameters and figures are tracked: no volumes, no paths.
 """
 
 import csv
 import fcntl
+import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from ldm_lib.config import TrainingConfig
+from ldm_lib.files import replacing
+
+log = logging.getLogger("ldm_lib")
 
 PROJECT = "brain-mri-inpainting"
+ANONYMOUS = {"mlflow.user": "unknown", "mlflow.source.name": "ldm_lib.training"}  # else the login and the script's path
 
 
 class MetricsTable(Logger):
@@ -36,33 +43,51 @@ class MetricsTable(Logger):
         return ""
 
     def log_hyperparams(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        """The parameters stand in parameters.json."""
+        """Nothing: the parameters stand in parameters.json."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Merge into the row of this step."""
+        """Merge into the row of this step, and write the table: a training may be killed at any time."""
         self.rows.setdefault(int(step or 0), {"step": int(step or 0)}).update(metrics)
-
-    def forget_after(self, step: int) -> None:
-        """Drop rows of steps that a resumed training will repeat."""
-        self.rows = {k: row for k, row in self.rows.items() if k <= step}
+        self.save()
 
     def save(self) -> None:
-        """Write the table atomically."""
+        """Write the table, whole or not at all."""
         rows = [self.rows[step] for step in sorted(self.rows)]
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        partial = self.path.with_name(f".{self.path.name}.part")
-        with partial.open("w", newline="") as stream:
+        with replacing(self.path) as partial, partial.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(rows)
-        partial.replace(self.path)
 
-    def finalize(self, status: str) -> None:  # noqa: ARG002 - Lightning's signature
-        self.save()
+
+class FinishedWandb(WandbLogger):
+    """Ends its run with the training; a second training in the same kernel would otherwise continue it."""
+
+    def finalize(self, status: str) -> None:
+        """Close the run, if one was begun."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+
+
+class EpochLog(L.Callback):
+    """One plain line per validation, with the time that is left at most."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # noqa: ARG002
+        self._first, self._started = trainer.current_epoch, time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # noqa: ARG002
+        epoch = trainer.current_epoch + 1
+        if epoch % trainer.check_val_every_n_epoch == 0:
+            told = ", ".join(f"{k} {float(v):.4g}" for k, v in sorted(trainer.callback_metrics.items()))
+            per_epoch = (time.monotonic() - self._started) / (epoch - self._first)
+            left = (trainer.max_epochs - epoch) * per_epoch / 60
+            log.info("epoch %d/%d: %s; %.0f min left", epoch, trainer.max_epochs, told, left)
 
 
 def trackers(config: TrainingConfig, folder: Path) -> list[Logger]:
     """The loggers of a training in `folder` = outputs/<run>/04_training."""
+    folder = folder.resolve()
     found: list[Logger] = [MetricsTable(folder / "metrics.csv")]
     if config.wandb_mode != "off":
         found.append(_wandb(config, folder))
@@ -72,9 +97,9 @@ def trackers(config: TrainingConfig, folder: Path) -> list[Logger]:
 
 
 def _wandb(config: TrainingConfig, folder: Path) -> WandbLogger:
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    os.environ.setdefault("WANDB_SILENT", "true")
     private = wandb.Settings(
         mode=config.wandb_mode,
         console="off",
@@ -84,8 +109,9 @@ def _wandb(config: TrainingConfig, folder: Path) -> WandbLogger:
         x_disable_meta=True,
         x_disable_stats=True,
         x_disable_machine_info=True,
+        x_save_requirements=False,
     )
-    return WandbLogger(
+    return FinishedWandb(
         project=PROJECT, name=config.run, save_dir=folder, offline=config.wandb_mode == "offline", settings=private
     )
 
@@ -96,6 +122,8 @@ def _mlflow(config: TrainingConfig, outputs: Path) -> MLFlowLogger:
     address = f"sqlite:///{outputs / 'mlflow.db'}"
     with (outputs / ".mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        logger = MLFlowLogger(PROJECT, config.run, address, artifact_location=(outputs / "mlflow").as_uri())
+        logger = MLFlowLogger(
+            PROJECT, config.run, address, artifact_location=(outputs / "mlflow").as_uri(), tags=ANONYMOUS
+        )
         logger.experiment.get_run(logger.run_id)
     return logger

@@ -7,10 +7,10 @@ What a sample is made of is a function of (seed, epoch, position in the epoch), 
 the uninterrupted one.
 """
 
-import logging
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,25 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from ldm_lib.adm import ADM
-from ldm_lib.batches import EpochOrder, TrainingSamples
+from ldm_lib.batches import EpochOrder, TrainingSamples, masked_loss
 from ldm_lib.cases import CaseData
 from ldm_lib.config import TrainingConfig, integers
 from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.errors import ConfigError, TrainingError
+from ldm_lib.files import replacing
 from ldm_lib.inpainting import AUTOENCODER_FOLDER, DEFAULT_SAMPLER, Inpainter, sample_name
-from ldm_lib.latents import Latents, collate, denoiser_input, input_channels, keep_known
+from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, input_channels, keep_known
 from ldm_lib.metrics import brats_scores
 from ldm_lib.schedule import linear_schedule
-from ldm_lib.tracking import MetricsTable, trackers
+from ldm_lib.tracking import EpochLog, trackers
 from ldm_lib.volumes import normalise, write_like, write_map
-from ldm_lib.weights import load_model, save_model
-
-log = logging.getLogger("ldm_lib")
-
-LAST = "last"
-
-
-def masked_loss(predicted: Tensor, noise: Tensor, cells: Tensor) -> Tensor:
-    """Mean over samples of the mean squared error over a sample's cells.
-
-    Args:
-        predicted, noise: (b c x y z).
-        cells: (b 1 x y z), 1 where the loss counts; a sample without such cells weighs nothing.
-    """
-    error = ((predicted.float() - noise.float()).square() * cells).sum(dim=(1, 2, 3, 4))
-    count = cells.sum(dim=(1, 2, 3, 4)) * predicted.shape[1]
-    return (error / count.clamp(min=1)).mean()
+from ldm_lib.weights import load_model, read_checkpoint, save_model
 
 
 class DiffusionTraining(L.LightningModule):
@@ -72,6 +58,7 @@ class DiffusionTraining(L.LightningModule):
         samples_folder: Path,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(config.model_dump())
         self.denoiser = inpainter.denoiser
         self.ema = AveragedModel(self.denoiser, multi_avg_fn=_moving_average(config.ema_decay))
         self.config, self.samples_folder = config, samples_folder
@@ -81,10 +68,7 @@ class DiffusionTraining(L.LightningModule):
     @property
     def inpainter(self) -> Inpainter:
         """The frozen parts with the averaged denoiser."""
-        given = self._inpainter[0]
-        return Inpainter(
-            given.autoencoder, self.ema.module, given.schedule, given.settings, given.device, given.precision
-        )
+        return replace(self._inpainter[0], denoiser=self.ema.module)
 
     def noise_loss(self, denoiser: torch.nn.Module, batch: Latents) -> Tensor:
         """The training loss of a batch with its t and noise."""
@@ -93,6 +77,9 @@ class DiffusionTraining(L.LightningModule):
         return masked_loss(denoiser(denoiser_input(noisy, batch, settings), batch["t"]), batch["noise"], batch["loss"])
 
     def training_step(self, batch: Latents, batch_idx: int) -> Tensor:
+        if self.config.dropout:  # drawn from torch's own stream, which no checkpoint keeps
+            place = np.random.SeedSequence([self.config.seed, self.current_epoch, batch_idx])
+            torch.manual_seed(int(place.generate_state(1)[0]))
         loss = self.noise_loss(self.denoiser, batch)
         if not math.isfinite(loss.item()):
             raise TrainingError(f"loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}",
@@ -130,8 +117,7 @@ class DiffusionTraining(L.LightningModule):
         return {"val_loss": float(np.mean(error**2)), "val_psnr": scores["psnr_01"], "val_ssim": scores["ssim"]}
 
     def _fixed_noise_loss(self, latents: Latents) -> Tensor:
-        schedule = self._inpainter[0].schedule
-        t = torch.tensor([int(share * (schedule.steps - 1)) for share in (0.1, 0.3, 0.5, 0.7, 0.9)])
+        t = torch.tensor([int(share * (self.inpainter.schedule.steps - 1)) for share in (0.1, 0.3, 0.5, 0.7, 0.9)])
         noise = torch.randn(latents["target"].shape, generator=torch.Generator().manual_seed(0))
         samples = collate([latents | {"t": t_k, "noise": noise} for t_k in t])
         batch = {key: value.to(self.device) for key, value in samples.items()}
@@ -148,17 +134,21 @@ class DiffusionTraining(L.LightningModule):
         write_map(folder / f"{stem}_target.nii.gz", data.target, data.source.affine)
 
 
-class EpochLog(L.Callback):
-    """One plain line per validation, with the remaining time; and the metrics table on disk."""
+class Patience(EarlyStopping):
+    """Early stopping that stays stopped when its training is resumed."""
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: DiffusionTraining) -> None:  # noqa: ARG002
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsTable):
-                logger.save()
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        if "val_loss" in metrics and (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0:
-            told = ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items()))
-            log.info("epoch %d/%d: %s", trainer.current_epoch + 1, trainer.max_epochs, told)
+    def on_train_start(self, trainer: L.Trainer, module: DiffusionTraining) -> None:  # noqa: ARG002
+        trainer.should_stop = self.wait_count >= self.patience
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are on the disk whole or not at all; Lightning's own are so only if TMPDIR is on that disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ARG002
+        """Write `checkpoint` to `path`, making its folder if needed."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            torch.save(checkpoint, partial)
 
 
 def noisy_composite(batch: Latents, inpainter: Inpainter, *, t: int, seed: int) -> Tensor:
@@ -201,7 +191,7 @@ def build_denoiser(config: TrainingConfig, *, in_channels: int, out_channels: in
         )
 
 
-def new_inpainter(autoencoder_folder: Path, config: TrainingConfig, settings: Any) -> Inpainter:
+def new_inpainter(autoencoder_folder: Path, config: TrainingConfig, settings: CellSettings) -> Inpainter:
     """The frozen autoencoder of a folder beside an untrained denoiser."""
     device = pick_device(config.device)
     autoencoder = load_model(autoencoder_folder, "autoencoder")
@@ -220,7 +210,7 @@ def train(
     config: TrainingConfig,
     folder: Path,
 ) -> DiffusionTraining:
-    """Train, or resume from checkpoints/last.ckpt, and return the module with its averaged weights.
+    """Train, or resume from checkpoints/last.ckpt, and return the module in evaluation mode.
 
     Args:
         variants: per training case, its encodings.
@@ -228,7 +218,7 @@ def train(
 
     Raises:
         ConfigError: more than one device.
-        TrainingError: a loss that is not finite.
+        TrainingError: a loss that is not finite, or a checkpoint that does not fit.
     """
     if config.devices > 1:
         raise ConfigError(f"devices = {config.devices}: training uses one device", fix="set devices to 1")
@@ -238,11 +228,10 @@ def train(
     samples = TrainingSamples(variants, config, inpainter.schedule.steps)
     loader = DataLoader(samples, config.batch_size, sampler=EpochOrder(len(variants), config), collate_fn=collate,
                         num_workers=config.num_workers)  # fmt: skip
-    last = folder / "checkpoints" / f"{LAST}.ckpt"
+    watched, last = DataLoader(torch.arange(len(validation)), 1), folder / "checkpoints" / "last.ckpt"
     trainer = _trainer(config, inpainter, folder)
-    trainer.fit(module, loader, DataLoader(torch.arange(len(validation)), 1), ckpt_path=last if last.exists() else None,
-                weights_only=True)  # fmt: skip
-    return module
+    trainer.fit(module, loader, watched, ckpt_path=_checkpoint_of(module, last), weights_only=True)
+    return module.eval()
 
 
 def save_trained(
@@ -255,8 +244,7 @@ def save_trained(
 ) -> str:
     """Write the averaged denoiser and the autoencoder it belongs to as one model folder; return its sha256."""
     if module.config.keep_weights == "best" and (best := module.trainer.checkpoint_callbacks[0].best_model_path):
-        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict(state)
+        module.load_state_dict(read_checkpoint(best))
     shutil.copytree(autoencoder_folder, folder / AUTOENCODER_FOLDER, dirs_exist_ok=True)
     autoencoder = module.inpainter.autoencoder.folder_config["sha256"]
     steps = module.trainer.global_step
@@ -264,13 +252,24 @@ def save_trained(
                       optimiser_steps=steps)  # fmt: skip
 
 
+def _checkpoint_of(module: DiffusionTraining, path: Path) -> Path | None:
+    """The checkpoint to resume from: none if there is none, an error if it is damaged or another network's."""
+    if not path.exists():
+        return None
+    try:
+        module.load_state_dict(read_checkpoint(path))
+    except RuntimeError as error:
+        raise TrainingError("is of another network", where=path, fix="set overwrite to train anew") from error
+    return path
+
+
 def _trainer(config: TrainingConfig, inpainter: Inpainter, folder: Path) -> L.Trainer:
     checkpoints = folder / "checkpoints"
     best = ModelCheckpoint(checkpoints, "brain_mri_inpainting-{epoch}-{val_loss:.6f}", monitor="val_loss",
                            save_top_k=2, save_on_train_epoch_end=False)  # fmt: skip
-    last = ModelCheckpoint(checkpoints, LAST, save_on_train_epoch_end=True, enable_version_counter=False)
-    stop = EarlyStopping("val_loss", patience=max(1, math.ceil(config.patience / config.val_every)),
-                         check_on_train_epoch_end=False)  # fmt: skip
+    last = ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    stop = Patience("val_loss", patience=max(1, math.ceil(config.patience / config.val_every)),
+                    check_on_train_epoch_end=False)  # fmt: skip
     return L.Trainer(
         default_root_dir=folder,
         accelerator="gpu" if inpainter.device.type == "cuda" else "cpu",
@@ -282,6 +281,7 @@ def _trainer(config: TrainingConfig, inpainter: Inpainter, folder: Path) -> L.Tr
         check_val_every_n_epoch=min(config.val_every, config.max_epochs),
         num_sanity_val_steps=0,
         logger=trackers(config, folder),
+        plugins=[WholeCheckpoints()],
         callbacks=[best, last, EpochLog()] + ([] if config.overfit_batches else [stop]),
         enable_progress_bar=False,
         enable_model_summary=False,

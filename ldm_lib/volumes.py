@@ -94,9 +94,7 @@ def read_volume(path: str | Path) -> Volume:
     held = len(content) - offset
     if held < n_bytes:
         raise InputError(
-            f"expected {n_bytes} bytes of voxels, got {held}",
-            where=path,
-            fix="download or export the file again",
+            f"expected {n_bytes} bytes of voxels, got {held}", where=path, fix="download or export the file again"
         )
     if surplus := held - n_bytes + trailing:
         warnings.append(f"{surplus} bytes after the last voxel are ignored")
@@ -116,9 +114,7 @@ def read_image(path: str | Path) -> Volume:
         raise InputError(cause, where=path, fix="give a skull-stripped T1n volume")
     if high <= 0:
         raise InputError(
-            f"no voxel above 0 (max {high:g})",
-            where=path,
-            fix="check the slope and the units of the export",
+            f"no voxel above 0 (max {high:g})", where=path, fix="check the slope and the units of the export"
         )
     return volume
 
@@ -150,9 +146,7 @@ def read_mask(
     mask = volume.voxels > 0.5
     if not mask.any() and not allow_empty:
         raise InputError(
-            f"the mask is empty (0 of {mask.size} voxels)",
-            where=path,
-            fix="mark the voxels to fill with 1",
+            f"the mask is empty (0 of {mask.size} voxels)", where=path, fix="mark the voxels to fill with 1"
         )
     return mask
 

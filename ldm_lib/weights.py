@@ -4,19 +4,18 @@ Loading reads tensors and JSON, and never executes what it reads.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from torch import nn
 
 from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.errors import WeightsError
-from ldm_lib.files import sha256
+from ldm_lib.files import replacing, sha256, write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 KINDS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "adm": ADM}
@@ -30,11 +29,11 @@ def save_model(folder: Path, model: nn.Module, **facts: Any) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    _replace(folder / WEIGHTS, save(tensors))
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(tensors, partial)
     digest = sha256(folder / WEIGHTS)
     kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
-    config = {"kind": kind, "build": model.config, "sha256": digest, **facts}
-    _replace(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_json(folder / CONFIG, {"kind": kind, "build": model.config, "sha256": digest, **facts})
     return digest
 
 
@@ -49,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise WeightsError(f"not readable as JSON ({error})", where=path) from error
-    if not {"kind", "build", "sha256"} <= set(config) or config["kind"] not in KINDS:
+    if not isinstance(config, dict) or not {"build", "sha256"} <= set(config) or config.get("kind") not in list(KINDS):
         raise WeightsError("not a model's config: kind, build or sha256 is missing or unknown", where=path)
     return config
 
@@ -68,14 +67,24 @@ def load_model(folder: str | Path, kind: str) -> nn.Module:
     try:
         model = KINDS[kind](**config["build"])
         model.load_state_dict(tensors)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
         raise WeightsError(f"its weights do not fit its config: {str(error).splitlines()[0]}", where=folder) from error
     model.folder_config = config
     return model.eval().requires_grad_(False)
 
 
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of a training's checkpoint, on the CPU; nothing in it is executed."""
+    refused = torch.serialization.pickle.UnpicklingError  # what torch raises instead of executing
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (refused, EOFError, OSError, RuntimeError, KeyError) as error:
+        cause = f"damaged or unsafe checkpoint ({str(error).partition('.')[0]})"
+        raise WeightsError(cause, where=path, fix="set overwrite to train anew") from error
+
+
 def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
-    if not path.exists():
+    if not path.is_file():
         raise WeightsError("no such file", where=path, fix="copy the whole model folder")
     if sha256(path) != digest:
         raise WeightsError("sha256 differs from its config's", where=path, fix="copy the model folder again")
@@ -87,12 +96,3 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
     if bad:
         raise WeightsError(f"non-finite weights in {', '.join(bad[:3])}", where=path, fix="train again")
     return tensors
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)

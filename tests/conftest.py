@@ -1,0 +1,67 @@
+"""What several test files share: a synthetic cohort of three patients, and networks that run in milliseconds."""
+
+from pathlib import Path
+
+import pytest
+
+SCHEDULE = {"steps": 1000, "beta_start": 1e-4, "beta_end": 0.002}  # mild, so that untrained networks stay finite
+SETTINGS = {"growth_threshold": 0.2, "pooling": "area", "mask_dilation": 1, "context": "composite"}
+
+
+@pytest.fixture(scope="session")
+def cohort_folder(tmp_path_factory) -> Path:
+    """Three synthetic patients with two holes each, 8 mm voxels (30 30 20), in the seed layout."""
+    from ldm_lib.phantom import write_cohort
+
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder, seed=0, patients=range(3), spacing_mm=8.0, masks=2)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def cases(cohort_folder) -> list:
+    """Its six cases, patient by patient."""
+    from ldm_lib.cohort import find_cases
+
+    return find_cases(cohort_folder)[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
+    """An untrained autoencoder, two voxels per cell and three channels, whose latents are standardised."""
+    import torch
+
+    from ldm_lib.autoencoder import Autoencoder
+    from ldm_lib.autoencoding import latent_statistics
+    from ldm_lib.weights import save_model
+
+    torch.manual_seed(1)
+    build = {"channels": (4, 8), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
+    autoencoder = Autoencoder(**build).freeze()
+    autoencoder.standardise(*latent_statistics(autoencoder, cases[:4], device=torch.device("cpu"), precision="32"))
+    folder = tmp_path_factory.mktemp("autoencoder")
+    save_model(folder, autoencoder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
+    """A model folder as a training leaves it, its denoiser random in every layer."""
+    import shutil
+
+    import torch
+
+    from ldm_lib.adm import ADM
+    from ldm_lib.weights import read_config, save_model
+
+    torch.manual_seed(2)
+    denoiser = ADM(in_channels=8, out_channels=3, base_width=8, multipliers=(1, 2), blocks_per_level=1,
+                   attention_rates=(2,), head_channels=8)  # fmt: skip
+    for parameter in denoiser.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(tiny_autoencoder_folder, folder / "autoencoder")
+    save_model(folder, denoiser, schedule=SCHEDULE, settings=SETTINGS,
+               autoencoder_sha256=read_config(tiny_autoencoder_folder)["sha256"])  # fmt: skip
+    return folder

@@ -1,0 +1,186 @@
+"""Laws of training samples: functions of (seed, epoch, position), and a loss that weighs samples equally."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ldm_lib.batches import EpochOrder, TrainingSamples, crop_around_hole, masked_loss
+from ldm_lib.config import resolve
+
+STEPS = 1000
+
+
+def settings(**changes):
+    return resolve("smoke", {"latent_crop": 0, **changes})["04_training"]
+
+
+def latents(k, variant=0, shape=(6, 5, 4)):
+    """Distinct latents; every voxel of the target tells where it is, and the hole is one corner block."""
+    place = torch.arange(torch.tensor(shape).prod()).view(1, *shape).float()
+    hole = torch.zeros(1, *shape)
+    hole[:, 1:3, 1:3, 1:3] = 1
+    target = place + 1000 * k + 10000 * variant
+    return {"target": target, "voided": target * (1 - hole), "hole": hole, "loss": hole, "share": hole,
+            "conditioning": place.expand(4, *shape).clone()}  # fmt: skip
+
+
+def samples(count=3, variants=1, **changes):
+    return TrainingSamples([[latents(k, v) for v in range(variants)] for k in range(count)], settings(**changes), STEPS)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_item_is_a_function_of_seed_epoch_and_position():
+    changes = {"latent_flip_probability": 0.5, "latent_noise": 0.1, "latent_crop": 3}
+    data, again = samples(variants=3, **changes), samples(variants=3, **changes)
+    first = data[2, 5, 0]
+    for other in (data[0, 0, 1], data[2, 6, 0]):  # what was asked for in between does not matter
+        assert not same(first, other)
+    torch.manual_seed(77)
+    assert same(first, data[2, 5, 0]) and same(first, again[2, 5, 0])
+    assert not torch.equal(first["noise"], samples(variants=3, seed=1, **changes)[2, 5, 0]["noise"])
+    assert not torch.equal(first["noise"], data[3, 5, 0]["noise"])
+
+
+def test_t_is_uniform_over_the_schedule_and_the_noise_standard():
+    data = samples(1)
+    drawn = [data[0, position, 0] for position in range(2000)]
+    t = torch.stack([item["t"] for item in drawn])
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < STEPS
+    quarters = torch.histc(t.float(), bins=4, min=0, max=STEPS)
+    assert (quarters - 500).abs().max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
+    noise = torch.stack([item["noise"] for item in drawn])
+    assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_every_variant_is_used():
+    data = samples(1, variants=3)
+    seen = {int(data[0, position, 0]["target"][0, 0, 0, 0]) // 10000 for position in range(50)}
+    assert seen == {0, 1, 2}
+
+
+def test_without_latent_changes_the_latents_are_the_cached_ones():
+    item = samples(1)[4, 2, 0]
+    assert same({name: item[name] for name in latents(0)}, latents(0))
+
+
+def test_a_latent_flip_flips_everything_left_and_right():
+    item, plain = samples(1, latent_flip_probability=1.0)[0, 0, 0], latents(0)
+    assert all(torch.equal(item[name], plain[name].flip(1)) for name in plain)
+    assert torch.equal(item["noise"], samples(1)[0, 0, 0]["noise"])  # noise has no left and right
+
+
+def test_latent_noise_touches_what_is_known_and_nothing_else():
+    item, plain = samples(1, latent_noise=0.3)[0, 0, 0], latents(0)
+    assert all(torch.equal(item[name], plain[name]) for name in plain if name != "voided")
+    added = torch.cat([samples(1, latent_noise=0.3)[0, p, 0]["voided"] - plain["voided"] for p in range(20)])
+    assert added.std().item() == pytest.approx(0.3, rel=0.05)
+    assert torch.equal(item["noise"], samples(1)[0, 0, 0]["noise"])
+
+
+@pytest.mark.parametrize("edge", [1, 2, 3, 4, 16])
+def test_a_crop_holds_a_part_of_the_hole_and_keeps_tensors_together(edge):
+    data = samples(1, latent_crop=edge)
+    corners = set()
+    for position in range(40):
+        item = data[0, position, 0]
+        assert item["target"].shape == (1, *(min(edge, n) for n in (6, 5, 4))) == item["noise"].shape
+        assert item["hole"].any()
+        assert torch.equal(item["conditioning"][:1], item["target"])  # both tell their place
+        corners.add(float(item["target"][0, 0, 0, 0]))
+    assert len(corners) > 1 or edge == 16
+
+
+def test_cropping_changes_none_of_its_inputs():
+    sample = latents(0)
+    crop_around_hole(sample, 2, np.random.default_rng(0))
+    assert same(sample, latents(0))
+
+
+@pytest.mark.parametrize(("count", "batch", "accumulate", "length"), [
+    (4, 2, 1, 4), (5, 2, 1, 6), (5, 2, 3, 6), (1, 2, 2, 4), (7, 3, 2, 12),
+])  # fmt: skip
+def test_an_epoch_is_a_permutation_wrapped_to_full_batches(count, batch, accumulate, length):
+    order = EpochOrder(count, settings(batch_size=batch, accumulate_grad_batches=accumulate))
+    seen = list(order)
+    assert len(seen) == len(order) == length
+    assert [position for _, position, _ in seen] == list(range(length))
+    indices = [index for *_, index in seen]
+    assert sorted(indices[:count]) == list(range(count)) and indices[count:] == (indices * 2)[: length - count]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    order = EpochOrder(50, settings())
+    first = list(order)
+    order.set_epoch(1)
+    second = list(order)
+    order.set_epoch(0)
+    assert list(order) == first
+    assert [i for *_, i in first] != [i for *_, i in second] and {epoch for epoch, *_ in second} == {1}
+    assert [i for *_, i in EpochOrder(50, settings(seed=1))] != [i for *_, i in first]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_debug_mode_repeats_sixteen_pairs_per_case(count):
+    changes = {"overfit_batches": 1, "latent_flip_probability": 0.5, "latent_crop": 3}
+    data, order = samples(count, **changes), EpochOrder(count, settings(**changes))
+    epochs = []
+    for epoch in (0, 1, 7):
+        order.set_epoch(epoch)
+        epochs.append([data[where] for where in order])
+    assert all(same(a, b) for other in epochs[1:] for a, b in zip(epochs[0], other, strict=True))
+    for k in range(count):
+        own = [item for item in epochs[0] if int(item["target"][0, 0, 0, 0]) // 1000 == k]
+        times = sorted(int(item["t"]) for item in own)
+        assert len(set(times)) == 16 and times[0] == 100 and times[-1] == 999
+        assert len({item["noise"].sum().item() for item in own}) == 16
+    assert len({item["noise"].sum().item() for item in epochs[0]}) == 16 * count
+
+
+def test_debug_mode_fits_a_short_schedule():
+    data = TrainingSamples([[latents(0)]], settings(overfit_batches=1), 20)
+    times = [int(data[0, position, 0]["t"]) for position in range(16)]
+    assert times[0] == 2 and times[-1] == 19
+
+
+def test_the_loss_is_the_mean_over_samples_of_the_mean_over_cells():
+    predicted, noise = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 4, 4, 4)
+    cells = torch.zeros(2, 1, 4, 4, 4)
+    cells[0, :, :1, :1, :1] = 1  # a hole of one cell weighs as much
+    cells[1, :, 1:] = 1  # as one of forty-eight
+    oracle = (
+        F.mse_loss(predicted[0, :, 0, 0, 0], noise[0, :, 0, 0, 0]) + F.mse_loss(predicted[1, :, 1:], noise[1, :, 1:])
+    ) / 2
+    assert masked_loss(predicted, noise, cells).item() == pytest.approx(oracle.item(), rel=1e-5)
+
+
+def test_the_loss_ignores_other_cells_and_their_gradient():
+    predicted, noise = torch.randn(1, 2, 3, 3, 3, requires_grad=True), torch.randn(1, 2, 3, 3, 3)
+    cells = (torch.rand(1, 1, 3, 3, 3) > 0.5).float()
+    masked_loss(predicted, noise, cells).backward()
+    assert torch.equal((predicted.grad != 0).any(1, keepdim=True).float(), cells)
+
+
+def test_a_sample_without_cells_adds_nothing():
+    predicted, noise = torch.ones(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2)
+    cells = torch.ones(2, 1, 2, 2, 2)
+    cells[1] = 0
+    assert masked_loss(predicted, noise, cells) == 0.5
+    assert masked_loss(predicted, noise, 0 * cells) == 0
+
+
+def test_the_loss_is_computed_in_float32():
+    noise = torch.zeros(1, 1, 16, 16, 16, dtype=torch.float16)
+    loss = masked_loss(noise + 100, noise, torch.ones(1, 1, 16, 16, 16))  # the sum overflows float16
+    assert loss.dtype == torch.float32 and loss == 10000
+
+
+def test_accumulated_batches_average_samples_equally():
+    predicted, noise = torch.randn(4, 2, 3, 3, 3), torch.randn(4, 2, 3, 3, 3)
+    cells = (torch.rand(4, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.7).float()
+    whole = masked_loss(predicted, noise, cells)
+    halves = [masked_loss(predicted[part], noise[part], cells[part]) for part in (slice(2), slice(2, 4))]
+    assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-5)

@@ -1,0 +1,152 @@
+"""Voxel order, padding and cells: every way there has an exact way back."""
+
+from itertools import permutations, product
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from ldm_lib.geometry import Frame, Padding, cell_centre, cell_share, latent_mask
+
+ORIENTATIONS = [(axes, signs) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3)]
+
+
+def _affine(axes, signs, spacing_mm=(1.0, 1.0, 1.0)):
+    """File axis k runs along world axis axes[k], in the direction signs[k]."""
+    affine = np.diag([0.0, 0, 0, 1])
+    for k, (axis, sign) in enumerate(zip(axes, signs, strict=True)):
+        affine[axis, k] = sign * spacing_mm[k]
+    affine[:3, 3] = 7, -5, 3
+    return affine
+
+
+def _positions_mm(affine, shape):
+    """World coordinates (3, x, y, z) of every voxel."""
+    indices = np.concatenate([np.indices(shape), np.ones((1, *shape))])
+    return np.tensordot(affine[:3], indices, axes=1)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+@pytest.mark.parametrize("shape", [(5, 6, 9), (8, 7, 1)])
+def test_every_orientation_is_undone_exactly(shape, multiple):
+    array = np.arange(1, np.prod(shape) + 1).reshape(shape)
+    for axes, signs in ORIENTATIONS:
+        frame = Frame.of(_affine(axes, signs), shape, multiple)
+        there = frame.to_model(array)
+        assert there.shape == frame.shape
+        assert all(n % multiple == 0 for n in there.shape)
+        assert there.flags.c_contiguous
+        assert there.sum() == array.sum(), "padding is zero"
+        back = frame.to_file(there)
+        np.testing.assert_array_equal(back, array)
+        assert back.dtype == array.dtype
+
+
+def test_every_orientation_becomes_lps():
+    shape = (4, 3, 5)
+    for axes, signs in ORIENTATIONS:
+        affine = _affine(axes, signs, (1.0, 2.0, 3.0))
+        frame, positions_mm = Frame.of(affine, shape, 1), _positions_mm(affine, shape)
+        left, posterior, superior = (sign * frame.to_lps(p) for sign, p in zip((-1, -1, 1), positions_mm, strict=True))
+        steps = [np.diff(field, axis=axis) for axis, field in enumerate((left, posterior, superior))]
+        spacing_mm = frame.turn_spacing((1.0, 2.0, 3.0))
+        for axis, (step, length) in enumerate(zip(steps, spacing_mm, strict=True)):
+            np.testing.assert_allclose(step, length, err_msg=f"axis {axis} of {axes} {signs}")
+
+
+def test_an_oblique_grid_turns_to_its_nearest_axes():
+    tilt = np.radians(20)
+    oblique = np.eye(4)
+    oblique[:2, :2] = [[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]
+    array = np.arange(60).reshape(3, 4, 5)
+    frame = Frame.of(oblique @ _affine((0, 1, 2), (1, 1, 1)), array.shape, 1)
+    np.testing.assert_array_equal(frame.to_lps(array), array[::-1, ::-1])
+
+
+@pytest.mark.parametrize("depth", [155, 156])
+def test_a_canonical_copy_is_the_same_case(depth):
+    array = np.random.default_rng(0).integers(0, 900, (6, 7, depth))
+    lps = nib.Nifti1Image(array.astype(np.int16), np.diag([-1.0, -1, 1, 1]))
+    ras = nib.as_closest_canonical(lps)
+    assert nib.aff2axcodes(ras.affine) == ("R", "A", "S")
+    frames = [Frame.of(image.affine, image.shape, 8) for image in (lps, ras)]
+    there = [f.to_model(np.asarray(image.dataobj)) for f, image in zip(frames, (lps, ras), strict=True)]
+    np.testing.assert_array_equal(*there)
+    np.testing.assert_array_equal(frames[1].to_file(there[0]), np.asarray(ras.dataobj))
+
+
+@pytest.mark.parametrize("multiple", [2, 8, 16])
+def test_padding_is_smallest_and_records_its_offset(multiple):
+    for depth in (*range(1, 40), 155, 156, 160):
+        padding = Padding.to_multiple((depth,), multiple)
+        before, after = padding.before[0], padding.after[0]
+        assert (before + depth + after) % multiple == 0
+        assert 0 <= before <= after <= before + 1, "centred, the odd voxel behind"
+        assert before + after < multiple
+    assert Padding.to_multiple((240, 155, 156), 8) == Padding((0, 2, 2), (0, 3, 2))
+
+
+@pytest.mark.parametrize("depth", [155, 156])
+def test_padding_never_shifts(depth):
+    array = np.zeros((5, 4, depth), np.float32)
+    array[2, 1, 77] = 1
+    padding = Padding.to_multiple(array.shape, 8)
+    padded = padding.pad(array)
+    assert np.argwhere(padded).tolist() == [[2 + 1, 1 + 2, 77 + 2]]
+    np.testing.assert_array_equal(padding.crop(padded), array)
+
+
+def test_a_crop_takes_the_last_three_axes_of_tensors_too():
+    batch = torch.arange(2 * 3 * 5 * 6 * 7).reshape(2, 3, 5, 6, 7)
+    padding = Padding.to_multiple((5, 6, 7), 8)
+    padded = torch.from_numpy(np.stack([[padding.pad(c.numpy()) for c in b] for b in batch]))
+    assert torch.equal(padding.crop(padded), batch)
+    assert padding.pad(np.ones((5, 6, 7), bool)).dtype == bool
+
+
+def _cells(shape, factor):
+    """Every cell: its index and its slices."""
+    for index in np.ndindex(*(n // factor for n in shape)):
+        yield index, tuple(slice(i * factor, (i + 1) * factor) for i in index)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_a_cells_share_is_the_mean_of_its_voxels(factor):
+    array = np.random.default_rng(0).uniform(size=(2, 8, 12, 4)).astype(np.float32)
+    shares = cell_share(array, factor)
+    for index, box in _cells(array.shape[1:], factor):
+        np.testing.assert_allclose(shares[(slice(None), *index)], array[(slice(None), *box)].mean((1, 2, 3)), rtol=1e-6)
+    mask = np.zeros((8, 8, 8), bool)
+    mask[0, 0, 0] = mask[4:, 4:, 4:] = True
+    assert cell_share(mask, 4)[0, 0, 0] == 1 / 64
+    assert cell_share(mask, 4)[1, 1, 1] == 1
+    assert cell_share(mask, 4).sum() == 1 + 1 / 64
+
+
+@pytest.mark.parametrize("dilation", [0, 1, 2])
+@pytest.mark.parametrize("factor", [2, 4])
+def test_latent_mask_is_every_cell_near_a_cell_with_a_voxel_of_the_hole(factor, dilation):
+    mask = np.random.default_rng(3).uniform(size=(24, 16, 20)) < 6e-4
+    assert 1 < mask.sum() < 10
+    hit = [np.array(index) for index, box in _cells(mask.shape, factor) if mask[box].any()]
+    expected = np.zeros([n // factor for n in mask.shape], bool)
+    for index in np.ndindex(*expected.shape):
+        expected[index] = any(np.abs(np.array(index) - h).max() <= dilation for h in hit)
+    found = latent_mask(mask, factor, dilation)
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, expected)
+    assert not found.all()
+
+
+def test_latent_mask_of_nothing_is_nothing():
+    assert not latent_mask(np.zeros((8, 8, 8), bool), 4, 2).any()
+
+
+@pytest.mark.parametrize(("factor", "inside"), [(1, 0), (2, 1), (4, 2), (8, 4)])
+def test_the_centre_of_a_cell_is_one_voxel_of_it(factor, inside):
+    array = np.random.default_rng(0).uniform(size=(3, 16, 8, 24))
+    centres = cell_centre(array, factor)
+    for index, _ in _cells(array.shape[1:], factor):
+        x, y, z = (i * factor + inside for i in index)
+        np.testing.assert_array_equal(centres[(slice(None), *index)], array[:, x, y, z])

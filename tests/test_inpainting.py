@@ -1,0 +1,425 @@
+"""Laws of volume in, volume out: nothing outside the mask, no peeking, exact inverses, samples that seeds determine."""
+
+import gzip
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from torch import nn
+
+import ldm_lib
+from ldm_lib import inpainting
+from ldm_lib.cases import load_case
+from ldm_lib.conditioning import model_case
+from ldm_lib.errors import ConfigError, InputError, WeightsError
+from ldm_lib.inpainting import CaseNoise, Filled, Inpainter, case_of_files, inpaint, sample_name, write_filled
+from ldm_lib.latents import CellSettings, encode_case
+from ldm_lib.samplers import SAMPLERS
+from ldm_lib.schedule import linear_schedule
+from ldm_lib.volumes import read_volume, write_map
+
+CPU = torch.device("cpu")
+FAST = {"steps": 3, "device": "cpu"}
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
+
+
+@pytest.fixture(scope="module")
+def inpainter(tiny_model_folder):
+    return Inpainter.load(tiny_model_folder, device="cpu", precision="32")
+
+
+@pytest.fixture
+def pair(cases, tmp_path):
+    """Copies of one case's voided image and mask."""
+    return tuple(Path(shutil.copy(path, tmp_path)) for path in (cases[0].t1n_voided, cases[0].mask))
+
+
+@pytest.fixture
+def model(tiny_model_folder):
+    return {"model": tiny_model_folder, **FAST}
+
+
+def raw(path):
+    return read_volume(path).raw
+
+
+def rewrite(path, change, dtype=None):
+    """Change the voxels of a file in place."""
+    image = nib.load(path)
+    voxels = np.asanyarray(image.dataobj).copy()
+    change(voxels)
+    nib.save(nib.Nifti1Image(voxels.astype(dtype or voxels.dtype), image.affine), path)
+
+
+# ---- law 1: outside the mask
+
+
+@pytest.mark.parametrize(("dtype", "suffix"), [
+    ("int16", ".nii.gz"), ("uint8", ".nii"), ("float32", ".nii.gz"), (">i2", ".nii"), ("float64", ".nii.gz"),
+])  # fmt: skip
+def test_outside_the_mask_the_file_comes_back_bit_for_bit(pair, tmp_path, model, dtype, suffix):
+    image = nib.load(pair[0])
+    voxels = np.asanyarray(image.dataobj).astype(float)
+    voxels *= (250 if dtype == "uint8" else 3000) / voxels.max()
+    given = tmp_path / f"given{suffix}"
+    header = nib.Nifti1Header(endianness=">" if dtype[0] == ">" else "<")
+    header["descrip"], header["cal_max"], header["intent_name"] = b"a scan", 1234, b"kept"
+    nib.save(nib.Nifti1Image(voxels.astype(dtype), image.affine, header), given)
+    output = tmp_path / f"result{suffix}"
+    assert inpaint(given, pair[1], output, **model) == [output]
+    before, after, mask = read_volume(given), read_volume(output), raw(pair[1]) > 0
+    assert after.preamble == before.preamble and after.raw.dtype == before.raw.dtype
+    assert after.shape == before.shape and np.array_equal(after.affine, before.affine)
+    assert np.array_equal(after.raw[~mask], before.raw[~mask])
+    assert np.isfinite(after.voxels).all() and after.raw[mask].any() and not before.raw[mask].any()
+
+
+def test_slope_and_intercept_are_kept(pair, tmp_path, model):
+    image = nib.load(pair[0])
+    stored = nib.Nifti1Image(np.asanyarray(image.dataobj) // 2, image.affine)
+    stored.header.set_slope_inter(2.0, 0.0)
+    content = bytearray(stored.to_bytes())
+    content[112:120] = np.array([2.0, 0.0], "<f4").tobytes()  # nibabel does not write a slope of its own accord
+    given = tmp_path / "sloped" / pair[0].name  # of the same name, so of the same noise
+    given.parent.mkdir()
+    given.write_bytes(gzip.compress(content))
+    inpaint(given, pair[1], tmp_path / "out.nii", **model)
+    before, after, mask = read_volume(given), read_volume(tmp_path / "out.nii"), raw(pair[1]) > 0
+    assert (before.slope, after.slope) == (2.0, 2.0) and before.preamble == after.preamble
+    assert np.array_equal(after.raw[~mask], before.raw[~mask])
+    inpaint(*pair, tmp_path / "plain.nii", **model)
+    plain = read_volume(tmp_path / "plain.nii").voxels[mask]
+    assert np.abs(after.voxels[mask] - plain).max() <= 0.02 * np.abs(plain).max()  # source units, not stored ones
+
+
+# ---- samples, mean and spread
+
+
+def test_of_several_samples_the_output_is_the_mean_and_the_spread_is_numpys(pair, tmp_path, model):
+    rewrite(pair[0], lambda voxels: None, np.float32)
+    output = tmp_path / "out.nii.gz"
+    written = inpaint(*pair, output, samples=5, write_samples=True, **model)
+    names = ["out.nii.gz", "out-std.nii.gz", *(f"out-sample-{k:04d}.nii.gz" for k in range(5))]
+    assert [path.name for path in written] == names and all(path.parent == tmp_path for path in written)
+    samples = np.stack([raw(path) for path in written[2:]]).astype(np.float64)
+    mask = raw(pair[1]) > 0
+    np.testing.assert_allclose(raw(output), samples.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(raw(written[1]), samples.std(axis=0), rtol=1e-4, atol=1e-3)
+    assert not raw(written[1])[~mask].any() and (raw(written[1])[mask] > 0).mean() > 0.9
+    assert len({sample[mask].tobytes() for sample in samples}) == 5
+    assert np.array_equal(read_volume(written[1]).affine, read_volume(output).affine)
+
+
+def test_without_being_asked_no_sample_is_written(pair, tmp_path, model):
+    before = set(tmp_path.iterdir())
+    written = inpaint(*pair, tmp_path / "OUT.NII.GZ", samples=2, **model)
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {"OUT.NII.GZ", "OUT-std.NII.GZ"}
+    assert written == [tmp_path / "OUT.NII.GZ", tmp_path / "OUT-std.NII.GZ"]
+
+
+def test_one_sample_is_its_own_mean(cases, inpainter):
+    filled = inpainter.fill(load_case(cases[0]), samples=1, steps=2)
+    assert np.array_equal(filled.mean, filled.samples[0]) and not filled.std.any()
+
+
+def test_mean_and_spread_outside_the_mask_are_exact():
+    """A third of three equal numbers is the number: the spread of known voxels is exactly 0."""
+    voxels = np.random.default_rng(0).uniform(0, 4000, (20, 20, 20)).astype(np.float32)
+    filled = Filled([voxels] * 3)
+    assert np.array_equal(filled.mean, voxels) and not filled.std.any()
+
+
+# ---- law 2: no peeking
+
+
+def test_what_lies_under_the_mask_changes_nothing(pair, tmp_path, model, caplog):
+    rng, mask = np.random.default_rng(0), raw(pair[1]) > 0
+    results = []
+    for k in range(3):
+
+        def peek(voxels, k=k):
+            voxels[mask] = rng.integers(1, 30000, mask.sum()) if k else 0
+
+        rewrite(pair[0], peek)
+        with caplog.at_level(logging.WARNING):
+            inpaint(*pair, tmp_path / f"{k}.nii.gz", **model)
+        results.append(raw(tmp_path / f"{k}.nii.gz"))
+        assert (f"{mask.sum()} of {mask.sum()} voxels under the mask were not void" in caplog.text) == (k > 0)
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+    assert not np.array_equal(results[0][mask], raw(pair[0])[mask])
+
+
+def test_a_case_with_its_truth_is_filled_as_one_without(cases, inpainter):
+    data = load_case(cases[0])
+    blind = replace(data, target=None, healthy=None, unhealthy=None)
+    assert np.array_equal(inpainter.fill(data, steps=2).mean, inpainter.fill(blind, steps=2).mean)
+
+
+# ---- law 3: an identity in place of the autoencoder
+
+
+class SpaceToDepth(nn.Module):
+    """Volume and latent hold the same numbers: each cell keeps its factor^3 voxels as channels."""
+
+    spacing_mm = 1.0
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.latent_channels = factor, factor**3
+        self.pattern, self.sizes = "b 1 (x i) (y j) (z k) -> b (i j k) x y z", dict.fromkeys("ijk", factor)
+
+    def encode(self, volume):
+        return rearrange(volume, self.pattern, **self.sizes)
+
+    def decode(self, latent):
+        return rearrange(latent, " -> ".join(reversed(self.pattern.split(" -> "))), **self.sizes)
+
+
+class KnowsTheTruth(nn.Module):
+    """The noise that is in x, seen from the true latent; and whether known cells were always clean."""
+
+    def __init__(self, truth, schedule):
+        super().__init__()
+        self.truth, self.schedule = truth, schedule
+
+    def forward(self, x, t):
+        alpha_bar = self.schedule.alpha_bar[t].view(-1, 1, 1, 1, 1)
+        z = x[:, : self.truth.shape[1]].double()
+        return ((z - alpha_bar.sqrt() * self.truth) / (1 - alpha_bar).sqrt()).to(x.dtype)
+
+
+def write_head(folder, depth, orientation):
+    """A random head with a hole, as three files; the same voxels in the world whatever the orientation."""
+    rng, shape = np.random.default_rng(depth), (24, 20, depth)
+    voxels = rng.integers(1, 4000, shape).astype(np.int16)
+    voxels[:3] = voxels[:, :2] = voxels[..., -20:] = 0
+    mask = np.zeros(shape, np.uint8)
+    mask[5:14, 8:15, 60:71] = 1
+    mask[20:, :5, -4:] = 1  # a hole at the edge of the grid
+    volumes = {"head": voxels, "head-t1n-voided": voxels * (1 - mask), "head-mask": mask}
+    lps = nib.orientations.axcodes2ornt("LPS")
+    turn = nib.orientations.ornt_transform(lps, nib.orientations.axcodes2ornt(orientation))
+    folder.mkdir()
+    for name, volume in volumes.items():
+        image = nib.Nifti1Image(volume.astype(np.int16), np.diag([-1.0, -1.0, 1.0, 1.0])).as_reoriented(turn)
+        write_map(folder / f"{name}.nii.gz", np.asanyarray(image.dataobj), image.affine)
+    return [folder / f"{name}.nii.gz" for name in volumes]
+
+
+@pytest.mark.parametrize(("depth", "orientation", "factor", "sampler"), [
+    (155, "LPS", 4, "ddim"), (156, "RAS", 4, "ddpm"), (155, "RAS", 2, "dpm++2m"), (156, "LPS", 2, "ddim"),
+    (155, "PSL", 4, "dpm++2m"), (155, "LPS", 1, "ddpm"),
+])  # fmt: skip
+def test_with_an_identity_for_an_autoencoder_the_truth_comes_back(tmp_path, depth, orientation, factor, sampler):
+    full, voided, mask = write_head(tmp_path / "head", depth, orientation)
+    data = load_case(replace(case_of_files(voided, mask), t1n=full))
+    autoencoder, schedule = SpaceToDepth(factor), linear_schedule()
+    truth = autoencoder.encode(torch.from_numpy(model_case(data, factor).target)[None, None]).double()
+    inpainter = Inpainter(autoencoder, KnowsTheTruth(truth, schedule), schedule, CellSettings(), CPU, "32")
+    filled = inpainter.fill(data, sampler=sampler, steps=3)
+    write_filled(filled, data, tmp_path / "out.nii.gz")
+    assert np.array_equal(raw(tmp_path / "out.nii.gz"), raw(full))
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "SLA"])
+def test_the_order_of_a_files_voxels_does_not_matter(tmp_path, inpainter, orientation):
+    results = []
+    for name in ("LPS", orientation):
+        _, voided, mask = write_head(tmp_path / name, 155, name)
+        data = load_case(case_of_files(voided, mask))
+        write_filled(inpainter.fill(data, steps=2), data, tmp_path / f"{name}.nii.gz")
+        results.append(nib.as_closest_canonical(nib.load(tmp_path / f"{name}.nii.gz")))
+    assert np.array_equal(*(np.asanyarray(image.dataobj) for image in results))
+    assert np.allclose(results[0].affine, results[1].affine)
+
+
+# ---- law 4: a batch equals its elements; case and seed determine a sample
+
+
+@pytest.fixture(scope="module")
+def encoded(cases, inpainter):
+    chosen = [load_case(case) for case in cases[:3]]
+    return [inpainter.encode(data) for data in chosen], [sample_name(data.case, 0) for data in chosen]
+
+
+@every_sampler
+def test_a_batch_equals_its_elements_in_any_order(encoded, inpainter, sampler):
+    latents, names = encoded
+    how = {"seed": 3, "sampler": sampler, "steps": 3}
+    alone = torch.cat([inpainter.sample([x], [name], **how) for x, name in zip(latents, names, strict=True)])
+    together = inpainter.sample(latents, names, **how)
+    backwards = inpainter.sample(latents[::-1], names[::-1], **how).flip(0)
+    scale = alone.abs().max().item()
+    assert torch.allclose(together, alone, atol=1e-4 * scale) and torch.allclose(backwards, alone, atol=1e-4 * scale)
+    assert (alone[0] - alone[1]).abs().max() > 0.1 * scale
+
+
+@every_sampler
+def test_case_and_seed_determine_a_sample(cases, inpainter, sampler):
+    data, how = load_case(cases[0]), {"sampler": sampler, "steps": 3}
+    torch.manual_seed(0)
+    one = inpainter.fill(data, seed=5, **how).samples[0]
+    torch.manual_seed(1)
+    inpainter.fill(load_case(cases[1]), seed=6, **how)
+    assert np.array_equal(one, inpainter.fill(data, seed=5, **how).samples[0])
+    assert not np.array_equal(one, inpainter.fill(data, seed=6, **how).samples[0])
+    six = inpainter.fill(data, seed=5, samples=6, **how).samples  # more than one batch
+    np.testing.assert_allclose(six[0], one, rtol=1e-3, atol=1e-3 * data.scale)
+    assert len({sample.tobytes() for sample in six}) == 6
+
+
+def test_a_file_is_filled_as_the_case_of_a_cohort(cases, tiny_model_folder, tmp_path):
+    case, output = cases[1], tmp_path / "out.nii.gz"
+    inpaint(case.t1n_voided, case.mask, output, growth=case.growth, tissue=case.tissue, samples=2, seed=9, steps=3,
+            model=tiny_model_folder)  # fmt: skip
+    data = load_case(case)
+    filled = Inpainter.load(tiny_model_folder).fill(data, samples=2, seed=9, steps=3)
+    write_filled(filled, data, tmp_path / "cohort.nii.gz")
+    assert output.read_bytes() == (tmp_path / "cohort.nii.gz").read_bytes()
+    assert case_of_files(case.t1n_voided, case.mask).key == case.key
+
+
+def test_maps_are_read_and_matter(cases, model, tmp_path):
+    case, results = cases[0], []
+    for maps in ({}, {"growth": case.growth}, {"tissue": case.tissue}):
+        inpaint(case.t1n_voided, case.mask, tmp_path / "out.nii.gz", **maps, **model)
+        results.append((tmp_path / "out.nii.gz").read_bytes())
+    assert len(set(results)) == 3
+
+
+def test_noise_is_standard_and_a_function_of_its_name():
+    noise = CaseNoise(["a/0", "a/1", "b/0"], 0, (3, 16, 16, 16), CPU)
+    start = noise(-1)
+    assert abs(start.mean()) < 0.02 and abs(start.std() - 1) < 0.02
+    correlation = torch.corrcoef(torch.cat([start.flatten(1), noise(0).flatten(1)]))
+    assert (correlation - torch.eye(6)).abs().max() < 0.05
+    assert torch.equal(CaseNoise(["b/0"], 0, (3, 16, 16, 16), CPU)(-1)[0], start[2])
+    assert not torch.equal(CaseNoise(["b/0"], 1, (3, 16, 16, 16), CPU)(-1)[0], start[2])
+
+
+@every_sampler
+@pytest.mark.parametrize("context", ["composite", "concat"])
+def test_known_cells_are_clean_at_every_step(cases, inpainter, sampler, context):
+    data, settings = load_case(cases[0]), CellSettings(context=context)
+    latents = encode_case(model_case(data, 2), inpainter.autoencoder, settings, device=CPU, precision="32")
+    known, seen = (latents["hole"] == 0).expand_as(latents["voided"]), []
+
+    def spy(x, t):
+        seen.append((int(t[0]), x[0]))
+        return torch.tanh(x[:, :3])
+
+    drawn = replace(inpainter, denoiser=spy, settings=settings).sample(
+        [latents], ["a/0"], seed=0, sampler=sampler, steps=4
+    )
+    assert len({t for t, _ in seen}) == 4 and known.any() and not known.all()
+    for _, x in seen:
+        assert len(x) == (8 if context == "composite" else 12)
+        assert torch.equal(x[:3][known], latents["voided"][known])
+    assert torch.equal(drawn[0][known], latents["voided"][known])
+    if context == "concat":
+        assert all(torch.equal(x[8:11], latents["voided"]) and torch.equal(x[11:], latents["share"]) for _, x in seen)
+
+
+# ---- refusals, before anything is loaded or written
+
+
+@pytest.mark.parametrize(("wrong", "reason"), [
+    ({"sampler": "euler"}, "sampler 'euler'.*take a sampler of ddpm, ddim"),
+    ({"steps": 0}, "steps 0"),
+    ({"samples": 0}, "samples 0"),
+    ({"seed": -1}, "seed -1"),
+    ({"steps": 1001}, "1001 sampling steps given, 1 to 1000 allowed"),
+])  # fmt: skip
+def test_parameters_out_of_range_are_refused(pair, tmp_path, model, wrong, reason):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=reason):
+        inpaint(*pair, tmp_path / "out.nii.gz", **model | wrong)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("output", ["missing/out.nii.gz", "out.png", "folder.nii.gz", "out"])
+def test_an_output_that_cannot_be_written_is_refused_first(pair, tmp_path, model, monkeypatch, output):
+    (tmp_path / "folder.nii.gz").mkdir()
+    for name in ("load_case", "load_model"):
+        monkeypatch.setattr(inpainting, name, lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(InputError, match=r"must end in|folder does not exist|is a directory"):
+        inpaint(*pair, tmp_path / output, **model)
+
+
+def test_a_spread_that_cannot_be_written_is_refused_before_the_mean_is(pair, tmp_path, model):
+    (tmp_path / "out-std.nii.gz").mkdir()
+    with pytest.raises(InputError, match=r"out-std\.nii\.gz: is a directory"):
+        inpaint(*pair, tmp_path / "out.nii.gz", samples=2, **model)
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_input_is_never_overwritten(pair, tmp_path, model, which):
+    before = pair[which].read_bytes()
+    (tmp_path / "link.nii.gz").symlink_to(pair[which])
+    for output in (pair[which], tmp_path / "." / pair[which].name, tmp_path / "link.nii.gz"):
+        with pytest.raises(InputError, match="is one of the inputs"):
+            inpaint(*pair, output, **model)
+    assert pair[which].read_bytes() == before
+
+
+def test_nor_by_a_file_that_is_written_beside_the_output(pair, tmp_path, model):
+    given = pair[0].rename(tmp_path / "out-sample-0001.nii.gz")
+    with pytest.raises(InputError, match=r"out-sample-0001\.nii\.gz: is one of the inputs"):
+        inpaint(given, pair[1], tmp_path / "out.nii.gz", samples=2, write_samples=True, **model)
+
+
+def test_a_failure_on_the_way_leaves_nothing_behind(pair, tmp_path, model, monkeypatch):
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Inpainter, "decode", lambda self, latent, data: np.full(data.mask.shape, np.nan, np.float32))
+    with pytest.raises(InputError, match="filled voxels are not finite"):
+        inpaint(*pair, tmp_path / "out.nii.gz", samples=2, **model)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_inputs_that_do_not_belong_together_are_refused(pair, tmp_path, model):
+    write_map(tmp_path / "small.nii.gz", np.ones((4, 4, 4), np.uint8), np.eye(4))
+    with pytest.raises(InputError, match="resample it onto the image's grid"):
+        inpaint(pair[0], tmp_path / "small.nii.gz", tmp_path / "out.nii.gz", **model)
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+def test_another_voxel_size_than_the_models_is_told(pair, tmp_path, model, caplog):
+    for path in pair:
+        volume = read_volume(path)
+        write_map(path, volume.raw, volume.affine * np.array([[0.5], [0.5], [0.5], [1]]))
+    with caplog.at_level(logging.WARNING):
+        inpaint(*pair, tmp_path / "out.nii.gz", **model)
+    assert "the model was trained at 8 mm" in caplog.text
+
+
+def test_without_a_model_and_without_a_run_it_says_so(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_OUTPUTS", str(tmp_path / "outputs"))
+    with pytest.raises(WeightsError, match="no weights: no finished training"):
+        inpaint(*pair, tmp_path / "out.nii.gz")
+
+
+def test_without_a_model_the_training_that_finished_last_serves(pair, tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.setenv("LDM_OUTPUTS", str(tmp_path / "outputs"))
+    for run, when in (("a", "2030-01-02T00:00:00+00:00"), ("b", "2030-01-01T00:00:00+00:00")):
+        folder = tmp_path / "outputs" / run / "04_training"
+        folder.mkdir(parents=True)
+        (folder / "done.json").write_text(f'{{"finished": "{when}"}}')
+    shutil.copytree(tiny_model_folder, tmp_path / "outputs" / "a" / "04_training" / "model")
+    (tmp_path / "outputs" / "c" / "04_training").mkdir(parents=True)  # begun, not finished
+    assert ldm_lib.inpaint(*pair, tmp_path / "out.nii.gz", **FAST) == [tmp_path / "out.nii.gz"]
+
+
+@pytest.mark.parametrize(("name", "key"), [
+    ("BraTS2021_00000-t1n-voided-0002.nii.gz", "BraTS2021_00000-0002"),
+    ("BraTS-GLI-00000-000-t1n-voided.nii.gz", "BraTS-GLI-00000-000"),
+    ("scan.NII", "scan"),
+])  # fmt: skip
+def test_a_file_names_its_case_as_the_layouts_do(name, key):
+    assert case_of_files(f"folder/{name}", "mask.nii.gz").key == key

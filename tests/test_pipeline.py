@@ -1,0 +1,142 @@
+"""The six notebooks end to end on a tiny cohort, as a newcomer runs them; then two real patients, where they are."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from ldm_lib.config import STAGES
+from ldm_lib.runs import OUTPUTS_VARIABLE
+
+TINY = {"synthetic_patients": 3, "autoencoder_steps": 20, "max_epochs": 1, "num_inference_steps": 2}
+METHODS = {"one sample", "mean of 2", "ceiling", "mean", "mirror", "harmonic", "tissue paint"}
+REAL = Path(os.environ.get("LDM_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
+TEXT = {".json", ".csv", ".txt"}
+pytestmark = pytest.mark.pipeline
+real = pytest.mark.skipif(not REAL.is_dir(), reason="no real patients: name their folder in LDM_REAL_DATA")
+
+
+def ldm(outputs, *words):
+    """Run `python -m ldm_lib` and return what it left: status and text."""
+    command = [sys.executable, "-m", "ldm_lib", *map(str, words)]
+    return subprocess.run(command, env={**os.environ, OUTPUTS_VARIABLE: str(outputs)}, capture_output=True, text=True)
+
+
+def run_tiny(outputs, *words):
+    settings = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
+    return ldm(outputs, "run", "--preset", "smoke", "--run", "tiny", *settings, *words)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """The outputs folder after one whole run."""
+    folder = tmp_path_factory.mktemp("outputs")
+    told = run_tiny(folder)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert told.stdout.splitlines()[-1] == f"report: {folder / 'tiny' / 'index.html'}"
+    return folder
+
+
+def raw(path):
+    return np.asarray(nib.load(path).dataobj.get_unscaled())
+
+
+def assert_only_the_hole_changed(source, result, mask):
+    """Outside the mask bit for bit, the header and affine equal, and something inside."""
+    outside = raw(mask) == 0
+    before, after = raw(source), raw(result)
+    assert before.dtype == after.dtype and before.shape == after.shape
+    assert np.array_equal(before[outside], after[outside])
+    assert len(np.unique(after[~outside])) > 10, "the hole holds anatomy, not one value"
+    assert nib.load(source).header == nib.load(result).header
+    assert np.array_equal(nib.load(source).affine, nib.load(result).affine)
+
+
+def test_every_stage_is_done_with_a_report(outputs):
+    for stage in STAGES:
+        record = json.loads((outputs / "tiny" / stage / "done.json").read_text())
+        assert record["outputs"] and all(check["passed"] for check in record["checks"] if check["required"])
+        assert "<img" in (outputs / "tiny" / stage / "report.html").read_text()
+        assert not list((outputs / "tiny" / stage).glob("*.p*rt*")), "nothing half-done is left"
+    index = (outputs / "tiny" / "index.html").read_text()
+    assert all(f'href="{stage}/report.html"' in index for stage in STAGES)
+
+
+def test_every_method_is_scored(outputs):
+    metrics = pd.read_csv(outputs / "tiny" / "06_evaluation" / "metrics.csv")
+    assert set(metrics["method"]) == METHODS
+    assert np.isfinite(metrics[["ssim", "psnr_01", "mse", "mae"]]).all(axis=None)
+
+
+def test_the_result_differs_under_the_mask_only(outputs):
+    run = outputs / "tiny"
+    cohort = json.loads((run / "01_data_audit" / "cohort.json").read_text())
+    cases = {f"{case['id']}-t1n-inference-{case['index']}.nii.gz": case for case in cohort["cases"]}
+    results = [path for path in (run / "05_sampling").glob("*.nii.gz") if path.name in cases]
+    assert len(results) == 1
+    for result in results:
+        case = cases[result.name]
+        assert case["patient"] in cohort["split"]["validation"]
+        source, mask = (run / "01_data_audit" / case[role] for role in ("t1n_voided", "mask"))
+        assert_only_the_hole_changed(source, result, mask)
+
+
+def test_no_path_of_this_machine_in_what_is_kept(outputs):
+    for stage in STAGES:
+        folder = outputs / "tiny" / stage
+        kept = [folder / name for name in json.loads((folder / "done.json").read_text())["outputs"]]
+        told = [path.name for path in kept if path.suffix in TEXT and str(outputs) in path.read_text()]
+        assert not told
+
+
+def test_a_second_call_skips_everything_within_seconds(outputs):
+    start = time.monotonic()
+    told = run_tiny(outputs)
+    assert told.returncode == 0 and time.monotonic() - start < 20
+    assert told.stdout.splitlines()[:-1] == [f"{stage}: done already, skipped" for stage in STAGES]
+
+
+def test_a_changed_parameter_is_refused_naming_it(outputs):
+    before = (outputs / "tiny" / "config.json").read_bytes()
+    told = run_tiny(outputs, "--set", "base_width=32")
+    assert told.returncode == 1
+    assert told.stderr.startswith(
+        "ERROR tiny/04_training: was made with other settings: base_width was 16, now 32. Fix:"
+    )
+    assert told.stderr.count("\n") == 1
+    assert (outputs / "tiny" / "config.json").read_bytes() == before
+
+
+@real
+def test_real_patients_pass_the_audit(outputs):
+    told = ldm(outputs, "run", "01", "--preset", "smoke", "--run", "real", "--set", f"data_dir={REAL}")
+    assert told.returncode == 0, told.stdout + told.stderr
+    folder = outputs / "real" / "01_data_audit"
+    cases = pd.read_csv(folder / "cases.csv")
+    assert len(cases) == sum(1 for _ in REAL.glob("*/*-t1n-voided*.nii.gz"))
+    assert set(cases["shape"]) == {"240x240x155"} and (cases["status"] != "refused").all()
+    split = json.loads((folder / "cohort.json").read_text())["split"]
+    assert len(split["train"]) == len(split["validation"]) == 1
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("voided", sorted(REAL.glob("*/*-t1n-voided*.nii.gz"))[:2], ids=lambda path: path.parent.name)
+def test_a_real_patient_is_filled_at_full_resolution(outputs, tmp_path, voided):
+    mask = voided.with_name(voided.name.replace("t1n-voided", "mask"))
+    result = tmp_path / "result.nii.gz"
+    model = outputs / "tiny" / "04_training" / "model"
+    told = ldm(outputs, "inpaint", "--t1n-voided", voided, "--mask", mask, "--output", result, "--model", model,
+               "--steps", 2, "--device", "cpu")  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert_only_the_hole_changed(voided, result, mask)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert peak < 6e9, f"{peak / 1e9:.1f} GB, the most of any command so far"
