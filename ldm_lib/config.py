@@ -125,6 +125,7 @@ class TrainingConfig(DeviceConfig):
         "last", description="EMA weights to keep: of the end or best val_loss"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="inside residual blocks")
+    prediction: Literal["noise", "velocity"] = Field("velocity", description="what the network predicts")
     diffusion_steps: Annotated[int, Field(ge=2, le=10000)] = Field(1000, description="steps of the noise schedule")
     beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first variance of the linear schedule")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last variance of the linear schedule")
@@ -181,9 +182,9 @@ STAGES: dict[str, type[StageConfig]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
-        "synthetic_patients": 5, "spacing_mm": 6.0, "masks_per_patient": 1, "channels": "8,16",
-        "autoencoder_steps": 60, "crop": 16, "check_cases": 1, "base_width": 16, "multipliers": "1,2",
-        "attention_rates": "2", "max_epochs": 2, "val_every": 1, "val_cases": 1, "num_inference_steps": 4,
+        "synthetic_patients": 5, "spacing_mm": 6.0, "masks_per_patient": 1, "channels": "8,8,16",
+        "autoencoder_steps": 60, "crop": 24, "check_cases": 1, "base_width": 16, "multipliers": "1,2,2",
+        "attention_rates": "4", "max_epochs": 2, "val_every": 1, "val_cases": 1, "num_inference_steps": 4,
         "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5, "samples": 2, "max_cases": 1,
         "show_cases": 1, "wandb_mode": "off", "use_mlflow": False,
     },
@@ -193,7 +194,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autoencoder_steps": 20000, "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96,
         "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "ema_decay": 0.9999,
         "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128, "blocks_per_level": 2,
-        "cache_variants": 4, "samples": 1, "max_cases": 0, "keep_weights": "best",
+        "cache_variants": 4, "samples": 1, "max_cases": 0, "keep_weights": "best", "prediction": "noise",
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"

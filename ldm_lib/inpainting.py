@@ -83,6 +83,7 @@ class Inpainter:
     settings: CellSettings
     device: torch.device
     precision: str
+    prediction: str = "noise"
 
     @classmethod
     def load(cls, folder: str | Path | None = None, *, device: str = "auto", precision: str = "auto") -> "Inpainter":
@@ -94,14 +95,14 @@ class Inpainter:
         facts = denoiser.folder_config
         try:
             trained_on, settings = facts["autoencoder_sha256"], CellSettings(**facts["settings"])
-            schedule = linear_schedule(**facts["schedule"])
+            schedule, prediction = linear_schedule(**facts["schedule"]), facts["prediction"]
         except (KeyError, TypeError) as error:
             raise WeightsError(f"its config does not say how it was trained ({error})", where=folder) from error
         if trained_on != autoencoder.folder_config["sha256"]:
             raise WeightsError("was trained on latents of another autoencoder", where=folder,
                                fix="copy the whole model folder, its autoencoder included")  # fmt: skip
         how = where, pick_precision(precision, where)
-        return cls(autoencoder.to(where), denoiser.to(where), schedule, settings, *how)
+        return cls(autoencoder.to(where), denoiser.to(where), schedule, settings, *how, prediction)
 
     def encode(self, data: CaseData) -> Latents:
         """The latents, conditioning and cells of one case."""
@@ -129,7 +130,8 @@ class Inpainter:
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             with autocast(self.device, self.precision):
-                return self.denoiser(denoiser_input(x, batch, self.settings), t).float()
+                output = self.denoiser(denoiser_input(x, batch, self.settings), t).float()
+            return self.as_noise(output, x, t)
 
         with torch.inference_mode():
             filled = SAMPLERS[sampler](
@@ -137,6 +139,10 @@ class Inpainter:
                 keep=lambda z: keep_known(z, batch), callback=callback,
             )  # fmt: skip
         return filled.cpu()
+
+    def as_noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The noise that the denoiser's output means: itself, or by way of the velocity."""
+        return output if self.prediction == "noise" else self.schedule.noise_from_velocity(x, output, t)
 
     def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
         """(c x y z) latent -> (x, y, z) in the file's order and units, pasted into the voided image."""

@@ -52,6 +52,16 @@ class NoiseSchedule:
         alpha, sigma = self._signal_and_noise(t, x_t)
         return ((x_t - sigma * noise) / alpha).to(x_t.dtype)
 
+    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022, section 4); arguments as in `add_noise`."""
+        alpha, sigma = self._signal_and_noise(t, x0)
+        return (alpha * noise - sigma * x0).to(x0.dtype)
+
+    def noise_from_velocity(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """ε = sqrt(1 - ᾱ_t) x_t + sqrt(ᾱ_t) v, like x_t in shape, dtype and device; computed in float64."""
+        alpha, sigma = self._signal_and_noise(t, x_t)
+        return (sigma * x_t + alpha * v).to(x_t.dtype)
+
     def log_snr(self, t: Tensor) -> Tensor:
         """log(ᾱ_t / (1 - ᾱ_t)) in float64, of the shape of t; falls with t."""
         return torch.logit(self._alpha_bar_at(t))

@@ -70,17 +70,30 @@ class DiffusionTraining(L.LightningModule):
         """The frozen parts with the averaged denoiser."""
         return replace(self._inpainter[0], denoiser=self.ema.module)
 
+    def training_loss(self, batch: Latents) -> Tensor:
+        """The masked error of what the denoiser predicts: noise, or velocity (Salimans & Ho 2022)."""
+        given = self._inpainter[0]
+        _, output = self._denoised(self.denoiser, batch)
+        wanted = batch["noise"]
+        if given.prediction == "velocity":
+            wanted = given.schedule.velocity(batch["target"], batch["noise"], batch["t"])
+        return masked_loss(output, wanted, batch["loss"])
+
     def noise_loss(self, denoiser: torch.nn.Module, batch: Latents) -> Tensor:
-        """The training loss of a batch with its t and noise."""
-        schedule, settings = self._inpainter[0].schedule, self._inpainter[0].settings
-        noisy = schedule.add_noise(batch["target"], batch["noise"], batch["t"])
-        return masked_loss(denoiser(denoiser_input(noisy, batch, settings), batch["t"]), batch["noise"], batch["loss"])
+        """The masked error of the noise, whatever the denoiser predicts."""
+        noisy, output = self._denoised(denoiser, batch)
+        return masked_loss(self._inpainter[0].as_noise(output, noisy, batch["t"]), batch["noise"], batch["loss"])
+
+    def _denoised(self, denoiser: torch.nn.Module, batch: Latents) -> tuple[Tensor, Tensor]:
+        given = self._inpainter[0]
+        noisy = given.schedule.add_noise(batch["target"], batch["noise"], batch["t"])
+        return noisy, denoiser(denoiser_input(noisy, batch, given.settings), batch["t"]).float()
 
     def training_step(self, batch: Latents, batch_idx: int) -> Tensor:
         if self.config.dropout:  # drawn from torch's own stream, which no checkpoint keeps
             place = np.random.SeedSequence([self.config.seed, self.current_epoch, batch_idx])
             torch.manual_seed(int(place.generate_state(1)[0]))
-        loss = self.noise_loss(self.denoiser, batch)
+        loss = self.training_loss(batch)
         if not math.isfinite(loss.item()):
             raise TrainingError(f"loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}",
                                 where="training", fix="lower learning_rate, or use precision 32")  # fmt: skip
@@ -199,7 +212,9 @@ def new_inpainter(autoencoder_folder: Path, config: TrainingConfig, settings: Ce
     denoiser = build_denoiser(config, in_channels=input_channels(channels, settings), out_channels=channels)
     schedule = linear_schedule(config.diffusion_steps, config.beta_start, config.beta_end)
     precision = pick_precision(config.precision, device)
-    return Inpainter(autoencoder.to(device), denoiser.to(device), schedule, settings, device, precision)
+    return Inpainter(
+        autoencoder.to(device), denoiser.to(device), schedule, settings, device, precision, config.prediction
+    )
 
 
 def train(
@@ -248,7 +263,8 @@ def save_trained(
     shutil.copytree(autoencoder_folder, folder / AUTOENCODER_FOLDER, dirs_exist_ok=True)
     autoencoder = module.inpainter.autoencoder.folder_config["sha256"]
     steps = module.trainer.global_step
-    return save_model(folder, module.ema.module, schedule=schedule, settings=settings, autoencoder_sha256=autoencoder,
+    return save_model(folder, module.ema.module, schedule=schedule, settings=settings,
+                      prediction=module.config.prediction, autoencoder_sha256=autoencoder,
                       optimiser_steps=steps)  # fmt: skip
 
 
