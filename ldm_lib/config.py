@@ -105,19 +105,19 @@ class TrainingConfig(DeviceConfig):
     batch_size: Positive = Field(2, description="samples per device and step")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="of AdamW, constant after warm-up")
     warmup_steps: Count = Field(50, description="optimiser steps of linear warm-up")
-    max_epochs: Positive = Field(30, description="passes over the training samples")
+    max_epochs: Positive = Field(60, description="passes over the training samples")
     accumulate_grad_batches: Positive = Field(1, description="batches per optimiser step")
     gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are kept")
     devices: Positive = Field(1, description="a notebook trains on one")
     num_workers: Count = Field(0, description="loader processes; cached latents need none")
     patience: Positive = Field(20, description="epochs without a better val_loss before stopping")
-    val_every: Positive = Field(5, description="epochs between validations")
+    val_every: Positive = Field(10, description="epochs between validations")
     val_cases: Positive = Field(2, description="validation cases that are sampled and scored")
     num_inference_steps: Positive = Field(10, description="sampling steps in validation")
     save_samples_every: Count = Field(10, description="epochs between written sample volumes; 0 for none")
     overfit_batches: Count = Field(0, description="debug: train on so many fixed batches; 0 is off")
-    base_width: Positive = Field(32, description="channels of the first level of the ADM")
+    base_width: Positive = Field(24, description="channels of the first level of the ADM")
     multipliers: IntegerList = Field("1,2,4", description="width of each level over base_width")
     blocks_per_level: Positive = Field(1, description="residual blocks per level")
     attention_rates: IntegerList = Field("4", description="downsampling rates with attention")
@@ -129,7 +129,7 @@ class TrainingConfig(DeviceConfig):
     diffusion_steps: Annotated[int, Field(ge=2, le=10000)] = Field(1000, description="steps of the noise schedule")
     beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first variance of the linear schedule")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last variance of the linear schedule")
-    latent_crop: Count = Field(16, description="edge of a training crop around the hole, cells; 0 takes whole latents")
+    latent_crop: Count = Field(12, description="edge of a training crop around the hole, cells; 0 takes whole latents")
     cache_variants: Positive = Field(2, description="encodings per training sample; all but the first augmented")
     flip_probability: Fraction = Field(0.5, description="left-right flip of the image and its maps")
     rotation_degrees: Annotated[float, Field(ge=0, le=45)] = Field(8.0, description="largest rotation about each axis")
@@ -192,9 +192,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {
         "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "channels": "32,64,128,128", "blocks": 2,
         "autoencoder_steps": 20000, "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96,
-        "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "ema_decay": 0.9999,
-        "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128, "blocks_per_level": 2,
-        "cache_variants": 4, "samples": 1, "max_cases": 0, "keep_weights": "best", "prediction": "noise",
+        "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
+        "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
+        "blocks_per_level": 2, "cache_variants": 4, "samples": 1, "max_cases": 0, "keep_weights": "best",
+        "prediction": "noise",
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"

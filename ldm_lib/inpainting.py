@@ -34,6 +34,7 @@ log = logging.getLogger("ldm_lib")
 
 SAMPLES_AT_ONCE = 4
 DEFAULT_SAMPLER = "dpm++2m"  # at 20 steps its spread is right within 2 %; DDIM loses 14 %
+PREDICTIONS = ("noise", "velocity")
 AUTOENCODER_FOLDER = "autoencoder"  # inside a model folder
 
 
@@ -98,6 +99,8 @@ class Inpainter:
             schedule, prediction = linear_schedule(**facts["schedule"]), facts["prediction"]
         except (KeyError, TypeError) as error:
             raise WeightsError(f"its config does not say how it was trained ({error})", where=folder) from error
+        if prediction not in PREDICTIONS:
+            raise WeightsError(f"predicts {prediction!r}, not one of {', '.join(PREDICTIONS)}", where=folder)
         if trained_on != autoencoder.folder_config["sha256"]:
             raise WeightsError("was trained on latents of another autoencoder", where=folder,
                                fix="copy the whole model folder, its autoencoder included")  # fmt: skip

@@ -1,6 +1,7 @@
-"""Where a training's figures go: a CSV table and the log always, Weights & Biases and MLflow when asked.
+"""What surrounds a training: where its figures and checkpoints go, and when it stops.
 
-Only parameters and figures are tracked: no volumes, no paths.
+Figures go into a CSV table and the log always, to Weights & Biases and MLflow when asked. Only parameters and figures
+are tracked: no volumes, no paths.
 """
 
 import csv
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ldm_lib.config import TrainingConfig
 from ldm_lib.files import replacing
 
 log = logging.getLogger("ldm_lib")
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no banner, no advertisement
 
 PROJECT = "brain-mri-inpainting"
 ANONYMOUS = {"mlflow.user": "unknown", "mlflow.source.name": "ldm_lib.training"}  # else the login and the script's path
@@ -83,6 +88,23 @@ class EpochLog(L.Callback):
             per_epoch = (time.monotonic() - self._started) / (epoch - self._first)
             left = (trainer.max_epochs - epoch) * per_epoch / 60
             log.info("epoch %d/%d: %s; %.0f min left", epoch, trainer.max_epochs, told, left)
+
+
+class Patience(EarlyStopping):
+    """Early stopping that stays stopped when its training is resumed."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # noqa: ARG002
+        trainer.should_stop = self.wait_count >= self.patience
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are on the disk whole or not at all; Lightning's own are so only if TMPDIR is on that disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ARG002
+        """Write `checkpoint` to `path`, making its folder if needed."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            torch.save(checkpoint, partial)
 
 
 def trackers(config: TrainingConfig, folder: Path) -> list[Logger]:

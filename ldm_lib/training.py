@@ -17,8 +17,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -29,12 +28,11 @@ from ldm_lib.cases import CaseData
 from ldm_lib.config import TrainingConfig, integers
 from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.errors import ConfigError, TrainingError
-from ldm_lib.files import replacing
 from ldm_lib.inpainting import AUTOENCODER_FOLDER, DEFAULT_SAMPLER, Inpainter, sample_name
 from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, input_channels, keep_known
 from ldm_lib.metrics import brats_scores
 from ldm_lib.schedule import linear_schedule
-from ldm_lib.tracking import EpochLog, trackers
+from ldm_lib.tracking import EpochLog, Patience, WholeCheckpoints, trackers
 from ldm_lib.volumes import normalise, write_like, write_map
 from ldm_lib.weights import load_model, read_checkpoint, save_model
 
@@ -147,23 +145,6 @@ class DiffusionTraining(L.LightningModule):
         write_map(folder / f"{stem}_target.nii.gz", data.target, data.source.affine)
 
 
-class Patience(EarlyStopping):
-    """Early stopping that stays stopped when its training is resumed."""
-
-    def on_train_start(self, trainer: L.Trainer, module: DiffusionTraining) -> None:  # noqa: ARG002
-        trainer.should_stop = self.wait_count >= self.patience
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are on the disk whole or not at all; Lightning's own are so only if TMPDIR is on that disk."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ARG002
-        """Write `checkpoint` to `path`, making its folder if needed."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            torch.save(checkpoint, partial)
-
-
 def noisy_composite(batch: Latents, inpainter: Inpainter, *, t: int, seed: int) -> Tensor:
     """Known cells clean, the others at noise level t: the first channels of what the denoiser sees (b c x y z)."""
     noise = torch.randn(batch["target"].shape, generator=torch.Generator().manual_seed(seed))
@@ -241,11 +222,13 @@ def train(
         variants = [[first] for first, *_ in variants[: config.overfit_batches * config.batch_size]]
     module = DiffusionTraining(inpainter, config, validation, validation_latents, folder / "samples")
     samples = TrainingSamples(variants, config, inpainter.schedule.steps)
-    loader = DataLoader(samples, config.batch_size, sampler=EpochOrder(len(variants), config), collate_fn=collate,
-                        num_workers=config.num_workers)  # fmt: skip
-    watched, last = DataLoader(torch.arange(len(validation)), 1), folder / "checkpoints" / "last.ckpt"
+    order, last = EpochOrder(len(variants), config), folder / "checkpoints" / "last.ckpt"
+    if last.exists():
+        order.set_epoch(_epochs_of(last, module))  # loader processes start before Lightning says which epoch it is
+    loader = DataLoader(samples, config.batch_size, sampler=order, collate_fn=collate, num_workers=config.num_workers)
+    watched, checkpoint = DataLoader(torch.arange(len(validation)), 1), last if last.exists() else None
     trainer = _trainer(config, inpainter, folder)
-    trainer.fit(module, loader, watched, ckpt_path=_checkpoint_of(module, last), weights_only=True)
+    trainer.fit(module, loader, watched, ckpt_path=checkpoint, weights_only=True)
     return module.eval()
 
 
@@ -259,7 +242,7 @@ def save_trained(
 ) -> str:
     """Write the averaged denoiser and the autoencoder it belongs to as one model folder; return its sha256."""
     if module.config.keep_weights == "best" and (best := module.trainer.checkpoint_callbacks[0].best_model_path):
-        module.load_state_dict(read_checkpoint(best))
+        module.load_state_dict(read_checkpoint(best)["state_dict"])
     shutil.copytree(autoencoder_folder, folder / AUTOENCODER_FOLDER, dirs_exist_ok=True)
     autoencoder = module.inpainter.autoencoder.folder_config["sha256"]
     steps = module.trainer.global_step
@@ -268,15 +251,14 @@ def save_trained(
                       optimiser_steps=steps)  # fmt: skip
 
 
-def _checkpoint_of(module: DiffusionTraining, path: Path) -> Path | None:
-    """The checkpoint to resume from: none if there is none, an error if it is damaged or another network's."""
-    if not path.exists():
-        return None
+def _epochs_of(path: Path, module: DiffusionTraining) -> int:
+    """The epochs that a checkpoint has behind it; refused if it is damaged or another network's."""
+    checkpoint = read_checkpoint(path)
     try:
-        module.load_state_dict(read_checkpoint(path))
-    except RuntimeError as error:
+        module.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, KeyError) as error:
         raise TrainingError("is of another network", where=path, fix="set overwrite to train anew") from error
-    return path
+    return checkpoint["epoch"] + 1
 
 
 def _trainer(config: TrainingConfig, inpainter: Inpainter, folder: Path) -> L.Trainer:

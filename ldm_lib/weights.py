@@ -68,17 +68,18 @@ def load_model(folder: str | Path, kind: str) -> nn.Module:
         model = KINDS[kind](**config["build"])
         model.load_state_dict(tensors)
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
-        raise WeightsError(f"its weights do not fit its config: {str(error).splitlines()[0]}", where=folder) from error
+        cause = f"its weights do not fit its config: {str(error).partition(':')[0]}"
+        raise WeightsError(cause, where=folder) from error
     model.folder_config = config
     return model.eval().requires_grad_(False)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict of a training's checkpoint, on the CPU; nothing in it is executed."""
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A training's checkpoint, its tensors on the CPU; nothing in it is executed."""
     refused = torch.serialization.pickle.UnpicklingError  # what torch raises instead of executing
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (refused, EOFError, OSError, RuntimeError, KeyError) as error:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (refused, EOFError, LookupError, OSError, RuntimeError, ValueError) as error:
         cause = f"damaged or unsafe checkpoint ({str(error).partition('.')[0]})"
         raise WeightsError(cause, where=path, fix="set overwrite to train anew") from error
 

@@ -62,6 +62,6 @@ def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("model")
     shutil.copytree(tiny_autoencoder_folder, folder / "autoencoder")
-    save_model(folder, denoiser, schedule=SCHEDULE, settings=SETTINGS,
+    save_model(folder, denoiser, schedule=SCHEDULE, settings=SETTINGS, prediction="noise",
                autoencoder_sha256=read_config(tiny_autoencoder_folder)["sha256"])  # fmt: skip
     return folder

@@ -68,10 +68,12 @@ def another_process_tries(folder, **environment):
 def test_replacing_leaves_the_new_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with replacing(path) as partial:
-        partial.write_text("new")
-        assert path.read_text() == "old"
-        assert partial.parent == path.parent and partial.name.startswith("."), "renaming works within a folder only"
+    with path.open() as reader:
+        with replacing(path) as partial:
+            partial.write_text("new")
+            assert path.read_text() == "old"
+        assert partial.parent == path.parent, "renaming works within a folder only"
+        assert reader.read() == "old", "whoever began to read the old file reads it to its end"
     assert path.read_text() == "new"
     assert names(tmp_path) == ["a.json"]
 

@@ -182,16 +182,18 @@ class SpaceToDepth(nn.Module):
 
 
 class KnowsTheTruth(nn.Module):
-    """The noise that is in x, seen from the true latent; and whether known cells were always clean."""
+    """The noise that is in x, or the velocity, seen from the true latent."""
 
-    def __init__(self, truth, schedule):
+    def __init__(self, truth, schedule, prediction):
         super().__init__()
-        self.truth, self.schedule = truth, schedule
+        self.truth, self.schedule, self.prediction = truth, schedule, prediction
 
     def forward(self, x, t):
         alpha_bar = self.schedule.alpha_bar[t].view(-1, 1, 1, 1, 1)
         z = x[:, : self.truth.shape[1]].double()
-        return ((z - alpha_bar.sqrt() * self.truth) / (1 - alpha_bar).sqrt()).to(x.dtype)
+        noise = (z - alpha_bar.sqrt() * self.truth) / (1 - alpha_bar).sqrt()
+        velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * self.truth
+        return (noise if self.prediction == "noise" else velocity).to(x.dtype)
 
 
 def write_head(folder, depth, orientation):
@@ -212,16 +214,19 @@ def write_head(folder, depth, orientation):
     return [folder / f"{name}.nii.gz" for name in volumes]
 
 
-@pytest.mark.parametrize(("depth", "orientation", "factor", "sampler"), [
-    (155, "LPS", 4, "ddim"), (156, "RAS", 4, "ddpm"), (155, "RAS", 2, "dpm++2m"), (156, "LPS", 2, "ddim"),
-    (155, "PSL", 4, "dpm++2m"), (155, "LPS", 1, "ddpm"),
+@pytest.mark.parametrize(("depth", "orientation", "factor", "sampler", "prediction"), [
+    (155, "LPS", 4, "ddim", "noise"), (156, "RAS", 4, "ddpm", "velocity"), (155, "RAS", 2, "dpm++2m", "noise"),
+    (156, "LPS", 2, "ddim", "velocity"), (155, "PSL", 4, "dpm++2m", "velocity"), (155, "LPS", 1, "ddpm", "noise"),
 ])  # fmt: skip
-def test_with_an_identity_for_an_autoencoder_the_truth_comes_back(tmp_path, depth, orientation, factor, sampler):
+def test_with_an_identity_for_an_autoencoder_the_truth_comes_back(
+    tmp_path, depth, orientation, factor, sampler, prediction
+):
     full, voided, mask = write_head(tmp_path / "head", depth, orientation)
     data = load_case(replace(case_of_files(voided, mask), t1n=full))
     autoencoder, schedule = SpaceToDepth(factor), linear_schedule()
     truth = autoencoder.encode(torch.from_numpy(model_case(data, factor).target)[None, None]).double()
-    inpainter = Inpainter(autoencoder, KnowsTheTruth(truth, schedule), schedule, CellSettings(), CPU, "32")
+    oracle = KnowsTheTruth(truth, schedule, prediction)
+    inpainter = Inpainter(autoencoder, oracle, schedule, CellSettings(), CPU, "32", prediction)
     filled = inpainter.fill(data, sampler=sampler, steps=3)
     write_filled(filled, data, tmp_path / "out.nii.gz")
     assert np.array_equal(raw(tmp_path / "out.nii.gz"), raw(full))

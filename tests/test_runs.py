@@ -300,7 +300,9 @@ def test_a_table_is_kept_with_every_column_in_order_of_appearance(outputs):
 
 def test_the_log_of_a_run_is_its_own(outputs):
     done(AUDIT)
+    first = runs.log.handlers[0]
     done(AUDIT, run="other")
+    assert first.stream is None, "the first log is closed"
     for name in ("lab", "other"):
         lines = (outputs / name / "log.txt").read_text().splitlines()
         assert [line.split(" INFO ")[1].split(" after")[0] for line in lines] == [f"{AUDIT} opened", f"{AUDIT} closed"]

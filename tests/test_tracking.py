@@ -61,7 +61,7 @@ def test_the_table_is_always_there_and_the_others_only_if_asked(tmp_path):
 
 def test_a_line_per_validation_tells_the_time_that_is_left(caplog, monkeypatch):
     clock = iter([0.0, 60.0, 240.0])
-    monkeypatch.setattr("ldm_lib.tracking.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ldm_lib.tracking.time", SimpleNamespace(monotonic=lambda: next(clock)))
     trainer = SimpleNamespace(
         current_epoch=2, max_epochs=10, check_val_every_n_epoch=2, callback_metrics={"b": 2, "a": 1}
     )
@@ -97,7 +97,7 @@ def test_wandb_and_mlflow_hold_the_figures_and_no_trace_of_the_machine(tmp_path)
         "host:",
     ):
         assert secret.encode() not in synced, secret
-    assert not [path for path in folder.rglob("*.nii*")]
+    assert not list(folder.rglob("*.nii*"))
     with sqlite3.connect(tmp_path / "outputs" / "mlflow.db") as store:
         runs = store.execute("select name, status, user_id from runs").fetchall()
         values = sorted(store.execute("select key, value, step from metrics where key = 'val_loss'").fetchall())

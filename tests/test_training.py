@@ -18,6 +18,7 @@ from ldm_lib.errors import ConfigError, TrainingError, WeightsError
 from ldm_lib.inpainting import Inpainter, inpaint
 from ldm_lib.latents import CellSettings, collate, encode_case, input_channels
 from ldm_lib.metrics import brats_scores
+from ldm_lib.tracking import WholeCheckpoints
 from ldm_lib.training import DiffusionTraining, loss_by_noise_level, new_inpainter, noisy_composite, save_trained, train
 from ldm_lib.volumes import normalise, read_volume
 from ldm_lib.weights import load_model, read_checkpoint, save_model
@@ -226,12 +227,12 @@ def test_averaged_weights_are_used_without_dropout(study, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_its_epoch(study, tmp_path, monkeypatch):
-    loss = DiffusionTraining.noise_loss
+    loss = DiffusionTraining.training_loss
 
-    def spoiled(self, denoiser, batch):
-        return loss(self, denoiser, batch) * (float("nan") if self.current_epoch == 1 else 1)
+    def spoiled(self, batch):
+        return loss(self, batch) * (float("nan") if self.current_epoch == 1 else 1)
 
-    monkeypatch.setattr(DiffusionTraining, "noise_loss", spoiled)
+    monkeypatch.setattr(DiffusionTraining, "training_loss", spoiled)
     folder = place(tmp_path)
     with pytest.raises(TrainingError, match="loss is nan in epoch 1, batch 0"):
         study.train(folder, settings())
@@ -277,6 +278,23 @@ def test_concat_is_trained_saved_and_sampled(concat, cases, tmp_path):
     assert loaded.settings.context == "concat"
     ours = module.inpainter.fill(concat.watched[0], steps=2)
     assert np.array_equal(ours.mean, loaded.fill(concat.watched[0], steps=2).mean)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_the_loss_is_that_of_what_is_predicted(study, prediction):
+    """Closed form: an untrained denoiser is silent, so its loss is the mean square of what it should have said."""
+    module = study.module(settings(prediction=prediction))
+    (sample,) = study.variants[0]
+    t, noise = torch.tensor(600), torch.randn(sample["target"].shape)
+    batch = collate([sample | {"t": t, "noise": noise}])
+    alpha_bar = module.inpainter.schedule.alpha_bar[600]
+    wanted = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * sample["target"] if prediction == "velocity" else noise
+    cells = sample["loss"].expand_as(noise) > 0
+    assert module.training_loss(batch).item() == pytest.approx(wanted[cells].square().mean().item(), rel=1e-5)
+    noisy = module.inpainter.schedule.add_noise(batch["target"], batch["noise"], batch["t"])[0]
+    heard = (1 - alpha_bar).sqrt() * noisy if prediction == "velocity" else 0 * noisy  # as noise
+    found = module.noise_loss(module.denoiser, batch).item()
+    assert found == pytest.approx((heard - noise)[cells].square().mean().item(), rel=1e-5)
 
 
 # ---- validation, early stopping, checkpoints and samples
@@ -343,11 +361,11 @@ def test_checkpoints_are_named_plain_and_whole(study, tmp_path):
 
 
 def test_a_checkpoint_that_fails_to_write_leaves_the_old_one(tmp_path):
-    path, checkpoints = tmp_path / "folder" / "last.ckpt", training.WholeCheckpoints()
+    path, checkpoints = tmp_path / "folder" / "last.ckpt", WholeCheckpoints()
     checkpoints.save_checkpoint({"state_dict": {"w": torch.ones(1)}}, path)
     with pytest.raises(Exception, match="pickle"):
         checkpoints.save_checkpoint({"state_dict": {"w": torch.zeros(1), "f": lambda: 0}}, path)
-    assert read_checkpoint(path)["w"] == 1 and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+    assert read_checkpoint(path)["state_dict"]["w"] == 1 and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
 
 def test_samples_are_written_as_volumes(study, tmp_path, cases):
@@ -384,7 +402,7 @@ def test_the_weights_that_are_kept(study, tmp_path, monkeypatch, keep):
     module = study.train(folder, settings(max_epochs=3, val_every=1, keep_weights=keep))
     save(module, study, folder)
     name = "last.ckpt" if keep == "last" else "brain_mri_inpainting-epoch=0-val_loss=2.000000.ckpt"
-    state = read_checkpoint(folder / "checkpoints" / name)
+    state = read_checkpoint(folder / "checkpoints" / name)["state_dict"]
     kept = load_model(folder / "model", "adm").state_dict()
     assert all(torch.equal(kept[name], state[f"ema.module.{name}"]) for name in kept)
 
@@ -440,5 +458,5 @@ def test_one_batch_can_be_learnt_by_heart(cases, tmp_path):
     assert np.mean(losses[-3:]) < 0.1 * losses[0], f"{losses[0]:.3f} to {losses[-1]:.3f}"
     filled = module.inpainter.fill(data, steps=config.num_inference_steps).samples[0]
     ours = brats_scores(filled, data.target, data.voided, data.healthy)["psnr_01"]
-    _, best = ceiling(data, model_case(data, 2), study.autoencoder, **how)
+    _, best = ceiling(data, model_case(data, study.autoencoder.factor), study.autoencoder, **how)
     assert ours > best["psnr_01"] - 3, f"{ours:.2f} dB, ceiling {best['psnr_01']:.2f} dB"

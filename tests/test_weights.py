@@ -160,7 +160,7 @@ def test_a_pickle_is_never_executed(folder, tmp_path, write):
 
 def test_a_checkpoint_is_read_and_never_executed(tmp_path):
     torch.save({"state_dict": {"w": torch.arange(3)}}, tmp_path / "good.ckpt")
-    assert torch.equal(read_checkpoint(tmp_path / "good.ckpt")["w"], torch.arange(3))
+    assert torch.equal(read_checkpoint(tmp_path / "good.ckpt")["state_dict"]["w"], torch.arange(3))
     torch.save({"state_dict": Bomb(tmp_path / "executed")}, tmp_path / "bomb.ckpt")
     with pytest.raises(WeightsError, match="damaged or unsafe checkpoint"):
         read_checkpoint(tmp_path / "bomb.ckpt")
