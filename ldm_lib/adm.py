@@ -196,6 +196,20 @@ class Attention(nn.Module):
         return x + self.projection(attended).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+class Conv(nn.Conv3d):
+    """Convolution, in float32 on a CPU where an axis has one or two cells.
+
+    There the weight gradient of torch 2.13 in bfloat16 reads memory that nobody wrote, and is NaN now and then.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (b c x y z)."""
+        if x.device.type != "cpu" or min(x.shape[2:]) > 2:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
 class Norm(nn.GroupNorm):
     """Group normalisation, computed in float32 under any autocast.
 
@@ -242,7 +256,7 @@ def count_flops(module: ADM, shape: Sequence[int]) -> int:
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv3d:
-    return nn.Conv3d(in_channels, out_channels, 3, padding=1)
+    return Conv(in_channels, out_channels, 3, padding=1)
 
 
 def _zero(module: nn.Module) -> nn.Module:

@@ -83,10 +83,20 @@ class AutoencoderConfig(DeviceConfig):
     autoencoder_steps: Positive = Field(100, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")
     autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="peak, of AdamW")
-    crop: Annotated[int, Field(ge=8)] = Field(32, description="edge of a training crop, voxels")
+    crop: Positive = Field(32, description="edge of a training crop, voxels")
     kl_weight: Annotated[float, Field(ge=0)] = Field(1e-3, description="of the KL term, a mean over latent elements")
     voided_fraction: Fraction = Field(0.5, description="of the crops that show the voided image")
     check_cases: Positive = Field(6, description="validation cases whose ceiling is measured")
+
+    @model_validator(mode="after")
+    def _crop_has_cells(self) -> Self:
+        """A crop of few cells has no middle, and convolutions in bfloat16 fail on axes of two."""
+        factor = 2 ** (len(integers(self.channels)) - 1)
+        if self.crop < 4 * factor:
+            raise ValueError(
+                f"crop = {self.crop}: {factor} voxels make a cell, and a crop has at least 4 cells an axis"
+            )
+        return self
 
 
 class ConditioningConfig(StageConfig):
