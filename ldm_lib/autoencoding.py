@@ -47,8 +47,7 @@ class CropLoader:
         rng = np.random.default_rng([self.config.seed, step, i])
         case = self._load(int(rng.integers(len(self.cases))))
         image = case.voided if case.target is None or rng.random() < self.config.voided_fraction else case.target
-        edge = max(self.factor, self.config.crop - self.config.crop % self.factor)
-        size = [min(edge, n) for n in image.shape]
+        size = [min(self.config.crop - self.config.crop % self.factor, n) for n in image.shape]
         centre = self._centre(image, rng)
         corner = [int(np.clip(c - s // 2, 0, n - s)) for c, s, n in zip(centre, size, image.shape, strict=True)]
         box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))

@@ -149,3 +149,16 @@ def test_timesteps_outside_the_table_are_refused(schedule, t):
 def test_impossible_schedules_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
         linear_schedule(**options)
+
+
+def test_velocity_and_noise_are_two_names_of_one_thing(schedule):
+    """v is orthogonal to x_t in (signal, noise), so that x_0 = alpha x_t - sigma v and noise = sigma x_t + alpha v."""
+    x0, noise, t = (
+        torch.randn(4, 2, 3, 3, 3).double(),
+        torch.randn(4, 2, 3, 3, 3).double(),
+        torch.tensor([0, 9, 500, 999]),
+    )
+    x_t, v = schedule.add_noise(x0, noise, t), schedule.velocity(x0, noise, t)
+    alpha = schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(schedule.noise_from_velocity(x_t, v, t), noise)
+    torch.testing.assert_close(alpha * x_t - (1 - alpha**2).sqrt() * v, x0)
