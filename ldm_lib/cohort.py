@@ -102,6 +102,15 @@ def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
     return [c for c in cases if c.patient in train], [c for c in cases if c.patient in validation]
 
 
+def with_target(cases: Sequence[Case]) -> list[Case]:
+    """The cases whose full image is there, which training and its validation need; at least one."""
+    found = [case for case in cases if case.t1n]
+    if not found:
+        raise InputError(f"none of {len(cases)} cases has a t1n beside its t1n-voided", where="training",
+                         fix="give cases with their full image; `inpaint` needs none")  # fmt: skip
+    return found
+
+
 def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
     if given:
         folder = Path(given).expanduser()

@@ -2,12 +2,22 @@
 
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ldm_lib.cases import load_case
-from ldm_lib.cohort import audit, find_cases, read_cohort, source_digests, split_patients, write_cohort
+from ldm_lib.cases import Case, load_case
+from ldm_lib.cohort import (
+    audit,
+    find_cases,
+    read_cohort,
+    source_digests,
+    split_patients,
+    with_target,
+    write_cohort,
+)
 from ldm_lib.errors import InputError
 from ldm_lib.volumes import write_map
 
@@ -400,3 +410,11 @@ def test_the_digest_of_a_data_folder_changes_with_any_byte_of_a_case(data):
     (data / SEED / f"{SEED}-mask-0001.nii.gz").unlink()
     (data / SEED / f"{SEED}-mask-0001.nii.gz").symlink_to("nowhere")
     assert source_digests(data) not in (before, changed), "a broken link is no reason to crash"
+
+
+def test_only_cases_with_their_full_image_train():
+    known = Case("a", "a", "", Path("t"), Path("v"), Path("m"), None, None, None, None)
+    blind = replace(known, id="b", t1n=None)
+    assert with_target([blind, known]) == [known]
+    with pytest.raises(InputError, match="none of 2 cases has a t1n"):
+        with_target([blind, blind])
