@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # networks of milliseconds gain nothing from more, and lose much on a shared machine
 
 SCHEDULE = {"steps": 1000, "beta_start": 1e-4, "beta_end": 0.002}  # mild, so that untrained networks stay finite
 SETTINGS = {"growth_threshold": 0.2, "pooling": "area", "mask_dilation": 1, "context": "composite"}
@@ -29,7 +32,6 @@ def cases(cohort_folder) -> list:
 @pytest.fixture(scope="session")
 def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
     """An untrained autoencoder, two voxels per cell and three channels, whose latents are standardised."""
-    import torch
 
     from ldm_lib.autoencoder import Autoencoder
     from ldm_lib.autoencoding import latent_statistics
@@ -48,8 +50,6 @@ def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
 def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
     """A model folder as a training leaves it, its denoiser random in every layer."""
     import shutil
-
-    import torch
 
     from ldm_lib.adm import ADM
     from ldm_lib.weights import read_config, save_model
