@@ -44,8 +44,8 @@ run: .venv/ready ## all six notebooks: synthetic cohort, or DATA_DIR=... (PRESET
 01 02 03 04 05 06: .venv/ready ## one stage of a run: 01 audit, 02 autoencoder, 03 conditioning, 04 training, 05 sampling, 06 scores
 	@$(call STAGES,$@)
 
-train: .venv/ready ## stage 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS, ACCUMULATE_GRAD_BATCHES, DEVICES
-	@$(call STAGES,04)
+train: .venv/ready ## stages 01 to 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS, ACCUMULATE_GRAD_BATCHES, DEVICES
+	@$(call STAGES,01 02 03 04)
 
 test: .venv/ready ## fast tests and one tiny pipeline, under 8 minutes
 	@$(VENV_PYTHON) -m pytest -m "not slow"
@@ -63,6 +63,7 @@ doctor: .venv/ready ## check installation and machine
 	@$(LDM) doctor
 
 validate: .venv/ready ## check every case of DATA_DIR
+	@if [ -z "$$DATA_DIR" ]; then echo "ERROR DATA_DIR is empty. Fix: make validate DATA_DIR=/path/to/cases" >&2; exit 1; fi
 	@$(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR"
 
 mlflow: .venv/ready ## browse tracked figures on 127.0.0.1:5000

@@ -58,7 +58,11 @@ def run(options: argparse.Namespace) -> int:
 
 def inpaint(options: argparse.Namespace) -> int:
     from ldm_lib.inpainting import inpaint as fill
+    from ldm_lib.inpainting import newest_model
 
+    if not options.model:
+        options.model = newest_model()
+        print(f"model: {options.model}", file=sys.stderr)
     written = fill(
         options.t1n_voided,
         options.mask,
@@ -102,6 +106,9 @@ def score(options: argparse.Namespace) -> int:
     for volume in volumes:
         require_same_grid(volume, voided)
     healthy = read_mask(options.mask_healthy, voided)
+    if leaked := int((voided.voxels[healthy] != 0).sum()):
+        raise InputError(f"{leaked} of {int(healthy.sum())} voxels are not void under the healthy mask",
+                         where=options.voided, fix="give the voided image, which sets the intensity range")  # fmt: skip
     prediction, target = (volume.voxels for volume in volumes)
     scores = brats_scores(prediction, target, voided.voxels, healthy, where=options.prediction)
     for name, value in scores.items():

@@ -169,7 +169,6 @@ def ceiling(
         the filled volume (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
     """
     rebuilt = reconstruct(autoencoder, case.target, device=device, precision=precision)
-    voxels = data.frame(autoencoder.factor).to_file(rebuilt) * data.scale
-    filled = np.where(data.mask, voxels, data.voided).astype(np.float32)
+    filled = data.paste(rebuilt, autoencoder.factor)
     healthy = data.mask if data.healthy is None else data.healthy
     return filled, brats_scores(filled, data.target, data.voided, healthy, where=data.case.key)

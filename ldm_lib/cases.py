@@ -86,6 +86,11 @@ class CaseData:
         """An array of this case as figures show it: (x, y, z) in LPS order."""
         return self.frame(1).to_lps(array)
 
+    def paste(self, volume: np.ndarray, multiple: int) -> np.ndarray:
+        """A normalised volume on the model's grid -> the voided image with its hole filled, source units, from 0 up."""
+        voxels = np.maximum(self.frame(multiple).to_file(volume), 0) * self.scale
+        return np.where(self.mask, voxels, self.voided).astype(np.float32)
+
     @property
     def lateral_axis(self) -> int:
         """The file's axis that runs between left and right."""
@@ -113,8 +118,8 @@ def load_case(case: Case) -> CaseData:
     scale = intensity_scale(voided, mask, where=source.path)
     target = _read_target(case, source, mask, warnings)
     healthy, unhealthy = (
-        read_mask(path, source, allow_empty=True, warnings=warnings) if path else None
-        for path in (case.mask_healthy, case.mask_unhealthy)
+        read_mask(path, source, allow_empty=empty, warnings=warnings) if path else None
+        for path, empty in ((case.mask_healthy, False), (case.mask_unhealthy, True))
     )
     _check_parts(case, mask, healthy, unhealthy, warnings)
     growth = read_unit_map(case.growth, source, warnings=warnings) if case.growth else None

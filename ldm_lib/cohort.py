@@ -93,13 +93,14 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
 
 
 def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
-    """Training cases and validation cases of a run, from what `write_cohort` wrote."""
+    """Training cases and validation cases of a run; of the latter the first hole of every patient comes first."""
     content, plain = json.loads(path.read_text()), {"id", "patient", "index"}
     cases = [
         Case(**{k: v if k in plain or v is None else root / v for k, v in row.items()}) for row in content["cases"]
     ]
     train, validation = (set(content["split"][side]) for side in ("train", "validation"))
-    return [c for c in cases if c.patient in train], [c for c in cases if c.patient in validation]
+    holes_in_turn = sorted((c for c in cases if c.patient in validation), key=lambda c: (c.index, c.id))
+    return [c for c in cases if c.patient in train], holes_in_turn
 
 
 def with_target(cases: Sequence[Case]) -> list[Case]:
@@ -196,8 +197,10 @@ def audit(data_dir: str | Path, conditioning_dir: str | Path = "") -> Iterator[A
         except InputError as error:
             yield AuditRow(case.key, "refused", str(error), case, {})
         else:
-            status = "warning" if data.warnings else "ok"
-            yield AuditRow(case.key, status, "; ".join(data.warnings), case, _facts(data))
+            unseen = () if case.t1n else ("no t1n: can be filled, but neither trained on nor scored",)
+            told = data.warnings + unseen
+            status = "warning" if told else "ok"
+            yield AuditRow(case.key, status, "; ".join(told), case, _facts(data))
 
 
 def _facts(data: CaseData) -> dict[str, Any]:

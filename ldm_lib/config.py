@@ -204,7 +204,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autoencoder_steps": 20000, "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96,
         "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
         "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
-        "blocks_per_level": 2, "cache_variants": 4, "samples": 1, "max_cases": 0, "keep_weights": "best",
+        "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "keep_weights": "best",
         "prediction": "noise",
     },
 }  # fmt: skip

@@ -16,8 +16,12 @@ class LdmError(Exception):
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
-        mend = f" Fix: {self.fix.rstrip('.')}." if self.fix else ""
-        return f"{place}{self.cause.rstrip('.')}.{mend}"
+        mend = f" Fix: {_sentence(self.fix)}" if self.fix else ""
+        return f"{place}{_sentence(self.cause)}{mend}"
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith("?") else f"{text.rstrip('.')}."
 
 
 class InputError(LdmError):

@@ -42,7 +42,7 @@ def candidates(data: CaseData, results: Path, samples: int, *, baselines: bool =
 def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Scores on the healthy mask: a row per method, and a row per method and tissue (none without a tissue map)."""
     healthy = data.mask if data.healthy is None else data.healthy
-    hole_mm3 = float(data.mask.sum()) * float(np.prod(data.source.spacing_mm))
+    hole_mm3 = float(healthy.sum()) * float(np.prod(data.source.spacing_mm))
     about = {
         "case": data.case.key,
         "patient": data.case.patient,

@@ -151,8 +151,7 @@ class Inpainter:
         """(c x y z) latent -> (x, y, z) in the file's order and units, pasted into the voided image."""
         with torch.inference_mode(), autocast(self.device, self.precision):
             volume = self.autoencoder.decode(latent[None].to(self.device))[0, 0].float().cpu().numpy()
-        voxels = data.frame(self.autoencoder.factor).to_file(volume) * data.scale
-        return np.where(data.mask, voxels, data.voided).astype(np.float32)
+        return data.paste(volume, self.autoencoder.factor)
 
     def fill(
         self,

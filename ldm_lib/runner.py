@@ -46,7 +46,7 @@ def run(
         for stage in stages or STAGES:
             if _is_needed(stage, configs[stage], folder):
                 testify(folder, preset=preset, configs=configs, command=list(command))
-                say(f"{stage}: running")
+                say(f"{stage}: running, told in {folder / 'log.txt'}")
                 say(_make(stage, configs[stage], folder / stage))
             else:
                 say(f"{stage}: done already, skipped")
@@ -81,8 +81,9 @@ def _make(stage: str, config: StageConfig, folder: Path) -> str:
     _write_report(stage, folder)
     (folder / "pending.json").replace(folder / "done.json")
     done = read_record(folder / "done.json")
-    passed = sum(check["passed"] for check in done["checks"])
-    checks = f"{passed} of {len(done['checks'])} checks passed"
+    failed = [check["check"] for check in done["checks"] if not check["passed"]]
+    checks = f"{len(done['checks']) - len(failed)} of {len(done['checks'])} checks passed"
+    checks += f" (not: {'; '.join(failed)})" if failed else ""
     return f"{stage}: done in {done['seconds']:.0f} s, {checks}, {done['peak_memory_mb']} MB"
 
 

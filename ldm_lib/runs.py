@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -26,7 +27,9 @@ from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, replacin
 log = logging.getLogger("ldm_lib")
 
 OUTPUTS_VARIABLE = "LDM_OUTPUTS"  # the folder of runs, when it is not ./outputs
-UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers"}
+UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers", "wandb_mode", "use_mlflow"}
+# What a stage only shows or times; the stages after it are not made from these.
+SHOWN_ONLY = re.compile(r"(figures|checkpoints|samples|wandb)/.*|.*\.csv|summary\.json")
 UNTRACKED_OUTPUTS = ("notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
                      "parameters.json")  # fmt: skip
 PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn", "papermill", "pydantic")
@@ -217,11 +220,13 @@ def require_done(run_folder: Path, name: str) -> Path:
 
 
 def upstream_digests(run_folder: Path, name: str) -> dict[str, str]:
-    """Each earlier stage -> digest of all its outputs; every one must be done."""
-    earlier = [stage for stage in STAGES if stage < name]
-    return {
-        stage: fingerprint(read_record(require_done(run_folder, stage) / "done.json")["outputs"]) for stage in earlier
-    }
+    """Each earlier stage -> digest of the outputs that later ones are made from; every one must be done."""
+    return {stage: _results_digest(require_done(run_folder, stage)) for stage in STAGES if stage < name}
+
+
+def _results_digest(folder: Path) -> str:
+    outputs = read_record(folder / "done.json")["outputs"]
+    return fingerprint({name: digest for name, digest in outputs.items() if not SHOWN_ONLY.fullmatch(name)})
 
 
 def testify(run_folder: Path, *, preset: str, configs: dict[str, StageConfig], command: list[str]) -> None:

@@ -15,6 +15,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
+from scipy import ndimage
 
 from ldm_lib.errors import InputError
 
@@ -133,7 +134,7 @@ def cut(
     centre_vox: Sequence[int] | None = None,
     margin_mm: float | None = None,
 ) -> Cut:
-    """Cut at the mask's centroid; show all that is not 0, or `margin_mm` around the mask.
+    """Cut through the mask's largest part; show all that is not 0, or `margin_mm` around the mask.
 
     Raises:
         InputError: shapes are not three-dimensional and alike, or the centre lies outside.
@@ -145,7 +146,7 @@ def cut(
         raise InputError(f"volumes must be x y z of one shape, got {shapes}", fix="crop them alike")
     holed = mask is not None and np.any(mask)
     if centre_vox is None:
-        centre_vox = np.argwhere(mask).mean(0).round() if holed else np.asarray(shape) // 2
+        centre_vox = hole_centre(mask) if holed else np.asarray(shape) // 2
     centre_vox = tuple(int(c) for c in centre_vox)
     if any(not 0 <= c < n for c, n in zip(centre_vox, shape, strict=True)):
         raise InputError(f"centre_vox {centre_vox} lies outside shape {shape}", fix="give voxels inside it")
@@ -156,6 +157,16 @@ def cut(
         anything = np.logical_or.reduce([np.asarray(array) != 0 for array in arrays.values()])
         box_mm = _box_mm(anything, spacing, margin_mm=6.0)
     return Cut(shape, spacing, centre_vox, box_mm, mask)
+
+
+def hole_centre(mask: np.ndarray) -> np.ndarray:
+    """The voxel (3,) of the mask's largest connected part that is nearest to that part's centroid.
+
+    A mask is often two holes, and the centroid of both lies between them.
+    """
+    parts, _ = ndimage.label(np.asarray(mask) != 0)
+    voxels = np.argwhere(parts == np.bincount(parts.ravel())[1:].argmax() + 1)
+    return voxels[np.square(voxels - voxels.mean(0)).sum(1).argmin()]
 
 
 def _box_mm(shown: np.ndarray, spacing_mm: np.ndarray, margin_mm: float) -> np.ndarray:

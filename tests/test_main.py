@@ -101,7 +101,7 @@ def test_wrong_usage_is_status_2(arguments, told, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["run", "--set", "max_epoch=1"], "ERROR unknown parameter 'max_epoch'. Fix: did you mean 'max_epochs'?."),
+        (["run", "--set", "max_epoch=1"], "ERROR unknown parameter 'max_epoch'. Fix: did you mean 'max_epochs'?"),
         (["run", "--set", "max_epochs"], "ERROR --set max_epochs: not KEY=VALUE. Fix: write for example --set max_epo"),
         (["run", "--set", "seed=1", "--set", "seed=2"], "ERROR --set seed is given twice, '1' and '2'. Fix: keep one."),
         (["run", "--preset", "huge"], "ERROR no preset 'huge'; there are smoke, demo, full. Fix: "),
@@ -208,7 +208,9 @@ def test_samplers_and_defaults_are_those_of_the_notebook(capsys, monkeypatch):
         main(["inpaint", "--help"])
     assert f"{{{','.join(SAMPLERS)}}}" in capsys.readouterr().out
     received = {}
-    stand_in = types.SimpleNamespace(inpaint=lambda *_, **options: received.update(options) or [])
+    stand_in = types.SimpleNamespace(
+        inpaint=lambda *_, **options: received.update(options) or [], newest_model=lambda: "newest"
+    )
     monkeypatch.setitem(sys.modules, "ldm_lib.inpainting", stand_in)
     assert main(INPAINT) == 0
     default = SamplingConfig()

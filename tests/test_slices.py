@@ -88,6 +88,14 @@ def test_the_planes_meet_at_the_centroid_of_the_mask():
     assert cut({"v": np.ones(SHAPE)}, SPACING).centre_vox == (3, 4, 2)
 
 
+def test_of_two_holes_the_planes_cut_the_larger():
+    """The centroid of both would lie between them, in neither."""
+    mask = np.zeros(SHAPE, bool)
+    mask[0, 0, 0] = mask[4:6, 5:8, 1:3] = True
+    assert mask[cut({"v": np.ones(SHAPE)}, SPACING, mask=mask).centre_vox]
+    assert cut({"v": np.ones(SHAPE)}, SPACING, mask=mask).centre_vox[1] == 6
+
+
 def test_a_margin_shows_the_surroundings_of_the_mask_and_no_more():
     mask = np.zeros(SHAPE, bool)
     mask[2:4, 5, 0] = True
