@@ -115,7 +115,7 @@ class TrainingConfig(DeviceConfig):
     batch_size: Positive = Field(2, description="samples per device and step")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="of AdamW, constant after warm-up")
     warmup_steps: Count = Field(50, description="optimiser steps of linear warm-up")
-    max_epochs: Positive = Field(50, description="passes over the training samples")
+    max_epochs: Positive = Field(40, description="passes over the training samples")
     accumulate_grad_batches: Positive = Field(1, description="batches per optimiser step")
     gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are kept")
@@ -171,7 +171,7 @@ class SamplingConfig(DeviceConfig):
     sampler: Literal["ddpm", "ddim", "dpm++2m"] = Field("dpm++2m", description="how the noise is removed")
     num_inference_steps: Positive = Field(20, description="denoiser calls per sample")
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
-    max_cases: Count = Field(12, description="validation cases to fill; 0 for all")
+    max_cases: Count = Field(6, description="validation cases to fill; 0 for all")
 
 
 class EvaluationConfig(StageConfig):
