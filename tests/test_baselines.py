@@ -226,6 +226,7 @@ def test_tissue_paint_refuses_a_map_of_another_grid():
         tissue_paint(np.ones(SHAPE), BALL, np.ones(SHAPE)[1:])
 
 
+@pytest.mark.slow
 def test_tissue_beats_smoothness_the_more_the_better_the_map():
     """On a synthetic patient at 2 mm: by 3.6 dB with the true map, 1.6 dB with one shifted 2 mm."""
     patient = make_phantom(0, 8000, spacing_mm=2.0)

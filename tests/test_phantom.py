@@ -65,6 +65,7 @@ def test_patients_differ_in_shape_contrast_and_tumour(patients):
     assert len({patient.t1n.max() for patient in patients}) == 3
 
 
+@pytest.mark.slow
 def test_a_patient_is_the_same_at_any_voxel_size():
     fine, coarse = (make_phantom(0, 4, spacing_mm=s, masks=1) for s in (3, 6))
     assert np.corrcoef(_halved(fine.t1n.astype(float)).ravel(), coarse.t1n.ravel())[0, 1] > 0.98
