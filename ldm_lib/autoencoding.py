@@ -170,5 +170,4 @@ def ceiling(
     """
     rebuilt = reconstruct(autoencoder, case.target, device=device, precision=precision)
     filled = data.paste(rebuilt, autoencoder.factor)
-    healthy = data.mask if data.healthy is None else data.healthy
-    return filled, brats_scores(filled, data.target, data.voided, healthy, where=data.case.key)
+    return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)

@@ -92,6 +92,11 @@ class CaseData:
         return np.where(self.mask, voxels, self.voided).astype(np.float32)
 
     @property
+    def scored(self) -> np.ndarray:
+        """The voxels that are scored: mask-healthy, or the whole mask when there is none."""
+        return self.mask if self.healthy is None else self.healthy
+
+    @property
     def lateral_axis(self) -> int:
         """The file's axis that runs between left and right."""
         return next(axis for axis, code in enumerate(self.source.orientation) if code in "LR")

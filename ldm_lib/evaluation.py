@@ -41,8 +41,7 @@ def candidates(data: CaseData, results: Path, samples: int, *, baselines: bool =
 
 def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Scores on the healthy mask: a row per method, and a row per method and tissue (none without a tissue map)."""
-    healthy = data.mask if data.healthy is None else data.healthy
-    hole_mm3 = float(healthy.sum()) * float(np.prod(data.source.spacing_mm))
+    hole_mm3 = float(data.scored.sum()) * float(np.prod(data.source.spacing_mm))
     about = {
         "case": data.case.key,
         "patient": data.case.patient,
@@ -51,7 +50,7 @@ def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[
     }
     rows, by_tissue = [], []
     for method, volume in volumes.items():
-        scored = (volume, data.target, data.voided, healthy)
+        scored = (volume, data.target, data.voided, data.scored)
         rows.append(about | {"method": method} | brats_scores(*scored, where=data.case.key))
         if data.tissue is not None:
             found = scores_by_tissue(*scored, data.tissue, where=data.case.key)

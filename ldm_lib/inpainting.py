@@ -4,7 +4,6 @@ Outside the mask the input comes back bit for bit; voxels under the mask are nev
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import ConfigError, InputError, WeightsError
 from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, encode_case, keep_known
 from ldm_lib.nifti import require_writable
-from ldm_lib.runs import outputs_folder
+from ldm_lib.runs import outputs_folder, read_record
 from ldm_lib.samplers import SAMPLERS
 from ldm_lib.schedule import NoiseSchedule, linear_schedule
 from ldm_lib.volumes import write_like, write_map
@@ -182,7 +181,7 @@ def sample_name(case: Case, k: int) -> str:
 
 def newest_model() -> Path:
     """The model folder of the training that finished last under outputs/."""
-    done = {path: json.loads(path.read_text())["finished"] for path in outputs_folder().glob("*/04_training/done.json")}
+    done = {path: read_record(path)["finished"] for path in outputs_folder().glob("*/04_training/done.json")}
     if not done:
         raise WeightsError("no weights: no finished training", where=outputs_folder().name,
                            fix="name a model folder with --model, or `make run` first")  # fmt: skip

@@ -122,8 +122,7 @@ class DiffusionTraining(L.LightningModule):
         drawn = self.inpainter.sample([latents], [name], seed=self.config.seed, sampler=DEFAULT_SAMPLER, steps=steps)
         filled = self.inpainter.decode(drawn[0], data)
         error = normalise(filled, data.scale) - normalise(data.target, data.scale)
-        healthy = data.mask if data.healthy is None else data.healthy
-        scores = brats_scores(filled, data.target, data.voided, healthy, where=data.case.key)
+        scores = brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
         self._save_sample(data, filled)
         return {"val_loss": float(np.mean(error**2)), "val_psnr": scores["psnr_01"], "val_ssim": scores["ssim"]}
 
