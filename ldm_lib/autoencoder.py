@@ -4,71 +4,117 @@ volume (b 1 x y z) => posterior mean => standardised latent (b c x/f y/f z/f) =>
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ldm_lib.errors import InputError
+from ldm_lib.errors import ConfigError, InputError
+from ldm_lib.front_ends import FRONT_ENDS
 
+NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlMaisi}
+NORMS = ("local", "group")
 QUIET_LOG_VARIANCE = -6.0
 
 
 class Autoencoder(nn.Module):
-    """AutoencoderKL (Rombach et al., arXiv 2112.10752) without attention, and the statistics of its latents.
+    """A KL autoencoder (Rombach et al., arXiv 2112.10752), and the statistics of its latents.
 
     Args:
-        channels: width of each level; each level but the last halves every axis.
-        latent_channels: numbers per latent cell.
-        blocks: residual blocks per level.
+        network: the class, under "class" (AutoencoderKL or AutoencoderKlMaisi), and its arguments as MONAI names them;
+            `of` writes ours.
         spacing_mm: voxel size it was trained at.
+        front_end: what stands before and after the network, see `front_ends`.
+        norm: "group" as MONAI has it, or "local", see `LocalNorm`.
         linear_start: add a linear block code beside the network, see `LinearCode`.
     """
 
     def __init__(
         self,
         *,
-        channels: tuple[int, ...],
-        latent_channels: int,
-        blocks: int,
+        network: Mapping[str, Any],
         spacing_mm: float,
-        linear_start: bool = True,
+        front_end: str = "plain",
+        norm: str = "group",
+        linear_start: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            "channels": list(channels),
-            "latent_channels": latent_channels,
-            "blocks": blocks,
+            "network": dict(network),
             "spacing_mm": float(spacing_mm),
+            "front_end": front_end,
+            "norm": norm,
             "linear_start": linear_start,
         }
-        self.network = AutoencoderKL(
-            spatial_dims=3,
-            in_channels=1,
-            out_channels=1,
-            channels=tuple(channels),
-            attention_levels=(False,) * len(channels),
-            num_res_blocks=(blocks,) * len(channels),
-            latent_channels=latent_channels,
-            norm_num_groups=math.gcd(8, *channels),
-            with_encoder_nonlocal_attn=False,
-            with_decoder_nonlocal_attn=False,
-        )
-        self.linear = LinearCode(latent_channels, self.factor) if linear_start else None
+        if network.get("class") not in NETWORKS or norm not in NORMS or front_end not in FRONT_ENDS:
+            raise ConfigError(
+                f"no autoencoder of class {network.get('class')!r}, norm {norm!r}, front end {front_end!r}"
+            )
+        arguments = {name: value for name, value in network.items() if name != "class"}
+        self.front = FRONT_ENDS[front_end]()
+        self.network = NETWORKS[network["class"]](**arguments)
+        if norm == "local":
+            _localise(self.network)
+        self.network.to(memory_format=torch.channels_last_3d)  # convolutions on a CPU are twice as fast in it
+        self.linear = LinearCode(self.latent_channels, self.factor) if linear_start else None
         if linear_start:
             _silence(self.network)
-        self.register_buffer("latent_mean", torch.zeros(latent_channels))
-        self.register_buffer("scale_factor", torch.ones(latent_channels))
+        self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
+        self.register_buffer("scale_factor", torch.ones(self.latent_channels))
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        channels: Sequence[int],
+        latent_channels: int,
+        blocks: int,
+        spacing_mm: float,
+        front_end: str = "plain",
+        norm: str = "local",
+        linear_start: bool = True,
+    ) -> "Autoencoder":
+        """AutoencoderKL without attention.
+
+        Args:
+            channels: width of each level; each level but the last halves every axis.
+            latent_channels: numbers per latent cell.
+            blocks: residual blocks per level.
+        """
+        network = {
+            "class": "AutoencoderKL",
+            "spatial_dims": 3,
+            "in_channels": FRONT_ENDS[front_end].channels,
+            "out_channels": FRONT_ENDS[front_end].channels,
+            "channels": list(channels),
+            "attention_levels": [False] * len(channels),
+            "num_res_blocks": [blocks] * len(channels),
+            "latent_channels": latent_channels,
+            "norm_num_groups": math.gcd(8, *channels),
+            "with_encoder_nonlocal_attn": False,
+            "with_decoder_nonlocal_attn": False,
+        }
+        how = {"front_end": front_end, "norm": norm, "linear_start": linear_start}
+        return cls(network=network, spacing_mm=spacing_mm, **how)
+
+    @property
+    def levels(self) -> int:
+        """Resolutions the network works at; each but the last halves every axis."""
+        network = self.config["network"]
+        return len(network.get("channels", network.get("num_channels", ())))
 
     @property
     def factor(self) -> int:
         """Voxels per latent cell and axis."""
-        return 2 ** (len(self.config["channels"]) - 1)
+        return self.front.factor * 2 ** (self.levels - 1)
 
     @property
     def latent_channels(self) -> int:
-        return self.config["latent_channels"]
+        return self.config["network"]["latent_channels"]
 
     @property
     def spacing_mm(self) -> float:
@@ -77,7 +123,7 @@ class Autoencoder(nn.Module):
     def moments(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, before standardisation."""
         self._require_divisible(volume)
-        mean, std = self.network.encode(volume)
+        mean, std = self.network.encode(self.front.analyse(volume))
         if self.linear is None:
             return mean, std
         with torch.autocast(volume.device.type, enabled=False):
@@ -85,7 +131,7 @@ class Autoencoder(nn.Module):
 
     def rebuild(self, code: Tensor) -> Tensor:
         """Volume (b 1 fx fy fz) from latents before standardisation."""
-        volume = self.network.decode(code)
+        volume = self.front.synthesise(self.network.decode(code))
         if self.linear is None:
             return volume
         with torch.autocast(code.device.type, enabled=False):
@@ -118,6 +164,24 @@ class Autoencoder(nn.Module):
             )
 
 
+class LocalNorm(nn.Module):
+    """Layer norm over the channels of each voxel (Ba et al., arXiv 1607.06450).
+
+    GroupNorm takes its statistics over the whole grid, so that a crop is coded differently within its volume. Here
+    every voxel has its own, and coding is the same wherever it is cut.
+    """
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b c x y z), each voxel by itself."""
+        normed = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
+        return normed.to(x.dtype).movedim(-1, 1)
+
+
 class LinearCode(nn.Module):
     """The best linear code of blocks of f x f x f voxels: c numbers each, by principal components.
 
@@ -148,7 +212,14 @@ def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     return 0.5 * (mean.square() + std.square() - 2 * std.log() - 1).mean()
 
 
-def _silence(network: AutoencoderKL) -> None:
+def _localise(network: nn.Module) -> None:
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.GroupNorm):
+                setattr(parent, name, LocalNorm(child.num_channels, child.eps))
+
+
+def _silence(network: nn.Module) -> None:
     """Zero posterior mean, nearly no posterior noise and zero output, until training says otherwise."""
     mean, log_variance = network.quant_conv_mu.conv, network.quant_conv_log_sigma.conv
     for layer in (mean, log_variance, network.decoder.blocks[-1].conv):

@@ -1,68 +1,144 @@
-"""Train the autoencoder on crops, learn its latents' statistics, and measure what it can return.
+"""Train the autoencoder on crops, and learn its latents' statistics.
 
-    crop (1 x y z) => posterior sample => reconstruction,   loss = L1 + kl_weight * KL
+    crop (1 x y z) => posterior sample => reconstruction
+    loss = L1 + kl_weight * KL + adversarial_weight * (D(reconstruction) - 1)^2 + perceptual_weight * distance
 
-Half of the inputs are voided images, because at inference it encodes both; the target is then the voided image.
+Half of the inputs are voided images, because at inference it encodes both; the target is then the voided image. What
+a step sees is a function of (seed, step), so that a resumed training is the uninterrupted one.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from ldm_lib.autoencoder import Autoencoder, kl_divergence
-from ldm_lib.cases import Case, CaseData, load_case
-from ldm_lib.conditioning import ModelCase, model_case
-from ldm_lib.config import AutoencoderConfig
+from ldm_lib.cases import Case, load_case
+from ldm_lib.conditioning import model_case
+from ldm_lib.config import AutoencoderConfig, integers
+from ldm_lib.critics import PerceptualDistance, discriminator_loss, generator_loss, patch_discriminator
+from ldm_lib.crops import CropLoader
 from ldm_lib.devices import autocast
 from ldm_lib.errors import TrainingError
+from ldm_lib.files import replacing
 from ldm_lib.geometry import cell_share
-from ldm_lib.metrics import brats_scores
+from ldm_lib.weights import read_checkpoint
 
 log = logging.getLogger("ldm_lib")
 
-CASES_IN_MEMORY = 64
 CASES_FOR_STATISTICS = 24
-AIR_CROPS = 0.1  # share of crops placed anywhere; the others are centred on a brain voxel
+CHECKPOINT = "last.ckpt"
+CHECKPOINT_EVERY_S = 120.0
 
 
-class CropLoader:
-    """Random crops of training cases; crop i of step s depends on (seed, s, i) alone."""
+class AutoencoderTraining:
+    """An autoencoder, its averaged weights and its judges, one optimiser step at a time.
 
-    def __init__(self, cases: Sequence[Case], config: AutoencoderConfig, factor: int) -> None:
-        self.cases, self.config, self.factor = list(cases), config, factor
-        self._load = lru_cache(CASES_IN_MEMORY)(lambda index: model_case(load_case(self.cases[index]), factor))
+    Optimised by AdamW through one learning-rate cycle; the discriminator joins after a warm-up, by Adam as LSGAN does.
+    """
 
-    def batch(self, step: int) -> Tensor:
-        """(b 1 x y z) float32, normalised."""
-        return torch.stack([self._crop(step, i) for i in range(self.config.autoencoder_batch_size)])
+    def __init__(
+        self, autoencoder: Autoencoder, config: AutoencoderConfig, *, device: torch.device, precision: str
+    ) -> None:
+        self.config, self.device, self.precision = config, device, precision
+        self.autoencoder = autoencoder.to(device).train()
+        self.ema = AveragedModel(autoencoder, multi_avg_fn=moving_average(config.autoencoder_ema_decay))
+        peak, steps = config.autoencoder_learning_rate, config.autoencoder_steps
+        self.optimiser = torch.optim.AdamW(autoencoder.parameters(), lr=peak)
+        rise = min(0.3, 100 / steps)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, peak, total_steps=steps, pct_start=rise)
+        self.judge = self.judge_optimiser = self.perceptual = None
+        if config.adversarial_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.judge = patch_discriminator().to(device, memory_format=torch.channels_last_3d)
+            self.judge_optimiser = torch.optim.Adam(self.judge.parameters(), lr=peak, betas=(0.5, 0.999))
+        if config.perceptual_file:
+            self.perceptual = PerceptualDistance.load(config.perceptual_file).to(device)
 
-    def _crop(self, step: int, i: int) -> Tensor:
-        rng = np.random.default_rng([self.config.seed, step, i])
-        case = self._load(int(rng.integers(len(self.cases))))
-        image = case.voided if case.target is None or rng.random() < self.config.voided_fraction else case.target
-        size = [min(self.config.crop - self.config.crop % self.factor, n) for n in image.shape]
-        centre = self._centre(image, rng)
-        corner = [int(np.clip(c - s // 2, 0, n - s)) for c, s, n in zip(centre, size, image.shape, strict=True)]
-        box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
-        return torch.from_numpy(image[box].copy())[None]
+    def step(self, step: int, volume: Tensor, names: Sequence[str]) -> dict[str, float]:
+        """Learn from one batch; the figures of its loss.
 
-    @staticmethod
-    def _centre(image: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
-        anywhere = rng.integers(0, image.shape)
-        if rng.random() < AIR_CROPS:
-            return tuple(anywhere)
-        for _ in range(100):
-            if image[tuple(anywhere)] > 0:
-                break
-            anywhere = rng.integers(0, image.shape)
-        return tuple(anywhere)
+        Raises:
+            TrainingError: a loss that is not finite; names the step and the cases.
+        """
+        config, volume = self.config, volume.to(self.device, memory_format=torch.channels_last_3d)
+        judged = self.judge is not None and step >= config.adversarial_start * config.autoencoder_steps
+        with autocast(self.device, self.precision):
+            mean, std = self.autoencoder.moments(volume)
+            rebuilt = self.autoencoder.rebuild(mean + std * self._noise(mean, step)).float()
+            terms = {"l1": F.l1_loss(rebuilt, volume), "kl": kl_divergence(mean.float(), std.float())}
+            loss = terms["l1"] + config.kl_weight * terms["kl"]
+            if judged:
+                terms["adversarial"] = generator_loss(self.judge, rebuilt)
+                loss = loss + config.adversarial_weight * terms["adversarial"]
+            if self.perceptual is not None:
+                terms["perceptual"] = self.perceptual(rebuilt, volume)
+                loss = loss + config.perceptual_weight * terms["perceptual"]
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"loss is {loss.item()} at step {step}, on crops of {', '.join(sorted(set(names)))}",
+                                where="autoencoder", fix="lower its learning rate, or look at these cases")  # fmt: skip
+        _descend(self.optimiser, loss, self.autoencoder)
+        self.schedule.step()
+        self.ema.update_parameters(self.autoencoder)
+        if judged:
+            with autocast(self.device, self.precision):
+                terms["discriminator"] = discriminator_loss(self.judge, rebuilt.detach(), volume)
+            _descend(self.judge_optimiser, terms["discriminator"], self.judge)
+        return {name: value.item() for name, value in terms.items()}
+
+    def _noise(self, mean: Tensor, step: int) -> Tensor:
+        draw = torch.Generator().manual_seed(
+            int(np.random.default_rng([self.config.seed, step, 1 << 20]).integers(2**62))
+        )
+        return torch.randn(mean.shape, generator=draw).to(self.device)
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {
+            "autoencoder": self.autoencoder,
+            "ema": self.ema,
+            "optimiser": self.optimiser,
+            "schedule": self.schedule,
+        }
+        return parts | ({"judge": self.judge, "judge_optimiser": self.judge_optimiser} if self.judge else {})
+
+    def save(self, path: Path, history: Sequence[dict[str, float]]) -> None:
+        """Write everything a resumed training needs, whole or not at all."""
+        with replacing(path) as partial:
+            torch.save(
+                {name: part.state_dict() for name, part in self._parts().items()} | {"history": history}, partial
+            )
+
+    def resume(self, path: Path) -> list[dict[str, float]]:
+        """Take up a checkpoint of `save`; its history."""
+        state = read_checkpoint(path)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        return state["history"]
+
+
+def build_autoencoder(config: AutoencoderConfig, *, spacing_mm: float) -> Autoencoder:
+    """The autoencoder that a stage's parameters describe, its weights a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Autoencoder.of(
+            channels=integers(config.channels),
+            latent_channels=config.latent_channels,
+            blocks=config.blocks,
+            spacing_mm=spacing_mm,
+            front_end=config.front_end,
+            norm=config.norm,
+            linear_start=config.linear_start,
+        )
 
 
 def train_autoencoder(
@@ -70,59 +146,66 @@ def train_autoencoder(
     cases: Sequence[Case],
     config: AutoencoderConfig,
     *,
+    folder: Path,
     device: torch.device,
     precision: str,
-    on_step: Callable[[dict[str, float]], None],
-) -> None:
-    """Train in place with AdamW and one learning-rate cycle, then set the latents' shift and scale.
+) -> list[dict[str, float]]:
+    """Train in place, leave the averaged weights, and set the latents' shift and scale.
 
     Args:
-        on_step: receives {"step", "l1", "kl", "learning_rate"}.
+        folder: where the checkpoint goes; a training that was killed there is taken up again.
+
+    Returns:
+        one row of figures a step: step, learning_rate, seconds, l1, kl and what else the loss has.
 
     Raises:
         TrainingError: a loss that is not finite.
     """
-    loader = CropLoader(cases, config, autoencoder.factor)
-    if autoencoder.linear is not None:
-        autoencoder.linear.fit(*block_statistics(_one_hole_each(cases), autoencoder.factor))
-    noise = torch.Generator(device.type).manual_seed(config.seed)
-    autoencoder.to(device, memory_format=torch.channels_last_3d).train()
-    peak, steps = config.autoencoder_learning_rate, config.autoencoder_steps
-    optimiser = torch.optim.AdamW(autoencoder.parameters(), lr=peak)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps, pct_start=min(0.1, 100 / steps))
-    for step in range(steps):
-        volume = loader.batch(step).to(device, memory_format=torch.channels_last_3d)
-        with autocast(device, precision):
-            mean, std = autoencoder.moments(volume)
-            sampled = mean + std * torch.randn(mean.shape, generator=noise, device=device)
-            rebuilt = autoencoder.rebuild(sampled)
-        l1, kl = F.l1_loss(rebuilt.float(), volume), kl_divergence(mean.float(), std.float())
-        loss = l1 + config.kl_weight * kl
-        if not math.isfinite(loss.item()):
-            raise TrainingError(
-                f"loss is {loss.item()} at step {step}", where="autoencoder", fix="lower its learning rate"
-            )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        on_step({"step": step, "l1": l1.item(), "kl": kl.item(), "learning_rate": schedule.get_last_lr()[0]})
+    if not (checkpoint := folder / CHECKPOINT).exists():
+        fit_linear_parts(autoencoder, cases)
+    training = AutoencoderTraining(autoencoder, config, device=device, precision=precision)
+    history = training.resume(checkpoint) if checkpoint.exists() else []
+    loader, saved = CropLoader(cases, config, autoencoder.factor), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in range(len(history), config.autoencoder_steps):
+        started, rate = time.monotonic(), training.schedule.get_last_lr()[0]
+        figures = training.step(step, *loader.batch(step))
+        seconds = time.monotonic() - started
+        history.append({"step": step, "learning_rate": rate, "seconds": seconds, **figures})
+        if time.monotonic() - saved > CHECKPOINT_EVERY_S or step + 1 == config.autoencoder_steps:
+            training.save(checkpoint, history)
+            saved = time.monotonic()
+            left = (config.autoencoder_steps - step - 1) * float(np.median([row["seconds"] for row in history[-50:]]))
+            log.info("autoencoder step %d/%d: L1 %.4f; %.0f min left", step + 1, config.autoencoder_steps,
+                     figures["l1"], left / 60)  # fmt: skip
+    autoencoder.load_state_dict(training.ema.module.state_dict())
     autoencoder.freeze()
-    mean, std = latent_statistics(autoencoder, _one_hole_each(cases), device=device, precision=precision)
+    mean, std = latent_statistics(autoencoder, one_hole_each(cases), device=device, precision=precision)
     autoencoder.standardise(mean, std)
+    return history
+
+
+def fit_linear_parts(autoencoder: Autoencoder, cases: Sequence[Case]) -> None:
+    """Fit what is not learnt by descent: the front end's deviations and the linear code."""
+    patients = one_hole_each(cases)
+    if autoencoder.front.channels > 1:
+        _, covariance = block_statistics(patients, autoencoder.front.factor)
+        autoencoder.front.fit(covariance)
+    if autoencoder.linear is not None:
+        autoencoder.linear.fit(*block_statistics(patients, autoencoder.factor))
 
 
 def block_statistics(cases: Sequence[Case], factor: int) -> tuple[Tensor, Tensor]:
     """Mean (f^3,) and covariance (f^3, f^3) of the blocks of a few training images that hold any brain, float64."""
-    rows = []
+    count, total, products = 0, 0, 0
     for case in cases[:CASES_FOR_STATISTICS]:
         data = model_case(load_case(case), factor)
         image = data.voided if data.target is None else data.target
         blocks = rearrange(image, "(x a) (y b) (z c) -> (x y z) (a b c)", a=factor, b=factor, c=factor)
-        rows.append(blocks[(blocks > 0).any(axis=1)])
-    blocks = torch.from_numpy(np.concatenate(rows)).double()
-    return blocks.mean(0), torch.cov(blocks.T)
+        blocks = torch.from_numpy(blocks[(blocks > 0).any(axis=1)]).double()
+        count, total, products = count + len(blocks), total + blocks.sum(0), products + blocks.T @ blocks
+    mean = total / count
+    return mean, (products - count * torch.outer(mean, mean)) / (count - 1)
 
 
 def latent_statistics(
@@ -149,25 +232,26 @@ def latent_statistics(
     return mean.float().cpu(), (square - mean.square()).clamp(min=0).sqrt().float().cpu()
 
 
-def reconstruct(autoencoder: Autoencoder, image: np.ndarray, *, device: torch.device, precision: str) -> np.ndarray:
-    """decode(encode(image)): (x, y, z) normalised, on the model's grid, both ways through the posterior mean."""
-    volume = torch.from_numpy(image)[None, None].to(device)
-    with torch.inference_mode(), autocast(device, precision):
-        return autoencoder.decode(autoencoder.encode(volume))[0, 0].cpu().numpy()
+def one_hole_each(cases: Sequence[Case]) -> list[Case]:
+    """The first case of each patient."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        first.setdefault(case.patient, case)
+    return list(first.values())
 
 
-def _one_hole_each(cases: Sequence[Case]) -> list[Case]:
-    return list({case.patient: case for case in cases}.values())
+def moving_average(decay: float) -> Any:
+    """Exponential moving average whose decay rises with the number of updates, so that the start is forgotten."""
+
+    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
+        rate = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averaged, current, 1 - rate)
+
+    return update
 
 
-def ceiling(
-    data: CaseData, case: ModelCase, autoencoder: Autoencoder, *, device: torch.device, precision: str
-) -> tuple[np.ndarray, dict[str, float]]:
-    """The truth through the autoencoder, pasted into the hole, and its scores: no model can do better on average.
-
-    Returns:
-        the filled volume (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
-    """
-    rebuilt = reconstruct(autoencoder, case.target, device=device, precision=precision)
-    filled = data.paste(rebuilt, autoencoder.factor)
-    return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
+def _descend(optimiser: torch.optim.Optimizer, loss: Tensor, network: torch.nn.Module) -> None:
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimiser.step()

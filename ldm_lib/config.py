@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ldm_lib.errors import ConfigError
 
+JUDGED_CROP_VOX = 20  # an axis of the smallest crop that the discriminator of `critics` judges
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
@@ -36,6 +37,7 @@ Name = Annotated[str, AfterValidator(safe_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -75,27 +77,44 @@ class AuditConfig(StageConfig):
 class AutoencoderConfig(DeviceConfig):
     """02_autoencoder_check: what is lost by going latent."""
 
-    autoencoder_dir: str = Field("", description="folder with weights; empty trains them here")
+    autoencoder_dir: str = Field("", description="weights to take, ours or others'; empty trains them here")
+    front_end: Literal["plain", "haar", "half"] = Field("plain", description="fixed transform around the network")
     latent_channels: Positive = Field(6, description="numbers per latent cell")
     channels: IntegerList = Field("16,32", description="width of each level; one halving less than levels")
     blocks: Positive = Field(1, description="residual blocks per level")
+    norm: Literal["local", "group"] = Field("local", description="statistics of one voxel, or of the whole grid")
     linear_start: bool = Field(True, description="begin at the best linear code instead of at random")
     autoencoder_steps: Positive = Field(100, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")
     autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="peak, of AdamW")
+    autoencoder_ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="of the weights that are kept")
     crop: Positive = Field(32, description="edge of a training crop, voxels")
-    kl_weight: Annotated[float, Field(ge=0)] = Field(1e-3, description="of the KL term, a mean over latent elements")
+    final_crop: Positive = Field(48, description="edge in the last tenth of the steps, as far as the volume goes")
+    kl_weight: NotNegative = Field(1e-3, description="of the KL term, a mean over latent elements")
+    adversarial_weight: NotNegative = Field(0.0, description="of the patch discriminator; 0 is off")
+    adversarial_start: Fraction = Field(0.5, description="share of the steps before the discriminator joins")
+    perceptual_file: str = Field("", description="weights of a 3D ResNet for the perceptual term; empty is off")
+    perceptual_weight: NotNegative = Field(0.1, description="of the perceptual term")
     voided_fraction: Fraction = Field(0.5, description="of the crops that show the voided image")
+    air_fraction: Fraction = Field(0.1, description="of the crops placed anywhere, mostly in air")
+    intensity_shift: Annotated[float, Field(ge=0, le=0.5)] = Field(0.1, description="largest change of gain and gamma")
     check_cases: Positive = Field(6, description="validation cases whose ceiling is measured")
+    box_margin: Count = Field(4, description="cells around the hole that are decoded with it")
+    min_ceiling_psnr: NotNegative = Field(20.0, description="dB in the hole below which the stage does not close")
+    min_gain_over_linear: NotNegative = Field(0.2, description="dB above the best linear code, likewise")
+    accept_anyway: bool = Field(False, description="close the stage below these gates")
 
     @model_validator(mode="after")
-    def _crop_has_cells(self) -> Self:
+    def _crops_fit(self) -> Self:
         """A crop of few cells has no middle, and convolutions in bfloat16 fail on axes of two."""
-        factor = 2 ** (len(integers(self.channels)) - 1)
-        if self.crop < 4 * factor:
-            raise ValueError(
-                f"crop = {self.crop}: {factor} voxels make a cell, and a crop has at least 4 cells an axis"
-            )
+        factor = {"plain": 1, "haar": 4, "half": 2}[self.front_end] * 2 ** (len(integers(self.channels)) - 1)
+        least = max(4 * factor, factor * -(-JUDGED_CROP_VOX // factor) if self.adversarial_weight else 0)
+        if self.crop < least:
+            judged = f", the discriminator judges {JUDGED_CROP_VOX} voxels" if self.adversarial_weight else ""
+            raise ValueError(f"crop = {self.crop}: must be at least {least}, for {factor} voxels make a cell, "
+                             f"an axis of a crop has at least 4{judged}")  # fmt: skip
+        if self.final_crop < self.crop:
+            raise ValueError(f"final_crop = {self.final_crop}: must be at least crop = {self.crop}")
         return self
 
 
@@ -202,6 +221,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {
         "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "channels": "32,64,128,128", "blocks": 2,
         "autoencoder_steps": 20000, "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96,
+        "final_crop": 160,
         "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
         "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
         "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "keep_weights": "best",

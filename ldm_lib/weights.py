@@ -4,6 +4,8 @@ Loading reads tensors and JSON, and never executes what it reads.
 """
 
 import json
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from ldm_lib.errors import WeightsError
 from ldm_lib.files import replacing, sha256, write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+REFUSED = (  # what torch raises instead of executing, and where bytes are missing or changed
+    torch.serialization.pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError, LookupError,
+    OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 KINDS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "adm": ADM}
 
 
@@ -40,14 +46,9 @@ def save_model(folder: Path, model: nn.Module, **facts: Any) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder."""
     path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise WeightsError(
-            "no such model folder", where=path, fix="name a folder with config.json and weights"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"not readable as JSON ({error})", where=path) from error
+    if not path.exists():
+        raise WeightsError("no such model folder", where=path, fix="name a folder with config.json and weights")
+    config = read_json(path)
     if not isinstance(config, dict) or not {"build", "sha256"} <= set(config) or config.get("kind") not in list(KINDS):
         raise WeightsError("not a model's config: kind, build or sha256 is missing or unknown", where=path)
     return config
@@ -62,8 +63,9 @@ def load_model(folder: str | Path, kind: str) -> nn.Module:
     folder = Path(folder)
     config = read_config(folder)
     if config["kind"] != kind:
-        raise WeightsError(f"holds a model of kind {config['kind']!r}, need {kind!r}", where=folder)
-    tensors = _read_tensors(folder / WEIGHTS, config["sha256"])
+        cause = f"holds a model of kind {config['kind']!r}, need {kind!r}"
+        raise WeightsError(cause, where=folder, fix=f"name a folder of kind {kind!r}")
+    tensors = _verified_tensors(folder / WEIGHTS, config["sha256"])
     try:
         model = KINDS[kind](**config["build"])
         model.load_state_dict(tensors)
@@ -74,26 +76,43 @@ def load_model(folder: str | Path, kind: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A training's checkpoint, its tensors on the CPU; nothing in it is executed."""
-    refused = torch.serialization.pickle.UnpicklingError  # what torch raises instead of executing
+def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train anew") -> Any:
+    """A checkpoint as torch.save wrote it, its tensors on the CPU; nothing in it is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (refused, EOFError, LookupError, OSError, RuntimeError, ValueError) as error:
+    except REFUSED as error:
         cause = f"damaged or unsafe checkpoint ({str(error).partition('.')[0]})"
-        raise WeightsError(cause, where=path, fix="set overwrite to train anew") from error
+        raise WeightsError(cause, where=path, fix=fix) from error
 
 
-def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
+def read_json(path: Path) -> Any:
+    """What a JSON file says."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"not readable as JSON ({error})", where=path, fix="copy it again") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file."""
+    try:
+        return load(path.read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"not safetensors ({error})", where=path, fix="copy it again") from error
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], *, where: Path, fix: str) -> None:
+    """Refuse NaN and infinity."""
+    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise WeightsError(f"non-finite weights in {', '.join(bad[:3])}", where=where, fix=fix)
+
+
+def _verified_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise WeightsError("no such file", where=path, fix="copy the whole model folder")
     if sha256(path) != digest:
         raise WeightsError("sha256 differs from its config's", where=path, fix="copy the model folder again")
-    try:
-        tensors = load(path.read_bytes())
-    except SafetensorError as error:
-        raise WeightsError(f"not safetensors ({error})", where=path) from error
-    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise WeightsError(f"non-finite weights in {', '.join(bad[:3])}", where=path, fix="train again")
+    tensors = read_tensors(path)
+    require_finite(tensors, where=path, fix="train again")
     return tensors

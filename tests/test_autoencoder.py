@@ -1,6 +1,4 @@
-"""Laws of the autoencoder: what its numbers mean, what it refuses, and what its training sees."""
-
-from types import SimpleNamespace
+"""Laws of the autoencoder: what its numbers mean, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -9,50 +7,22 @@ from monai.networks.blocks import SABlock, SpatialAttentionBlock
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 
-from ldm_lib import autoencoding
-from ldm_lib.autoencoder import Autoencoder, kl_divergence
-from ldm_lib.autoencoding import (
-    CropLoader,
-    block_statistics,
-    ceiling,
-    latent_statistics,
-    reconstruct,
-    train_autoencoder,
-)
+from ldm_lib.autoencoder import Autoencoder, LocalNorm, kl_divergence
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
-from ldm_lib.config import resolve
-from ldm_lib.errors import InputError, TrainingError
+from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.geometry import cell_share
-from ldm_lib.metrics import brats_scores
 from ldm_lib.weights import load_model
-
-CPU = torch.device("cpu")
-HOW = {"device": CPU, "precision": "32"}
 
 
 def fresh(seed=0, **options):
     torch.manual_seed(seed)
     small = {"channels": (4, 8), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
-    options = small | options
-    return Autoencoder(**options)
-
-
-def settings(**changes):
-    small = {"channels": "4,8", "autoencoder_steps": 30, "autoencoder_batch_size": 2, "crop": 8, "precision": "32",
-             "autoencoder_learning_rate": 1e-3}  # fmt: skip
-    return resolve("smoke", small | changes)["02_autoencoder_check"]
+    return Autoencoder.of(**small | options)
 
 
 def volume(*shape, seed=0):
     return torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(seed))
-
-
-def train(autoencoder, cases, **changes):
-    """The rows that its training reported."""
-    rows = []
-    train_autoencoder(autoencoder, cases, settings(**changes), on_step=rows.append, **HOW)
-    return rows
 
 
 def test_kl_is_that_of_two_normals():
@@ -123,158 +93,42 @@ def test_standardised_brain_cells_have_mean_0_and_std_1(cases, tiny_autoencoder_
     np.testing.assert_allclose(seen.std(axis=1), 1, atol=1e-3)
 
 
-def test_no_brain_cell_at_all_is_an_error(monkeypatch, cases):
-    monkeypatch.setattr(autoencoding, "cell_share", lambda image, factor: np.zeros([n // factor for n in image.shape]))
-    with pytest.raises(TrainingError, match="no cell lies mostly in the brain"):
-        latent_statistics(fresh().freeze(), cases[:1], **HOW)
+@pytest.mark.parametrize(
+    ("front_end", "channels", "factor"), [("haar", (8, 8), 8), ("haar", (8,), 4), ("half", (4, 8), 4)]
+)
+def test_a_front_end_widens_the_cell(front_end, channels, factor):
+    autoencoder = fresh(channels=channels, front_end=front_end).freeze()
+    latent = autoencoder.encode(volume(32, 16, 24))
+    assert autoencoder.factor == factor and latent.shape == (1, 3, 32 // factor, 16 // factor, 24 // factor)
+    assert autoencoder.decode(latent).shape == (1, 1, 32, 16, 24)
 
 
-def test_training_lowers_the_loss_and_standardises(cases):
-    autoencoder = fresh()
-    rows = train(autoencoder, cases[:4], autoencoder_steps=60)
-    start, end = (np.mean([row["l1"] for row in part]) for part in (rows[:5], rows[-5:]))
-    assert [row["step"] for row in rows] == list(range(60))
-    assert end < 0.6 * start
-    assert max(row["learning_rate"] for row in rows) == pytest.approx(1e-3, rel=0.05)
-    assert not autoencoder.training and not any(p.requires_grad for p in autoencoder.parameters())
-    mean, std = latent_statistics(autoencoder, [cases[1], cases[3]], **HOW)
-    assert torch.allclose(autoencoder.latent_mean, mean) and torch.allclose(autoencoder.scale_factor, 1 / std)
+def test_a_local_norm_is_that_of_one_voxel():
+    norm, x = LocalNorm(6, 1e-6), torch.randn(2, 6, 3, 4, 5)
+    norm.weight.data.uniform_(), norm.bias.data.uniform_()
+    voxel = x[1, :, 2, 1, 3].double()
+    oracle = (voxel - voxel.mean()) / (voxel.var(correction=0) + 1e-6).sqrt() * norm.weight + norm.bias
+    assert torch.allclose(norm(x)[1, :, 2, 1, 3].double(), oracle, atol=1e-5)
 
 
-def test_training_is_a_function_of_the_seed(cases):
-    one, same, other = fresh(), fresh(), fresh()
-    for autoencoder, seed in ((one, 0), (same, 0), (other, 1)):
-        torch.manual_seed(np.random.randint(1000))  # what was drawn before does not matter
-        train(autoencoder, cases[:2], seed=seed, autoencoder_steps=3)
-    weights = [torch.cat([p.flatten() for p in a.parameters()]) for a in (one, same, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+@pytest.mark.parametrize(("norm", "same"), [("local", True), ("group", False)])
+def test_with_a_local_norm_a_crop_is_coded_as_within_its_volume(norm, same):
+    autoencoder = fresh(norm=norm).freeze()
+    image = volume(40, 16, 16)
+    whole, crop = autoencoder.encode(image)[0, :, :10], autoencoder.encode(image[:, :, :32])[0, :, :10]
+    assert torch.allclose(whole, crop, atol=1e-5) is same
 
 
-def blocks_of(cases):
-    """Every 2 x 2 x 2 block with any brain in it, as rows of eight voxels: a loop as oracle."""
-    rows = []
-    for case in cases:
-        image = model_case(load_case(case), 2).target
-        for x, y, z in np.argwhere(cell_share(image > 0, 2) > 0):
-            rows.append(image[2 * x : 2 * x + 2, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2].ravel())
-    return np.array(rows, np.float64)
-
-
-def test_the_linear_start_is_the_best_linear_code(cases):
-    """Against principal components by numpy's SVD: the network beside it is silent at first."""
-    autoencoder = fresh(linear_start=True)
-    few = [cases[0], cases[2]]
-    autoencoder.linear.fit(*block_statistics(few, 2))
-    blocks = blocks_of(few)
-    centred = blocks - blocks.mean(axis=0)
-    axes = np.linalg.svd(centred, full_matrices=False)[2][:3]
-    oracle = centred @ axes.T @ axes + blocks.mean()
-    volume = torch.from_numpy(blocks.astype(np.float32)).view(-1, 1, 2, 2, 2)
+def test_the_build_is_plain_json_and_builds_the_same_again():
+    one = fresh(front_end="haar", channels=(8, 16), linear_start=True)
+    again = Autoencoder(**one.config)
+    again.load_state_dict(one.state_dict())
+    image = volume(16, 16, 16)
     with torch.inference_mode():
-        code, _ = autoencoder.moments(volume)
-        rebuilt = autoencoder.rebuild(code)
-    np.testing.assert_allclose(rebuilt.numpy().reshape(oracle.shape), oracle, atol=1e-4)
-    np.testing.assert_allclose(code.flatten(1).numpy().std(axis=0), 1, atol=1e-3)
+        assert torch.equal(one.moments(image)[0], again.moments(image)[0])
 
 
-def test_a_linear_start_is_no_worse_after_training(cases):
-    rows = train(fresh(linear_start=True), cases[:4], autoencoder_steps=60)
-    start, end = (np.mean([row["l1"] for row in part]) for part in (rows[:5], rows[-5:]))
-    assert end < 1.2 * start
-    random = train(fresh(), cases[:4], autoencoder_steps=1)[0]["l1"]
-    assert start < 0.5 * random
-
-
-def test_more_channels_than_voxels_of_a_block_still_rebuild_it(cases):
-    autoencoder = fresh(linear_start=True, latent_channels=10)
-    autoencoder.linear.fit(*block_statistics(cases[:1], 2))
-    image = torch.from_numpy(model_case(load_case(cases[0]), 2).target)[None, None]
-    with torch.inference_mode():
-        error = autoencoder.rebuild(autoencoder.moments(image)[0]) - image
-    assert error[image > 0].abs().mean() < 0.05 * image[image > 0].mean()
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_even_one_step_is_a_training(cases, steps):
-    assert len(train(fresh(), cases[:1], autoencoder_steps=steps)) == steps
-
-
-def test_training_never_opens_another_patient(cases, monkeypatch):
-    opened = []
-    monkeypatch.setattr(autoencoding, "load_case", lambda case: opened.append(case.patient) or load_case(case))
-    train(fresh(), cases[:4], autoencoder_steps=5)
-    assert set(opened) == {cases[0].patient, cases[2].patient}
-
-
-def test_a_loss_that_is_not_finite_stops_the_training(cases):
-    autoencoder = fresh()
-
-    def spoil(row):
-        if row["step"] == 2:
-            next(autoencoder.parameters()).data.fill_(float("nan"))
-
-    with pytest.raises(TrainingError, match="loss is nan at step 3"):
-        train_autoencoder(autoencoder, cases[:1], settings(), on_step=spoil, **HOW)
-
-
-def labelled(monkeypatch, with_target=True):
-    """Every image is constant: 1 where it is the voided one, 2 where it is the full one, and air around a centre."""
-    brain = np.zeros((24, 24, 24), np.float32)
-    brain[10:14, 10:14, 10:14] = 1
-    case = SimpleNamespace(voided=brain, target=2 * brain if with_target else None)
-    monkeypatch.setattr(autoencoding, "load_case", lambda case: case)
-    monkeypatch.setattr(autoencoding, "model_case", lambda data, factor: case)
-
-
-def test_half_of_the_crops_show_the_voided_image(monkeypatch):
-    labelled(monkeypatch)
-    loader = CropLoader(["case"], settings(crop=12, autoencoder_batch_size=400), factor=2)
-    brightest = loader.batch(0).amax(dim=(1, 2, 3, 4))
-    voided, full, air = ((brightest == value).sum().item() for value in (1, 2, 0))
-    assert voided + full + air == 400
-    assert abs(voided - full) < 4 * 20  # four standard deviations of a fair coin
-    assert air < 0.1 * 400  # only crops that are placed anywhere can miss the brain
-
-
-@pytest.mark.parametrize(("fraction", "value"), [(0.0, 2), (1.0, 1)])
-def test_the_share_of_voided_crops_is_a_parameter(monkeypatch, fraction, value):
-    labelled(monkeypatch)
-    loader = CropLoader(["case"], settings(crop=24, autoencoder_batch_size=20, voided_fraction=fraction), factor=2)
-    assert loader.batch(0).amax() == value == loader.batch(0).amax(dim=(1, 2, 3, 4)).min()
-
-
-def test_a_case_without_a_target_shows_what_it_has(monkeypatch):
-    labelled(monkeypatch, with_target=False)
-    assert CropLoader(["case"], settings(crop=24, voided_fraction=0.0), factor=2).batch(0).amax() == 1
-
-
-@pytest.mark.parametrize(("crop", "factor", "edge"), [(8, 2, 8), (11, 4, 8), (1000, 2, 24)])
-def test_crops_are_divisible(monkeypatch, crop, factor, edge):
-    labelled(monkeypatch)
-    batch = CropLoader(["case"], settings(crop=crop), factor).batch(0)
-    assert batch.shape == (2, 1, edge, edge, edge) and batch.dtype == torch.float32
-
-
-def test_a_crop_is_a_function_of_seed_step_and_place(cases):
-    def crops(step, **changes):
-        return CropLoader(cases, settings(**changes), factor=2).batch(step)
-
-    first = crops(3, autoencoder_batch_size=3)
-    assert torch.equal(first, crops(3, autoencoder_batch_size=3))
-    assert torch.equal(first[:2], crops(3, autoencoder_batch_size=2))
-    assert not torch.equal(first, crops(4, autoencoder_batch_size=3))
-    assert not torch.equal(first, crops(3, autoencoder_batch_size=3, seed=1))
-
-
-def test_the_ceiling_is_the_truth_through_the_autoencoder(cases, tiny_autoencoder_folder):
-    autoencoder = load_model(tiny_autoencoder_folder, "autoencoder")
-    data = load_case(cases[0])
-    on_grid = model_case(data, autoencoder.factor)
-    filled, scores = ceiling(data, on_grid, autoencoder, **HOW)
-    outside = ~data.mask
-    assert np.array_equal(filled[outside], data.voided[outside])
-    rebuilt = reconstruct(autoencoder, on_grid.target, **HOW)
-    inside = data.frame(autoencoder.factor).to_model(data.mask)
-    order = data.frame(autoencoder.factor).to_model(np.where(data.mask, filled, 0))
-    np.testing.assert_allclose(order[inside], np.maximum(rebuilt[inside], 0) * data.scale, rtol=1e-5)
-    assert scores == brats_scores(filled, data.target, data.voided, data.healthy)
+@pytest.mark.parametrize("changes", [{"norm": "batch"}, {"front_end": "fourier"}, {"network": {"class": "VQVAE"}}])
+def test_what_cannot_be_built_is_refused(changes):
+    with pytest.raises(ConfigError, match="no autoencoder of class"):
+        Autoencoder(**fresh().config | changes)

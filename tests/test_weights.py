@@ -38,7 +38,7 @@ def edit(folder, **facts):
 
 
 @pytest.mark.parametrize("model", [
-    Autoencoder(channels=(4, 8), latent_channels=2, blocks=1, spacing_mm=3.0),
+    Autoencoder.of(channels=(4, 8), latent_channels=2, blocks=1, spacing_mm=3.0),
     ADM(in_channels=4, out_channels=2, base_width=4, multipliers=(1, 2), attention_rates=(), head_channels=4),
 ], ids=["autoencoder", "adm"])  # fmt: skip
 def test_a_round_trip_is_bit_for_bit(model, tmp_path):
@@ -54,7 +54,7 @@ def test_a_round_trip_is_bit_for_bit(model, tmp_path):
 
 
 def test_saving_over_a_model_replaces_it_whole(folder):
-    other = Autoencoder(channels=(4,), latent_channels=5, blocks=1, spacing_mm=1.0)
+    other = Autoencoder.of(channels=(4,), latent_channels=5, blocks=1, spacing_mm=1.0)
     save_model(folder, other)
     assert load_model(folder, "autoencoder").latent_channels == 5
 
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, content):
 def test_a_model_and_another_autoencoder_do_not_go_together(tiny_model_folder, tmp_path):
     folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
     assert Inpainter.load(folder, device="cpu").settings.mask_dilation == 1
-    save_model(folder / "autoencoder", Autoencoder(channels=(4, 8), latent_channels=3, blocks=1, spacing_mm=8.0))
+    save_model(folder / "autoencoder", Autoencoder.of(channels=(4, 8), latent_channels=3, blocks=1, spacing_mm=8.0))
     with pytest.raises(WeightsError, match="latents of another autoencoder"):
         Inpainter.load(folder, device="cpu")
 
