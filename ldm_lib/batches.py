@@ -23,7 +23,7 @@ class TrainingSamples(Dataset):
     """Cached latents and, for each position of an epoch, the random part of a training sample.
 
     Args:
-        variants: per case, its encodings.
+        variants: per case, its encodings; one is asked for when a sample is made of it.
     """
 
     def __init__(self, variants: Sequence[Sequence[Latents]], config: TrainingConfig, steps: int) -> None:

@@ -1,35 +1,20 @@
-"""Cases as latents: encoded once, kept on disk, never served stale.
+"""Cases as latents, and what the denoiser is shown of them.
 
-    ModelCase => voided, target (c x y z), conditioning (4 x y z), hole, loss, share (1 x y z)
-
-An entry is found by a key over everything it was made from: bytes of the sources, weights of the autoencoder,
-settings, augmentation, precision and the version of this code. It carries the digest of its own tensors.
+ModelCase => voided, target (c x y z), conditioning (4 x y z), hole, loss, share (1 x y z)
 """
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm_lib.augmentation import Augmentation
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.cases import Case, load_case
-from ldm_lib.conditioning import ModelCase, conditioning, loss_cells, model_case
+from ldm_lib.conditioning import ModelCase, conditioning, loss_cells
 from ldm_lib.devices import autocast
-from ldm_lib.files import fingerprint, replacing, sha256
 from ldm_lib.geometry import cell_share, latent_mask
 
-log = logging.getLogger("ldm_lib")
-
-CODE_VERSION = 1  # raise it when encoding or conditioning change their meaning
 Latents = dict[str, Tensor]
 
 
@@ -60,7 +45,7 @@ def encode_case(
     for name, image in images.items():
         volume = torch.from_numpy(image)[None, None].to(device)
         with torch.inference_mode(), autocast(device, precision):
-            latents[name] = autoencoder.encode(volume)[0].float().cpu().clone()
+            latents[name] = autoencoder.encode(volume)[0].float().cpu().contiguous()
     cells = {
         "conditioning": conditioning(
             case.growth, case.tissue, factor=factor, threshold=settings.growth_threshold, pooling=settings.pooling
@@ -70,70 +55,6 @@ def encode_case(
         "share": cell_share(case.mask, factor)[None],
     }
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in cells.items()}
-
-
-class LatentCache:
-    """Encoded training samples in one folder; several processes may fill it at once.
-
-    Args:
-        folder: created if needed.
-        autoencoder: frozen, on `device`.
-        weights_sha256: identifies the autoencoder's weights.
-        variants: encodings per case; the first is as it is, the others are augmented.
-        seed: of the augmentations.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        autoencoder: Autoencoder,
-        weights_sha256: str,
-        settings: CellSettings,
-        *,
-        device: torch.device,
-        precision: str,
-        augmentation: Augmentation | None = None,
-        variants: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.folder, self.autoencoder, self.settings = folder, autoencoder, settings
-        self.device, self.precision, self.variants, self.seed = device, precision, variants, seed
-        self.augmentation = augmentation or Augmentation()
-        self._about = {
-            "code": CODE_VERSION,
-            "weights": weights_sha256,
-            "settings": asdict(settings),
-            "precision": precision,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def fill(self, cases: Sequence[Case]) -> Iterator[tuple[Case, list[Latents]]]:
-        """Yield each case with its variants, encoding what is missing, stale or damaged."""
-        for case in cases:
-            digests = {role: sha256(path) for role, path in case.files().items()}
-            paths = [self._path(case, digests, variant) for variant in range(self.variants)]
-            found = [_read(path) for path in paths]
-            if any(entry is None for entry in found):
-                plain = model_case(load_case(case), self.autoencoder.factor)
-                found = [entry or self._encode(path, plain, case, k)
-                         for k, (path, entry) in enumerate(zip(paths, found, strict=True))]  # fmt: skip
-            yield case, found
-
-    def _path(self, case: Case, digests: dict[str, str], variant: int) -> Path:
-        about = self._about | {"files": digests, "variant": variant}
-        if variant:
-            about |= {"augmentation": asdict(self.augmentation), "seed": self.seed, "case": case.key}
-        return self.folder / f"{case.key}-{variant}-{fingerprint(about)[:16]}.safetensors"
-
-    def _encode(self, path: Path, plain: ModelCase, case: Case, variant: int) -> Latents:
-        if variant:
-            digest = hashlib.sha256(case.key.encode()).digest()[:4]
-            rng = np.random.default_rng([self.seed, variant, int.from_bytes(digest, "big")])
-            plain = self.augmentation(plain, rng, spacing_mm=self.autoencoder.spacing_mm)
-        entry = encode_case(plain, self.autoencoder, self.settings, device=self.device, precision=self.precision)
-        with replacing(path) as partial:
-            save_file(entry, partial, {"digest": _digest(entry)})
-        return entry
 
 
 def denoiser_input(noisy: Tensor, batch: Latents, settings: CellSettings) -> Tensor:
@@ -171,27 +92,3 @@ def collate(samples: Sequence[Latents]) -> Latents:
         return torch.nn.functional.pad(tensor, [side for m in reversed(missing) for side in (0, m)])
 
     return {name: torch.stack([padded(s[name]) for s in samples]) for name in samples[0]}
-
-
-def _read(path: Path) -> Latents | None:
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as stream:
-            entry = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            recorded = (stream.metadata() or {}).get("digest")
-    except (SafetensorError, OSError) as error:
-        log.warning("%s is damaged (%s); encoded again", path.name, error)
-        return None
-    if recorded != _digest(entry):
-        log.warning("%s is not what was written; encoded again", path.name)
-        return None
-    return entry
-
-
-def _digest(entry: Latents) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(entry):
-        digest.update(json.dumps([name, str(entry[name].dtype), list(entry[name].shape)]).encode())
-        digest.update(entry[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,5 +1,7 @@
 """Laws of training samples: functions of (seed, epoch, position), and a loss that weighs samples equally."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,28 @@ def test_every_variant_is_used():
     data = samples(1, variants=3)
     seen = {int(data[0, position, 0]["target"][0, 0, 0, 0]) // 10000 for position in range(50)}
     assert seen == {0, 1, 2}
+
+
+def test_a_sample_asks_for_one_encoding_and_none_is_asked_for_before():
+    """What makes a cohort larger than memory possible."""
+    asked = []
+
+    class OnDisk(Sequence):
+        def __init__(self, k):
+            self.k = k
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, variant):
+            asked.append((self.k, variant))
+            return latents(self.k, range(3)[variant])
+
+    data = TrainingSamples([OnDisk(k) for k in range(4)], settings(), STEPS)
+    assert not asked
+    told = [data[where] for where in EpochOrder(4, settings(batch_size=2))]
+    assert [k * 1000 + v * 10000 for k, v in asked] == [int(item["target"].flatten()[0]) for item in told]
+    assert sorted(k for k, _ in asked) == [0, 1, 2, 3]
 
 
 def test_without_latent_changes_the_latents_are_the_cached_ones():
