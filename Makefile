@@ -1,7 +1,7 @@
 # `make` alone prints this help. Values reach the shell through the environment, never spliced into a command.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run 01 02 03 04 05 06 train test test-all lab params doctor validate mlflow lint clean
+.PHONY: help setup run 01 02 03 04 05 06 train test test-all lab params doctor validate bench mlflow lint clean
 
 PRESET ?= demo
 RUN ?= $(PRESET)
@@ -65,6 +65,9 @@ doctor: .venv/ready ## check installation and machine
 validate: .venv/ready ## check every case of DATA_DIR
 	@if [ -z "$$DATA_DIR" ]; then echo "ERROR DATA_DIR is empty. Fix: make validate DATA_DIR=/path/to/cases" >&2; exit 1; fi
 	@$(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR"
+
+bench: .venv/ready ## seconds and memory at full size beside MONAI's, as ratios; 9 GB and some minutes
+	@$(LDM) bench
 
 mlflow: .venv/ready ## browse tracked figures on 127.0.0.1:5000
 	@.venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri "sqlite:///$$PWD/outputs/mlflow.db"

@@ -1,4 +1,4 @@
-"""The command line: `python -m ldm_lib run | inpaint | validate | score | params | doctor`.
+"""The command line: `python -m ldm_lib run | compare | inpaint | validate | score | params | doctor | bench`.
 
 Exit status: 0 done, 1 refused or failed (one line), 2 wrong usage, 143 on SIGTERM. Heavy libraries are imported by the
 command that needs them, so that help, validate and score start at once.
@@ -15,6 +15,7 @@ from typing import get_args
 
 from ldm_lib.config import DEFAULT_PRESET, PRESETS, SamplingConfig, stage_name
 from ldm_lib.errors import ConfigError, InputError, LdmError
+from ldm_lib.runs import outputs_folder
 
 SAMPLING = SamplingConfig.model_fields  # the sampling options are the parameters of notebook 05
 
@@ -53,6 +54,13 @@ def run(options: argparse.Namespace) -> int:
         say=lambda line: print(line, flush=True),
     )
     print(f"report: {folder / 'index.html'}")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    from ldm_lib import runner
+
+    print(runner.compare(stage_name(options.stage), options.runs))
     return 0
 
 
@@ -132,6 +140,13 @@ def doctor(options: argparse.Namespace) -> int:  # noqa: ARG001 - one signature 
     return 0 if all(finding.good for finding in findings) else 1
 
 
+def bench(options: argparse.Namespace) -> int:
+    from ldm_lib.bench import bench as measure
+
+    measure(Path(options.output) if options.output else outputs_folder() / "bench" / "bench.json")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ldm_lib", description="3D brain MRI inpainting by latent diffusion"
@@ -145,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     _add_run_options(command(run, "run the notebooks of a run folder, all or the stages named"))
+    sub = command(compare, "finished runs side by side: what differs in a stage's parameters, and what came of it")
+    sub.add_argument("stage")
+    sub.add_argument("runs", nargs="+", metavar="RUN")
+
     _add_inpaint_options(command(inpaint, "fill the hole of one volume"))
 
     sub = command(validate, "check every case of a folder in one pass")
@@ -161,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", default=DEFAULT_PRESET)
 
     command(doctor, "check this installation and machine")
+
+    sub = command(bench, "seconds and memory of the full-size autoencoder beside MONAI's, as ratios")
+    sub.add_argument("--output", metavar="F", help="JSON file (default: outputs/bench/bench.json)")
     return parser
 
 

@@ -25,13 +25,13 @@ def curves(
     log: Collection[str] = (),
     title: str = "",
 ) -> Plate:
-    """Training curves: one panel for each item of `ys`; names grouped in a list share a panel.
+    """Curves over a common axis: one panel for each item of `ys`; names grouped in a list share a panel.
 
     Args:
         table: column name to numbers, such as a pandas DataFrame; rows that are NaN are left out.
         x: the column along the bottom.
         ys: columns to draw, such as `[["train_loss", "val_noise_loss"], "learning_rate"]`.
-        log: columns whose panel has a logarithmic axis.
+        log: columns whose panel has a logarithmic axis; `x` among them makes the one along the bottom so.
         title: of the figure.
     """
     panels = [[y] if isinstance(y, str) else list(y) for y in ys]
@@ -45,6 +45,7 @@ def curves(
             style = {"color": colour, "lw": 1.4, "marker": marker, "ms": 3}
             ax.plot(along[known], values[known], label=name, **style)
         ax.set_yscale("log" if set(names) & set(log) else "linear")
+        ax.set_xscale("log" if x in log else "linear")
         ax.legend(fontsize=FONT, frameon=False)
         _plain(ax)
     axes[-1].set_xlabel(x, fontsize=FONT + 0.5)

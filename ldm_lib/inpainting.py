@@ -23,6 +23,7 @@ from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import ConfigError, InputError, WeightsError
 from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, encode_case, keep_known
 from ldm_lib.nifti import require_writable
+from ldm_lib.reconstruction import decode_box
 from ldm_lib.runs import outputs_folder, read_record
 from ldm_lib.samplers import SAMPLERS
 from ldm_lib.schedule import NoiseSchedule, linear_schedule
@@ -84,6 +85,7 @@ class Inpainter:
     device: torch.device
     precision: str
     prediction: str = "noise"
+    box_margin: int | None = None  # cells decoded around the hole's box; None decodes the whole volume
 
     @classmethod
     def load(cls, folder: str | Path | None = None, *, device: str = "auto", precision: str = "auto") -> "Inpainter":
@@ -104,7 +106,8 @@ class Inpainter:
             raise WeightsError("was trained on latents of another autoencoder", where=folder,
                                fix="copy the whole model folder, its autoencoder included")  # fmt: skip
         how = where, pick_precision(precision, where)
-        return cls(autoencoder.to(where), denoiser.to(where), schedule, settings, *how, prediction)
+        margin = box_margin(autoencoder)
+        return cls(autoencoder.to(where), denoiser.to(where), schedule, settings, *how, prediction, margin)
 
     def encode(self, data: CaseData) -> Latents:
         """The latents, conditioning and cells of one case."""
@@ -149,8 +152,14 @@ class Inpainter:
     def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
         """(c x y z) latent -> (x, y, z) in the file's order and units, pasted into the voided image."""
         with torch.inference_mode(), autocast(self.device, self.precision):
-            volume = self.autoencoder.decode(latent[None].to(self.device))[0, 0].float().cpu().numpy()
+            volume = self._decode(latent[None].to(self.device), data)[0, 0].float().cpu().numpy()
         return data.paste(volume, self.autoencoder.factor)
+
+    def _decode(self, latent: Tensor, data: CaseData) -> Tensor:
+        if self.box_margin is None:
+            return self.autoencoder.decode(latent)
+        mask = data.frame(self.autoencoder.factor).to_model(data.mask)
+        return decode_box(self.autoencoder, latent, mask, self.box_margin)
 
     def fill(
         self,
@@ -172,6 +181,11 @@ class Inpainter:
             )
             volumes += [self.decode(latent, data) for latent in drawn]
         return Filled(volumes)
+
+
+def box_margin(autoencoder: Autoencoder) -> int | None:
+    """The margin with which notebook 02 found box decoding good enough for these weights; None where it did not."""
+    return autoencoder.folder_config.get("box_margin")
 
 
 def sample_name(case: Case, k: int) -> str:

@@ -13,7 +13,15 @@ from ldm_lib.cohort import source_digests
 from ldm_lib.config import STAGES, AuditConfig, StageConfig, resolve
 from ldm_lib.errors import LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock
-from ldm_lib.runs import is_done, outputs_folder, read_record, require_unchanged, testify, upstream_digests
+from ldm_lib.runs import (
+    is_done,
+    outputs_folder,
+    read_record,
+    require_done,
+    require_unchanged,
+    testify,
+    upstream_digests,
+)
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -140,9 +148,9 @@ def _write_index(run_folder: Path) -> None:
 
 
 def _absolute(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Folders given on the command line are meant from where it was typed, not from where a kernel starts."""
-    folders = {"data_dir", "conditioning_dir", "autoencoder_dir"}
-    return {k: str(Path(v).expanduser().resolve()) if k in folders and v else v for k, v in overrides.items()}
+    """Paths given on the command line are meant from where it was typed, not from where a kernel starts."""
+    paths = {"data_dir", "conditioning_dir", "autoencoder_dir", "perceptual_file"}
+    return {k: str(Path(v).expanduser().resolve()) if k in paths and v else v for k, v in overrides.items()}
 
 
 def describe(stage: str, preset: str) -> str:
@@ -151,3 +159,30 @@ def describe(stage: str, preset: str) -> str:
     fields = type(config).model_fields
     width = max(map(len, fields))
     return "\n".join(f"{k:{width}}  {getattr(config, k)!r:14}  {fields[k].description}" for k in fields)
+
+
+def compare(stage: str, runs: Sequence[str]) -> str:
+    """A Markdown table of finished runs side by side: the parameters of a stage that differ, then what each found.
+
+    Raises:
+        RunError: a run has not finished this stage.
+    """
+    folders = [require_done(outputs_folder() / run, stage) for run in runs]
+    records = [read_record(folder / "done.json") for folder in folders]
+    parameters = [record["parameters"] for record in records]
+    differing = [name for name in parameters[0] if len({str(p.get(name)) for p in parameters}) > 1]
+    rows = [
+        {"run": run}
+        | {name: record["parameters"].get(name, "") for name in differing}
+        | read_record(folder / "summary.json")
+        | {"stage_s": record["seconds"], "peak_memory_mb": record["peak_memory_mb"]}
+        for run, folder, record in zip(runs, folders, records, strict=True)
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [[name, *(_short(row.get(name, "")) for row in rows)] for name in names]
+    lines.insert(1, ["---"] * (len(rows) + 1))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:24]

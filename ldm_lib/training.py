@@ -23,12 +23,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from ldm_lib.adm import ADM
+from ldm_lib.autoencoding import moving_average
 from ldm_lib.batches import EpochOrder, TrainingSamples, masked_loss
 from ldm_lib.cases import CaseData
 from ldm_lib.config import TrainingConfig, integers
 from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.errors import ConfigError, TrainingError
-from ldm_lib.inpainting import AUTOENCODER_FOLDER, DEFAULT_SAMPLER, Inpainter, sample_name
+from ldm_lib.inpainting import AUTOENCODER_FOLDER, DEFAULT_SAMPLER, Inpainter, box_margin, sample_name
 from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, input_channels, keep_known
 from ldm_lib.metrics import brats_scores
 from ldm_lib.schedule import linear_schedule
@@ -58,7 +59,7 @@ class DiffusionTraining(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(config.model_dump())
         self.denoiser = inpainter.denoiser
-        self.ema = AveragedModel(self.denoiser, multi_avg_fn=_moving_average(config.ema_decay))
+        self.ema = AveragedModel(self.denoiser, multi_avg_fn=moving_average(config.ema_decay))
         self.config, self.samples_folder = config, samples_folder
         self._validation, self._latents = list(validation), list(validation_latents)
         self._inpainter = [inpainter]  # in a list: its autoencoder is not part of this module's weights
@@ -191,10 +192,8 @@ def new_inpainter(autoencoder_folder: Path, config: TrainingConfig, settings: Ce
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, settings), out_channels=channels)
     schedule = linear_schedule(config.diffusion_steps, config.beta_start, config.beta_end)
-    precision = pick_precision(config.precision, device)
-    return Inpainter(
-        autoencoder.to(device), denoiser.to(device), schedule, settings, device, precision, config.prediction
-    )
+    how = device, pick_precision(config.precision, device), config.prediction, box_margin(autoencoder)
+    return Inpainter(autoencoder.to(device), denoiser.to(device), schedule, settings, *how)
 
 
 def train(
@@ -208,7 +207,7 @@ def train(
     """Train, or resume from checkpoints/last.ckpt, and return the module in evaluation mode.
 
     Args:
-        variants: per training case, its encodings.
+        variants: per training case, its encodings, in memory or read when asked for (`cache.CachedCase`).
         folder: of the stage; takes checkpoints/, samples/, metrics.csv and the trackers' files.
 
     Raises:
@@ -218,7 +217,7 @@ def train(
     if config.devices > 1:
         raise ConfigError(f"devices = {config.devices}: training uses one device", fix="set devices to 1")
     if config.overfit_batches:
-        variants = [[first] for first, *_ in variants[: config.overfit_batches * config.batch_size]]
+        variants = [[encodings[0]] for encodings in variants[: config.overfit_batches * config.batch_size]]
     module = DiffusionTraining(inpainter, config, validation, validation_latents, folder / "samples")
     samples = TrainingSamples(variants, config, inpainter.schedule.steps)
     order, last = EpochOrder(len(variants), config), folder / "checkpoints" / "last.ckpt"
@@ -285,13 +284,3 @@ def _trainer(config: TrainingConfig, inpainter: Inpainter, folder: Path) -> L.Tr
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
-
-
-def _moving_average(decay: float) -> Any:
-    """Exponential moving average whose decay rises with the number of updates, so that the start is forgotten."""
-
-    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
-        rate = min(decay, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averaged, current, 1 - rate)
-
-    return update

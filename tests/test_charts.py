@@ -43,3 +43,13 @@ def test_a_score_that_a_method_lacks_leaves_its_row_empty():
     table = {"case": ["a", "a"], "method": ["zero", "ours"], "psnr_01": [np.nan, 20.0]}
     (ax,) = charts.score_dots(table, scores=["psnr_01"]).axes
     assert [text.get_text() for text in ax.texts] == ["", "20"]
+
+
+def test_curves_of_a_spectrum_are_straight_where_power_falls_by_a_power_law():
+    frequency = np.array([0.01, 0.02, 0.04, 0.08])
+    table = {"cycles_per_mm": frequency, "image": frequency**-3, "error": frequency**-1}
+    (ax,) = charts.curves(table, x="cycles_per_mm", ys=[["image", "error"]], log=["cycles_per_mm", "image"]).axes
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    for line, exponent in zip(ax.lines, (-3, -1), strict=True):
+        drawn = ax.transScale.transform(line.get_xydata())
+        np.testing.assert_allclose(np.diff(drawn[:, 1]) / np.diff(drawn[:, 0]), exponent)

@@ -14,9 +14,22 @@ FLOORS = [
     ["errors", "files", "config", "runs"],
     ["nifti", "volumes", "geometry", "cases", "cohort", "masks"],
     ["growth", "tissue", "phantom", "conditioning", "augmentation"],
-    ["schedule", "samplers", "metrics", "baselines"],
-    ["devices", "autoencoder", "adm", "weights"],
-    ["latents", "batches", "autoencoding", "inpainting", "tracking", "training", "evaluation"],
+    ["schedule", "samplers", "metrics", "fidelity", "baselines"],
+    ["devices", "front_ends", "autoencoder", "adm", "weights", "foreign", "critics"],
+    [
+        "latents",
+        "cache",
+        "batches",
+        "crops",
+        "autoencoding",
+        "reconstruction",
+        "latent_space",
+        "inpainting",
+        "tracking",
+        "training",
+        "evaluation",
+        "bench",
+    ],
     ["slices", "figures", "charts", "viewer", "report", "kernels", "runner", "doctor", "__main__"],
 ]
 ORDER = {name: place for place, name in enumerate(chain.from_iterable(FLOORS))}
@@ -137,7 +150,7 @@ def test_the_library_is_thin():
         spans = [n.body[0] for n in documented if ast.get_docstring(n)]
         told = set(chain.from_iterable(range(s.lineno - 1, s.end_lineno) for s in spans))
         total += sum(bool(line) and not line.startswith("#") for k, line in enumerate(lines) if k not in told)
-    assert total < 4400, f"{total} lines of code"
+    assert total < 5400, f"{total} lines of code"
 
 
 def test_no_path_of_a_machine_in_the_tree():

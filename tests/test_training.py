@@ -9,15 +9,17 @@ import torch
 
 from ldm_lib import batches, training
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.autoencoding import ceiling, latent_statistics, train_autoencoder
+from ldm_lib.autoencoding import build_autoencoder, latent_statistics, train_autoencoder
 from ldm_lib.batches import EpochOrder, TrainingSamples
+from ldm_lib.cache import LatentCache
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
-from ldm_lib.config import integers, resolve
+from ldm_lib.config import resolve
 from ldm_lib.errors import ConfigError, TrainingError, WeightsError
 from ldm_lib.inpainting import Inpainter, inpaint
 from ldm_lib.latents import CellSettings, collate, encode_case, input_channels
 from ldm_lib.metrics import brats_scores
+from ldm_lib.reconstruction import ceiling
 from ldm_lib.tracking import WholeCheckpoints
 from ldm_lib.training import DiffusionTraining, loss_by_noise_level, new_inpainter, noisy_composite, save_trained, train
 from ldm_lib.volumes import normalise, read_volume
@@ -62,7 +64,7 @@ def coarse(tmp_path_factory, cases):
     """An untrained autoencoder of four voxels per cell: latents of 8 8 5 cells."""
     torch.manual_seed(1)
     build = {"channels": (4, 4, 4), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
-    autoencoder = Autoencoder(**build).freeze()
+    autoencoder = Autoencoder.of(**build).freeze()
     autoencoder.standardise(*latent_statistics(autoencoder, cases[:4], device=CPU, precision="32"))
     folder = tmp_path_factory.mktemp("coarse")
     save_model(folder, autoencoder)
@@ -145,6 +147,21 @@ def test_loader_processes_change_nothing_and_can_be_resumed(study, tmp_path, mon
         with pytest.raises(SystemExit, match="9"):
             study.train(broken, config)
     assert same(straight.state_dict(), study.train(broken, config).state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_training_from_the_cache_is_training_from_memory(study, cases, tmp_path, workers):
+    cache = LatentCache(tmp_path / "latents", study.autoencoder, "w", study.cells, device=CPU, precision="32")
+    cached = cache.fill(cases[:3], variants=2)
+    trained = [
+        train(study.inpainter(config), variants, study.watched, study.watched_latents, config, place(tmp_path, name))
+        for name, variants, config in (
+            ("disk", cached, settings(num_workers=workers)),
+            ("memory", [list(case) for case in cached], settings()),
+        )
+    ]
+    assert same(*(module.state_dict() for module in trained))
+    assert rows(tmp_path / "disk" / "04_training") == rows(tmp_path / "memory" / "04_training")
 
 
 def test_a_finished_training_is_not_continued(study, tmp_path):
@@ -445,10 +462,8 @@ def test_one_case_can_be_learnt_by_heart(cases, tmp_path):
                "autoencoder_steps": 100, "device": "cpu", "precision": "32"}  # fmt: skip
     stages = resolve("smoke", changes)
     build, config = stages["02_autoencoder_check"], stages["04_training"]
-    autoencoder = Autoencoder(channels=integers(build.channels), latent_channels=build.latent_channels,
-                              blocks=build.blocks, spacing_mm=8.0)  # fmt: skip
-    how = {"device": CPU, "precision": "32"}
-    train_autoencoder(autoencoder, cases[:2], build, on_step=lambda row: None, **how)
+    autoencoder, how = build_autoencoder(build, spacing_mm=8.0), {"device": CPU, "precision": "32"}
+    train_autoencoder(autoencoder, cases[:2], build, folder=tmp_path / "checkpoints", **how)
     save_model(tmp_path / "autoencoder", autoencoder)
     study, data = Study(cases, tmp_path / "autoencoder"), load_case(cases[0])
     study.variants, study.watched, study.watched_latents = study.variants[:1], [data], study.variants[0]

@@ -1,0 +1,109 @@
+"""What an autoencoder's latents are like: their moments, and how they answer to a flip and to a hole.
+
+    latent (c x/f y/f z/f), standardised;   cells (x/f y/f z/f) bool, a choice among its cells
+
+Images are normalised (x, y, z) on the model's padded LPS grid.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from ldm_lib.autoencoder import Autoencoder, kl_divergence
+from ldm_lib.conditioning import ModelCase
+from ldm_lib.devices import autocast
+from ldm_lib.fidelity import rms
+from ldm_lib.geometry import cell_share, latent_mask
+from ldm_lib.reconstruction import as_batch, encode
+
+FARTHEST_CELL = 6
+
+
+def brain_cells(image: np.ndarray, factor: int) -> np.ndarray:
+    """Latent cells (x/f, y/f, z/f) bool that lie mostly in the brain."""
+    return cell_share(image > 0, factor) > 0.5
+
+
+def latent_table(latent: np.ndarray, cells: np.ndarray) -> list[dict[str, float]]:
+    """Moments of each channel over some cells, for comparison with the normal distribution that sampling starts from.
+
+    Args:
+        latent: (c, x, y, z), standardised.
+        cells: (x, y, z) bool.
+
+    Returns:
+        rows of `channel`, `mean`, `std` (ddof 0), `skew` (third standardised moment; 0 for a normal) and
+        `beyond_3_sigma` (share of cells farther than three of these std from this mean; 0.0027 for a normal).
+    """
+    rows = []
+    for channel, values in enumerate(latent[:, cells].astype(np.float64)):
+        mean, std = values.mean(), values.std()
+        z = (values - mean) / std if std > 1e-6 else np.zeros_like(values)  # a dead channel has no shape
+        moments = {"mean": mean, "std": std, "skew": np.mean(z**3), "beyond_3_sigma": np.mean(np.abs(z) > 3)}
+        rows.append({"channel": channel} | {name: float(value) for name, value in moments.items()})
+    return rows
+
+
+def posterior_kl(
+    autoencoder: Autoencoder, image: np.ndarray, cells: np.ndarray, *, device: torch.device, precision: str
+) -> list[float]:
+    """KL divergence of the posterior from N(0, 1), nats per latent element, the mean over `cells`; one per channel."""
+    with torch.inference_mode(), autocast(device, precision):
+        mean, std = (
+            m[0].float().cpu()[:, torch.from_numpy(cells)] for m in autoencoder.moments(as_batch(image, device))
+        )
+    return [kl_divergence(m, s).item() for m, s in zip(mean, std, strict=True)]
+
+
+def flip_error(
+    autoencoder: Autoencoder, image: np.ndarray, *, device: torch.device, precision: str
+) -> dict[str, float]:
+    """Root mean square error over the brain of coding, and of coding with the latent flipped left to right."""
+    lateral, brain = 2, image > 0
+    with torch.inference_mode(), autocast(device, precision):
+        latent = autoencoder.encode(as_batch(image, device))
+        rebuilt = {
+            "coding": autoencoder.decode(latent),
+            "coding with a latent flip": autoencoder.decode(latent.flip(lateral)).flip(lateral),
+        }
+    return {name: rms((volume[0, 0].cpu().numpy() - image)[brain]) for name, volume in rebuilt.items()}
+
+
+def hole_reach(
+    autoencoder: Autoencoder, case: ModelCase, *, device: torch.device, precision: str
+) -> list[dict[str, float]]:
+    """How far the hole's edge reaches into the latents of cells that hold none of it.
+
+    Returns:
+        rows of `cells_from_hole` (Chebyshev distance from the cells that hold any of the hole; 0 is these), `cells`
+        (how many of them lie mostly in the brain) and `rms_difference` between the latents of the full and of the
+        voided image there, over channels and cells; latents are standardised. NaN where there is no such cell.
+    """
+    hole = latent_mask(case.mask, autoencoder.factor)
+    distance = ndimage.distance_transform_cdt(~hole, metric="chessboard")
+    brain = brain_cells(case.target, autoencoder.factor)
+    full, voided = (
+        encode(autoencoder, image, device=device, precision=precision) for image in (case.target, case.voided)
+    )
+    rows = []
+    for k in range(FARTHEST_CELL + 1):
+        there = brain & (distance == k)
+        changed = (full - voided)[:, there]
+        rows.append({"cells_from_hole": k, "cells": int(there.sum()), "rms_difference": rms(changed)})
+    return rows
+
+
+def dilation_needed(rows: Sequence[dict[str, float]], fraction: float = 0.1) -> int:
+    """The smallest dilation of the latent mask beyond which the hole changes latents little.
+
+    Args:
+        rows: of `hole_reach`.
+        fraction: little is up to this share of the change in the hole's own cells.
+
+    Returns:
+        cells; the farthest distance in the rows says that at least so many are needed.
+    """
+    limit = fraction * rows[0]["rms_difference"]
+    return max((row["cells_from_hole"] for row in rows[1:] if row["rms_difference"] > limit), default=0)

@@ -1,0 +1,218 @@
+"""What an autoencoder returns: how much is lost by going latent, and where.
+
+    image (x y z) => encode => latent (c x/f y/f z/f) => decode => image (x y z)
+
+Images are normalised numpy volumes on the model's padded LPS grid unless said otherwise; air is 0, and brain is what
+is above it. Every function runs one volume at a time on `device` in `precision`, without gradients.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from ldm_lib.autoencoder import Autoencoder, LinearCode
+from ldm_lib.cases import CaseData
+from ldm_lib.conditioning import ModelCase
+from ldm_lib.devices import autocast
+from ldm_lib.errors import InputError
+from ldm_lib.fidelity import psnr
+from ldm_lib.geometry import Frame, latent_mask
+from ldm_lib.metrics import brats_scores, scores_by_tissue
+
+FARTHEST_SHIFT_VOX = 2
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affine of a grid in the model's orientation
+
+
+class LinearOptimum(nn.Module):
+    """The best linear code of the same size, alone: what an autoencoder has to beat.
+
+    Takes the place of an `Autoencoder` wherever volumes are coded and decoded. It is made on the CPU; `.to(device)`
+    moves it.
+
+    Args:
+        statistics: mean (f^3,) and covariance (f^3, f^3) of training blocks, as `autoencoding.block_statistics` gives.
+        latent_channels: numbers per latent cell.
+        factor: voxels per latent cell and axis.
+    """
+
+    def __init__(self, statistics: tuple[Tensor, Tensor], latent_channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.code = LinearCode(latent_channels, factor)
+        self.code.fit(*statistics)
+
+    def encode(self, volume: Tensor) -> Tensor:
+        """Normalised volume (b 1 x y z) -> latent (b c x/f y/f z/f), float32."""
+        with torch.autocast(volume.device.type, enabled=False):
+            return self.code.encode(volume.float())
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent (b c x y z) -> normalised volume (b 1 fx fy fz), float32."""
+        with torch.autocast(latent.device.type, enabled=False):
+            return self.code.decode(latent.float())
+
+
+Coder = Autoencoder | LinearOptimum
+
+
+def encode(autoencoder: Coder, image: np.ndarray, *, device: torch.device, precision: str) -> np.ndarray:
+    """Standardised posterior mean (c, x/f, y/f, z/f) of an image (x, y, z), float32."""
+    with torch.inference_mode(), autocast(device, precision):
+        return autoencoder.encode(as_batch(image, device))[0].cpu().numpy()
+
+
+def reconstruct(autoencoder: Coder, image: np.ndarray, *, device: torch.device, precision: str) -> np.ndarray:
+    """decode(encode(image)): (x, y, z) normalised, on the model's grid, both ways through the posterior mean."""
+    with torch.inference_mode(), autocast(device, precision):
+        return autoencoder.decode(autoencoder.encode(as_batch(image, device)))[0, 0].cpu().numpy()
+
+
+def ceiling(
+    data: CaseData, case: ModelCase, autoencoder: Coder, *, device: torch.device, precision: str
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The truth through the autoencoder, pasted into the hole, and its scores: no model can do better on average.
+
+    Returns:
+        the filled volume (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
+    """
+    rebuilt = reconstruct(autoencoder, case.target, device=device, precision=precision)
+    filled = data.paste(rebuilt, autoencoder.factor)
+    return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
+
+
+def by_tissue(data: CaseData, filled: np.ndarray) -> list[dict[str, str | int | float]]:
+    """Error scores of a filled volume (file's order and units) in each tissue; no row without a tissue map."""
+    if data.tissue is None:
+        return []
+    return scores_by_tissue(filled, data.target, data.voided, data.scored, data.tissue, where=data.case.key)
+
+
+def crop_against_whole(
+    autoencoder: Autoencoder, image: np.ndarray, edge: int, *, device: torch.device, precision: str
+) -> dict[str, float]:
+    """PSNR in dB over the brain of crops coded alone, and of the same voxels in the whole volume's reconstruction.
+
+    Up to eight crops of `edge` voxels, rounded down to whole cells, meet in the middle of the brain. A whole volume
+    that is rebuilt no worse than its crops says that training on crops teaches what volumes need.
+    """
+    how = {"device": device, "precision": precision}
+    whole, brain, errors = reconstruct(autoencoder, image, **how), image > 0, {"crop_psnr": [], "whole_psnr": []}
+    for box in _central_boxes(brain, edge - edge % autoencoder.factor, autoencoder.factor):
+        alone = reconstruct(autoencoder, np.ascontiguousarray(image[box]), **how)
+        errors["crop_psnr"].append((alone - image[box])[brain[box]])
+        errors["whole_psnr"].append((whole - image)[box][brain[box]])
+    return {name: psnr(np.concatenate(parts)) for name, parts in errors.items()}
+
+
+def alignment(
+    autoencoder: Autoencoder,
+    image: np.ndarray,
+    depths: Sequence[int] = (155, 156),
+    *,
+    device: torch.device,
+    precision: str,
+) -> list[dict[str, float]]:
+    """By how many slices a volume is shifted that was padded, coded, decoded and cropped back; must be 0.
+
+    Args:
+        image: (x, y, z) normalised, LPS, without padding; its middle is cut, or zeros added behind, to each depth. A
+            column of a volume does as well as the whole.
+
+    Returns:
+        rows of `slices`, `shift_vox` along z with the highest correlation of -2..2 (positive: the result lies
+        higher), and that `correlation`.
+    """
+    rows = []
+    for depth in depths:
+        start = max(image.shape[2] - depth, 0) // 2
+        cut = image[..., start : start + depth]
+        cut = np.pad(cut, [(0, 0), (0, 0), (0, depth - cut.shape[2])])
+        frame = Frame.of(LPS, cut.shape, autoencoder.factor)
+        rebuilt = reconstruct(autoencoder, frame.to_model(cut), device=device, precision=precision)
+        rows.append({"slices": depth, **_shift(frame.to_file(rebuilt), cut)})
+    return rows
+
+
+def decode_box(autoencoder: Coder, latent: Tensor, mask: np.ndarray, margin: int) -> Tensor:
+    """Decode only what is needed around the hole.
+
+    The cells that hold any of the hole, boxed, are decoded together with `margin` cells around the box, as far as the
+    grid goes. With norms of one voxel and a margin as wide as the decoder's receptive field, this is full decoding;
+    norms over the grid (GroupNorm) make it an approximation, see `box_loss_db`. Runs in the caller's precision.
+
+    Args:
+        latent: (b c x y z), standardised, all of one mask.
+        mask: (fx, fy, fz) bool, True = fill this.
+        margin: cells.
+
+    Returns:
+        (b 1 fx fy fz), 0 outside the box.
+
+    Raises:
+        InputError: the mask is empty.
+    """
+    factor = autoencoder.factor
+    cells = latent_mask(mask, factor)
+    box, wide = cell_box(cells, 0), cell_box(cells, margin)
+    decoded = autoencoder.decode(latent[(..., *wide)])
+    inside = tuple(
+        slice((b.start - w.start) * factor, (b.stop - w.start) * factor) for b, w in zip(box, wide, strict=True)
+    )
+    volume = decoded.new_zeros((*decoded.shape[:2], *mask.shape))
+    volume[(..., *(slice(b.start * factor, b.stop * factor) for b in box))] = decoded[(..., *inside)]
+    return volume
+
+
+def cell_box(cells: np.ndarray, margin: int) -> tuple[slice, ...]:
+    """Bounding box of cells (x, y, z) bool, grown by `margin` cells on every side as far as the grid goes.
+
+    Raises:
+        InputError: no cell is set.
+    """
+    if not cells.any():
+        raise InputError("the mask is empty", fix="give the mask of a hole")
+    spans = ndimage.find_objects(cells.astype(np.uint8))[0]
+    return tuple(
+        slice(max(s.start - margin, 0), min(s.stop + margin, n)) for s, n in zip(spans, cells.shape, strict=True)
+    )
+
+
+def box_loss_db(
+    data: CaseData, case: ModelCase, autoencoder: Coder, margin: int, *, device: torch.device, precision: str
+) -> float:
+    """The ceiling's PSNR in dB by full decoding less that by `decode_box`; positive means that the box loses."""
+    with torch.inference_mode(), autocast(device, precision):
+        latent = autoencoder.encode(as_batch(case.target, device))
+        volumes = autoencoder.decode(latent), decode_box(autoencoder, latent, case.mask, margin)
+    filled = (data.paste(volume[0, 0].cpu().numpy(), autoencoder.factor) for volume in volumes)
+    whole, box = (brats_scores(f, data.target, data.voided, data.scored)["psnr_01"] for f in filled)
+    return whole - box
+
+
+def as_batch(image: np.ndarray, device: torch.device) -> Tensor:
+    """(x, y, z) -> (1 1 x y z) on the device."""
+    return torch.from_numpy(image)[None, None].to(device)
+
+
+def _central_boxes(brain: np.ndarray, edge: int, factor: int) -> list[tuple[slice, ...]]:
+    """Cubes on the cells' grid on all sides of the brain's middle, shifted into the volume, each once."""
+    spans, corners = ndimage.find_objects(brain.astype(np.uint8))[0], []
+    for span, n in zip(spans, brain.shape, strict=True):
+        middle = (span.start + span.stop) // 2 // factor * factor
+        corners.append(sorted({min(max(start, 0), max(n - edge, 0)) for start in (middle - edge, middle)}))
+    return [tuple(slice(start, start + edge) for start in corner) for corner in product(*corners)]
+
+
+def _shift(rebuilt: np.ndarray, image: np.ndarray) -> dict[str, float]:
+    """The shift along z that makes a volume most like the image, and their correlation then."""
+    far, n = FARTHEST_SHIFT_VOX, image.shape[2]
+    still, found = image[..., far : n - far].ravel(), {}
+    for shift in sorted(range(-far, far + 1), key=abs):
+        moved = rebuilt[..., far + shift : n - far + shift].ravel()
+        found[shift] = float(np.corrcoef(still, moved)[0, 1])
+    best = max(found, key=found.get)
+    return {"shift_vox": best, "correlation": found[best]}

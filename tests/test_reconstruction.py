@@ -1,0 +1,299 @@
+"""Laws of reconstruction: linear codes in closed form, boxes against whole volumes, coders that err on purpose."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_lib.autoencoder import Autoencoder
+from ldm_lib.autoencoding import block_statistics
+from ldm_lib.cases import load_case
+from ldm_lib.conditioning import model_case
+from ldm_lib.errors import InputError
+from ldm_lib.fidelity import brain_scores
+from ldm_lib.geometry import cell_share
+from ldm_lib.metrics import brats_scores, scores_by_tissue
+from ldm_lib.reconstruction import (
+    LinearOptimum,
+    alignment,
+    box_loss_db,
+    by_tissue,
+    ceiling,
+    cell_box,
+    crop_against_whole,
+    decode_box,
+    encode,
+    reconstruct,
+)
+from ldm_lib.weights import load_model
+
+HOW = {"device": torch.device("cpu"), "precision": "32"}
+
+
+def fresh(seed=0, **options):
+    torch.manual_seed(seed)
+    small = {"channels": (4, 8), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
+    return Autoencoder.of(**small | options).freeze()
+
+
+class Erring:
+    """Returns what it was given, but for what `decode` does to it."""
+
+    def __init__(self, factor, decode=lambda volume: volume):
+        self.factor, self.decode = factor, decode
+
+    def encode(self, volume):
+        assert not any(n % self.factor for n in volume.shape[2:])
+        return volume
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).uniform(0.1, 1, shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def data(cases):
+    return load_case(cases[0])
+
+
+@pytest.fixture(scope="module")
+def on_grid(data):
+    return model_case(data, 2)
+
+
+# ---- the ceiling, and that of the best linear code
+
+
+def test_the_ceiling_is_the_truth_through_the_autoencoder(data, on_grid, tiny_autoencoder_folder):
+    autoencoder = load_model(tiny_autoencoder_folder, "autoencoder")
+    filled, scores = ceiling(data, on_grid, autoencoder, **HOW)
+    outside = ~data.mask
+    assert np.array_equal(filled[outside], data.voided[outside])
+    rebuilt = reconstruct(autoencoder, on_grid.target, **HOW)
+    inside = data.frame(autoencoder.factor).to_model(data.mask)
+    order = data.frame(autoencoder.factor).to_model(np.where(data.mask, filled, 0))
+    np.testing.assert_allclose(order[inside], np.maximum(rebuilt[inside], 0) * data.scale, rtol=1e-5)
+    assert scores == brats_scores(filled, data.target, data.voided, data.healthy)
+
+
+def test_the_ceiling_of_a_coder_that_loses_nothing_is_the_truth(data, on_grid):
+    filled, scores = ceiling(data, on_grid, Erring(2), **HOW)
+    np.testing.assert_allclose(filled, data.target, rtol=1e-5)
+    assert scores["psnr_01"] > 100
+
+
+def test_reconstruction_goes_through_the_latent(on_grid, tiny_autoencoder_folder):
+    autoencoder = load_model(tiny_autoencoder_folder, "autoencoder")
+    latent = torch.from_numpy(encode(autoencoder, on_grid.target, **HOW))[None]
+    with torch.inference_mode():
+        decoded = autoencoder.decode(latent)[0, 0].numpy()
+    assert np.array_equal(decoded, reconstruct(autoencoder, on_grid.target, **HOW))
+
+
+@pytest.mark.parametrize("front_end", ["plain", "half"])
+def test_an_untrained_linear_start_is_the_linear_optimum(cases, on_grid, front_end):
+    autoencoder = fresh(linear_start=True, front_end=front_end)
+    statistics = block_statistics(cases[:2], autoencoder.factor)
+    autoencoder.linear.fit(*statistics)
+    autoencoder.standardise(torch.tensor([0.3, 0.0, -1.0]), torch.tensor([2.0, 0.5, 1.0]))
+    optimum = LinearOptimum(statistics, autoencoder.latent_channels, autoencoder.factor)
+    image = np.pad(on_grid.target, [(0, -n % autoencoder.factor) for n in on_grid.target.shape])
+    np.testing.assert_allclose(
+        reconstruct(optimum, image, **HOW), reconstruct(autoencoder, image, **HOW), rtol=0, atol=1e-5
+    )
+    assert optimum.factor == autoencoder.factor
+
+
+def test_the_linear_optimum_loses_the_variance_of_the_axes_it_leaves_out(cases, on_grid):
+    """Eckart-Young on the blocks it was fitted on, and the part of their mean that is not constant."""
+    mean, covariance = block_statistics(cases[:1], 2)
+    optimum = LinearOptimum((mean, covariance), 3, 2)
+    held = np.kron(cell_share(on_grid.target > 0, 2) > 0, np.ones((2, 2, 2), bool))
+    error = (reconstruct(optimum, on_grid.target, **HOW) - on_grid.target)[held]
+    variances, blocks = np.linalg.eigvalsh(covariance.numpy()), held.sum() // 8
+    expected = variances[:5].sum() * (blocks - 1) / blocks / 8 + mean.numpy().var()
+    assert np.mean(error.astype(np.float64) ** 2) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_linear_optimum_is_computed_in_full_precision(cases, on_grid):
+    optimum = LinearOptimum(block_statistics(cases[:1], 2), 3, 2)
+    half = reconstruct(optimum, on_grid.target, **HOW | {"precision": "bf16"})
+    assert np.array_equal(half, reconstruct(optimum, on_grid.target, **HOW))
+
+
+def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
+    filled, _ = ceiling(data, on_grid, fresh(), **HOW)
+    rows = by_tissue(data, filled)
+    assert rows == scores_by_tissue(filled, data.target, data.voided, data.healthy, data.tissue)
+    assert sum(row["voxels"] for row in rows) == (data.healthy & (data.tissue > 0)).sum() > 0
+    assert by_tissue(replace(data, tissue=None), filled) == []
+
+
+# ---- crops against whole volumes
+
+
+def test_a_code_of_blocks_does_not_see_where_it_is_cut(cases, on_grid):
+    optimum = LinearOptimum(block_statistics(cases[:1], 2), 3, 2)
+    found = crop_against_whole(optimum, on_grid.target, 8, **HOW)
+    assert found["crop_psnr"] == pytest.approx(found["whole_psnr"], abs=1e-4)
+
+
+def test_crops_that_fill_the_volume_are_compared_in_closed_form():
+    """A coder that takes its input's mean away errs by that mean: the crop's or the whole's."""
+    image = np.kron(np.array([0.1, 0.3], np.float32), np.ones((16, 16, 8), np.float32))
+    found = crop_against_whole(Erring(4, lambda volume: volume - volume.mean()), image, 10, **HOW)  # 10 becomes 8
+    assert found["crop_psnr"] == pytest.approx(-10 * np.log10((0.1**2 + 0.3**2) / 2))
+    assert found["whole_psnr"] == pytest.approx(-10 * np.log10(0.2**2))
+
+
+def test_crops_meet_in_the_middle_of_the_brain_and_only_its_voxels_count():
+    image = np.zeros((32, 32, 32), np.float32)
+    image[4:12, 20:28, 8:16] = 0.5
+    seen = []
+    coder = Erring(4, lambda volume: seen.append(volume) or volume + 0.1 + 9 * (volume == 0))
+    found = crop_against_whole(coder, image, 4, **HOW)
+    assert [tuple(v.shape[2:]) for v in seen] == [(32, 32, 32)] + 8 * [(4, 4, 4)]
+    assert all(v.min() == 0.5 for v in seen[1:])
+    assert found == pytest.approx({"crop_psnr": 20, "whole_psnr": 20}, rel=1e-5)
+
+
+def test_a_crop_larger_than_the_volume_is_the_volume(on_grid):
+    found = crop_against_whole(fresh(norm="group"), on_grid.target, 64, **HOW)
+    whole = brain_scores(reconstruct(fresh(norm="group"), on_grid.target, **HOW), on_grid.target)["psnr"]
+    assert found == pytest.approx({"crop_psnr": whole, "whole_psnr": whole}, rel=1e-5)
+
+
+def test_norms_of_the_whole_grid_code_a_crop_differently(on_grid):
+    found = crop_against_whole(fresh(norm="group"), on_grid.target, 8, **HOW)
+    assert abs(found["crop_psnr"] - found["whole_psnr"]) > 0.01
+
+
+# ---- alignment
+
+
+@pytest.mark.parametrize("factor", [1, 4, 8, 16])
+def test_what_is_returned_unchanged_is_aligned(factor):
+    rows = alignment(Erring(factor), noise(9, 7, 155), **HOW)
+    assert rows == [{"slices": n, "shift_vox": 0, "correlation": pytest.approx(1)} for n in (155, 156)]
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 1, 2])
+def test_a_shifted_reconstruction_is_found(shift):
+    coder = Erring(8, lambda volume: volume.roll(shift, -1))
+    rows = alignment(coder, noise(8, 8, 40), (33, 40), **HOW)
+    assert [row["shift_vox"] for row in rows] == [shift, shift]
+
+
+@pytest.mark.parametrize(("given", "depths"), [(20, (155, 156)), (160, (155, 156)), (12, (11, 13))])
+def test_any_depth_is_cut_or_padded(given, depths):
+    rows = alignment(Erring(4), noise(5, 6, given), depths, **HOW)
+    assert [(row["slices"], row["shift_vox"]) for row in rows] == [(n, 0) for n in depths]
+    assert all(row["correlation"] == pytest.approx(1) for row in rows)
+
+
+def test_the_middle_of_a_deeper_volume_is_kept():
+    image = np.zeros((4, 4, 24), np.float32)
+    image[..., 10:14] = noise(4, 4, 4)
+    assert alignment(Erring(4), image, (9,), **HOW) == [{"slices": 9, "shift_vox": 0, "correlation": pytest.approx(1)}]
+
+
+def test_a_real_code_is_aligned_at_155_and_156_slices(cases, data):
+    optimum = LinearOptimum(block_statistics(cases[:2], 4), 6, 4)
+    rows = alignment(optimum, data.lps(data.target / data.scale).astype(np.float32), **HOW)
+    assert [(row["slices"], row["shift_vox"]) for row in rows] == [(155, 0), (156, 0)]
+    assert min(row["correlation"] for row in rows) > 0.8
+
+
+# ---- decoding a box
+
+
+def test_a_box_holds_its_cells_and_the_margin_and_no_more():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        cells, margin = rng.random((6, 9, 7)) < 0.02, int(rng.integers(4))
+        cells[tuple(rng.integers(0, cells.shape))] = True
+        grid = np.indices(cells.shape).reshape(3, -1).T
+        low, high = np.argwhere(cells).min(axis=0) - margin, np.argwhere(cells).max(axis=0) + margin
+        expected = ((grid >= low) & (grid <= high)).all(axis=1).reshape(cells.shape)
+        found = np.zeros(cells.shape, bool)
+        found[cell_box(cells, margin)] = True
+        assert np.array_equal(found, expected)
+
+
+def test_no_hole_has_no_box():
+    with pytest.raises(InputError, match="the mask is empty"):
+        cell_box(np.zeros((3, 3, 3), bool), 1)
+
+
+HOLES = {"middle": np.s_[20:23, 5:8, 3:9], "corner": np.s_[:3, :2, 9:], "whole": np.s_[:]}
+
+
+def decoded(autoencoder, hole, margin):
+    """The decoded box, the whole decoding, and where they should agree: the box of cells that hold any of the hole."""
+    latent = torch.from_numpy(noise(1, 3, 24, 6, 6))
+    mask, expected = np.zeros((48, 12, 12), bool), np.zeros((48, 12, 12), bool)
+    mask[HOLES[hole]] = True
+    places = np.argwhere(mask)
+    low, high = places.min(axis=0) // 2 * 2, places.max(axis=0) // 2 * 2 + 2
+    expected[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = True
+    with torch.inference_mode():
+        box, whole = decode_box(autoencoder, latent, mask, margin), autoencoder.decode(latent)
+    return box[0, 0].numpy(), whole[0, 0].numpy(), expected
+
+
+def difference_in_box(autoencoder, hole, margin):
+    box, whole, expected = decoded(autoencoder, hole, margin)
+    return np.abs(box - whole)[expected].max()
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_with_local_norms_a_wide_box_is_whole_decoding(hole):
+    box, whole, expected = decoded(fresh(norm="local"), hole, margin=10)
+    np.testing.assert_allclose(box[expected], whole[expected], rtol=0, atol=1e-5)
+    assert not box[~expected].any() and np.abs(whole[expected]).min() > 0
+
+
+@pytest.mark.parametrize("front_end", ["half", "haar"])
+def test_front_ends_are_decoded_in_boxes_too(front_end):
+    autoencoder = fresh(front_end=front_end, channels=(4, 8) if front_end == "half" else (8, 8))
+    factor = autoencoder.factor
+    latent, mask = torch.from_numpy(noise(1, 3, 16, 4, 4)), np.zeros((16 * factor, 4 * factor, 4 * factor), bool)
+    mask[factor + 1, 5:9, 6] = True
+    with torch.inference_mode():
+        box, whole = decode_box(autoencoder, latent, mask, 10)[0, 0], autoencoder.decode(latent)[0, 0]
+    assert box[factor : 2 * factor].any()
+    np.testing.assert_allclose(box[mask], whole[mask], rtol=0, atol=1e-5)
+
+
+def test_a_narrow_box_loses_something_and_norms_of_the_grid_always_do():
+    assert difference_in_box(fresh(norm="local"), "middle", 0) > 1e-3
+    assert difference_in_box(fresh(norm="group"), "middle", 10) > 1e-4
+    assert difference_in_box(fresh(norm="group"), "whole", 0) == 0
+
+
+def test_only_the_box_is_decoded(monkeypatch):
+    autoencoder, seen = fresh(), []
+    decode = autoencoder.decode
+    monkeypatch.setattr(autoencoder, "decode", lambda latent: seen.append(latent.shape) or decode(latent))
+    mask = np.zeros((48, 12, 12), bool)
+    mask[20:23, 5:8, 3:9] = True
+    with torch.inference_mode():
+        decode_box(autoencoder, torch.zeros(1, 3, 24, 6, 6), mask, 1)
+    assert seen == [(1, 3, 4, 4, 6)]
+
+
+def test_the_loss_of_a_box_in_db(cases, data, on_grid):
+    optimum = LinearOptimum(block_statistics(cases[:1], 2), 3, 2)
+    assert box_loss_db(data, on_grid, optimum, 0, **HOW) == pytest.approx(0, abs=1e-4)
+    autoencoder = fresh(norm="local", linear_start=True)
+    autoencoder.linear.fit(*block_statistics(cases[:1], 2))
+    torch.nn.init.normal_(autoencoder.network.decoder.blocks[-1].conv.weight, std=0.02)
+    assert box_loss_db(data, on_grid, autoencoder, 15, **HOW) == pytest.approx(0, abs=1e-4)
+    narrow = box_loss_db(data, on_grid, autoencoder, 0, **HOW)
+    latent = torch.from_numpy(encode(autoencoder, on_grid.target, **HOW))[None]
+    with torch.inference_mode():
+        box = decode_box(autoencoder, latent, on_grid.mask, 0)[0, 0].numpy()
+    scores = brats_scores(data.paste(box, 2), data.target, data.voided, data.healthy)
+    whole = ceiling(data, on_grid, autoencoder, **HOW)[1]["psnr_01"]
+    assert narrow == pytest.approx(whole - scores["psnr_01"], abs=1e-4) and abs(narrow) > 1e-3
