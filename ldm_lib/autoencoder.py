@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
@@ -124,18 +125,12 @@ class Autoencoder(nn.Module):
         """Posterior mean and standard deviation, before standardisation."""
         self._require_divisible(volume)
         mean, std = self.network.encode(self.front.analyse(volume))
-        if self.linear is None:
-            return mean, std
-        with torch.autocast(volume.device.type, enabled=False):
-            return mean.float() + self.linear.encode(volume.float()), std
+        return (mean, std) if self.linear is None else (mean.float() + self.linear.encode(volume), std)
 
     def rebuild(self, code: Tensor) -> Tensor:
         """Volume (b 1 fx fy fz) from latents before standardisation."""
         volume = self.front.synthesise(self.network.decode(code))
-        if self.linear is None:
-            return volume
-        with torch.autocast(code.device.type, enabled=False):
-            return volume.float() + self.linear.decode(code.float())
+        return volume if self.linear is None else volume.float() + self.linear.decode(code)
 
     def encode(self, volume: Tensor) -> Tensor:
         """Normalised volume (b 1 x y z) -> standardised posterior mean (b c x/f y/f z/f), float32."""
@@ -183,28 +178,68 @@ class LocalNorm(nn.Module):
 
 
 class LinearCode(nn.Module):
-    """The best linear code of blocks of f x f x f voxels: c numbers each, by principal components.
+    """A linear code of blocks of f x f x f voxels, c numbers each: where a network beside it starts from.
 
-    The network beside it starts at zero output, so that training starts from the linear optimum and learns the rest.
+    A block is projected on principal components. It is rebuilt from its own code and the codes of the 26 blocks around
+    it, by least squares, as lapped transforms do (Malvar & Staelin, IEEE Trans. ASSP 37 (1989) 553): no edges show
+    between blocks, and much that a block's own code leaves out is told by the others'. Air is 0 both ways.
+
+    Args:
+        latent_channels: numbers per block.
+        factor: edge of a block, voxels.
     """
 
     def __init__(self, latent_channels: int, factor: int) -> None:
         super().__init__()
-        self.encode = nn.Conv3d(1, latent_channels, factor, stride=factor)
-        self.decode = nn.ConvTranspose3d(latent_channels, 1, factor, stride=factor)
+        self.factor = factor
+        self.project = nn.Conv3d(1, latent_channels, factor, stride=factor, bias=False)
+        self.air = nn.Parameter(torch.zeros(latent_channels))  # the code of air, so that codes have mean 0
+        self.estimate = nn.Conv3d(latent_channels, factor**3, 3, padding=1, bias=False)
+
+    def encode(self, volume: Tensor) -> Tensor:
+        """(b 1 x y z) -> (b c x/f y/f z/f), float32 whatever the caller's precision."""
+        with torch.autocast(volume.device.type, enabled=False):
+            return self.project(volume.float()) + _per_channel(self.air)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """(b c x y z) -> (b 1 fx fy fz), float32 whatever the caller's precision."""
+        with torch.autocast(code.device.type, enabled=False):
+            blocks, f = self.estimate(code.float() - _per_channel(self.air)), self.factor
+            return rearrange(blocks, "b (i j k) x y z -> b 1 (x i) (y j) (z k)", i=f, j=f, k=f)
 
     @torch.no_grad()
     def fit(self, mean: Tensor, covariance: Tensor) -> None:
-        """Set both ways from the mean (f^3,) and covariance (f^3, f^3) of blocks; codes have unit variance."""
-        latent_channels = self.encode.out_channels
-        variance, axes = torch.linalg.eigh(covariance.double())
-        kept = [-1 - k % len(variance) for k in range(latent_channels)]
+        """Set both ways from the mean (f^3,) and covariance (f^3, f^3) of blocks; each is rebuilt by itself.
+
+        Without an offset the best axes are those of the second moment. Codes have mean 0 and unit variance.
+        """
+        mean, covariance = mean.double(), covariance.double()
+        _, axes = torch.linalg.eigh(covariance + torch.outer(mean, mean))
+        kept = [-1 - k % len(mean) for k in range(self.project.out_channels)]
         uses = torch.tensor([[kept.count(k)] for k in kept])  # more channels than voxels share the axes there are
-        axes, deviation = axes[:, kept].T, variance[kept].clamp(min=1e-8).sqrt()[:, None]
-        self.encode.weight.copy_((axes / deviation).view_as(self.encode.weight))
-        self.encode.bias.copy_(-(axes / deviation) @ mean.double())
-        self.decode.weight.copy_((axes * deviation / uses).view_as(self.decode.weight))
-        self.decode.bias.copy_(mean.mean()[None])
+        axes = axes[:, kept].T
+        deviation = torch.einsum("ki,ij,kj->k", axes, covariance, axes).clamp(min=1e-8).sqrt()[:, None]
+        self.project.weight.copy_((axes / deviation).view_as(self.project.weight))
+        self.air.copy_(-(axes / deviation) @ mean)
+        self.estimate.weight.zero_()
+        self.estimate.weight[:, :, 1, 1, 1] = (axes * deviation / uses).T.float()
+
+    @torch.no_grad()
+    def fit_estimate(self, codes: Tensor, blocks: Tensor) -> None:
+        """Set the way back by least squares, in the presence of the posterior's noise.
+
+        Args:
+            codes: (27 c, 27 c) mean products of `surroundings` with themselves.
+            blocks: (27 c, f^3) mean products of `surroundings` with the voxels of the block they surround.
+        """
+        noise = math.exp(QUIET_LOG_VARIANCE) * torch.eye(len(codes), dtype=torch.float64)
+        weight = torch.linalg.solve(codes.double() + noise, blocks.double())
+        self.estimate.weight.copy_(weight.T.view_as(self.estimate.weight))
+
+    def surroundings(self, volume: Tensor) -> Tensor:
+        """(1 1 x y z) -> (x/f y/f z/f, 27 c): the codes less that of air of each block and its neighbours, float64."""
+        code = F.pad(self.encode(volume)[0] - self.air.view(-1, 1, 1, 1), (1,) * 6).double()
+        return rearrange(code.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1), "c x y z i j k -> (x y z) (c i j k)")
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:

@@ -10,32 +10,29 @@ a step sees is a function of (seed, step), so that a resumed training is the uni
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from ldm_lib.autoencoder import Autoencoder, kl_divergence
-from ldm_lib.cases import Case, load_case
-from ldm_lib.conditioning import model_case
+from ldm_lib.cases import Case
 from ldm_lib.config import AutoencoderConfig, integers
 from ldm_lib.critics import PerceptualDistance, discriminator_loss, generator_loss, patch_discriminator
 from ldm_lib.crops import CropLoader
 from ldm_lib.devices import autocast
 from ldm_lib.errors import TrainingError
 from ldm_lib.files import replacing
-from ldm_lib.geometry import cell_share
+from ldm_lib.fitting import fit_linear_parts, latent_statistics
 from ldm_lib.weights import read_checkpoint
 
 log = logging.getLogger("ldm_lib")
 
-CASES_FOR_STATISTICS = 24
 CHECKPOINT = "last.ckpt"
 CHECKPOINT_EVERY_S = 120.0
 
@@ -180,64 +177,8 @@ def train_autoencoder(
                      figures["l1"], left / 60)  # fmt: skip
     autoencoder.load_state_dict(training.ema.module.state_dict())
     autoencoder.freeze()
-    mean, std = latent_statistics(autoencoder, one_hole_each(cases), device=device, precision=precision)
-    autoencoder.standardise(mean, std)
+    autoencoder.standardise(*latent_statistics(autoencoder, cases, device=device, precision=precision))
     return history
-
-
-def fit_linear_parts(autoencoder: Autoencoder, cases: Sequence[Case]) -> None:
-    """Fit what is not learnt by descent: the front end's deviations and the linear code."""
-    patients = one_hole_each(cases)
-    if autoencoder.front.channels > 1:
-        _, covariance = block_statistics(patients, autoencoder.front.factor)
-        autoencoder.front.fit(covariance)
-    if autoencoder.linear is not None:
-        autoencoder.linear.fit(*block_statistics(patients, autoencoder.factor))
-
-
-def block_statistics(cases: Sequence[Case], factor: int) -> tuple[Tensor, Tensor]:
-    """Mean (f^3,) and covariance (f^3, f^3) of the blocks of a few training images that hold any brain, float64."""
-    count, total, products = 0, 0, 0
-    for case in cases[:CASES_FOR_STATISTICS]:
-        data = model_case(load_case(case), factor)
-        image = data.voided if data.target is None else data.target
-        blocks = rearrange(image, "(x a) (y b) (z c) -> (x y z) (a b c)", a=factor, b=factor, c=factor)
-        blocks = torch.from_numpy(blocks[(blocks > 0).any(axis=1)]).double()
-        count, total, products = count + len(blocks), total + blocks.sum(0), products + blocks.T @ blocks
-    mean = total / count
-    return mean, (products - count * torch.outer(mean, mean)) / (count - 1)
-
-
-def latent_statistics(
-    autoencoder: Autoencoder, cases: Iterable[Case], *, device: torch.device, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (c,) of the unstandardised latents over brain cells, not air.
-
-    Raises:
-        TrainingError: no case has such a cell.
-    """
-    total, count = 0, 0
-    for case in cases:
-        data = model_case(load_case(case), autoencoder.factor)
-        image = data.voided if data.target is None else data.target
-        with torch.inference_mode(), autocast(device, precision):
-            mean, _ = autoencoder.moments(torch.from_numpy(image)[None, None].to(device))
-        brain = torch.from_numpy(cell_share(image > 0, autoencoder.factor) > 0.5).to(device)
-        inside = mean[0].double()[:, brain]
-        total = total + torch.stack([inside.sum(1), inside.square().sum(1)])
-        count += inside.shape[1]
-    if not count:
-        raise TrainingError("no cell lies mostly in the brain", where="autoencoder", fix="use fewer halvings")
-    mean, square = total / count
-    return mean.float().cpu(), (square - mean.square()).clamp(min=0).sqrt().float().cpu()
-
-
-def one_hole_each(cases: Sequence[Case]) -> list[Case]:
-    """The first case of each patient."""
-    first: dict[str, Case] = {}
-    for case in cases:
-        first.setdefault(case.patient, case)
-    return list(first.values())
 
 
 def moving_average(decay: float) -> Any:

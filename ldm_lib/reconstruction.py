@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 import torch
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_lib.autoencoder import Autoencoder, LinearCode
 from ldm_lib.cases import CaseData
@@ -27,36 +27,7 @@ FARTHEST_SHIFT_VOX = 2
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affine of a grid in the model's orientation
 
 
-class LinearOptimum(nn.Module):
-    """The best linear code of the same size, alone: what an autoencoder has to beat.
-
-    Takes the place of an `Autoencoder` wherever volumes are coded and decoded. It is made on the CPU; `.to(device)`
-    moves it.
-
-    Args:
-        statistics: mean (f^3,) and covariance (f^3, f^3) of training blocks, as `autoencoding.block_statistics` gives.
-        latent_channels: numbers per latent cell.
-        factor: voxels per latent cell and axis.
-    """
-
-    def __init__(self, statistics: tuple[Tensor, Tensor], latent_channels: int, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
-        self.code = LinearCode(latent_channels, factor)
-        self.code.fit(*statistics)
-
-    def encode(self, volume: Tensor) -> Tensor:
-        """Normalised volume (b 1 x y z) -> latent (b c x/f y/f z/f), float32."""
-        with torch.autocast(volume.device.type, enabled=False):
-            return self.code.encode(volume.float())
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latent (b c x y z) -> normalised volume (b 1 fx fy fz), float32."""
-        with torch.autocast(latent.device.type, enabled=False):
-            return self.code.decode(latent.float())
-
-
-Coder = Autoencoder | LinearOptimum
+Coder = Autoencoder | LinearCode
 
 
 def encode(autoencoder: Coder, image: np.ndarray, *, device: torch.device, precision: str) -> np.ndarray:

@@ -34,7 +34,7 @@ def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
     """An untrained autoencoder, two voxels per cell and three channels, whose latents are standardised."""
 
     from ldm_lib.autoencoder import Autoencoder
-    from ldm_lib.autoencoding import latent_statistics
+    from ldm_lib.fitting import latent_statistics
     from ldm_lib.weights import save_model
 
     torch.manual_seed(1)

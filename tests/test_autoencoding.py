@@ -4,21 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lib import autoencoding, crops
+from ldm_lib import autoencoding, crops, fitting
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.autoencoding import (
-    AutoencoderTraining,
-    block_statistics,
-    build_autoencoder,
-    fit_linear_parts,
-    latent_statistics,
-    train_autoencoder,
-)
+from ldm_lib.autoencoding import AutoencoderTraining, build_autoencoder, train_autoencoder
 from ldm_lib.cases import load_case
-from ldm_lib.conditioning import model_case
 from ldm_lib.config import resolve
 from ldm_lib.errors import TrainingError
-from ldm_lib.geometry import cell_share
+from ldm_lib.fitting import latent_statistics
 
 CPU = torch.device("cpu")
 HOW = {"device": CPU, "precision": "32"}
@@ -51,12 +43,6 @@ def weights(autoencoder):
     return torch.cat([value.flatten().float() for value in autoencoder.state_dict().values()])
 
 
-def test_no_brain_cell_at_all_is_an_error(monkeypatch, cases):
-    monkeypatch.setattr(autoencoding, "cell_share", lambda image, factor: np.zeros([n // factor for n in image.shape]))
-    with pytest.raises(TrainingError, match="no cell lies mostly in the brain"):
-        latent_statistics(fresh().freeze(), cases[:1], **HOW)
-
-
 def test_training_lowers_the_loss_and_standardises(cases, train):
     autoencoder = fresh(norm="group")
     rows = train(autoencoder, cases[:4], autoencoder_steps=60)
@@ -77,48 +63,12 @@ def test_training_is_a_function_of_the_seed(cases, train):
     assert torch.equal(weights(one), weights(same)) and not torch.equal(weights(one), weights(other))
 
 
-def blocks_of(cases):
-    """Every 2 x 2 x 2 block with any brain in it, as rows of eight voxels: a loop as oracle."""
-    rows = []
-    for case in cases:
-        image = model_case(load_case(case), 2).target
-        for x, y, z in np.argwhere(cell_share(image > 0, 2) > 0):
-            rows.append(image[2 * x : 2 * x + 2, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2].ravel())
-    return np.array(rows, np.float64)
-
-
-def test_the_linear_start_is_the_best_linear_code(cases):
-    """Against principal components by numpy's SVD: the network beside it is silent at first."""
-    autoencoder = fresh(linear_start=True)
-    few = [cases[0], cases[2]]
-    autoencoder.linear.fit(*block_statistics(few, 2))
-    blocks = blocks_of(few)
-    centred = blocks - blocks.mean(axis=0)
-    axes = np.linalg.svd(centred, full_matrices=False)[2][:3]
-    oracle = centred @ axes.T @ axes + blocks.mean()
-    volume = torch.from_numpy(blocks.astype(np.float32)).view(-1, 1, 2, 2, 2)
-    with torch.inference_mode():
-        code, _ = autoencoder.moments(volume)
-        rebuilt = autoencoder.rebuild(code)
-    np.testing.assert_allclose(rebuilt.numpy().reshape(oracle.shape), oracle, atol=1e-4)
-    np.testing.assert_allclose(code.flatten(1).numpy().std(axis=0), 1, atol=1e-3)
-
-
 def test_a_linear_start_is_no_worse_after_training(cases, train):
     rows = train(fresh(linear_start=True), cases[:4], autoencoder_steps=60)
     start, end = (np.mean([row["l1"] for row in part]) for part in (rows[:5], rows[-5:]))
     assert end < 1.2 * start
     random = train(fresh(), cases[:4], autoencoder_steps=1)[0]["l1"]
     assert start < 0.5 * random
-
-
-def test_more_channels_than_voxels_of_a_block_still_rebuild_it(cases):
-    autoencoder = fresh(linear_start=True, latent_channels=10)
-    autoencoder.linear.fit(*block_statistics(cases[:1], 2))
-    image = torch.from_numpy(model_case(load_case(cases[0]), 2).target)[None, None]
-    with torch.inference_mode():
-        error = autoencoder.rebuild(autoencoder.moments(image)[0]) - image
-    assert error[image > 0].abs().mean() < 0.05 * image[image > 0].mean()
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -128,7 +78,7 @@ def test_even_one_step_is_a_training(cases, steps, train):
 
 def test_training_never_opens_another_patient(cases, monkeypatch, train):
     opened = []
-    for module in (autoencoding, crops):
+    for module in (fitting, crops):
         monkeypatch.setattr(module, "load_case", lambda case: opened.append(case.patient) or load_case(case))
     train(fresh(), cases[:4], autoencoder_steps=5)
     assert set(opened) == {cases[0].patient, cases[2].patient}
@@ -196,22 +146,6 @@ def test_the_discriminator_joins_after_the_warm_up(cases, train):
     judged = {"adversarial_weight": 0.1, "adversarial_start": 0.5}
     rows = train(fresh(), cases[:1], crop=24, final_crop=24, autoencoder_steps=8, **judged)
     assert ["discriminator" in row for row in rows] == [False] * 4 + [True] * 4
-
-
-def test_block_statistics_are_mean_and_covariance(cases):
-    blocks = blocks_of([cases[0], cases[2]])
-    mean, covariance = block_statistics([cases[0], cases[2]], 2)
-    np.testing.assert_allclose(mean, blocks.mean(axis=0), rtol=1e-9)
-    np.testing.assert_allclose(covariance, np.cov(blocks.T), rtol=1e-6, atol=1e-12)
-
-
-def test_the_haar_front_end_is_fitted_before_the_first_step(cases):
-    autoencoder = fresh(front_end="haar", channels=(8, 8), linear_start=True)
-    fit_linear_parts(autoencoder, cases[:1])
-    image = torch.from_numpy(model_case(load_case(cases[0]), 4).target)[None, None]
-    bands = autoencoder.front.analyse(image)[0].flatten(1)
-    inside = bands[:, (bands != 0).any(dim=0)]
-    np.testing.assert_allclose(inside.std(dim=1), 1, rtol=1e-3)
 
 
 def test_an_autoencoder_is_what_its_parameters_say():

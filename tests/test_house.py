@@ -21,6 +21,7 @@ FLOORS = [
         "cache",
         "batches",
         "crops",
+        "fitting",
         "autoencoding",
         "reconstruction",
         "latent_space",

@@ -9,9 +9,9 @@ from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.autoencoding import block_statistics
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
+from ldm_lib.fitting import fit_linear_code
 from ldm_lib.geometry import latent_mask
 from ldm_lib.latent_space import (
     FARTHEST_CELL,
@@ -94,8 +94,9 @@ def test_flip_errors_are_those_of_flipped_arrays(on_grid):
 def test_where_cells_have_no_left_and_right_a_latent_flip_costs_nothing(on_grid):
     autoencoder = fresh(linear_start=True, latent_channels=1)  # one channel: about the mean of the block
     with torch.no_grad():
-        autoencoder.linear.encode.weight.fill_(1 / 8)
-        autoencoder.linear.decode.weight.fill_(1.0)
+        autoencoder.linear.project.weight.fill_(1 / 8)
+        autoencoder.linear.estimate.weight.zero_()
+        autoencoder.linear.estimate.weight[..., 1, 1, 1] = 1.0
     errors = flip_error(autoencoder, on_grid.target, **HOW)
     assert errors["coding with a latent flip"] == pytest.approx(errors["coding"], rel=1e-6)
 
@@ -122,7 +123,7 @@ def test_the_reach_by_its_definition(on_grid):
 
 def test_a_code_of_blocks_changes_in_the_hole_alone(cases, on_grid):
     autoencoder = fresh(linear_start=True)
-    autoencoder.linear.fit(*block_statistics(cases[:1], 2))
+    fit_linear_code(autoencoder.linear, cases[:1])
     first, *others = [row["rms_difference"] for row in hole_reach(autoencoder, on_grid, **HOW)]
     assert first > 0.1 and not np.nansum(others)
     assert dilation_needed(hole_reach(autoencoder, on_grid, **HOW)) == 0

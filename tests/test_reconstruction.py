@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.autoencoding import block_statistics
+from ldm_lib.autoencoder import Autoencoder, LinearCode
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import InputError
 from ldm_lib.fidelity import brain_scores
-from ldm_lib.geometry import cell_share
+from ldm_lib.fitting import block_statistics, fit_linear_code
 from ldm_lib.metrics import brats_scores, scores_by_tissue
 from ldm_lib.reconstruction import (
-    LinearOptimum,
     alignment,
     box_loss_db,
     by_tissue,
@@ -35,6 +33,12 @@ def fresh(seed=0, **options):
     torch.manual_seed(seed)
     small = {"channels": (4, 8), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
     return Autoencoder.of(**small | options).freeze()
+
+
+def linear_code(cases, latent_channels, factor):
+    code = LinearCode(latent_channels, factor).requires_grad_(False)
+    fit_linear_code(code, cases)
+    return code
 
 
 class Erring:
@@ -91,37 +95,6 @@ def test_reconstruction_goes_through_the_latent(on_grid, tiny_autoencoder_folder
     assert np.array_equal(decoded, reconstruct(autoencoder, on_grid.target, **HOW))
 
 
-@pytest.mark.parametrize("front_end", ["plain", "half"])
-def test_an_untrained_linear_start_is_the_linear_optimum(cases, on_grid, front_end):
-    autoencoder = fresh(linear_start=True, front_end=front_end)
-    statistics = block_statistics(cases[:2], autoencoder.factor)
-    autoencoder.linear.fit(*statistics)
-    autoencoder.standardise(torch.tensor([0.3, 0.0, -1.0]), torch.tensor([2.0, 0.5, 1.0]))
-    optimum = LinearOptimum(statistics, autoencoder.latent_channels, autoencoder.factor)
-    image = np.pad(on_grid.target, [(0, -n % autoencoder.factor) for n in on_grid.target.shape])
-    np.testing.assert_allclose(
-        reconstruct(optimum, image, **HOW), reconstruct(autoencoder, image, **HOW), rtol=0, atol=1e-5
-    )
-    assert optimum.factor == autoencoder.factor
-
-
-def test_the_linear_optimum_loses_the_variance_of_the_axes_it_leaves_out(cases, on_grid):
-    """Eckart-Young on the blocks it was fitted on, and the part of their mean that is not constant."""
-    mean, covariance = block_statistics(cases[:1], 2)
-    optimum = LinearOptimum((mean, covariance), 3, 2)
-    held = np.kron(cell_share(on_grid.target > 0, 2) > 0, np.ones((2, 2, 2), bool))
-    error = (reconstruct(optimum, on_grid.target, **HOW) - on_grid.target)[held]
-    variances, blocks = np.linalg.eigvalsh(covariance.numpy()), held.sum() // 8
-    expected = variances[:5].sum() * (blocks - 1) / blocks / 8 + mean.numpy().var()
-    assert np.mean(error.astype(np.float64) ** 2) == pytest.approx(expected, rel=1e-3)
-
-
-def test_the_linear_optimum_is_computed_in_full_precision(cases, on_grid):
-    optimum = LinearOptimum(block_statistics(cases[:1], 2), 3, 2)
-    half = reconstruct(optimum, on_grid.target, **HOW | {"precision": "bf16"})
-    assert np.array_equal(half, reconstruct(optimum, on_grid.target, **HOW))
-
-
 def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
     filled, _ = ceiling(data, on_grid, fresh(), **HOW)
     rows = by_tissue(data, filled)
@@ -133,9 +106,10 @@ def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
 # ---- crops against whole volumes
 
 
-def test_a_code_of_blocks_does_not_see_where_it_is_cut(cases, on_grid):
-    optimum = LinearOptimum(block_statistics(cases[:1], 2), 3, 2)
-    found = crop_against_whole(optimum, on_grid.target, 8, **HOW)
+def test_a_code_of_single_blocks_does_not_see_where_it_is_cut(cases, on_grid):
+    code = LinearCode(3, 2)
+    code.fit(*block_statistics(cases[:1], 2))
+    found = crop_against_whole(code, on_grid.target, 8, **HOW)
     assert found["crop_psnr"] == pytest.approx(found["whole_psnr"], abs=1e-4)
 
 
@@ -199,8 +173,8 @@ def test_the_middle_of_a_deeper_volume_is_kept():
 
 
 def test_a_real_code_is_aligned_at_155_and_156_slices(cases, data):
-    optimum = LinearOptimum(block_statistics(cases[:2], 4), 6, 4)
-    rows = alignment(optimum, data.lps(data.target / data.scale).astype(np.float32), **HOW)
+    code = linear_code(cases[:2], 6, 4)
+    rows = alignment(code, data.lps(data.target / data.scale).astype(np.float32), **HOW)
     assert [(row["slices"], row["shift_vox"]) for row in rows] == [(155, 0), (156, 0)]
     assert min(row["correlation"] for row in rows) > 0.8
 
@@ -284,10 +258,11 @@ def test_only_the_box_is_decoded(monkeypatch):
 
 
 def test_the_loss_of_a_box_in_db(cases, data, on_grid):
-    optimum = LinearOptimum(block_statistics(cases[:1], 2), 3, 2)
-    assert box_loss_db(data, on_grid, optimum, 0, **HOW) == pytest.approx(0, abs=1e-4)
+    code = linear_code(cases[:1], 3, 2)
+    assert box_loss_db(data, on_grid, code, 1, **HOW) == pytest.approx(0, abs=1e-4)
+    assert box_loss_db(data, on_grid, code, 0, **HOW) > 0.01
     autoencoder = fresh(norm="local", linear_start=True)
-    autoencoder.linear.fit(*block_statistics(cases[:1], 2))
+    fit_linear_code(autoencoder.linear, cases[:1])
     torch.nn.init.normal_(autoencoder.network.decoder.blocks[-1].conv.weight, std=0.02)
     assert box_loss_db(data, on_grid, autoencoder, 15, **HOW) == pytest.approx(0, abs=1e-4)
     narrow = box_loss_db(data, on_grid, autoencoder, 0, **HOW)

@@ -9,13 +9,14 @@ import torch
 
 from ldm_lib import batches, training
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.autoencoding import build_autoencoder, latent_statistics, train_autoencoder
+from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
 from ldm_lib.batches import EpochOrder, TrainingSamples
 from ldm_lib.cache import LatentCache
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.config import resolve
 from ldm_lib.errors import ConfigError, TrainingError, WeightsError
+from ldm_lib.fitting import latent_statistics
 from ldm_lib.inpainting import Inpainter, inpaint
 from ldm_lib.latents import CellSettings, collate, encode_case, input_channels
 from ldm_lib.metrics import brats_scores
