@@ -19,6 +19,7 @@ from ldm_lib.front_ends import FRONT_ENDS
 
 NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlMaisi}
 NORMS = ("local", "group")
+ENCODERS = ("network", "linear")
 QUIET_LOG_VARIANCE = -6.0
 
 
@@ -31,7 +32,9 @@ class Autoencoder(nn.Module):
         spacing_mm: voxel size it was trained at.
         front_end: what stands before and after the network, see `front_ends`.
         norm: "group" as MONAI has it, or "local", see `LocalNorm`.
-        linear_start: add a linear block code beside the network, see `LinearCode`.
+        linear_start: add a linear block code beside the network, see `LinearCode`; it stays as it was fitted.
+        encoder: "network", or "linear" to code by the linear code alone, so that a cell's latent depends on its own
+            voxels alone and a hole changes none beside it; only the decoder is then a network.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Autoencoder(nn.Module):
         front_end: str = "plain",
         norm: str = "group",
         linear_start: bool = False,
+        encoder: str = "network",
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -50,20 +54,20 @@ class Autoencoder(nn.Module):
             "front_end": front_end,
             "norm": norm,
             "linear_start": linear_start,
+            "encoder": encoder,
         }
-        if network.get("class") not in NETWORKS or norm not in NORMS or front_end not in FRONT_ENDS:
-            raise ConfigError(
-                f"no autoencoder of class {network.get('class')!r}, norm {norm!r}, front end {front_end!r}"
-            )
+        _require_known(self.config)
         arguments = {name: value for name, value in network.items() if name != "class"}
         self.front = FRONT_ENDS[front_end]()
         self.network = NETWORKS[network["class"]](**arguments)
         if norm == "local":
             _localise(self.network)
         self.network.to(memory_format=torch.channels_last_3d)  # convolutions on a CPU are twice as fast in it
-        self.linear = LinearCode(self.latent_channels, self.factor) if linear_start else None
+        self.linear = LinearCode(self.latent_channels, self.factor).requires_grad_(False) if linear_start else None
         if linear_start:
             _silence(self.network)
+        if encoder == "linear":
+            self.network.encoder = self.network.quant_conv_mu = self.network.quant_conv_log_sigma = None
         self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
         self.register_buffer("scale_factor", torch.ones(self.latent_channels))
 
@@ -78,6 +82,7 @@ class Autoencoder(nn.Module):
         front_end: str = "plain",
         norm: str = "local",
         linear_start: bool = True,
+        encoder: str = "network",
     ) -> "Autoencoder":
         """AutoencoderKL without attention.
 
@@ -99,7 +104,7 @@ class Autoencoder(nn.Module):
             "with_encoder_nonlocal_attn": False,
             "with_decoder_nonlocal_attn": False,
         }
-        how = {"front_end": front_end, "norm": norm, "linear_start": linear_start}
+        how = {"front_end": front_end, "norm": norm, "linear_start": linear_start, "encoder": encoder}
         return cls(network=network, spacing_mm=spacing_mm, **how)
 
     @property
@@ -124,6 +129,9 @@ class Autoencoder(nn.Module):
     def moments(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, before standardisation."""
         self._require_divisible(volume)
+        if self.network.encoder is None:
+            mean = self.linear.encode(volume)
+            return mean, torch.full_like(mean, math.exp(QUIET_LOG_VARIANCE / 2))
         mean, std = self.network.encode(self.front.analyse(volume))
         return (mean, std) if self.linear is None else (mean.float() + self.linear.encode(volume), std)
 
@@ -215,14 +223,18 @@ class LinearCode(nn.Module):
         """
         mean, covariance = mean.double(), covariance.double()
         _, axes = torch.linalg.eigh(covariance + torch.outer(mean, mean))
-        kept = [-1 - k % len(mean) for k in range(self.project.out_channels)]
-        uses = torch.tensor([[kept.count(k)] for k in kept])  # more channels than voxels share the axes there are
-        axes = axes[:, kept].T
+        axes = axes[:, [-1 - k % len(mean) for k in range(self.project.out_channels)]].T
         deviation = torch.einsum("ki,ij,kj->k", axes, covariance, axes).clamp(min=1e-8).sqrt()[:, None]
         self.project.weight.copy_((axes / deviation).view_as(self.project.weight))
         self.air.copy_(-(axes / deviation) @ mean)
+        self.forget_neighbours()
+
+    @torch.no_grad()
+    def forget_neighbours(self) -> "LinearCode":
+        """Rebuild each block by itself from here on."""
         self.estimate.weight.zero_()
-        self.estimate.weight[:, :, 1, 1, 1] = (axes * deviation / uses).T.float()
+        self.estimate.weight[:, :, 1, 1, 1] = torch.linalg.pinv(self.project.weight.flatten(1).double()).float()
+        return self
 
     @torch.no_grad()
     def fit_estimate(self, codes: Tensor, blocks: Tensor) -> None:
@@ -245,6 +257,18 @@ class LinearCode(nn.Module):
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     """KL(N(mean, std^2) || N(0, 1)), the mean over latent elements (Kingma & Welling, arXiv 1312.6114, app. B)."""
     return 0.5 * (mean.square() + std.square() - 2 * std.log() - 1).mean()
+
+
+def _require_known(config: Mapping[str, Any]) -> None:
+    """Refuse what cannot be built, as a config.json may ask for it."""
+    known = {"front_end": FRONT_ENDS, "norm": NORMS, "encoder": ENCODERS}
+    wrong = [f"{name} {config[name]!r}" for name, choices in known.items() if config[name] not in choices]
+    if (name := config["network"].get("class")) not in NETWORKS:
+        wrong.append(f"class {name!r}")
+    if config["encoder"] == "linear" and not config["linear_start"]:
+        wrong.append("encoder 'linear' without linear_start")
+    if wrong:
+        raise ConfigError(f"no autoencoder with {', '.join(wrong)}")
 
 
 def _localise(network: nn.Module) -> None:

@@ -50,7 +50,7 @@ class AutoencoderTraining:
         self.autoencoder = autoencoder.to(device).train()
         self.ema = AveragedModel(autoencoder, multi_avg_fn=moving_average(config.autoencoder_ema_decay))
         peak, steps = config.autoencoder_learning_rate, config.autoencoder_steps
-        self.optimiser = torch.optim.AdamW(autoencoder.parameters(), lr=peak)
+        self.optimiser = torch.optim.AdamW([p for p in autoencoder.parameters() if p.requires_grad], lr=peak)
         rise = min(0.3, 100 / steps)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, peak, total_steps=steps, pct_start=rise)
         self.judge = self.judge_optimiser = self.perceptual = None
@@ -73,7 +73,10 @@ class AutoencoderTraining:
         with autocast(self.device, self.precision):
             mean, std = self.autoencoder.moments(volume)
             rebuilt = self.autoencoder.rebuild(mean + std * self._noise(mean, step)).float()
-            terms = {"l1": F.l1_loss(rebuilt, volume), "kl": kl_divergence(mean.float(), std.float())}
+            terms = {
+                "l1": F.l1_loss(self._inside(rebuilt), self._inside(volume)),
+                "kl": kl_divergence(mean.float(), std.float()),
+            }
             loss = terms["l1"] + config.kl_weight * terms["kl"]
             if judged:
                 terms["adversarial"] = generator_loss(self.judge, rebuilt)
@@ -92,6 +95,11 @@ class AutoencoderTraining:
                 terms["discriminator"] = discriminator_loss(self.judge, rebuilt.detach(), volume)
             _descend(self.judge_optimiser, terms["discriminator"], self.judge)
         return {name: value.item() for name, value in terms.items()}
+
+    def _inside(self, crop: Tensor) -> Tensor:
+        """A crop without its outer cells: what is rebuilt there lacks neighbours that it has in a volume."""
+        cell = slice(self.autoencoder.factor, -self.autoencoder.factor)
+        return crop[..., cell, cell, cell]
 
     def _noise(self, mean: Tensor, step: int) -> Tensor:
         draw = torch.Generator().manual_seed(
@@ -135,6 +143,7 @@ def build_autoencoder(config: AutoencoderConfig, *, spacing_mm: float) -> Autoen
             front_end=config.front_end,
             norm=config.norm,
             linear_start=config.linear_start,
+            encoder=config.encoder,
         )
 
 

@@ -83,7 +83,8 @@ class AutoencoderConfig(DeviceConfig):
     channels: IntegerList = Field("16,32", description="width of each level; one halving less than levels")
     blocks: Positive = Field(1, description="residual blocks per level")
     norm: Literal["local", "group"] = Field("local", description="statistics of one voxel, or of the whole grid")
-    linear_start: bool = Field(True, description="begin at the best linear code instead of at random")
+    linear_start: bool = Field(True, description="add to the best linear code instead of starting at random")
+    encoder: Literal["network", "linear"] = Field("network", description="linear: by the linear code alone")
     autoencoder_steps: Positive = Field(100, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")
     autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="peak, of AdamW")
@@ -108,11 +109,12 @@ class AutoencoderConfig(DeviceConfig):
     def _crops_fit(self) -> Self:
         """A crop of few cells has no middle, and convolutions in bfloat16 fail on axes of two."""
         factor = {"plain": 1, "haar": 4, "half": 2}[self.front_end] * 2 ** (len(integers(self.channels)) - 1)
-        least = max(4 * factor, factor * -(-JUDGED_CROP_VOX // factor) if self.adversarial_weight else 0)
-        if self.crop < least:
-            judged = f", the discriminator judges {JUDGED_CROP_VOX} voxels" if self.adversarial_weight else ""
-            raise ValueError(f"crop = {self.crop}: must be at least {least}, for {factor} voxels make a cell, "
-                             f"an axis of a crop has at least 4{judged}")  # fmt: skip
+        judged = -(-JUDGED_CROP_VOX // factor) if self.adversarial_weight else 0
+        least = max(4, judged)
+        if self.crop < least * factor:
+            raise ValueError(f"crop = {self.crop}: {factor} voxels make a cell, an axis of a crop has at least {least}")
+        if self.encoder == "linear" and not self.linear_start:
+            raise ValueError("encoder = 'linear': needs linear_start")
         if self.final_crop < self.crop:
             raise ValueError(f"final_crop = {self.final_crop}: must be at least crop = {self.crop}")
         return self

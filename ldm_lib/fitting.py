@@ -4,6 +4,7 @@ blocks of voxels => front end's deviations, linear code;   latents => their shif
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -29,8 +30,23 @@ def fit_linear_parts(autoencoder: Autoencoder, cases: Sequence[Case]) -> None:
         fit_linear_code(autoencoder.linear, cases)
 
 
+def linear_bounds(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[str, LinearCode]:
+    """What an autoencoder has to beat: codes of its size that need no descent, on its device.
+
+    Returns:
+        "block", each block rebuilt by itself, and "linear", from its neighbours too: the autoencoder's own, or fitted
+        here where it has none.
+    """
+    linear = autoencoder.linear
+    if linear is None:
+        linear = LinearCode(autoencoder.latent_channels, autoencoder.factor).requires_grad_(False)
+        fit_linear_code(linear, cases)
+    linear = linear.to(autoencoder.latent_mean.device)
+    return {"block": deepcopy(linear).forget_neighbours(), "linear": linear}
+
+
 def fit_linear_code(code: LinearCode, cases: Sequence[Case]) -> None:
-    """Fit a linear code both ways; the code alone is what an autoencoder of its size has to beat."""
+    """Fit a linear code both ways."""
     code.fit(*block_statistics(cases, code.factor))
     count, codes, products = 0, 0, 0
     for image in _images(cases, code.factor):

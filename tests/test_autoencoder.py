@@ -128,7 +128,32 @@ def test_the_build_is_plain_json_and_builds_the_same_again():
         assert torch.equal(one.moments(image)[0], again.moments(image)[0])
 
 
-@pytest.mark.parametrize("changes", [{"norm": "batch"}, {"front_end": "fourier"}, {"network": {"class": "VQVAE"}}])
-def test_what_cannot_be_built_is_refused(changes):
-    with pytest.raises(ConfigError, match="no autoencoder of class"):
+def test_a_linear_encoder_sees_a_cells_own_voxels_and_the_decoder_is_a_network():
+    autoencoder = fresh(channels=(4, 8, 8), linear_start=True, encoder="linear")
+    torch.nn.init.normal_(autoencoder.linear.project.weight)
+    torch.nn.init.normal_(autoencoder.network.decoder.blocks[-1].conv.weight)
+    image = volume(16, 16, 16)
+    changed = image.clone()
+    changed[..., :4, 4:8, 8:12] += 1
+    with torch.inference_mode():
+        before, after = autoencoder.encode(image), autoencoder.encode(changed)
+        farther = (autoencoder.decode(after) != autoencoder.decode(before))[..., 8:, :, :].any()
+    assert torch.equal(before, autoencoder.linear.encode(image))
+    assert np.argwhere((before != after)[0].any(0).numpy()).tolist() == [[0, 1, 2]] and farther
+    assert not [name for name in autoencoder.state_dict() if name.startswith(("network.encoder", "network.quant_conv"))]
+
+
+def test_the_linear_code_is_not_trained():
+    autoencoder = fresh(linear_start=True)
+    assert not any(p.requires_grad for p in autoencoder.linear.parameters())
+    assert all(p.requires_grad for p in autoencoder.network.parameters())
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"norm": "batch"}, "norm 'batch'"), ({"front_end": "fourier"}, "front_end 'fourier'"),
+    ({"network": {"class": "VQVAE"}}, "class 'VQVAE'"), ({"encoder": "none"}, "encoder 'none'"),
+    ({"encoder": "linear"}, "encoder 'linear' without linear_start"),
+])  # fmt: skip
+def test_what_cannot_be_built_is_refused(changes, told):
+    with pytest.raises(ConfigError, match=f"no autoencoder with {told}"):
         Autoencoder(**fresh().config | changes)

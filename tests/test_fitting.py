@@ -12,7 +12,7 @@ from ldm_lib.autoencoder import QUIET_LOG_VARIANCE, Autoencoder, LinearCode
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import TrainingError
-from ldm_lib.fitting import block_statistics, fit_linear_code, fit_linear_parts, latent_statistics
+from ldm_lib.fitting import block_statistics, fit_linear_code, fit_linear_parts, latent_statistics, linear_bounds
 from ldm_lib.geometry import cell_share
 
 HOW = {"device": torch.device("cpu"), "precision": "32"}
@@ -173,6 +173,16 @@ def test_the_network_beside_a_linear_code_is_silent_at_first(cases):
         mean, std = autoencoder.moments(image)
         assert torch.equal(mean, code.encode(image)) and std.max() == pytest.approx(np.exp(QUIET_LOG_VARIANCE / 2))
         assert torch.equal(autoencoder.rebuild(mean), code.decode(mean))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_bounds_are_the_autoencoders_own_code_or_one_that_is_fitted(cases, own):
+    autoencoder, image = fresh(linear_start=own), image_of(cases[4])
+    if own:
+        fit_linear_parts(autoencoder, cases[:4])
+    bounds = linear_bounds(autoencoder, [] if own else cases[:4])
+    for name, oracle in (("linear", fitted(cases[:4])), ("block", fitted(cases[:4], alone=True))):
+        assert mean_square(bounds[name], image) == pytest.approx(mean_square(oracle, image), rel=1e-4)
 
 
 def test_the_haar_front_end_is_fitted_before_the_first_step(cases):
