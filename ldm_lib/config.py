@@ -102,7 +102,7 @@ class AutoencoderConfig(DeviceConfig):
     check_cases: Positive = Field(6, description="validation cases whose ceiling is measured")
     box_margin: Count = Field(4, description="cells around the hole that are decoded with it")
     min_ceiling_psnr: NotNegative = Field(20.0, description="dB in the hole below which the stage does not close")
-    min_gain_over_linear: NotNegative = Field(0.2, description="dB above the best linear code, likewise")
+    min_gain_over_pca: NotNegative = Field(0.2, description="dB above principal components of blocks, likewise")
     accept_anyway: bool = Field(False, description="close the stage below these gates")
 
     @model_validator(mode="after")
@@ -214,10 +214,10 @@ STAGES: dict[str, type[StageConfig]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "synthetic_patients": 5, "spacing_mm": 6.0, "masks_per_patient": 1, "channels": "8,8,16",
-        "autoencoder_steps": 60, "crop": 24, "check_cases": 1, "base_width": 16, "multipliers": "1,2,2",
-        "attention_rates": "4", "max_epochs": 2, "val_every": 1, "val_cases": 1, "num_inference_steps": 4,
-        "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5, "samples": 2, "max_cases": 1,
-        "show_cases": 1, "wandb_mode": "off", "use_mlflow": False,
+        "autoencoder_steps": 60, "crop": 24, "min_ceiling_psnr": 10.0, "check_cases": 1,
+        "base_width": 16, "multipliers": "1,2,2", "attention_rates": "4", "max_epochs": 2, "val_every": 1,
+        "val_cases": 1, "num_inference_steps": 4, "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5,
+        "samples": 2, "max_cases": 1, "show_cases": 1, "wandb_mode": "off", "use_mlflow": False,
     },
     "demo": {},
     "full": {

@@ -34,15 +34,15 @@ def linear_bounds(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[str, 
     """What an autoencoder has to beat: codes of its size that need no descent, on its device.
 
     Returns:
-        "block", each block rebuilt by itself, and "linear", from its neighbours too: the autoencoder's own, or fitted
-        here where it has none.
+        "pca", principal components, each block rebuilt by itself, and "linear", from its neighbours too: the
+        autoencoder's own, or fitted here where it has none.
     """
     linear = autoencoder.linear
     if linear is None:
         linear = LinearCode(autoencoder.latent_channels, autoencoder.factor).requires_grad_(False)
         fit_linear_code(linear, cases)
     linear = linear.to(autoencoder.latent_mean.device)
-    return {"block": deepcopy(linear).forget_neighbours(), "linear": linear}
+    return {"pca": deepcopy(linear).forget_neighbours(), "linear": linear}
 
 
 def fit_linear_code(code: LinearCode, cases: Sequence[Case]) -> None:

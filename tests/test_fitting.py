@@ -181,7 +181,7 @@ def test_the_bounds_are_the_autoencoders_own_code_or_one_that_is_fitted(cases, o
     if own:
         fit_linear_parts(autoencoder, cases[:4])
     bounds = linear_bounds(autoencoder, [] if own else cases[:4])
-    for name, oracle in (("linear", fitted(cases[:4])), ("block", fitted(cases[:4], alone=True))):
+    for name, oracle in (("linear", fitted(cases[:4])), ("pca", fitted(cases[:4], alone=True))):
         assert mean_square(bounds[name], image) == pytest.approx(mean_square(oracle, image), rel=1e-4)
 
 
