@@ -12,11 +12,10 @@ import torch
 from scipy import ndimage
 
 from ldm_lib.autoencoder import Autoencoder, kl_divergence
-from ldm_lib.conditioning import ModelCase
 from ldm_lib.devices import autocast
 from ldm_lib.fidelity import rms
-from ldm_lib.geometry import cell_share, latent_mask
-from ldm_lib.reconstruction import as_batch, encode
+from ldm_lib.geometry import cell_share
+from ldm_lib.reconstruction import Coded, as_batch
 
 FARTHEST_CELL = 6
 
@@ -58,40 +57,33 @@ def posterior_kl(
 
 
 def flip_error(
-    autoencoder: Autoencoder, image: np.ndarray, *, device: torch.device, precision: str
+    autoencoder: Autoencoder, image: np.ndarray, coded: Coded, *, device: torch.device, precision: str
 ) -> dict[str, float]:
     """Root mean square error over the brain of coding, and of coding with the latent flipped left to right."""
-    lateral, brain = 2, image > 0
+    lateral, brain = 1, image > 0
+    flipped = torch.from_numpy(np.flip(coded.latent, lateral).copy())[None].to(device)
     with torch.inference_mode(), autocast(device, precision):
-        latent = autoencoder.encode(as_batch(image, device))
-        rebuilt = {
-            "coding": autoencoder.decode(latent),
-            "coding with a latent flip": autoencoder.decode(latent.flip(lateral)).flip(lateral),
-        }
-    return {name: rms((volume[0, 0].cpu().numpy() - image)[brain]) for name, volume in rebuilt.items()}
+        back = autoencoder.decode(flipped)[0, 0].flip(lateral - 1).float().cpu().numpy()
+    volumes = {"coding": coded.rebuilt, "coding with a latent flip": back}
+    return {name: rms((volume - image)[brain]) for name, volume in volumes.items()}
 
 
-def hole_reach(
-    autoencoder: Autoencoder, case: ModelCase, *, device: torch.device, precision: str
-) -> list[dict[str, float]]:
+def hole_reach(full: np.ndarray, voided: np.ndarray, hole: np.ndarray, brain: np.ndarray) -> list[dict[str, float]]:
     """How far the hole's edge reaches into the latents of cells that hold none of it.
+
+    Args:
+        full, voided: (c, x, y, z) standardised latents of the two images.
+        hole, brain: (x, y, z) bool, cells that hold any of the hole, and cells mostly in the brain.
 
     Returns:
         rows of `cells_from_hole` (Chebyshev distance from the cells that hold any of the hole; 0 is these), `cells`
         (how many of them lie mostly in the brain) and `rms_difference` between the latents of the full and of the
-        voided image there, over channels and cells; latents are standardised. NaN where there is no such cell.
+        voided image there, over channels and cells. NaN where there is no such cell.
     """
-    hole = latent_mask(case.mask, autoencoder.factor)
-    distance = ndimage.distance_transform_cdt(~hole, metric="chessboard")
-    brain = brain_cells(case.target, autoencoder.factor)
-    full, voided = (
-        encode(autoencoder, image, device=device, precision=precision) for image in (case.target, case.voided)
-    )
-    rows = []
+    distance, rows = ndimage.distance_transform_cdt(~hole, metric="chessboard"), []
     for k in range(FARTHEST_CELL + 1):
         there = brain & (distance == k)
-        changed = (full - voided)[:, there]
-        rows.append({"cells_from_hole": k, "cells": int(there.sum()), "rms_difference": rms(changed)})
+        rows.append({"cells_from_hole": k, "cells": int(there.sum()), "rms_difference": rms((full - voided)[:, there])})
     return rows
 
 

@@ -6,7 +6,9 @@ Images are normalised numpy volumes on the model's padded LPS grid unless said o
 is above it. Every function runs one volume at a time on `device` in `precision`, without gradients.
 """
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -16,7 +18,6 @@ from torch import Tensor
 
 from ldm_lib.autoencoder import Autoencoder, LinearCode
 from ldm_lib.cases import CaseData
-from ldm_lib.conditioning import ModelCase
 from ldm_lib.devices import autocast
 from ldm_lib.errors import InputError
 from ldm_lib.fidelity import psnr
@@ -24,33 +25,49 @@ from ldm_lib.geometry import Frame, latent_mask
 from ldm_lib.metrics import brats_scores, scores_by_tissue
 
 FARTHEST_SHIFT_VOX = 2
+COLUMN_VOX = 64
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affine of a grid in the model's orientation
 BOX_LOSS_LIMIT_DB = 0.1  # a box that changes the hole's PSNR by more is not decoded instead of the whole
 Coder = Autoencoder | LinearCode
 
 
-def encode(autoencoder: Coder, image: np.ndarray, *, device: torch.device, precision: str) -> np.ndarray:
-    """Standardised posterior mean (c, x/f, y/f, z/f) of an image (x, y, z), float32."""
+@dataclass(frozen=True)
+class Coded:
+    """An image that went through an autoencoder.
+
+    Attributes:
+        latent: (c, x/f, y/f, z/f) float32, the standardised posterior mean.
+        rebuilt: (x, y, z) float32, decoded from it.
+        encode_s, decode_s: seconds that it took.
+    """
+
+    latent: np.ndarray
+    rebuilt: np.ndarray
+    encode_s: float
+    decode_s: float
+
+
+def code(autoencoder: Coder, image: np.ndarray, *, device: torch.device, precision: str) -> Coded:
+    """Encode and decode an image (x, y, z), both ways through the posterior mean."""
+    moments = [time.perf_counter()]
     with torch.inference_mode(), autocast(device, precision):
-        return autoencoder.encode(as_batch(image, device))[0].cpu().numpy()
+        latent = autoencoder.encode(as_batch(image, device)).cpu()
+        moments.append(time.perf_counter())
+        rebuilt = autoencoder.decode(latent.to(device)).cpu()
+        moments.append(time.perf_counter())
+    return Coded(latent[0].numpy(), rebuilt[0, 0].numpy(), *np.diff(moments).tolist())
 
 
-def reconstruct(autoencoder: Coder, image: np.ndarray, *, device: torch.device, precision: str) -> np.ndarray:
-    """decode(encode(image)): (x, y, z) normalised, on the model's grid, both ways through the posterior mean."""
-    with torch.inference_mode(), autocast(device, precision):
-        return autoencoder.decode(autoencoder.encode(as_batch(image, device)))[0, 0].cpu().numpy()
-
-
-def ceiling(
-    data: CaseData, case: ModelCase, autoencoder: Coder, *, device: torch.device, precision: str
-) -> tuple[np.ndarray, dict[str, float]]:
+def ceiling(data: CaseData, rebuilt: np.ndarray, factor: int) -> tuple[np.ndarray, dict[str, float]]:
     """The truth through the autoencoder, pasted into the hole, and its scores: no model can do better on average.
+
+    Args:
+        rebuilt: (x, y, z) the target as it came back, normalised, on the grid of a network of this factor.
 
     Returns:
         the filled volume (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
     """
-    rebuilt = reconstruct(autoencoder, case.target, device=device, precision=precision)
-    filled = data.paste(rebuilt, autoencoder.factor)
+    filled = data.paste(rebuilt, factor)
     return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
 
 
@@ -62,24 +79,23 @@ def by_tissue(data: CaseData, filled: np.ndarray) -> list[dict[str, str | int | 
 
 
 def crop_against_whole(
-    autoencoder: Autoencoder, image: np.ndarray, edge: int, *, device: torch.device, precision: str
+    autoencoder: Coder, image: np.ndarray, rebuilt: np.ndarray, edge: int, *, device: torch.device, precision: str
 ) -> dict[str, float]:
     """PSNR in dB over the brain of crops coded alone, and of the same voxels in the whole volume's reconstruction.
 
     Up to eight crops of `edge` voxels, rounded down to whole cells, meet in the middle of the brain. A whole volume
     that is rebuilt no worse than its crops says that training on crops teaches what volumes need.
     """
-    how = {"device": device, "precision": precision}
-    whole, brain, errors = reconstruct(autoencoder, image, **how), image > 0, {"crop_psnr": [], "whole_psnr": []}
+    brain, errors = image > 0, {"crop_psnr": [], "whole_psnr": []}
     for box in _central_boxes(brain, edge - edge % autoencoder.factor, autoencoder.factor):
-        alone = reconstruct(autoencoder, np.ascontiguousarray(image[box]), **how)
+        alone = code(autoencoder, np.ascontiguousarray(image[box]), device=device, precision=precision).rebuilt
         errors["crop_psnr"].append((alone - image[box])[brain[box]])
-        errors["whole_psnr"].append((whole - image)[box][brain[box]])
+        errors["whole_psnr"].append((rebuilt - image)[box][brain[box]])
     return {name: psnr(np.concatenate(parts)) for name, parts in errors.items()}
 
 
 def alignment(
-    autoencoder: Autoencoder,
+    autoencoder: Coder,
     image: np.ndarray,
     depths: Sequence[int] = (155, 156),
     *,
@@ -89,20 +105,20 @@ def alignment(
     """By how many slices a volume is shifted that was padded, coded, decoded and cropped back; must be 0.
 
     Args:
-        image: (x, y, z) normalised, LPS, without padding; its middle is cut, or zeros added behind, to each depth. A
-            column of a volume does as well as the whole.
+        image: (x, y, z) normalised, LPS, without padding. The column of 64 x 64 voxels in its middle stands for it;
+            along z the middle is cut, or zeros are added behind, to each depth.
 
     Returns:
         rows of `slices`, `shift_vox` along z with the highest correlation of -2..2 (positive: the result lies
         higher), and that `correlation`.
     """
     rows = []
+    column = _middle(image, (COLUMN_VOX, COLUMN_VOX, image.shape[2]))
     for depth in depths:
-        start = max(image.shape[2] - depth, 0) // 2
-        cut = image[..., start : start + depth]
+        cut = _middle(column, (*column.shape[:2], depth))
         cut = np.pad(cut, [(0, 0), (0, 0), (0, depth - cut.shape[2])])
         frame = Frame.of(LPS, cut.shape, autoencoder.factor)
-        rebuilt = reconstruct(autoencoder, frame.to_model(cut), device=device, precision=precision)
+        rebuilt = code(autoencoder, frame.to_model(cut), device=device, precision=precision).rebuilt
         rows.append({"slices": depth, **_shift(frame.to_file(rebuilt), cut)})
     return rows
 
@@ -152,15 +168,19 @@ def cell_box(cells: np.ndarray, margin: int) -> tuple[slice, ...]:
 
 
 def box_loss_db(
-    data: CaseData, case: ModelCase, autoencoder: Coder, margin: int, *, device: torch.device, precision: str
+    data: CaseData, autoencoder: Coder, coded: Coded, margin: int, *, device: torch.device, precision: str
 ) -> float:
-    """The ceiling's PSNR in dB by full decoding less that by `decode_box`; positive means that the box loses."""
+    """The ceiling's PSNR in dB by full decoding less that by `decode_box`; positive means that the box loses.
+
+    Args:
+        coded: the case's target.
+    """
+    mask = data.frame(autoencoder.factor).to_model(data.mask)
     with torch.inference_mode(), autocast(device, precision):
-        latent = autoencoder.encode(as_batch(case.target, device))
-        volumes = autoencoder.decode(latent), decode_box(autoencoder, latent, case.mask, margin)
-    filled = (data.paste(volume[0, 0].cpu().numpy(), autoencoder.factor) for volume in volumes)
-    whole, box = (brats_scores(f, data.target, data.voided, data.scored)["psnr_01"] for f in filled)
-    return whole - box
+        box = decode_box(autoencoder, torch.from_numpy(coded.latent)[None].to(device), mask, margin)
+    volumes = coded.rebuilt, box[0, 0].float().cpu().numpy()
+    whole, boxed = (ceiling(data, volume, autoencoder.factor)[1]["psnr_01"] for volume in volumes)
+    return whole - boxed
 
 
 def as_batch(image: np.ndarray, device: torch.device) -> Tensor:
@@ -175,6 +195,12 @@ def _central_boxes(brain: np.ndarray, edge: int, factor: int) -> list[tuple[slic
         middle = (span.start + span.stop) // 2 // factor * factor
         corners.append(sorted({min(max(start, 0), max(n - edge, 0)) for start in (middle - edge, middle)}))
     return [tuple(slice(start, start + edge) for start in corner) for corner in product(*corners)]
+
+
+def _middle(image: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Its middle of at most this shape."""
+    starts = [max(n - wanted, 0) // 2 for n, wanted in zip(image.shape, shape, strict=True)]
+    return image[tuple(slice(start, start + wanted) for start, wanted in zip(starts, shape, strict=True))]
 
 
 def _shift(rebuilt: np.ndarray, image: np.ndarray) -> dict[str, float]:

@@ -12,7 +12,7 @@ from ldm_lib.conditioning import model_case
 from ldm_lib.config import resolve
 from ldm_lib.errors import TrainingError
 from ldm_lib.fitting import latent_statistics
-from ldm_lib.reconstruction import reconstruct
+from ldm_lib.reconstruction import code
 
 CPU = torch.device("cpu")
 HOW = {"device": CPU, "precision": "32"}
@@ -80,7 +80,7 @@ def test_training_is_a_function_of_the_seed(cases, train):
 def test_a_linear_start_is_no_worse_after_training(cases, train):
     def error(coder):
         images = [model_case(load_case(case), 2).target for case in (cases[0], cases[2])]
-        return np.mean([np.abs(reconstruct(coder, image, **HOW) - image)[image > 0].mean() for image in images])
+        return np.mean([np.abs(code(coder, image, **HOW).rebuilt - image)[image > 0].mean() for image in images])
 
     trained, random = fresh(linear_start=True), fresh()
     train(trained, cases[:4], autoencoder_steps=60)

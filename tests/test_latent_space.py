@@ -22,7 +22,7 @@ from ldm_lib.latent_space import (
     latent_table,
     posterior_kl,
 )
-from ldm_lib.reconstruction import encode, reconstruct
+from ldm_lib.reconstruction import code
 
 HOW = {"device": torch.device("cpu"), "precision": "32"}
 
@@ -79,11 +79,11 @@ def test_kl_is_that_of_two_normals_over_the_chosen_cells(on_grid):
 def test_flip_errors_are_those_of_flipped_arrays(on_grid):
     """The latent flipped and decoded is, by numpy: decode(flip(encode(image))), flipped back."""
     autoencoder, image = fresh(), on_grid.target
-    mirrored = np.ascontiguousarray(encode(autoencoder, image, **HOW)[:, ::-1])
+    mirrored = np.ascontiguousarray(code(autoencoder, image, **HOW).latent[:, ::-1])
     with torch.inference_mode():
         decoded = autoencoder.decode(torch.from_numpy(mirrored)[None])[0, 0].numpy()[::-1]
-    errors, brain = flip_error(autoencoder, image, **HOW), image > 0
-    plain = reconstruct(autoencoder, image, **HOW)
+    errors, brain = flip_error(autoencoder, image, code(autoencoder, image, **HOW), **HOW), image > 0
+    plain = code(autoencoder, image, **HOW).rebuilt
     assert errors["coding"] == pytest.approx(np.sqrt(np.mean((plain - image)[brain] ** 2)), rel=1e-5)
     assert errors["coding with a latent flip"] == pytest.approx(
         np.sqrt(np.mean((decoded - image)[brain] ** 2)), rel=1e-5
@@ -97,7 +97,7 @@ def test_where_cells_have_no_left_and_right_a_latent_flip_costs_nothing(on_grid)
         autoencoder.linear.project.weight.fill_(1 / 8)
         autoencoder.linear.estimate.weight.zero_()
         autoencoder.linear.estimate.weight[..., 1, 1, 1] = 1.0
-    errors = flip_error(autoencoder, on_grid.target, **HOW)
+    errors = flip_error(autoencoder, on_grid.target, code(autoencoder, on_grid.target, **HOW), **HOW)
     assert errors["coding with a latent flip"] == pytest.approx(errors["coding"], rel=1e-6)
 
 
@@ -106,9 +106,9 @@ def test_where_cells_have_no_left_and_right_a_latent_flip_costs_nothing(on_grid)
 
 def test_the_reach_by_its_definition(on_grid):
     autoencoder = fresh()
-    rows = hole_reach(autoencoder, on_grid, **HOW)
+    rows = reach(autoencoder, on_grid)
     images = (on_grid.target, on_grid.voided)
-    difference = np.subtract(*(encode(autoencoder, image, **HOW) for image in images))
+    difference = np.subtract(*(code(autoencoder, image, **HOW).latent for image in images))
     hole, brain = np.argwhere(latent_mask(on_grid.mask, 2)), brain_cells(on_grid.target, 2)
     squares = {k: [] for k in range(FARTHEST_CELL + 1)}
     for cell in np.argwhere(brain):
@@ -124,9 +124,15 @@ def test_the_reach_by_its_definition(on_grid):
 def test_a_code_of_blocks_changes_in_the_hole_alone(cases, on_grid):
     autoencoder = fresh(linear_start=True)
     fit_linear_code(autoencoder.linear, cases[:1])
-    first, *others = [row["rms_difference"] for row in hole_reach(autoencoder, on_grid, **HOW)]
+    first, *others = [row["rms_difference"] for row in reach(autoencoder, on_grid)]
     assert first > 0.1 and not np.nansum(others)
-    assert dilation_needed(hole_reach(autoencoder, on_grid, **HOW)) == 0
+    assert dilation_needed(reach(autoencoder, on_grid)) == 0
+
+
+def reach(autoencoder, case):
+    """Of a case's hole, by way of its two images."""
+    full, voided = (code(autoencoder, image, **HOW).latent for image in (case.target, case.voided))
+    return hole_reach(full, voided, latent_mask(case.mask, 2), brain_cells(case.target, 2))
 
 
 def column(length, norm):
@@ -135,7 +141,7 @@ def column(length, norm):
     mask = np.zeros(image.shape, bool)
     mask[:3] = True
     case = SimpleNamespace(target=image, voided=np.where(mask, 0, image), mask=mask)
-    return [row["rms_difference"] for row in hole_reach(fresh(norm=norm), case, **HOW)]
+    return [row["rms_difference"] for row in reach(fresh(norm=norm), case)]
 
 
 def test_norms_of_one_voxel_end_the_reach_and_norms_of_the_grid_do_not(monkeypatch):

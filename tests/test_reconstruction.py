@@ -19,10 +19,9 @@ from ldm_lib.reconstruction import (
     by_tissue,
     ceiling,
     cell_box,
+    code,
     crop_against_whole,
     decode_box,
-    encode,
-    reconstruct,
 )
 from ldm_lib.weights import load_model
 
@@ -39,6 +38,14 @@ def linear_code(cases, latent_channels, factor):
     code = LinearCode(latent_channels, factor).requires_grad_(False)
     fit_linear_code(code, cases)
     return code
+
+
+def against_whole(coder, image, edge):
+    return crop_against_whole(coder, image, code(coder, image, **HOW).rebuilt, edge, **HOW)
+
+
+def box_loss(data, on_grid, coder, margin):
+    return box_loss_db(data, coder, code(coder, on_grid.target, **HOW), margin, **HOW)
 
 
 class Erring:
@@ -71,10 +78,10 @@ def on_grid(data):
 
 def test_the_ceiling_is_the_truth_through_the_autoencoder(data, on_grid, tiny_autoencoder_folder):
     autoencoder = load_model(tiny_autoencoder_folder, "autoencoder")
-    filled, scores = ceiling(data, on_grid, autoencoder, **HOW)
+    filled, scores = ceiling(data, code(autoencoder, on_grid.target, **HOW).rebuilt, 2)
     outside = ~data.mask
     assert np.array_equal(filled[outside], data.voided[outside])
-    rebuilt = reconstruct(autoencoder, on_grid.target, **HOW)
+    rebuilt = code(autoencoder, on_grid.target, **HOW).rebuilt
     inside = data.frame(autoencoder.factor).to_model(data.mask)
     order = data.frame(autoencoder.factor).to_model(np.where(data.mask, filled, 0))
     np.testing.assert_allclose(order[inside], np.maximum(rebuilt[inside], 0) * data.scale, rtol=1e-5)
@@ -82,21 +89,21 @@ def test_the_ceiling_is_the_truth_through_the_autoencoder(data, on_grid, tiny_au
 
 
 def test_the_ceiling_of_a_coder_that_loses_nothing_is_the_truth(data, on_grid):
-    filled, scores = ceiling(data, on_grid, Erring(2), **HOW)
+    filled, scores = ceiling(data, on_grid.target, 2)
     np.testing.assert_allclose(filled, data.target, rtol=1e-5)
     assert scores["psnr_01"] > 100
 
 
 def test_reconstruction_goes_through_the_latent(on_grid, tiny_autoencoder_folder):
     autoencoder = load_model(tiny_autoencoder_folder, "autoencoder")
-    latent = torch.from_numpy(encode(autoencoder, on_grid.target, **HOW))[None]
+    latent = torch.from_numpy(code(autoencoder, on_grid.target, **HOW).latent)[None]
     with torch.inference_mode():
         decoded = autoencoder.decode(latent)[0, 0].numpy()
-    assert np.array_equal(decoded, reconstruct(autoencoder, on_grid.target, **HOW))
+    assert np.array_equal(decoded, code(autoencoder, on_grid.target, **HOW).rebuilt)
 
 
 def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
-    filled, _ = ceiling(data, on_grid, fresh(), **HOW)
+    filled, _ = ceiling(data, code(fresh(), on_grid.target, **HOW).rebuilt, 2)
     rows = by_tissue(data, filled)
     assert rows == scores_by_tissue(filled, data.target, data.voided, data.healthy, data.tissue)
     assert sum(row["voxels"] for row in rows) == (data.healthy & (data.tissue > 0)).sum() > 0
@@ -107,16 +114,16 @@ def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
 
 
 def test_a_code_of_single_blocks_does_not_see_where_it_is_cut(cases, on_grid):
-    code = LinearCode(3, 2)
-    code.fit(*block_statistics(cases[:1], 2))
-    found = crop_against_whole(code, on_grid.target, 8, **HOW)
+    coder = LinearCode(3, 2).requires_grad_(False)
+    coder.fit(*block_statistics(cases[:1], 2))
+    found = against_whole(coder, on_grid.target, 8)
     assert found["crop_psnr"] == pytest.approx(found["whole_psnr"], abs=1e-4)
 
 
 def test_crops_that_fill_the_volume_are_compared_in_closed_form():
     """A coder that takes its input's mean away errs by that mean: the crop's or the whole's."""
     image = np.kron(np.array([0.1, 0.3], np.float32), np.ones((16, 16, 8), np.float32))
-    found = crop_against_whole(Erring(4, lambda volume: volume - volume.mean()), image, 10, **HOW)  # 10 becomes 8
+    found = against_whole(Erring(4, lambda volume: volume - volume.mean()), image, 10)  # 10 becomes 8
     assert found["crop_psnr"] == pytest.approx(-10 * np.log10((0.1**2 + 0.3**2) / 2))
     assert found["whole_psnr"] == pytest.approx(-10 * np.log10(0.2**2))
 
@@ -126,20 +133,20 @@ def test_crops_meet_in_the_middle_of_the_brain_and_only_its_voxels_count():
     image[4:12, 20:28, 8:16] = 0.5
     seen = []
     coder = Erring(4, lambda volume: seen.append(volume) or volume + 0.1 + 9 * (volume == 0))
-    found = crop_against_whole(coder, image, 4, **HOW)
+    found = against_whole(coder, image, 4)
     assert [tuple(v.shape[2:]) for v in seen] == [(32, 32, 32)] + 8 * [(4, 4, 4)]
     assert all(v.min() == 0.5 for v in seen[1:])
     assert found == pytest.approx({"crop_psnr": 20, "whole_psnr": 20}, rel=1e-5)
 
 
 def test_a_crop_larger_than_the_volume_is_the_volume(on_grid):
-    found = crop_against_whole(fresh(norm="group"), on_grid.target, 64, **HOW)
-    whole = brain_scores(reconstruct(fresh(norm="group"), on_grid.target, **HOW), on_grid.target)["psnr"]
+    found = against_whole(fresh(norm="group"), on_grid.target, 64)
+    whole = brain_scores(code(fresh(norm="group"), on_grid.target, **HOW).rebuilt, on_grid.target)["psnr"]
     assert found == pytest.approx({"crop_psnr": whole, "whole_psnr": whole}, rel=1e-5)
 
 
 def test_norms_of_the_whole_grid_code_a_crop_differently(on_grid):
-    found = crop_against_whole(fresh(norm="group"), on_grid.target, 8, **HOW)
+    found = against_whole(fresh(norm="group"), on_grid.target, 8)
     assert abs(found["crop_psnr"] - found["whole_psnr"]) > 0.01
 
 
@@ -173,8 +180,8 @@ def test_the_middle_of_a_deeper_volume_is_kept():
 
 
 def test_a_real_code_is_aligned_at_155_and_156_slices(cases, data):
-    code = linear_code(cases[:2], 6, 4)
-    rows = alignment(code, data.lps(data.target / data.scale).astype(np.float32), **HOW)
+    coder = linear_code(cases[:2], 6, 4)
+    rows = alignment(coder, data.lps(data.target / data.scale).astype(np.float32), **HOW)
     assert [(row["slices"], row["shift_vox"]) for row in rows] == [(155, 0), (156, 0)]
     assert min(row["correlation"] for row in rows) > 0.8
 
@@ -258,17 +265,17 @@ def test_only_the_box_is_decoded(monkeypatch):
 
 
 def test_the_loss_of_a_box_in_db(cases, data, on_grid):
-    code = linear_code(cases[:1], 3, 2)
-    assert box_loss_db(data, on_grid, code, 1, **HOW) == pytest.approx(0, abs=1e-4)
-    assert box_loss_db(data, on_grid, code, 0, **HOW) > 0.01
+    coder = linear_code(cases[:1], 3, 2)
+    assert box_loss(data, on_grid, coder, 1) == pytest.approx(0, abs=1e-4)
+    assert box_loss(data, on_grid, coder, 0) > 0.01
     autoencoder = fresh(norm="local", linear_start=True)
     fit_linear_code(autoencoder.linear, cases[:1])
     torch.nn.init.normal_(autoencoder.network.decoder.blocks[-1].conv.weight, std=0.02)
-    assert box_loss_db(data, on_grid, autoencoder, 15, **HOW) == pytest.approx(0, abs=1e-4)
-    narrow = box_loss_db(data, on_grid, autoencoder, 0, **HOW)
-    latent = torch.from_numpy(encode(autoencoder, on_grid.target, **HOW))[None]
+    assert box_loss(data, on_grid, autoencoder, 15) == pytest.approx(0, abs=1e-4)
+    narrow = box_loss(data, on_grid, autoencoder, 0)
+    latent = torch.from_numpy(code(autoencoder, on_grid.target, **HOW).latent)[None]
     with torch.inference_mode():
         box = decode_box(autoencoder, latent, on_grid.mask, 0)[0, 0].numpy()
     scores = brats_scores(data.paste(box, 2), data.target, data.voided, data.healthy)
-    whole = ceiling(data, on_grid, autoencoder, **HOW)[1]["psnr_01"]
+    whole = ceiling(data, code(autoencoder, on_grid.target, **HOW).rebuilt, 2)[1]["psnr_01"]
     assert narrow == pytest.approx(whole - scores["psnr_01"], abs=1e-4) and abs(narrow) > 1e-3
