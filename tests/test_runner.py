@@ -316,3 +316,23 @@ def until(holds, seconds):
     while not holds():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+# ---- finished runs side by side
+
+
+def test_runs_are_compared_by_what_differs_and_what_they_found(outputs, executed):
+    for name, seed in (("one", 1), ("two", 2)):
+        run(AUDIT, name=name, seed=seed)
+        (outputs / name / AUDIT / "summary.json").write_text(json.dumps({"psnr": seed / 3, "told": "x" * 40}))
+    rows = [line.strip("| ").split(" | ") for line in runner.compare(AUDIT, ["one", "two"]).splitlines()]
+    table = {name: values for name, *values in rows}
+    assert list(table) == ["run", "---", "seed", "psnr", "told", "stage_s", "peak_memory_mb"]
+    assert table["run"] == ["one", "two"] and table["seed"] == ["1", "2"] and table["psnr"] == ["0.3333", "0.6667"]
+    assert table["told"] == ["x" * 24] * 2
+
+
+def test_a_run_that_did_not_finish_is_not_compared(outputs, executed):
+    run(AUDIT, name="one")
+    with pytest.raises(RunError, match=f"one/{AUTOENCODER}: is not done"):
+        runner.compare(AUTOENCODER, ["one"])
