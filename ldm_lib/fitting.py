@@ -81,6 +81,11 @@ def _blocks(image: np.ndarray, factor: int) -> np.ndarray:
     return rearrange(image, "(x a) (y b) (z c) -> (x y z) (a b c)", a=factor, b=factor, c=factor)
 
 
+def brain_cells(image: np.ndarray, factor: int) -> np.ndarray:
+    """Latent cells (x/f, y/f, z/f) bool that lie mostly in the brain."""
+    return cell_share(image > 0, factor) > 0.5
+
+
 def latent_statistics(
     autoencoder: Autoencoder, cases: Sequence[Case], *, device: torch.device, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +98,7 @@ def latent_statistics(
     for image in _images(cases, autoencoder.factor):
         with torch.inference_mode(), autocast(device, precision):
             mean, _ = autoencoder.moments(torch.from_numpy(image)[None, None].to(device))
-        brain = torch.from_numpy(cell_share(image > 0, autoencoder.factor) > 0.5).to(device)
+        brain = torch.from_numpy(brain_cells(image, autoencoder.factor)).to(device)
         inside = mean[0].double()[:, brain]
         total = total + torch.stack([inside.sum(1), inside.square().sum(1)])
         count += inside.shape[1]

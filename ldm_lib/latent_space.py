@@ -14,15 +14,9 @@ from scipy import ndimage
 from ldm_lib.autoencoder import Autoencoder, kl_divergence
 from ldm_lib.devices import autocast
 from ldm_lib.fidelity import rms
-from ldm_lib.geometry import cell_share
 from ldm_lib.reconstruction import Coded, as_batch
 
 FARTHEST_CELL = 6
-
-
-def brain_cells(image: np.ndarray, factor: int) -> np.ndarray:
-    """Latent cells (x/f, y/f, z/f) bool that lie mostly in the brain."""
-    return cell_share(image > 0, factor) > 0.5
 
 
 def latent_table(latent: np.ndarray, cells: np.ndarray) -> list[dict[str, float]]:

@@ -11,11 +11,10 @@ from torch.distributions import Normal, kl_divergence
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
-from ldm_lib.fitting import fit_linear_code
+from ldm_lib.fitting import brain_cells, fit_linear_code
 from ldm_lib.geometry import latent_mask
 from ldm_lib.latent_space import (
     FARTHEST_CELL,
-    brain_cells,
     dilation_needed,
     flip_error,
     hole_reach,
