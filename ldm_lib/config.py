@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ldm_lib.errors import ConfigError
 
+FRONT_END_FACTORS = {"plain": 1, "haar": 4, "half": 2}  # voxels an axis that become one, see `front_ends`
 JUDGED_CROP_VOX = 20  # an axis of the smallest crop that the discriminator of `critics` judges
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
@@ -108,7 +109,7 @@ class AutoencoderConfig(DeviceConfig):
     @model_validator(mode="after")
     def _crops_fit(self) -> Self:
         """A crop of few cells has no middle, and convolutions in bfloat16 fail on axes of two."""
-        factor = {"plain": 1, "haar": 4, "half": 2}[self.front_end] * 2 ** (len(integers(self.channels)) - 1)
+        factor = FRONT_END_FACTORS[self.front_end] * 2 ** (len(integers(self.channels)) - 1)
         judged = -(-JUDGED_CROP_VOX // factor) if self.adversarial_weight else 0
         least = max(4, judged)
         if self.crop < least * factor:

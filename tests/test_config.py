@@ -95,6 +95,14 @@ def test_limits_themselves_are_allowed(name, low, high):
         ({"multipliers": "1,2"}, r"^attention_rates = '4': multipliers '1,2' leave \[1, 2\]"),
         ({"attention_rates": "3"}, r"^attention_rates = '3': multipliers '1,2,4' leave \[1, 2, 4\]"),
         ({"devices": 2}, "^devices = 2: training uses one device"),
+        ({"crop": 7}, "^crop = 7: 2 voxels make a cell, an axis of a crop has at least 4"),
+        ({"crop": 63, "front_end": "haar", "channels": "8,8,8"}, "^crop = 63: 16 voxels make a cell"),
+        (
+            {"crop": 18, "adversarial_weight": 0.1},
+            "^crop = 18: 2 voxels make a cell, an axis of a crop has at least 10",
+        ),
+        ({"crop": 64}, "^final_crop = 48: must be at least crop = 64"),
+        ({"encoder": "linear", "linear_start": False}, "^encoder = 'linear': needs linear_start"),
     ],
 )
 def test_parameters_that_do_not_fit_together_are_refused_at_once(values, told):

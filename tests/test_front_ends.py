@@ -1,10 +1,13 @@
 """Laws of the fixed transforms around the autoencoder's network."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import hadamard
 
+from ldm_lib.config import FRONT_END_FACTORS, AutoencoderConfig
 from ldm_lib.front_ends import FRONT_ENDS, Haar, Half, haar_packets
 
 
@@ -58,3 +61,8 @@ def test_half_keeps_what_varies_slowly():
     ramp = x.view(-1, 1, 1).expand(32, 8, 8)[None, None].contiguous()
     again = front.synthesise(front.analyse(ramp))
     assert again.shape == ramp.shape and torch.allclose(again[..., 2:-2, :, :], ramp[..., 2:-2, :, :], atol=1e-5)
+
+
+def test_parameters_know_every_front_end_and_its_factor():
+    assert {name: cls.factor for name, cls in FRONT_ENDS.items()} == FRONT_END_FACTORS
+    assert list(FRONT_ENDS) == list(get_args(AutoencoderConfig.model_fields["front_end"].annotation))
