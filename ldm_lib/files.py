@@ -41,6 +41,13 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digests(*given: str) -> dict[str, str]:
+    """Name -> sha256 of each file given, and of the files in each folder given; what is empty or absent is left out."""
+    places = [Path(path).expanduser() for path in given if path]
+    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.glob("*")))]
+    return {f"{file.parent.name}/{file.name}": sha256(file) for file in files if file.is_file()}
+
+
 def fingerprint(content: Any) -> str:
     """Hex digest of any JSON-like content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lib.cohort import source_digests
-from ldm_lib.config import STAGES, AuditConfig, StageConfig, resolve
+from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, StageConfig, resolve
 from ldm_lib.errors import LdmError, RunError
-from ldm_lib.files import OWNER_VARIABLE, FolderLock
+from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
 from ldm_lib.runs import (
     is_done,
     outputs_folder,
@@ -66,10 +66,11 @@ def run(
 
 
 def stage_inputs(stage: str, config: StageConfig, run_folder: Path) -> dict[str, str]:
-    """What a stage is made from: the source files for the first, the earlier stages' outputs for the others."""
+    """What a stage is made from: the source files for the first, earlier stages' outputs and given weights after it."""
     if isinstance(config, AuditConfig):
         return source_digests(config.data_dir, config.conditioning_dir)
-    return upstream_digests(run_folder, stage)
+    weights = (config.autoencoder_dir, config.perceptual_file) if isinstance(config, AutoencoderConfig) else ()
+    return upstream_digests(run_folder, stage) | digests(*weights)
 
 
 def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:

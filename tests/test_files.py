@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.errors import RunError
-from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, replacing, sha256, write_json
+from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests, fingerprint, now, replacing, sha256, write_json
 
 HOLD = """
 import sys, time
@@ -191,3 +191,12 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path):
 def test_now_is_utc_to_the_second():
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", now())
     assert abs(datetime.fromisoformat(now()).timestamp() - time.time()) < 3
+
+
+def test_digests_of_files_and_folders_and_of_nothing(tmp_path):
+    (tmp_path / "model" / "deeper").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "net.pth").write_bytes(b"net")
+    found = digests(str(tmp_path / "model"), "", str(tmp_path / "net.pth"), str(tmp_path / "absent"))
+    known = hashlib.sha256(b"{}").hexdigest(), hashlib.sha256(b"net").hexdigest()
+    assert found == dict(zip(("model/config.json", f"{tmp_path.name}/net.pth"), known, strict=True))

@@ -318,6 +318,18 @@ def until(holds, seconds):
         time.sleep(0.05)
 
 
+def test_other_weights_in_the_same_place_are_noticed(outputs, executed, tmp_path):
+    weights = tmp_path / "net" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    given = {"autoencoder_dir": str(weights.parent)}
+    run(AUDIT, AUTOENCODER, **given)
+    assert run(AUTOENCODER, **given)[0] == f"{AUTOENCODER}: done already, skipped"
+    weights.write_bytes(b"two")
+    with pytest.raises(RunError, match=r"input net/model.safetensors changed"):
+        run(AUTOENCODER, **given)
+
+
 # ---- finished runs side by side
 
 
