@@ -19,7 +19,7 @@ from ldm_lib.front_ends import FRONT_ENDS
 
 NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlMaisi}
 NORMS = ("local", "group")
-ENCODERS = ("network", "linear")
+LEARNED = ("both", "decoder", "none")
 QUIET_LOG_VARIANCE = -6.0
 
 
@@ -33,8 +33,8 @@ class Autoencoder(nn.Module):
         front_end: what stands before and after the network, see `front_ends`.
         norm: "group" as MONAI has it, or "local", see `LocalNorm`.
         linear_start: add a linear block code beside the network, see `LinearCode`; it stays as it was fitted.
-        encoder: "network", or "linear" to code by the linear code alone, so that a cell's latent depends on its own
-            voxels alone and a hole changes none beside it; only the decoder is then a network.
+        learned: which way has a network: "both"; "decoder", so that a cell's latent depends on its own voxels alone
+            and a hole changes none beside it; or "none", the linear code alone.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
         front_end: str = "plain",
         norm: str = "group",
         linear_start: bool = False,
-        encoder: str = "network",
+        learned: str = "both",
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -54,20 +54,12 @@ class Autoencoder(nn.Module):
             "front_end": front_end,
             "norm": norm,
             "linear_start": linear_start,
-            "encoder": encoder,
+            "learned": learned,
         }
         _require_known(self.config)
-        arguments = {name: value for name, value in network.items() if name != "class"}
         self.front = FRONT_ENDS[front_end]()
-        self.network = NETWORKS[network["class"]](**arguments)
-        if norm == "local":
-            _localise(self.network)
-        self.network.to(memory_format=torch.channels_last_3d)  # convolutions on a CPU are twice as fast in it
+        self.network = None if learned == "none" else self._build_network()
         self.linear = LinearCode(self.latent_channels, self.factor).requires_grad_(False) if linear_start else None
-        if linear_start:
-            _silence(self.network)
-        if encoder == "linear":
-            self.network.encoder = self.network.quant_conv_mu = self.network.quant_conv_log_sigma = None
         self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
         self.register_buffer("scale_factor", torch.ones(self.latent_channels))
 
@@ -82,7 +74,7 @@ class Autoencoder(nn.Module):
         front_end: str = "plain",
         norm: str = "local",
         linear_start: bool = True,
-        encoder: str = "network",
+        learned: str = "both",
     ) -> "Autoencoder":
         """AutoencoderKL without attention.
 
@@ -104,8 +96,19 @@ class Autoencoder(nn.Module):
             "with_encoder_nonlocal_attn": False,
             "with_decoder_nonlocal_attn": False,
         }
-        how = {"front_end": front_end, "norm": norm, "linear_start": linear_start, "encoder": encoder}
+        how = {"front_end": front_end, "norm": norm, "linear_start": linear_start, "learned": learned}
         return cls(network=network, spacing_mm=spacing_mm, **how)
+
+    def _build_network(self) -> nn.Module:
+        arguments = {name: value for name, value in self.config["network"].items() if name != "class"}
+        network = NETWORKS[self.config["network"]["class"]](**arguments)
+        if self.config["norm"] == "local":
+            _localise(network)
+        if self.config["linear_start"]:
+            _silence(network)
+        if self.config["learned"] == "decoder":
+            network.encoder = network.quant_conv_mu = network.quant_conv_log_sigma = None
+        return network.to(memory_format=torch.channels_last_3d)  # convolutions on a CPU are twice as fast in it
 
     @property
     def levels(self) -> int:
@@ -129,7 +132,7 @@ class Autoencoder(nn.Module):
     def moments(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, before standardisation."""
         self._require_divisible(volume)
-        if self.network.encoder is None:
+        if self.config["learned"] != "both":
             mean = self.linear.encode(volume)
             return mean, torch.full_like(mean, math.exp(QUIET_LOG_VARIANCE / 2))
         mean, std = self.network.encode(self.front.analyse(volume))
@@ -137,6 +140,8 @@ class Autoencoder(nn.Module):
 
     def rebuild(self, code: Tensor) -> Tensor:
         """Volume (b 1 fx fy fz) from latents before standardisation."""
+        if self.network is None:
+            return self.linear.decode(code)
         volume = self.front.synthesise(self.network.decode(code))
         return volume if self.linear is None else volume.float() + self.linear.decode(code)
 
@@ -261,12 +266,12 @@ def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
 
 def _require_known(config: Mapping[str, Any]) -> None:
     """Refuse what cannot be built, as a config.json may ask for it."""
-    known = {"front_end": FRONT_ENDS, "norm": NORMS, "encoder": ENCODERS}
+    known = {"front_end": FRONT_ENDS, "norm": NORMS, "learned": LEARNED}
     wrong = [f"{name} {config[name]!r}" for name, choices in known.items() if config[name] not in choices]
     if (name := config["network"].get("class")) not in NETWORKS:
         wrong.append(f"class {name!r}")
-    if config["encoder"] == "linear" and not config["linear_start"]:
-        wrong.append("encoder 'linear' without linear_start")
+    if config["learned"] != "both" and not config["linear_start"]:
+        wrong.append(f"learned {config['learned']!r} without linear_start")
     if wrong:
         raise ConfigError(f"no autoencoder with {', '.join(wrong)}")
 

@@ -143,7 +143,7 @@ def build_autoencoder(config: AutoencoderConfig, *, spacing_mm: float) -> Autoen
             front_end=config.front_end,
             norm=config.norm,
             linear_start=config.linear_start,
-            encoder=config.encoder,
+            learned=config.learned,
         )
 
 
@@ -162,31 +162,39 @@ def train_autoencoder(
         folder: where the checkpoint goes; a training that was killed there is taken up again.
 
     Returns:
-        one row of figures a step: step, learning_rate, seconds, l1, kl and what else the loss has.
+        one row of figures a step: step, learning_rate, seconds, l1, kl and what else the loss has; none where there is
+        no network to train.
 
     Raises:
         TrainingError: a loss that is not finite.
     """
     if not (checkpoint := folder / CHECKPOINT).exists():
         fit_linear_parts(autoencoder, cases)
-    training = AutoencoderTraining(autoencoder, config, device=device, precision=precision)
-    history = training.resume(checkpoint) if checkpoint.exists() else []
-    loader, saved = CropLoader(cases, config, autoencoder.factor), time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    for step in range(len(history), config.autoencoder_steps):
+    history = []
+    if autoencoder.network is not None:
+        training = AutoencoderTraining(autoencoder, config, device=device, precision=precision)
+        history = _take_steps(training, cases, checkpoint)
+    autoencoder.freeze()
+    autoencoder.standardise(*latent_statistics(autoencoder, cases, device=device, precision=precision))
+    return history
+
+
+def _take_steps(training: AutoencoderTraining, cases: Sequence[Case], checkpoint: Path) -> list[dict[str, float]]:
+    """Every step of a training that a checkpoint does not hold yet, one row each; leaves the averaged weights."""
+    history, steps = training.resume(checkpoint) if checkpoint.exists() else [], training.config.autoencoder_steps
+    loader, saved = CropLoader(cases, training.config, training.autoencoder.factor), time.monotonic()
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    for step in range(len(history), steps):
         started, rate = time.monotonic(), training.schedule.get_last_lr()[0]
         figures = training.step(step, *loader.batch(step))
         seconds = time.monotonic() - started
         history.append({"step": step, "learning_rate": rate, "seconds": seconds, **figures})
-        if time.monotonic() - saved > CHECKPOINT_EVERY_S or step + 1 == config.autoencoder_steps:
+        if time.monotonic() - saved > CHECKPOINT_EVERY_S or step + 1 == steps:
             training.save(checkpoint, history)
             saved = time.monotonic()
-            left = (config.autoencoder_steps - step - 1) * float(np.median([row["seconds"] for row in history[-50:]]))
-            log.info("autoencoder step %d/%d: L1 %.4f; %.0f min left", step + 1, config.autoencoder_steps,
-                     figures["l1"], left / 60)  # fmt: skip
-    autoencoder.load_state_dict(training.ema.module.state_dict())
-    autoencoder.freeze()
-    autoencoder.standardise(*latent_statistics(autoencoder, cases, device=device, precision=precision))
+            left = (steps - step - 1) * float(np.median([row["seconds"] for row in history[-50:]]))
+            log.info("autoencoder step %d/%d: L1 %.4f; %.0f min left", step + 1, steps, figures["l1"], left / 60)
+    training.autoencoder.load_state_dict(training.ema.module.state_dict())
     return history
 
 

@@ -85,7 +85,7 @@ class AutoencoderConfig(DeviceConfig):
     blocks: Positive = Field(1, description="residual blocks per level")
     norm: Literal["local", "group"] = Field("local", description="statistics of one voxel, or of the whole grid")
     linear_start: bool = Field(True, description="add to the best linear code instead of starting at random")
-    encoder: Literal["network", "linear"] = Field("network", description="linear: by the linear code alone")
+    learned: Literal["both", "decoder", "none"] = Field("both", description="which way has a network")
     autoencoder_steps: Positive = Field(100, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")
     autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="peak, of AdamW")
@@ -114,8 +114,8 @@ class AutoencoderConfig(DeviceConfig):
         least = max(4, judged)
         if self.crop < least * factor:
             raise ValueError(f"crop = {self.crop}: {factor} voxels make a cell, an axis of a crop has at least {least}")
-        if self.encoder == "linear" and not self.linear_start:
-            raise ValueError("encoder = 'linear': needs linear_start")
+        if self.learned != "both" and not self.linear_start:
+            raise ValueError(f"learned = {self.learned!r}: needs linear_start")
         if self.final_crop < self.crop:
             raise ValueError(f"final_crop = {self.final_crop}: must be at least crop = {self.crop}")
         return self

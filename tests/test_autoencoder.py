@@ -11,6 +11,7 @@ from ldm_lib.autoencoder import Autoencoder, LocalNorm, kl_divergence
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import ConfigError, InputError
+from ldm_lib.fitting import fit_linear_parts
 from ldm_lib.geometry import cell_share
 from ldm_lib.weights import load_model
 
@@ -128,8 +129,8 @@ def test_the_build_is_plain_json_and_builds_the_same_again():
         assert torch.equal(one.moments(image)[0], again.moments(image)[0])
 
 
-def test_a_linear_encoder_sees_a_cells_own_voxels_and_the_decoder_is_a_network():
-    autoencoder = fresh(channels=(4, 8, 8), linear_start=True, encoder="linear")
+def test_without_a_learned_encoder_a_cell_sees_its_own_voxels_and_the_decoder_is_a_network():
+    autoencoder = fresh(channels=(4, 8, 8), linear_start=True, learned="decoder")
     torch.nn.init.normal_(autoencoder.linear.project.weight)
     torch.nn.init.normal_(autoencoder.network.decoder.blocks[-1].conv.weight)
     image = volume(16, 16, 16)
@@ -143,6 +144,17 @@ def test_a_linear_encoder_sees_a_cells_own_voxels_and_the_decoder_is_a_network()
     assert not [name for name in autoencoder.state_dict() if name.startswith(("network.encoder", "network.quant_conv"))]
 
 
+def test_what_has_no_network_is_the_linear_code(cases):
+    autoencoder = fresh(channels=(4, 8, 8), linear_start=True, learned="none").freeze()
+    fit_linear_parts(autoencoder, cases[:1])
+    image = torch.from_numpy(model_case(load_case(cases[0]), 4).target)[None, None]
+    code = autoencoder.linear.encode(image)
+    assert torch.equal(autoencoder.encode(image), code)
+    assert torch.equal(autoencoder.decode(code), autoencoder.linear.decode(code))
+    assert autoencoder.factor == 4 and {name.partition(".")[0] for name in autoencoder.state_dict()} == {
+        "linear", "latent_mean", "scale_factor"}  # fmt: skip
+
+
 def test_the_linear_code_is_not_trained():
     autoencoder = fresh(linear_start=True)
     assert not any(p.requires_grad for p in autoencoder.linear.parameters())
@@ -151,8 +163,8 @@ def test_the_linear_code_is_not_trained():
 
 @pytest.mark.parametrize(("changes", "told"), [
     ({"norm": "batch"}, "norm 'batch'"), ({"front_end": "fourier"}, "front_end 'fourier'"),
-    ({"network": {"class": "VQVAE"}}, "class 'VQVAE'"), ({"encoder": "none"}, "encoder 'none'"),
-    ({"encoder": "linear"}, "encoder 'linear' without linear_start"),
+    ({"network": {"class": "VQVAE"}}, "class 'VQVAE'"), ({"learned": "all"}, "learned 'all'"),
+    ({"learned": "none"}, "learned 'none' without linear_start"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_refused(changes, told):
     with pytest.raises(ConfigError, match=f"no autoencoder with {told}"):

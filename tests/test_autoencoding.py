@@ -165,6 +165,14 @@ def test_the_discriminator_joins_after_the_warm_up(cases, train):
     assert ["discriminator" in row for row in rows] == [False] * 4 + [True] * 4
 
 
+def test_without_a_network_nothing_is_trained_and_latents_are_standardised(cases, train, tmp_path):
+    autoencoder = fresh(linear_start=True, learned="none")
+    assert train(autoencoder, cases[:4], folder=tmp_path / "none") == []
+    mean, std = latent_statistics(autoencoder, cases[:4], **HOW)
+    assert torch.equal(autoencoder.latent_mean, mean) and torch.allclose(autoencoder.scale_factor, 1 / std)
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_autoencoder_is_what_its_parameters_say():
     config = settings(front_end="haar", norm="group", latent_channels=5, blocks=2, crop=32, final_crop=32)
     one, same = (build_autoencoder(config, spacing_mm=2.0) for _ in range(2))

@@ -102,7 +102,7 @@ def test_limits_themselves_are_allowed(name, low, high):
             "^crop = 18: 2 voxels make a cell, an axis of a crop has at least 10",
         ),
         ({"crop": 64}, "^final_crop = 48: must be at least crop = 64"),
-        ({"encoder": "linear", "linear_start": False}, "^encoder = 'linear': needs linear_start"),
+        ({"learned": "none", "linear_start": False}, "^learned = 'none': needs linear_start"),
     ],
 )
 def test_parameters_that_do_not_fit_together_are_refused_at_once(values, told):
