@@ -85,7 +85,7 @@ class AutoencoderConfig(DeviceConfig):
     blocks: Positive = Field(1, description="residual blocks per level")
     norm: Literal["local", "group"] = Field("local", description="statistics of one voxel, or of the whole grid")
     linear_start: bool = Field(True, description="add to the best linear code instead of starting at random")
-    learned: Literal["both", "decoder", "none"] = Field("both", description="which way has a network")
+    learned: Literal["both", "decoder", "none"] = Field("decoder", description="which way has a network")
     autoencoder_steps: Positive = Field(100, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")
     autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="peak, of AdamW")
@@ -222,13 +222,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "demo": {},
     "full": {
-        "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "channels": "32,64,128,128", "blocks": 2,
-        "autoencoder_steps": 20000, "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96,
-        "final_crop": 160,
+        "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "front_end": "haar",
+        "channels": "128,256", "blocks": 2, "learned": "both", "autoencoder_steps": 20000,
+        "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96, "final_crop": 160,
         "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
         "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
-        "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "keep_weights": "best",
-        "prediction": "noise",
+        "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "keep_weights": "best", "prediction": "noise",
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"
