@@ -74,7 +74,7 @@ mlflow: .venv/ready ## browse tracked figures on 127.0.0.1:5000
 
 lint: .venv/ready ## ruff, and notebooks without outputs
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
-	@.venv/bin/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@.venv/bin/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
 clean: ## remove caches; never outputs, never data
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info

@@ -182,6 +182,8 @@ def train_autoencoder(
 def _take_steps(training: AutoencoderTraining, cases: Sequence[Case], checkpoint: Path) -> list[dict[str, float]]:
     """Every step of a training that a checkpoint does not hold yet, one row each; leaves the averaged weights."""
     history, steps = training.resume(checkpoint) if checkpoint.exists() else [], training.config.autoencoder_steps
+    if history:
+        log.info("autoencoder taken up again after step %d", len(history))
     loader, saved = CropLoader(cases, training.config, training.autoencoder.factor), time.monotonic()
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     for step in range(len(history), steps):

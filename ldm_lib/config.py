@@ -92,7 +92,7 @@ class AutoencoderConfig(DeviceConfig):
     autoencoder_ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="of the weights that are kept")
     crop: Positive = Field(32, description="edge of a training crop, voxels")
     final_crop: Positive = Field(48, description="edge in the last tenth of the steps, as far as the volume goes")
-    kl_weight: NotNegative = Field(1e-3, description="of the KL term, a mean over latent elements")
+    kl_weight: NotNegative = Field(1e-3, description="of the KL term, a mean over elements; a learned encoder has one")
     adversarial_weight: NotNegative = Field(0.0, description="of the patch discriminator; 0 is off")
     adversarial_start: Fraction = Field(0.5, description="share of the steps before the discriminator joins")
     perceptual_file: str = Field("", description="weights of a 3D ResNet for the perceptual term; empty is off")
@@ -112,7 +112,7 @@ class AutoencoderConfig(DeviceConfig):
         factor = FRONT_END_FACTORS[self.front_end] * 2 ** (len(integers(self.channels)) - 1)
         judged = -(-JUDGED_CROP_VOX // factor) if self.adversarial_weight else 0
         least = max(4, judged)
-        if self.crop < least * factor:
+        if self.learned != "none" and self.crop < least * factor:
             raise ValueError(f"crop = {self.crop}: {factor} voxels make a cell, an axis of a crop has at least {least}")
         if self.learned != "both" and not self.linear_start:
             raise ValueError(f"learned = {self.learned!r}: needs linear_start")

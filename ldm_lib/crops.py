@@ -36,12 +36,12 @@ class CropLoader:
         index = int(rng.integers(len(self.cases)))
         images = self._load(index)
         image = images[0 if len(images) == 1 or rng.random() < self.config.voided_fraction else 1]
-        size = [min(edge, n) for n in image.shape]
+        size = [min(edge, n) for n in image.shape]  # a volume smaller than the crop gets air behind it
         centre = self._centre(image, rng)
         corner = [int(np.clip(c - s // 2, 0, n - s)) for c, s, n in zip(centre, size, image.shape, strict=True)]
         box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
         gain, gamma = 1 + rng.uniform(-1, 1, 2) * self.config.intensity_shift
-        crop = gain * image[box].astype(np.float32) ** gamma
+        crop = np.pad(gain * image[box].astype(np.float32) ** gamma, [(0, edge - s) for s in size])
         return torch.from_numpy(crop.astype(np.float32))[None], self.cases[index].key
 
     def _images(self, index: int) -> list[np.ndarray]:

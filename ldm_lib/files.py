@@ -42,9 +42,14 @@ def sha256(path: str | Path) -> str:
 
 
 def digests(*given: str) -> dict[str, str]:
-    """Name -> sha256 of each file given, and of the files in each folder given; what is empty or absent is left out."""
+    """Name -> sha256 of each file given and the JSON files beside it, and of the files in each folder given.
+
+    What is empty or absent is left out.
+    """
     places = [Path(path).expanduser() for path in given if path]
-    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.glob("*")))]
+    files = [place for place in places if place.is_file()]
+    files += [file for place in files for file in place.parent.glob("*.json")]
+    files += [file for place in places for file in place.glob("*")]
     return {f"{file.parent.name}/{file.name}": sha256(file) for file in files if file.is_file()}
 
 

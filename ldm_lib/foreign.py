@@ -92,6 +92,7 @@ def load_autoencoder(path: str | Path, *, spacing_mm: float) -> Found:
         notes.append(_compared(autoencoder, tensors, file))
     if kind == MAISI:
         notes.append("norm_float16 off and num_splits 1, so that it runs in float32 and on every grid")
+    notes.append(f"taken to be trained at {spacing_mm:g} mm, which is the data's")
     told = _told(kind, autoencoder, [*notes, f"sha256 {sha256(file)[:12]}"])
     return Found(autoencoder.freeze(), told, standardised=False)
 

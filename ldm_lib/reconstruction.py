@@ -27,6 +27,7 @@ from ldm_lib.metrics import brats_scores, scores_by_tissue
 FARTHEST_SHIFT_VOX = 2
 COLUMN_VOX = 64
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affine of a grid in the model's orientation
+ALIKE = 0.9  # correlation from which on a shift can be told
 BOX_LOSS_LIMIT_DB = 0.1  # a box that changes the hole's PSNR by more is not decoded instead of the whole
 Coder = Autoencoder | LinearCode
 

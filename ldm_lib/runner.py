@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lib.cohort import source_digests
-from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, StageConfig, resolve
+from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, StageConfig, resolve, validated
 from ldm_lib.errors import LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
 from ldm_lib.runs import (
@@ -131,7 +131,7 @@ def _failure(error: Any, stage: str, notebook: Path) -> RunError:
     """What a cell raised, in one line: our refusals as they stand, anything else with its type and where to look."""
     where = f"{stage}, cell {error.exec_count}"
     if error.ename in {known.__name__ for known in LdmError.__subclasses__()}:
-        return RunError(error.evalue, where=where)
+        return RunError(error.evalue.removeprefix(f"{stage}: "), where=where)
     return RunError(f"{error.ename}: {error.evalue}".splitlines()[0], where=where, fix=f"see {notebook}")
 
 
@@ -166,9 +166,10 @@ def compare(stage: str, runs: Sequence[str]) -> str:
     """A Markdown table of finished runs side by side: the parameters of a stage that differ, then what each found.
 
     Raises:
+        ConfigError: a run's name that is no name.
         RunError: a run has not finished this stage.
     """
-    folders = [require_done(outputs_folder() / run, stage) for run in runs]
+    folders = [require_done(outputs_folder() / validated(AuditConfig, {"run": run}).run, stage) for run in runs]
     records = [read_record(folder / "done.json") for folder in folders]
     parameters = [record["parameters"] for record in records]
     differing = [name for name in parameters[0] if len({str(p.get(name)) for p in parameters}) > 1]

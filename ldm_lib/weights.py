@@ -81,7 +81,8 @@ def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train anew
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except REFUSED as error:
-        cause = f"damaged or unsafe checkpoint ({str(error).partition('.')[0]})"
+        unsafe = "Weights only load failed" in str(error)
+        cause = "unsafe checkpoint, holds more than tensors" if unsafe else "damaged, not as torch.save writes it"
         raise WeightsError(cause, where=path, fix=fix) from error
 
 

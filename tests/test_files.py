@@ -197,6 +197,8 @@ def test_digests_of_files_and_folders_and_of_nothing(tmp_path):
     (tmp_path / "model" / "deeper").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "net.pth").write_bytes(b"net")
+    (tmp_path / "net.json").write_text("{}")
     found = digests(str(tmp_path / "model"), "", str(tmp_path / "net.pth"), str(tmp_path / "absent"))
-    known = hashlib.sha256(b"{}").hexdigest(), hashlib.sha256(b"net").hexdigest()
-    assert found == dict(zip(("model/config.json", f"{tmp_path.name}/net.pth"), known, strict=True))
+    json_digest, net_digest = (hashlib.sha256(content).hexdigest() for content in (b"{}", b"net"))
+    here = tmp_path.name
+    assert found == {"model/config.json": json_digest, f"{here}/net.pth": net_digest, f"{here}/net.json": json_digest}

@@ -348,3 +348,8 @@ def test_a_run_that_did_not_finish_is_not_compared(outputs, executed):
     run(AUDIT, name="one")
     with pytest.raises(RunError, match=f"one/{AUTOENCODER}: is not done"):
         runner.compare(AUTOENCODER, ["one"])
+
+
+def test_a_run_outside_the_outputs_is_not_compared(outputs):
+    with pytest.raises(ConfigError, match="run = '../x'"):
+        runner.compare(AUDIT, ["../x"])

@@ -123,7 +123,8 @@ def test_where_it_runs_does_not_make_another_result(outputs, untracked):
 def test_tracked_parameters_are_all_but_where_and_how_to_store():
     everything = {name for model in STAGES.values() for name in model.model_fields}
     known = {name for stage in STAGES for name in tracked(config(stage))}
-    assert everything - known == {"run", "overwrite", "device", "num_workers", "wandb_mode", "use_mlflow"}
+    gates = {"min_ceiling_psnr", "min_gain_over_pca", "accept_anyway"}
+    assert everything - known == gates | {"run", "overwrite", "device", "num_workers", "wandb_mode", "use_mlflow"}
 
 
 def test_parameters_come_from_a_namespace_by_name(outputs):

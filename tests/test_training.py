@@ -191,7 +191,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(study, tmp_path, content):
     (folder / "checkpoints").mkdir()
     if content == "damaged":
         (folder / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04 and no more")
-        with pytest.raises(WeightsError, match=r"last\.ckpt: damaged or unsafe checkpoint"):
+        with pytest.raises(WeightsError, match=r"last\.ckpt: (damaged|unsafe checkpoint), "):
             study.train(folder, settings())
     else:
         study.train(folder, settings(max_epochs=1))
