@@ -351,5 +351,5 @@ def test_a_run_that_did_not_finish_is_not_compared(outputs, executed):
 
 
 def test_a_run_outside_the_outputs_is_not_compared(outputs):
-    with pytest.raises(ConfigError, match="run = '../x'"):
+    with pytest.raises(ConfigError, match=r"run = '../x'"):
         runner.compare(AUDIT, ["../x"])

@@ -162,7 +162,7 @@ def test_a_checkpoint_is_read_and_never_executed(tmp_path):
     torch.save({"state_dict": {"w": torch.arange(3)}}, tmp_path / "good.ckpt")
     assert torch.equal(read_checkpoint(tmp_path / "good.ckpt")["state_dict"]["w"], torch.arange(3))
     torch.save({"state_dict": Bomb(tmp_path / "executed")}, tmp_path / "bomb.ckpt")
-    with pytest.raises(WeightsError, match="(damaged|unsafe checkpoint), "):
+    with pytest.raises(WeightsError, match=r"(damaged|unsafe checkpoint), "):
         read_checkpoint(tmp_path / "bomb.ckpt")
     assert not (tmp_path / "executed").exists()
 
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {"w": torch.arange(1000)}}, path)
     path.write_bytes(path.read_bytes()[:-300] if content is None else content)
-    with pytest.raises(WeightsError, match="(damaged|unsafe checkpoint), "):
+    with pytest.raises(WeightsError, match=r"(damaged|unsafe checkpoint), "):
         read_checkpoint(path)
 
 
