@@ -464,7 +464,7 @@ def test_one_case_can_be_learnt_by_heart(cases, tmp_path):
     stages = resolve("smoke", changes)
     build, config = stages["02_autoencoder_check"], stages["04_training"]
     autoencoder, how = build_autoencoder(build, spacing_mm=8.0), {"device": CPU, "precision": "32"}
-    train_autoencoder(autoencoder, cases[:2], build, folder=tmp_path / "checkpoints", **how)
+    train_autoencoder(autoencoder, cases[2:], build, folder=tmp_path / "checkpoints", **how)  # of other patients
     save_model(tmp_path / "autoencoder", autoencoder)
     study, data = Study(cases, tmp_path / "autoencoder"), load_case(cases[0])
     study.variants, study.watched, study.watched_latents = study.variants[:1], [data], study.variants[0]
