@@ -171,7 +171,7 @@ def train_autoencoder(
     if not (checkpoint := folder / CHECKPOINT).exists():
         fit_linear_parts(autoencoder, cases)
     history = []
-    if autoencoder.network is not None:
+    if autoencoder.to(device).network is not None:
         training = AutoencoderTraining(autoencoder, config, device=device, precision=precision)
         history = _take_steps(training, cases, checkpoint)
     autoencoder.freeze()

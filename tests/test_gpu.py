@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm_lib.autoencoding import build_autoencoder
+from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
 from ldm_lib.bench import FULL_GRID
 from ldm_lib.config import resolve
 from ldm_lib.devices import autocast
@@ -38,3 +38,11 @@ def test_the_full_size_fits_8_gb():
     with torch.inference_mode(), autocast(GPU, "bf16"):
         autoencoder.decode(autoencoder.encode(volume))
     assert torch.cuda.max_memory_allocated() < 8e9
+
+
+@pytest.mark.parametrize("learned", ["none", "decoder"])
+def test_whatever_is_learned_ends_on_the_gpu(cases, tmp_path, learned):
+    config = resolve("smoke", {"learned": learned, "autoencoder_steps": 2})["02_autoencoder_check"]
+    autoencoder = build_autoencoder(config, spacing_mm=8.0)
+    train_autoencoder(autoencoder, cases[:2], config, folder=tmp_path, device=GPU, precision="32")
+    assert {tensor.device.type for tensor in autoencoder.state_dict().values()} == {"cuda"}
