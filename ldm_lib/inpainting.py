@@ -5,7 +5,6 @@ Outside the mask the input comes back bit for bit; voxels under the mask are nev
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from ldm_lib.conditioning import model_case
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import ConfigError, InputError, WeightsError
 from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, encode_case, keep_known
-from ldm_lib.nifti import require_writable
+from ldm_lib.nifti import require_writable, stem
 from ldm_lib.reconstruction import decode_box
 from ldm_lib.runs import outputs_folder, read_record
 from ldm_lib.samplers import SAMPLERS
@@ -205,8 +204,9 @@ def newest_model() -> Path:
 def result_paths(output: Path, samples: int, *, each: bool) -> dict[str, Path]:
     """What a result consists of -> its file: the volume, the spread of several samples and, if asked, each sample."""
     names = (["std"] if samples > 1 else []) + [f"sample-{k:04d}" for k in range(samples if each else 0)]
-    stem = _stem(output)
-    return {"": output} | {name: output.with_name(f"{stem}-{name}{output.name[len(stem) :]}") for name in names}
+    first = stem(output)
+    ending = output.name[len(first) :]
+    return {"": output} | {name: output.with_name(f"{first}-{name}{ending}") for name in names}
 
 
 def write_filled(filled: Filled, data: CaseData, output: Path, *, samples: bool = False) -> list[Path]:
@@ -281,12 +281,8 @@ def case_of_files(
     t1n_voided: str | Path, mask: str | Path, *, growth: str | Path | None = None, tissue: str | Path | None = None
 ) -> Case:
     """A case made of named files, its id taken from the image's name as the layouts write it."""
-    identity, _, index = _stem(Path(t1n_voided)).partition("-t1n-voided")
+    identity, _, index = stem(Path(t1n_voided)).partition("-t1n-voided")
     return Case(
         id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
         mask_healthy=None, mask_unhealthy=None, growth=growth and Path(growth), tissue=tissue and Path(tissue),
     )  # fmt: skip
-
-
-def _stem(path: Path) -> str:
-    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)

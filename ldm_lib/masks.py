@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from ldm_lib.errors import InputError
 
+UNHEALTHY_MARGIN_MM = 5.0  # around a tumour's segmentation
 TURNS, PLACES_PER_TURN = 40, 60  # tries before a healthy mask is given up
 
 
@@ -31,7 +32,19 @@ def dilate_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[f
     return out
 
 
-def unhealthy_mask(segmentation: np.ndarray, spacing_mm: float | Sequence[float], margin_mm: float = 5.0) -> np.ndarray:
+def shrink_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[float]) -> np.ndarray:
+    """What `dilate_mm` made the mask of, as far as it can be known: voxels farther than `radius_mm` from its outside.
+
+    Where nothing would be left, the voxels farthest from the outside stay; bool, same shape.
+    """
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    depth = ndimage.distance_transform_edt(np.pad(mask != 0, 1), sampling=h)[1:-1, 1:-1, 1:-1]
+    return (mask != 0) & (depth > min(radius_mm + 1e-6, depth.max() * (1 - 1e-6)))
+
+
+def unhealthy_mask(
+    segmentation: np.ndarray, spacing_mm: float | Sequence[float], margin_mm: float = UNHEALTHY_MARGIN_MM
+) -> np.ndarray:
     """What is treated as unhealthy: the tumour segmentation x y z and a margin around it, bool."""
     return dilate_mm(segmentation, margin_mm, spacing_mm)
 

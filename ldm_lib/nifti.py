@@ -7,6 +7,7 @@ the stream reach its end with the right checksum. Nothing is allocated on a head
 import gzip
 import math
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -24,6 +25,11 @@ _CHUNK = 1 << 20
 _GZIP = b"\x1f\x8b"
 _HEADER = nib.Nifti2Header.sizeof_hdr  # the longer of the two kinds
 _AGAIN = "download or export the file again"
+
+
+def stem(path: Path) -> str:
+    """A file's name without .nii or .nii.gz."""
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def require_writable(path: str | Path) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from ldm_lib.atlas import mni152
 from ldm_lib.errors import ConfigError
 from ldm_lib.growth import GROWTH_THRESHOLD, random_tumour
 from ldm_lib.masks import healthy_mask, unhealthy_mask, void
@@ -120,20 +120,13 @@ def grid_of(spacing_mm: float) -> Grid:
 
 @lru_cache(maxsize=1)
 def _atlas() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """From the MNI152 templates (RAS, 1 mm), x y z: brain, shares of GM and WM (the rest is CSF), T1 beyond these."""
-    templates = load_mni152_template, load_mni152_gm_template, load_mni152_wm_template
-    t1, gm, wm = (load(resolution=1).get_fdata(dtype=np.float32) for load in templates)
-    brain = t1 > 0
-    # An average of many heads hides the sulci: what is darker than its surroundings is CSF.
-    weight = ndimage.gaussian_filter(brain.astype(np.float32), 3) + 1e-6
-    sharp = t1 + (t1 - ndimage.gaussian_filter(t1, 3) / weight)
-    dark = 1 / (1 + np.exp((sharp - 0.54) / 0.04))
-    tissue = np.minimum(gm + wm, 1 - dark) / np.maximum(gm + wm, 1e-6) * brain
-    gm, wm = gm * tissue, wm * tissue
-    values = np.stack([brain - gm - wm, gm, wm])[:, brain]
-    means = np.linalg.lstsq(values.T, t1[brain], rcond=None)[0]
-    detail = np.zeros_like(t1)
-    detail[brain] = np.clip(t1[brain] - means @ values, -0.12, 0.12)
+    """From the MNI152 head (RAS, 1 mm), x y z: brain, shares of GM and WM (the rest is CSF), T1 beyond these."""
+    atlas = mni152()
+    brain, (_, gm, wm) = atlas.brain, atlas.shares
+    values = atlas.shares[:, brain]
+    means = np.linalg.lstsq(values.T, atlas.t1[brain], rcond=None)[0]
+    detail = np.zeros_like(atlas.t1)
+    detail[brain] = np.clip(atlas.t1[brain] - means @ values, -0.12, 0.12)
     return brain.astype(np.float32), gm, wm, detail
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 from ldm_lib.errors import InputError
 from ldm_lib.nifti import (
@@ -130,7 +131,10 @@ def read_mask(
     Raises:
         InputError: another grid, values that are not binary, or no voxel set.
     """
-    volume = _read_on_grid(path, like, warnings)
+    volume = read_volume(path)
+    require_same_grid(volume, like)
+    if warnings is not None:
+        warnings += volume.named_warnings
     values = np.unique(volume.voxels)
     levels = np.rint(values)  # a tool that saves 0 and 1 as scaled integers returns 0.00001 and 0.99999
     if np.abs(values - levels).max() > MASK_TOLERANCE or not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
@@ -154,31 +158,53 @@ def read_mask(
 def read_labels(
     path: str | Path, like: Volume, allowed: tuple[int, ...], *, warnings: list[str] | None = None
 ) -> np.ndarray:
-    """Read a label map on the grid of `like`: uint8 (x, y, z), every value one of `allowed`."""
-    volume = _read_on_grid(path, like, warnings)
+    """Read a label map: uint8 (x, y, z) on the grid of `like`, every value one of `allowed`.
+
+    A map on another grid is brought to it by its affine, nearest neighbour, with a warning.
+    """
+    volume = read_volume(path)
     values, counts = np.unique(volume.voxels, return_counts=True)
     strange = ~np.isin(values, allowed)
     if strange.any():
         shown = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[strange][:4], counts[strange][:4], strict=True))
         raise InputError(f"labels {shown} are not among {allowed}", where=path, fix="relabel it: 1 CSF, 2 GM, 3 WM")
-    return volume.voxels.astype(np.uint8)
+    return _brought_to(volume, like, order=0, warnings=warnings).astype(np.uint8)
 
 
 def read_unit_map(path: str | Path, like: Volume, *, warnings: list[str] | None = None) -> np.ndarray:
-    """Read a map of concentrations on the grid of `like`: float32 (x, y, z) in [0, 1]."""
-    volume = _read_on_grid(path, like, warnings)
+    """Read a map of concentrations: float32 (x, y, z) in [0, 1] on the grid of `like`.
+
+    A map on another grid is brought to it by its affine, linearly, with a warning.
+    """
+    volume = read_volume(path)
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     if low < -1e-6 or high > 1 + 1e-6:
         raise InputError(f"values from {low:g} to {high:g}, must lie in [0, 1]", where=path, fix="give concentrations")
-    return np.clip(volume.voxels, 0, 1)
+    return np.clip(_brought_to(volume, like, order=1, warnings=warnings), 0, 1)
 
 
-def _read_on_grid(path: str | Path, like: Volume, warnings: list[str] | None) -> Volume:
-    volume = read_volume(path)
-    require_same_grid(volume, like)
+def _brought_to(volume: Volume, like: Volume, *, order: int, warnings: list[str] | None) -> np.ndarray:
+    """A map's voxels on the grid of `like`, as both affines tell; 0 where the map does not reach."""
+    told = list(volume.named_warnings)
+    voxels = volume.voxels
+    if volume.shape != like.shape or _corner_distance_mm(volume, like) > GRID_TOLERANCE_MM:
+        to_map = np.linalg.solve(volume.affine, like.affine)
+        how = {"output_shape": like.shape, "mode": "constant", "prefilter": False}
+        reached = ndimage.affine_transform(np.ones(volume.shape, np.float32), to_map, order=0, **how).mean()
+        if not reached:
+            raise InputError(f"does not overlap {like.path.name}: their centres lie {_apart_mm(volume, like):.0f} mm "
+                             "apart", where=volume.path, fix="check the map's affine, or register it first")  # fmt: skip
+        voxels = ndimage.affine_transform(voxels, to_map, order=order, **how)
+        told.append(f"{volume.path.name}: brought from its grid {volume.shape} {volume.orientation} to the image's by "
+                    f"its affine; it reaches {reached:.0%} of the image")  # fmt: skip
     if warnings is not None:
-        warnings += volume.named_warnings
-    return volume
+        warnings += told
+    return voxels
+
+
+def _apart_mm(volume: Volume, like: Volume) -> float:
+    centres = [v.affine @ [*((np.array(v.shape) - 1) / 2), 1] for v in (volume, like)]
+    return float(np.linalg.norm(centres[0] - centres[1]))
 
 
 def require_same_grid(volume: Volume, like: Volume) -> None:
@@ -189,9 +215,7 @@ def require_same_grid(volume: Volume, like: Volume) -> None:
             where=volume.path,
             fix="resample it onto the image's grid",
         )
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
-    corners[:, :3] *= np.array(volume.shape) - 1
-    distance = np.linalg.norm(corners @ (volume.affine - like.affine).T, axis=1).max()
+    distance = _corner_distance_mm(volume, like)
     if distance > GRID_TOLERANCE_MM:
         raise InputError(
             f"its corners lie {distance:.1f} mm from those of {like.path.name} "
@@ -199,6 +223,13 @@ def require_same_grid(volume: Volume, like: Volume) -> None:
             where=volume.path,
             fix="resample it onto the image's grid",
         )
+
+
+def _corner_distance_mm(volume: Volume, like: Volume) -> float:
+    """How far the corners of one grid lie from where the other affine puts them."""
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+    corners[:, :3] *= np.array(volume.shape) - 1
+    return float(np.linalg.norm(corners @ (volume.affine - like.affine).T, axis=1).max())
 
 
 def intensity_scale(voided: np.ndarray, mask: np.ndarray, *, where: object = "") -> float:

@@ -13,7 +13,7 @@ LIBRARY = ROOT / "ldm_lib"
 FLOORS = [
     ["errors", "files", "config", "runs"],
     ["nifti", "volumes", "geometry", "cases", "cohort", "masks"],
-    ["growth", "tissue", "phantom", "conditioning", "augmentation"],
+    ["atlas", "registration", "tissue", "segmentation", "growth", "priors", "phantom", "conditioning", "augmentation"],
     ["schedule", "samplers", "metrics", "fidelity", "baselines"],
     ["devices", "front_ends", "autoencoder", "adm", "weights", "foreign", "critics"],
     [

@@ -1,0 +1,181 @@
+"""Conditioning maps made from the scan alone, kept with a sidecar that says by whom, how and from what.
+
+    <map>.nii.gz   tissue: labels uint8; growth: concentration float32, on the scan's grid
+    <map>.json     made_by, from (role -> sha256), settings, found, and sha256 of the map
+
+A map whose sidecar names the same sources, settings and code is taken as it is. A map that could not be made leaves a
+sidecar that says why, and no map.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_lib.cases import CaseData
+from ldm_lib.errors import InputError
+from ldm_lib.files import now, sha256, write_json
+from ldm_lib.growth import GROWTH_THRESHOLD, Rates, grow_in_labels
+from ldm_lib.masks import UNHEALTHY_MARGIN_MM, shrink_mm
+from ldm_lib.nifti import require_writable, stem
+from ldm_lib.registration import Registration
+from ldm_lib.segmentation import tissue_from_scan
+from ldm_lib.volumes import write_map
+
+CODE_VERSION = 1  # raise it when a map would come out otherwise
+DAYS_FROM_SEGMENTATION = 20.0  # grows a soft rim of a few millimetres around what was segmented
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A map beside its sidecar.
+
+    Attributes:
+        path: of the map, which is not there if `record["refused"]` says why.
+        record: the sidecar.
+        registration: what a tissue map came from, when it was made now; None when it was found.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    registration: Registration | None = None
+
+    @property
+    def refused(self) -> str:
+        """Why there is no map; empty if there is one."""
+        return self.record["refused"]
+
+
+def make_tissue(data: CaseData, path: str | Path, *, lesion: np.ndarray | None = None, refine: bool = True) -> Prior:
+    """Segment a case with the atlas, never looking under its mask (`segmentation.tissue_from_scan`).
+
+    Args:
+        path: .nii or .nii.gz; its folder is made if needed.
+        lesion: what is no healthy tissue although it is seen, bool (x, y, z).
+        refine: label what is seen by the patient's own intensities.
+
+    Raises:
+        InputError: the scan cannot be registered at all, or the map cannot be written.
+    """
+    sources = {"scan": data.case.t1n_voided or data.case.t1n, "mask": data.case.mask}
+    sidecar = _Sidecar(Path(path), "MNI152 by registration", sources, {"refine": refine}, {"lesion": lesion})
+    if found := sidecar.found():
+        return found
+    made = tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask, lesion=lesion, refine=refine)
+    where = made.registration
+    figures = {"brain_dice": where.brain_dice, "correlation": where.correlation, "seconds": where.seconds}
+    voxels = None if where.flaw else made.labels
+    return replace(sidecar.keep(voxels, figures, data.source.affine, refused=where.flaw), registration=where)
+
+
+def make_growth(
+    data: CaseData,
+    labels: np.ndarray,
+    path: str | Path,
+    *,
+    seed_mm: Sequence[float] | None = None,
+    segmentation: np.ndarray | None = None,
+    days: float = DAYS_FROM_SEGMENTATION,
+    rates: Rates = Rates(),
+) -> Prior:
+    """Grow a tumour in a case's tissue (`growth.grow_in_labels`).
+
+    Args:
+        labels: tissue (x, y, z) on the case's grid, 0 none, 1 CSF, 2 GM, 3 WM.
+        path: .nii or .nii.gz; its folder is made if needed.
+        seed_mm: where it starts, x y z in the file's world (RAS, mm).
+        segmentation: where it is already; without both, the case's unhealthy mask less its margin.
+
+    Raises:
+        InputError: no start, one outside white and grey matter, or the map cannot be written.
+    """
+    if seed_mm is None and segmentation is None:
+        segmentation = segmentation_of(data)
+    settings = asdict(rates) | {"days": days, "seed_mm": None if seed_mm is None else [float(v) for v in seed_mm]}
+    volumes = {"segmentation": segmentation, "tissue": labels}
+    sidecar = _Sidecar(Path(path), "Fisher-Kolmogorov", {}, settings, volumes)
+    if found := sidecar.found():
+        return found
+    start = {"seed_mm": seed_mm, "segmentation": segmentation}
+    growth = grow_in_labels(labels, data.source.affine, days=days, rates=rates, **start)
+    litre = float(np.prod(data.source.spacing_mm)) / 1000
+    visible = float((growth >= GROWTH_THRESHOLD).sum() * litre)
+    return sidecar.keep(growth, {"visible_ml": visible, "highest": float(growth.max())}, data.source.affine)
+
+
+def segmentation_of(data: CaseData) -> np.ndarray:
+    """Where a case's tumour is: its unhealthy mask less the margin that the challenge puts around a segmentation.
+
+    Raises:
+        InputError: the case has no unhealthy mask, or an empty one.
+    """
+    if data.unhealthy is None or not data.unhealthy.any():
+        raise InputError("no unhealthy mask to start a tumour from", where=data.case.key,
+                         fix="give a seed point or a segmentation")  # fmt: skip
+    return shrink_mm(data.unhealthy, UNHEALTHY_MARGIN_MM, data.source.spacing_mm)
+
+
+def provenance(path: Path | None) -> str:
+    """Who made a map: "none", "given", or what its sidecar says of a map that this library made."""
+    if path is None:
+        return "none"
+    record = _read(_sidecar_path(path))
+    return record["made_by"] if record and record.get("sha256") == sha256(path) else "given"
+
+
+@dataclass(frozen=True)
+class _Sidecar:
+    """What a map is to be made from: files by role, settings, and volumes that are no files of their own."""
+
+    path: Path
+    how: str
+    sources: dict[str, Path]
+    settings: dict[str, Any]
+    volumes: dict[str, np.ndarray | None]
+
+    @property
+    def claim(self) -> dict[str, Any]:
+        """What decides the map, as the sidecar tells it."""
+        files = {role: sha256(path) for role, path in self.sources.items()}
+        arrays = {role: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest()
+                  for role, v in self.volumes.items() if v is not None}  # fmt: skip
+        made_by = f"brain-mri-inpainting, {self.how}, version {CODE_VERSION}"
+        return {"made_by": made_by, "from": files | arrays, "settings": self.settings}
+
+    def found(self) -> Prior | None:
+        """The map as it lies there, if it was made from all this and is whole."""
+        record = _read(_sidecar_path(self.path))
+        if not record or any(record.get(name) != value for name, value in self.claim.items()):
+            return None
+        whole = self.path.is_file() and record.get("sha256") == sha256(self.path)
+        return Prior(self.path, record) if whole or record.get("refused") else None
+
+    def keep(self, voxels: np.ndarray | None, found: dict[str, float], affine: np.ndarray, refused: str = "") -> Prior:
+        """Write the map, unless it was refused, and then its sidecar."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(self.path)
+        if voxels is None:
+            self.path.unlink(missing_ok=True)
+        else:
+            write_map(self.path, voxels, affine)
+        digest = sha256(self.path) if voxels is not None else ""
+        record = self.claim | {"found": found, "refused": refused, "sha256": digest, "made": now()}
+        write_json(_sidecar_path(self.path), record)
+        return Prior(self.path, record)
+
+
+def _sidecar_path(path: Path) -> Path:
+    return path.with_name(f"{stem(path)}.json")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A sidecar, or None where there is none, or one of somebody else."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "made_by" in record else None

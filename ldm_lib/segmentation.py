@@ -1,0 +1,73 @@
+"""Tissue of a scan with a hole: the patient's own intensities where something was seen, the atlas where nothing was."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from dipy.segment.tissue import TissueClassifierHMRF
+from scipy import ndimage
+
+from ldm_lib.registration import Registration, register
+from ldm_lib.tissue import CSF, TISSUES
+
+SMOOTHNESS = 0.1  # weight of the neighbours in the Markov random field
+ITERATIONS = 10  # of expectation and maximisation; ten more change 1 to 5 % of the voxels and take as long again
+FAINTEST = 0.01  # of the intensity scale: brain is told from air by this
+AIR_NOISE = 3e-3  # a background of one value has no variance, and all labels would be NaN
+
+
+@dataclass(frozen=True)
+class TissueMap:
+    """Labels (x, y, z) uint8: 0 none, 1 CSF, 2 GM, 3 WM; and the registration that the hole's come from."""
+
+    labels: np.ndarray
+    registration: Registration
+
+
+def tissue_from_scan(
+    image: np.ndarray, affine: np.ndarray, hole: np.ndarray, *, lesion: np.ndarray | None = None, refine: bool = True
+) -> TissueMap:
+    """Segment a skull-stripped T1n whose hole is not looked at.
+
+    The atlas's shares of tissue are carried to the patient linearly, and the largest is the label: 1 to 2 points of
+    Dice better than labels carried by nearest neighbour.
+
+    Args:
+        image: (x, y, z), about 1 at its brightest, 0 outside the brain.
+        affine: voxel to world (RAS, mm), any order and size of voxels.
+        hole: bool (x, y, z).
+        lesion: what is no healthy tissue although it is seen, bool (x, y, z); labelled from the atlas like the hole.
+        refine: label what is seen by the patient's intensities instead of the atlas.
+
+    Raises:
+        InputError: it cannot be registered. A registration that failed is returned, with its `flaw`.
+    """
+    unseen = hole if lesion is None else hole | lesion
+    found = register(image, affine, unseen)
+    shares = found.carry(found.atlas.shares)
+    seen = (image != 0) & ~unseen
+    labels = np.where(shares.sum(0) > 0, CSF + shares.argmax(0), CSF).astype(np.uint8)
+    labels[~(seen | ((unseen & (image != 0)) | hole) & found.brain)] = 0
+    if refine and not found.flaw:
+        labels = np.where(seen, segment(np.where(seen, image, 0)), labels)
+    return TissueMap(labels.astype(np.uint8), found)
+
+
+def segment(image: np.ndarray) -> np.ndarray:
+    """CSF, GM and WM of a skull-stripped T1n by its intensities: labels (x, y, z) uint8, 0 where the image is 0.
+
+    Hidden Markov random field (Zhang et al. 2001, IEEE TMI 20:45), three classes beside the air, sorted by intensity.
+    """
+    seen = image != 0
+    box = ndimage.find_objects(seen.astype(np.uint8))[0]  # else air outweighs all tissues
+    brain, scale = seen[box], float(np.percentile(image[seen], 99.5))
+    noise = np.random.default_rng(0).normal(0, AIR_NOISE, brain.shape)
+    scaled = np.where(brain, np.clip(image[box] / scale, FAINTEST, 1), noise)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of logarithms of 0, which dipy means
+        _, classes, _ = TissueClassifierHMRF(verbose=False).classify(
+            scaled.astype(np.float64), len(TISSUES), SMOOTHNESS, max_iter=ITERATIONS
+        )
+    labels = np.zeros(image.shape, np.uint8)
+    labels[box] = np.where(brain, np.maximum(classes, CSF), 0)  # what is as dark as air is CSF
+    return labels
