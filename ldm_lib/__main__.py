@@ -65,8 +65,8 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def inpaint(options: argparse.Namespace) -> int:
+    from ldm_lib.inpainter import newest_model
     from ldm_lib.inpainting import inpaint as fill
-    from ldm_lib.inpainting import newest_model
 
     if not options.model:
         options.model = newest_model()

@@ -1,6 +1,5 @@
 """The denoiser: the ablated diffusion model of Dhariwal & Nichol (arXiv 2105.05233) in true 3D."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_lib.blocks import Attention, Norm, ResidualBlock, Stage, conv, timestep_embedding, zero
 from ldm_lib.errors import ConfigError
 
 
@@ -27,6 +27,9 @@ class ADM(nn.Module):
             the middle of the network always has one.
         head_channels: channels per attention head.
         dropout: probability, in [0, 1), before the last convolution of each block.
+        conditioning: where the channels of x that hold the conditioning start and stop, if the network is to do without
+            it as well: a learned value a channel then stands in its place, and a learned flag is added to the
+            timestep's embedding (Ho & Salimans 2022, arXiv 2207.12598). Empty: it always has its conditioning.
 
     Raises:
         ConfigError: an option is out of range, or x does not have in_channels.
@@ -43,6 +46,7 @@ class ADM(nn.Module):
         attention_rates: Sequence[int] = (4,),
         head_channels: int = 64,
         dropout: float = 0.0,
+        conditioning: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self._config = {
@@ -54,6 +58,7 @@ class ADM(nn.Module):
             "attention_rates": list(attention_rates),
             "head_channels": head_channels,
             "dropout": dropout,
+            "conditioning": list(conditioning),
         }
         _check(self._config)
         self.multiple = 2 ** (len(multipliers) - 1)
@@ -61,22 +66,31 @@ class ADM(nn.Module):
         self.embed = nn.Sequential(
             nn.Linear(base_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
-        self.stem = _conv(in_channels, base_width)
+        self.stem = conv(in_channels, base_width)
         self.down, self.middle, self.up = self._build(embedding)
         self.norm = Norm(base_width)
-        self.head = _zero(_conv(base_width, out_channels))
+        self.head = zero(conv(base_width, out_channels))
+        if conditioning:
+            self.null = nn.Parameter(torch.randn(conditioning[1] - conditioning[0]))
+            self.untold = nn.Parameter(0.02 * torch.randn(embedding))
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's options as plain values: `ADM(**config)` is the same network."""
         return {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    @property
+    def can_do_without(self) -> bool:
+        """Whether it can be run without its conditioning."""
+        return bool(self._config["conditioning"])
+
+    def forward(self, x: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:
         """Predict the noise in x.
 
         Args:
             x: (b c x y z) latents of any size; padded with zeros inside, and cropped back.
             t: (b,) timesteps.
+            told: (b,) 1 where it may see the conditioning in x, 0 where not; None shows it to all.
 
         Returns:
             (b out_channels x y z), in the dtype of x.
@@ -88,6 +102,8 @@ class ADM(nn.Module):
                 fix="concatenate latents, conditioning and mask as the network was built for",
             )
         embedding = self.embed(timestep_embedding(t, self._config["base_width"]))
+        if told is not None:
+            x, embedding = self._without_conditioning(x, embedding, told.to(x.dtype))
         padding = [_split(-size % self.multiple) for size in x.shape[2:]]
         h = self.stem(F.pad(x, [side for axis in reversed(padding) for side in axis]))
         skips = [h]
@@ -101,7 +117,19 @@ class ADM(nn.Module):
         box = [slice(start, start + n) for (start, _), n in zip(padding, x.shape[2:], strict=True)]
         return h[:, :, *box].to(x.dtype)
 
-    def _build(self, embedding: int) -> tuple[nn.ModuleList, "Stage", nn.ModuleList]:
+    def _without_conditioning(self, x: Tensor, embedding: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the learned null in the place of what an element is not told, and raise the flag."""
+        if not self.can_do_without:
+            raise ConfigError("it always had its conditioning in training and cannot do without", where="ADM",
+                              fix="train with conditioning_dropout above 0")  # fmt: skip
+        start, stop = self._config["conditioning"]
+        shown = told[:, None, None, None, None]
+        given = x[:, start:stop]
+        null = self.null.to(x.dtype)[:, None, None, None].expand_as(given)
+        x = torch.cat([x[:, :start], shown * given + (1 - shown) * null, x[:, stop:]], dim=1)
+        return x, embedding + (1 - told[:, None]) * self.untold
+
+    def _build(self, embedding: int) -> tuple[nn.ModuleList, Stage, nn.ModuleList]:
         config, rates = self._config, self._config["attention_rates"]
         widths = [config["base_width"] * m for m in config["multipliers"]]
         last = len(widths) - 1
@@ -136,104 +164,6 @@ class ADM(nn.Module):
         return down, middle, up
 
 
-class Stage(nn.Sequential):
-    """Residual blocks, which see the timestep, and attention, which does not, one after another."""
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (b c x y z), given the timestep's embedding (b e)."""
-        for layer in self:
-            x = layer(x, embedding) if isinstance(layer, ResidualBlock) else layer(x)
-        return x
-
-
-class ResidualBlock(nn.Module):
-    """BigGAN-style residual block: both branches resampled, the second norm scaled and shifted by t.
-
-    Source: Dhariwal & Nichol 2021, section 3.1 (adaptive group normalisation, eq. 3).
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        embedding: int,
-        *,
-        dropout: float = 0.0,
-        resample: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.resample = resample or nn.Identity()
-        self.norm1, self.conv1 = Norm(in_channels), _conv(in_channels, out_channels)
-        self.scale_shift = nn.Linear(embedding, 2 * out_channels)
-        self.norm2, self.conv2 = Norm(out_channels), _zero(_conv(out_channels, out_channels))
-        self.dropout = nn.Dropout(dropout)
-        same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (b c x y z), given the timestep's embedding (b e)."""
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        scale, shift = self.scale_shift(embedding)[:, :, None, None, None].chunk(2, dim=1)
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)
-        return self.skip(self.resample(x)) + self.conv2(self.dropout(h))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over all cells, added to its input."""
-
-    def __init__(self, channels: int, head_channels: int) -> None:
-        super().__init__()
-        self.heads = max(1, channels // head_channels)
-        self.norm = Norm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.projection = _zero(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (b c x y z)."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.projection(attended).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-class Conv(nn.Conv3d):
-    """Convolution, in float32 on a CPU where an axis has one or two cells.
-
-    There the weight gradient of torch 2.13 in bfloat16 reads memory that nobody wrote, and is NaN now and then.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (b c x y z)."""
-        if x.device.type != "cpu" or min(x.shape[2:]) > 2:
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
-
-
-class Norm(nn.GroupNorm):
-    """Group normalisation, computed in float32 under any autocast.
-
-    In 32 groups, or in fewer where the channels do not divide or a group would have under four:
-    a group of one channel would forget the channel's mean.
-    """
-
-    def __init__(self, channels: int) -> None:
-        most = max(1, min(32, channels // 4))
-        super().__init__(max(n for n in range(1, most + 1) if channels % n == 0), channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (b c x y z); the result has the dtype of x."""
-        return super().forward(x.float()).to(x.dtype)
-
-
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Cosines and sines of t (b,) at width // 2 frequencies from 1 down to 1e-4: (b width) float32."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(1e4) * torch.arange(half, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
 def count_parameters(module: nn.Module) -> int:
     """The number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -255,14 +185,8 @@ def count_flops(module: ADM, shape: Sequence[int]) -> int:
     return counter.get_total_flops()
 
 
-def _conv(in_channels: int, out_channels: int) -> nn.Conv3d:
-    return Conv(in_channels, out_channels, 3, padding=1)
-
-
-def _zero(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
+def _is_range(given: Sequence[int], channels: int) -> bool:
+    return len(given) == 2 and 0 <= given[0] < given[1] <= channels
 
 
 def _split(padding: int) -> tuple[int, int]:
@@ -289,6 +213,10 @@ def _check(config: dict[str, Any]) -> None:
             f"sizes that divide the attending widths {[*attending, *widths[-1:]]} into equal heads",
         ),
         "dropout": (0 <= config["dropout"] < 1, "0 up to, but not, 1"),
+        "conditioning": (
+            not config["conditioning"] or _is_range(config["conditioning"], config["in_channels"]),
+            f"none, or start and stop within {config['in_channels']} channels",
+        ),
     }
     for name, (fit, allowed) in fits.items():
         if not fit:

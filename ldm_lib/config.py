@@ -157,6 +157,7 @@ class TrainingConfig(DeviceConfig):
         "last", description="EMA weights to keep: of the end or best val_loss"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="inside residual blocks")
+    conditioning_dropout: Fraction = Field(0.1, description="share of the samples that are told nothing; for guidance")
     prediction: Literal["noise", "velocity"] = Field("velocity", description="what the network predicts")
     diffusion_steps: Annotated[int, Field(ge=2, le=10000)] = Field(1000, description="steps of the noise schedule")
     beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first variance of the linear schedule")
@@ -192,6 +193,7 @@ class SamplingConfig(DeviceConfig):
 
     sampler: Literal["ddpm", "ddim", "dpm++2m"] = Field("dpm++2m", description="how the noise is removed")
     num_inference_steps: Positive = Field(20, description="denoiser calls per sample")
+    guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
     max_cases: Count = Field(6, description="validation cases to fill; 0 for all")
 

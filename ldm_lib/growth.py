@@ -16,7 +16,10 @@ from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.tissue import GM, WM
 
 GROWTH_THRESHOLD = 0.2  # below this concentration the conditioning calls a voxel healthy
-SEEN_IN = {"FLAIR": 0.25, "T1c": 0.675}  # concentration from which a tumour shows (Lipkova et al. 2019, IEEE TMI 38:1875)
+SEEN_IN = {
+    "FLAIR": 0.25,
+    "T1c": 0.675,
+}  # concentration from which a tumour shows (Lipkova et al. 2019, IEEE TMI 38:1875)
 SAFETY = 0.9  # share of the largest stable step that is taken
 MAX_GROWTH_PER_STEP = 0.1  # rho dt, for accuracy: the reaction alone would stay stable far longer
 
@@ -86,12 +89,15 @@ class Rates:
     proliferation_per_day: float = 0.02
 
 
+MIDDLING = Rates()
+
+
 def grow_in_labels(
     labels: np.ndarray,
     affine: np.ndarray,
     *,
     days: float,
-    rates: Rates = Rates(),
+    rates: Rates = MIDDLING,
     seed_mm: Sequence[float] | None = None,
     segmentation: np.ndarray | None = None,
     device: str = "cpu",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.conditioning import ModelCase, conditioning, loss_cells
+from ldm_lib.conditioning import CONDITIONING_CHANNELS, ModelCase, conditioning, loss_cells
 from ldm_lib.devices import autocast
 from ldm_lib.geometry import cell_share, latent_mask
 
@@ -73,6 +73,18 @@ def denoiser_input(noisy: Tensor, batch: Latents, settings: CellSettings) -> Ten
 def input_channels(latent_channels: int, settings: CellSettings) -> int:
     """Channels of `denoiser_input`."""
     return latent_channels + 5 + (latent_channels + 1 if settings.context == "concat" else 0)
+
+
+def conditioning_channels(latent_channels: int) -> tuple[int, int]:
+    """Where the conditioning starts and stops among the channels of `denoiser_input`."""
+    return latent_channels, latent_channels + len(CONDITIONING_CHANNELS)
+
+
+def with_conditioning_of(latents: Latents, other: Latents) -> Latents:
+    """A case with the conditioning of another one, cut or padded behind to its own grid."""
+    missing = [n - have for n, have in zip(latents["voided"].shape[1:], other["conditioning"].shape[1:], strict=True)]
+    sides = [side for m in reversed(missing) for side in (0, m)]
+    return latents | {"conditioning": torch.nn.functional.pad(other["conditioning"], sides)}
 
 
 def keep_known(latent: Tensor, batch: Latents) -> Tensor:

@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from ldm_lib.cases import CaseData
+from ldm_lib.cases import TISSUE_LABELS, Case, CaseData, load_case
+from ldm_lib.cohort import CONDITIONING_FOLDERS
 from ldm_lib.errors import InputError
 from ldm_lib.files import now, sha256, write_json
-from ldm_lib.growth import GROWTH_THRESHOLD, Rates, grow_in_labels
+from ldm_lib.growth import GROWTH_THRESHOLD, MIDDLING, Rates, grow_in_labels
 from ldm_lib.masks import UNHEALTHY_MARGIN_MM, shrink_mm
 from ldm_lib.nifti import require_writable, stem
 from ldm_lib.registration import Registration
 from ldm_lib.segmentation import tissue_from_scan
-from ldm_lib.volumes import write_map
+from ldm_lib.volumes import read_labels, write_map
 
 CODE_VERSION = 1  # raise it when a map would come out otherwise
 DAYS_FROM_SEGMENTATION = 20.0  # grows a soft rim of a few millimetres around what was segmented
@@ -80,7 +81,7 @@ def make_growth(
     seed_mm: Sequence[float] | None = None,
     segmentation: np.ndarray | None = None,
     days: float = DAYS_FROM_SEGMENTATION,
-    rates: Rates = Rates(),
+    rates: Rates = MIDDLING,
 ) -> Prior:
     """Grow a tumour in a case's tissue (`growth.grow_in_labels`).
 
@@ -105,6 +106,30 @@ def make_growth(
     litre = float(np.prod(data.source.spacing_mm)) / 1000
     visible = float((growth >= GROWTH_THRESHOLD).sum() * litre)
     return sidecar.keep(growth, {"visible_ml": visible, "highest": float(growth.max())}, data.source.affine)
+
+
+def equip(case: Case, folder: Path, *, tissue: bool, growth: bool) -> tuple[Case, list[Prior]]:
+    """The case with maps made from its scan in the place of those it lacks, and what was made or found.
+
+    Args:
+        folder: takes tissue_segmentation/<case>.nii.gz and growth_model/<case>.nii.gz.
+        tissue: make this map, even where one was given.
+        growth: make this map, from the unhealthy mask; a case without one keeps none, which means healthy.
+    """
+    data, made, maps = load_case(case), [], {}
+    labels = data.tissue
+    if tissue:
+        made.append(make_tissue(data, _place(folder, "tissue", case)))
+        maps["tissue"] = None if made[-1].refused else made[-1].path
+        labels = read_labels(maps["tissue"], data.source, TISSUE_LABELS) if maps["tissue"] else None
+    if growth and labels is not None and data.unhealthy is not None and data.unhealthy.any():
+        made.append(make_growth(data, labels, _place(folder, "growth", case)))
+        maps["growth"] = made[-1].path
+    return replace(case, **maps), made
+
+
+def _place(folder: Path, kind: str, case: Case) -> Path:
+    return folder / CONDITIONING_FOLDERS[kind] / f"{case.key}.nii.gz"
 
 
 def segmentation_of(data: CaseData) -> np.ndarray:

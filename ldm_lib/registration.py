@@ -158,7 +158,7 @@ class HoledCorrelation(CCMetric):
         super().__init__(3, radius=CC_RADIUS)
         self.hole, self._warped = hole, hole > 0
 
-    def use_static_image_dynamics(self, original_static_image: np.ndarray, transformation: DiffeomorphicMap) -> None:
+    def use_static_image_dynamics(self, _: np.ndarray, transformation: DiffeomorphicMap) -> None:
         """Move the hole as dipy has just moved the static image."""
         shape, affine = self.static_image.shape, self.static_affine
         moved = transformation.transform(self.hole, interpolation="linear", out_shape=shape, out_grid2world=affine)

@@ -29,8 +29,16 @@ from ldm_lib.cases import CaseData
 from ldm_lib.config import TrainingConfig, integers
 from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.errors import ConfigError, TrainingError
-from ldm_lib.inpainting import AUTOENCODER_FOLDER, DEFAULT_SAMPLER, Inpainter, box_margin, sample_name
-from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, input_channels, keep_known
+from ldm_lib.inpainter import AUTOENCODER_FOLDER, DEFAULT_SAMPLER, Inpainter, box_margin, sample_name
+from ldm_lib.latents import (
+    CellSettings,
+    Latents,
+    collate,
+    conditioning_channels,
+    denoiser_input,
+    input_channels,
+    keep_known,
+)
 from ldm_lib.metrics import brats_scores
 from ldm_lib.schedule import linear_schedule
 from ldm_lib.tracking import EpochLog, Patience, WholeCheckpoints, trackers
@@ -86,7 +94,7 @@ class DiffusionTraining(L.LightningModule):
     def _denoised(self, denoiser: torch.nn.Module, batch: Latents) -> tuple[Tensor, Tensor]:
         given = self._inpainter[0]
         noisy = given.schedule.add_noise(batch["target"], batch["noise"], batch["t"])
-        return noisy, denoiser(denoiser_input(noisy, batch, given.settings), batch["t"]).float()
+        return noisy, denoiser(denoiser_input(noisy, batch, given.settings), batch["t"], batch.get("told")).float()
 
     def training_step(self, batch: Latents, batch_idx: int) -> Tensor:
         if self.config.dropout:  # drawn from torch's own stream, which no checkpoint keeps
@@ -182,6 +190,7 @@ def build_denoiser(config: TrainingConfig, *, in_channels: int, out_channels: in
             blocks_per_level=config.blocks_per_level,
             attention_rates=integers(config.attention_rates),
             dropout=config.dropout,
+            conditioning=conditioning_channels(out_channels) if config.conditioning_dropout else (),
         )
 
 

@@ -192,8 +192,11 @@ def _brought_to(volume: Volume, like: Volume, *, order: int, warnings: list[str]
         how = {"output_shape": like.shape, "mode": "constant", "prefilter": False}
         reached = ndimage.affine_transform(np.ones(volume.shape, np.float32), to_map, order=0, **how).mean()
         if not reached:
-            raise InputError(f"does not overlap {like.path.name}: their centres lie {_apart_mm(volume, like):.0f} mm "
-                             "apart", where=volume.path, fix="check the map's affine, or register it first")  # fmt: skip
+            raise InputError(
+                f"does not overlap {like.path.name}: their centres lie {_apart_mm(volume, like):.0f} mm apart",
+                where=volume.path,
+                fix="check the map's affine, or register it first",
+            )
         voxels = ndimage.affine_transform(voxels, to_map, order=order, **how)
         told.append(f"{volume.path.name}: brought from its grid {volume.shape} {volume.orientation} to the image's by "
                     f"its affine; it reaches {reached:.0%} of the image")  # fmt: skip

@@ -14,8 +14,8 @@ FLOORS = [
     ["errors", "files", "config", "runs"],
     ["nifti", "volumes", "geometry", "cases", "cohort", "masks"],
     ["atlas", "registration", "tissue", "segmentation", "growth", "priors", "phantom", "conditioning", "augmentation"],
-    ["schedule", "samplers", "metrics", "fidelity", "baselines"],
-    ["devices", "front_ends", "autoencoder", "adm", "weights", "foreign", "critics"],
+    ["schedule", "samplers", "metrics", "fidelity", "obedience", "baselines"],
+    ["devices", "front_ends", "autoencoder", "blocks", "adm", "weights", "foreign", "critics"],
     [
         "latents",
         "cache",
@@ -25,6 +25,7 @@ FLOORS = [
         "autoencoding",
         "reconstruction",
         "latent_space",
+        "inpainter",
         "inpainting",
         "tracking",
         "training",
