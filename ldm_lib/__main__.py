@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
-from ldm_lib.config import DEFAULT_PRESET, PRESETS, SamplingConfig, stage_name
+from ldm_lib.config import SamplingConfig, stage_name
 from ldm_lib.errors import ConfigError, InputError, LdmError
+from ldm_lib.presets import DEFAULT_PRESET, PRESETS
 from ldm_lib.runs import outputs_folder
 
 SAMPLING = SamplingConfig.model_fields  # the sampling options are the parameters of notebook 05

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ldm_lib.autoencoder import NETWORKS
 from ldm_lib.autoencoding import build_autoencoder
-from ldm_lib.config import resolve
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.files import write_json
+from ldm_lib.presets import resolve
 from ldm_lib.runs import provenance
 
 FULL_GRID = (240, 240, 160)

@@ -1,4 +1,4 @@
-"""One frozen pydantic model per notebook, and the presets.
+"""One frozen pydantic model per notebook.
 
 The fields of a model are its notebook's parameters cell, name for name and default for default: `parameters_cell`
 writes the cell from the model, and a test compares. Defaults are the `demo` preset, so that a notebook opened by hand
@@ -8,6 +8,7 @@ and run from top to bottom ends on a laptop; `full` holds the numbers of the des
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,7 +34,19 @@ def _integers(text: str) -> str:
     return text
 
 
+def _numbers(text: str) -> str:
+    """ "0,1,1.5" -> itself, when every part is a finite number of at least 0."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value < float("inf") for value in values):
+        raise ValueError('numbers from 0 up, separated by commas, such as "0,1,1.5"')
+    return text
+
+
 IntegerList = Annotated[str, AfterValidator(_integers)]
+NumberList = Annotated[str, AfterValidator(_numbers)]
 Name = Annotated[str, AfterValidator(safe_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -44,6 +57,11 @@ NotNegative = Annotated[float, Field(ge=0)]
 def integers(text: str) -> tuple[int, ...]:
     """ "32,64,128" -> (32, 64, 128)."""
     return tuple(int(part) for part in text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "0,1,1.5" -> (0.0, 1.0, 1.5)."""
+    return tuple(float(part) for part in text.split(","))
 
 
 class StageConfig(BaseModel):
@@ -128,6 +146,9 @@ class ConditioningConfig(StageConfig):
     pooling: Literal["area", "nearest"] = Field("area", description="voxels to cells: occupancy or centre voxel")
     mask_dilation: Annotated[int, Field(ge=0, le=4)] = Field(1, description="cells by which the latent mask grows")
     context: Literal["composite", "concat"] = Field("composite", description="concat also shows the undilated latent")
+    make_missing: bool = Field(True, description="make the tissue and growth maps that cases lack from their scans")
+    tissue_source: Literal["atlas", "given"] = Field("atlas", description="of the cases to fill; given may have peeked")
+    max_cases: Count = Field(6, description="validation cases to prepare for filling; 0 for all")
     show_case: str = Field("", description="case to draw; empty takes the first validation case")
 
 
@@ -196,6 +217,9 @@ class SamplingConfig(DeviceConfig):
     guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
     max_cases: Count = Field(6, description="validation cases to fill; 0 for all")
+    obedience_cases: Count = Field(6, description="cases filled again with other conditioning; 0 for none")
+    guidance_scales: NumberList = Field("0,1,1.5,2,3", description="of classifier-free guidance, to compare")
+    what_if_days: NumberList = Field("0,60,120,240", description="ages of the tumours of one case, days")
 
 
 class EvaluationConfig(StageConfig):
@@ -214,54 +238,13 @@ STAGES: dict[str, type[StageConfig]] = {
     "06_evaluation": EvaluationConfig,
 }
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "synthetic_patients": 5, "spacing_mm": 6.0, "masks_per_patient": 1, "channels": "8,8,16",
-        "autoencoder_steps": 60, "crop": 24, "min_ceiling_psnr": 10.0, "check_cases": 1,
-        "base_width": 16, "multipliers": "1,2,2", "attention_rates": "4", "max_epochs": 2, "val_every": 1,
-        "val_cases": 1, "num_inference_steps": 4, "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5,
-        "samples": 2, "max_cases": 1, "show_cases": 1, "wandb_mode": "off", "use_mlflow": False,
-    },
-    "demo": {},
-    "full": {
-        "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "front_end": "haar",
-        "channels": "128,256", "blocks": 2, "learned": "both", "autoencoder_steps": 20000,
-        "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96, "final_crop": 160,
-        "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
-        "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
-        "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "keep_weights": "best", "prediction": "noise",
-    },
-}  # fmt: skip
-DEFAULT_PRESET = "demo"
-
 
 def stage_name(text: str) -> str:
     """ "4", "04" or "04_training" -> "04_training"."""
     found = [name for name in STAGES if name == text or name[:2] == text.zfill(2)]
     if not found:
-        raise ConfigError(f"no stage {text!r}; there are {', '.join(STAGES)}", fix=_nearest(text, STAGES))
+        raise ConfigError(f"no stage {text!r}; there are {', '.join(STAGES)}", fix=nearest(text, STAGES))
     return found[0]
-
-
-def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = None) -> dict[str, StageConfig]:
-    """The configuration of all six stages: defaults, then the preset, then `overrides` (text values are converted).
-
-    An override reaches every stage that has a parameter of its name.
-
-    Raises:
-        ConfigError: an unknown preset or name (with the nearest known one), a wrong type, a value out of range.
-    """
-    if preset not in PRESETS:
-        raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}", fix=_nearest(preset, PRESETS))
-    known = {name for model in STAGES.values() for name in model.model_fields}
-    for name in overrides or {}:
-        if name not in known:
-            raise ConfigError(f"unknown parameter {name!r}", fix=_nearest(name, known))
-    values = {**PRESETS[preset], **(overrides or {})}
-    return {
-        stage: validated(model, {k: v for k, v in values.items() if k in model.model_fields})
-        for stage, model in STAGES.items()
-    }
 
 
 def validated(model: type[StageConfig], values: dict[str, Any]) -> StageConfig:
@@ -274,7 +257,7 @@ def validated(model: type[StageConfig], values: dict[str, Any]) -> StageConfig:
     given = f"{name} = {problem['input']!r}: " if name else ""
     fix = f"see `make params NB={_number(model)}`"
     if problem["type"] == "extra_forbidden":
-        fix = _nearest(name, model.model_fields)
+        fix = nearest(name, model.model_fields)
     raise ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=fix)
 
 
@@ -294,6 +277,7 @@ def _number(model: type[StageConfig]) -> str:
     return next(name[:2] for name, known in STAGES.items() if known is model)
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What was most likely meant, as the mend of a refusal."""
     match = difflib.get_close_matches(name, list(known), 1, 0.4)
     return f"did you mean {match[0]!r}?" if match else "see `make params NB=01` to 06"

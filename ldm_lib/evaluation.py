@@ -9,9 +9,14 @@ import numpy as np
 from ldm_lib.baselines import BASELINES
 from ldm_lib.cases import CaseData
 from ldm_lib.metrics import brats_scores, hole_size_class, scores_by_tissue
+from ldm_lib.obedience import growth_response, tissue_by_intensity, tissue_dice
+from ldm_lib.sidecars import made_by
 from ldm_lib.volumes import read_volume
 
-ONE_SAMPLE, CEILING = "one sample", "ceiling"
+ONE_SAMPLE, CEILING, TISSUE_PAINT = "one sample", "ceiling", "tissue paint"
+WITH_GIVEN = ", given tissue"  # what follows a method's name when it saw the map that came with the case
+TELLINGS = ("as used", "given", "shuffled", "empty")  # as stage 05 names them, `counterfactuals.tellings`
+OBEDIENCE = ("psnr_01", "ssim", "dice CSF", "dice GM", "dice WM", "dice mean", "response")
 
 
 def mean_of(samples: int) -> str:
@@ -24,19 +29,62 @@ def sample_path(results: Path, data: CaseData, k: int) -> Path:
     return results / data.case.result_name.replace(".nii.gz", f"-sample-{k:04d}.nii.gz")
 
 
-def candidates(data: CaseData, results: Path, samples: int, *, baselines: bool = True) -> dict[str, np.ndarray]:
-    """Method -> filled volume (x, y, z) in the file's order: ours, the autoencoder's ceiling and the baselines."""
+def conditioned_path(results: Path, data: CaseData, telling: str) -> Path:
+    """Where stage 05 wrote the fill of a case that was told otherwise (`counterfactuals.tellings`, or a scale)."""
+    return results / "conditionings" / telling.replace(" ", "_") / data.case.result_name
+
+
+def candidates(
+    data: CaseData, results: Path, samples: int, *, baselines: bool = True, given: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Method -> filled volume (x, y, z) in the file's order: ours, the autoencoder's ceiling and the baselines.
+
+    Args:
+        given: tissue labels that came with the case, when it was filled with others: what they would have given is
+            told as well, by names that say so.
+    """
     files = {
         ONE_SAMPLE: sample_path(results, data, 0),
         mean_of(samples): results / data.case.result_name,
         CEILING: results / "ceiling" / data.case.result_name,
     }
+    if given is not None and (told := conditioned_path(results, data, "given")).exists():
+        files[f"{ONE_SAMPLE}{WITH_GIVEN}"] = told
     volumes = {name: read_volume(path).voxels for name, path in files.items()}
-    usable = [n for n in BASELINES if n != "tissue paint" or data.tissue is not None] if baselines else []
-    fills = {
-        n: BASELINES[n](data.voided, data.mask, tissue=data.tissue, lateral_axis=data.lateral_axis) for n in usable
-    }
-    return volumes | fills
+    if not baselines:
+        return volumes
+    usable = [name for name in BASELINES if name != TISSUE_PAINT or data.tissue is not None]
+    volumes |= {name: _baseline(name, data, data.tissue) for name in usable}
+    return volumes | ({} if given is None else {f"{TISSUE_PAINT}{WITH_GIVEN}": _baseline(TISSUE_PAINT, data, given)})
+
+
+def _baseline(name: str, data: CaseData, tissue: np.ndarray | None) -> np.ndarray:
+    return BASELINES[name](data.voided, data.mask, tissue=tissue, lateral_axis=data.lateral_axis)
+
+
+def obedience_row(data: CaseData, volume: np.ndarray, *, asked: CaseData, threshold: float) -> dict[str, Any]:
+    """Scores of one fill, how far it holds the tissues that were asked for, and how it answers to the growth.
+
+    Dice is of the tissues asked for against those told from the fill's intensities, in the healthy part of the hole.
+    `response` is the mean intensity inside the growth's contour less that outside it, over the case's scale, in the
+    whole hole.
+
+    Args:
+        volume: (x, y, z), one fill, or the truth.
+        asked: the case with the maps that the fill is held against.
+        threshold: concentration from which there is tumour.
+    """
+    row = brats_scores(volume, data.target, data.voided, data.scored, where=data.case.key)
+    if asked.tissue is not None:
+        growth = np.zeros(data.mask.shape) if asked.growth is None else asked.growth
+        healthy = data.scored & (growth < threshold)
+        found = tissue_by_intensity(volume, asked.tissue, data.mask)
+        row |= {f"dice {name}": value for name, value in tissue_dice(asked.tissue, found, healthy).items()}
+    if asked.growth is not None:
+        row["response"] = (
+            growth_response(volume, asked.growth, data.mask, threshold=threshold)["difference"] / data.scale
+        )
+    return row
 
 
 def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -46,7 +94,7 @@ def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[
         "case": data.case.key,
         "patient": data.case.patient,
         "hole": hole_size_class(hole_mm3),
-        "tissue_map": "none" if data.tissue is None else "given",
+        "tissue_map": made_by(data.case.tissue),
     }
     rows, by_tissue = [], []
     for method, volume in volumes.items():

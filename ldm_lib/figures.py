@@ -23,7 +23,7 @@ from ldm_lib.slices import (
 )
 
 TISSUES = {"CSF": "#0072B2", "GM": "#D55E00", "WM": "#F0E442"}  # Okabe and Ito: colour-blind safe
-GROWTH_LINES = {0.2: "#F0E442", 0.25: "#E69F00", 0.675: "#D55E00"}  # cut-off, edema, core
+GROWTH_LINES = {0.2: "#F0E442", 0.25: "#E69F00", 0.675: "#D55E00"}  # cut-off, seen in FLAIR, seen in T1c
 CHANNELS = ("growth", "CSF", "GM", "WM")
 Window = tuple[float, float] | None
 
@@ -176,15 +176,22 @@ def trajectory(
     centre_vox: Sequence[int] | None = None,
     window: Window = None,
     margin_mm: float | None = None,
+    growths: Sequence[np.ndarray] | None = None,
     title: str = "",
 ) -> Plate:
-    """One slice of one case, step by step through sampling; the window is the last frame's."""
+    """One slice of one case, frame by frame, through sampling or time; the window is the last frame's.
+
+    Args:
+        growths: a concentration for each frame, drawn as contour lines at 0.2, 0.25 (seen in FLAIR) and 0.675 (in T1c).
+    """
     volumes = dict(enumerate(frames))
     view = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
     low, high = intensity_window(frames[-1], window)
     figure, axes = strip(view, plane, labels, title=_stated(title, low, high))
-    for ax, frame in zip(axes, frames, strict=True):
+    for ax, frame, growth in zip(axes, frames, growths or [None] * len(frames), strict=True):
         view.draw(ax, frame, plane, vmin=low, vmax=high)
+        if growth is not None:
+            view.contour(ax, growth, plane, GROWTH_LINES)
     return figure
 
 

@@ -1,14 +1,14 @@
 """Whether a filled hole holds what was asked for: its tissues, and the tumour where growth was given.
 
-The tissue of a filled voxel is told from its intensity alone, by what the tissues look like outside the hole in the same
-scan. Of the truth this is told in the same way, which bounds what a fill can reach.
+The tissue of a filled voxel is told from its intensity alone, by what the tissues look like outside the hole in the
+same scan. Of the truth this is told in the same way, which bounds what a fill can reach.
 """
 
 import numpy as np
 
-from ldm_lib.growth import GROWTH_THRESHOLD
 from ldm_lib.tissue import TISSUES
 
+LEAK_MARGIN = 0.1  # by which a given map may know the hidden image better than the atlas does
 FEWEST_VOXELS = 20  # of a tissue outside the hole, to tell what it looks like
 
 
@@ -44,10 +44,8 @@ def tissue_dice(asked: np.ndarray, found: np.ndarray, where: np.ndarray) -> dict
     return dice | {"mean": float(np.mean(known)) if known else np.nan}
 
 
-def growth_response(
-    volume: np.ndarray, growth: np.ndarray, hole: np.ndarray, *, threshold: float = GROWTH_THRESHOLD
-) -> dict[str, float]:
-    """Mean intensity of the filled voxels `inside` and `outside` the contour of the growth, and the first less the second.
+def growth_response(volume: np.ndarray, growth: np.ndarray, hole: np.ndarray, *, threshold: float) -> dict[str, float]:
+    """Mean intensity of the filled voxels `inside` and `outside` the contour of the growth, and their `difference`.
 
     Only brain counts, that is what is not 0; NaN where the hole has no voxel on one side.
     """
@@ -55,6 +53,26 @@ def growth_response(
     sides = {"inside": brain & (growth >= threshold), "outside": brain & (growth < threshold)}
     means = {name: float(volume[side].mean()) if side.any() else np.nan for name, side in sides.items()}
     return means | {"difference": means["inside"] - means["outside"]}
+
+
+def class_shift(volume: np.ndarray, labels: np.ndarray, outside: np.ndarray, where: np.ndarray) -> dict[str, float]:
+    """How far each tissue's mean in the fill lies from its mean outside the hole, in standard deviations there.
+
+    Args:
+        volume: filled image (x, y, z).
+        labels: the tissue asked for (x, y, z).
+        outside: bool (x, y, z), known healthy brain.
+        where: bool (x, y, z), the filled voxels in question.
+
+    Returns:
+        tissue -> shift; one with fewer than 20 voxels on either side is left out.
+    """
+    shifts = {}
+    for tissue, name in TISSUES.items():
+        filled, seen = (volume[(labels == tissue) & part & (volume != 0)] for part in (where, outside))
+        if min(filled.size, seen.size) >= FEWEST_VOXELS:
+            shifts[name] = float((filled.mean(dtype=float) - seen.mean(dtype=float)) / seen.std(dtype=float))
+    return shifts
 
 
 def agreement(labels: np.ndarray, image: np.ndarray, outside: np.ndarray, hole: np.ndarray) -> float:

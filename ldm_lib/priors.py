@@ -8,7 +8,6 @@ sidecar that says why, and no map.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,9 +21,10 @@ from ldm_lib.errors import InputError
 from ldm_lib.files import now, sha256, write_json
 from ldm_lib.growth import GROWTH_THRESHOLD, MIDDLING, Rates, grow_in_labels
 from ldm_lib.masks import UNHEALTHY_MARGIN_MM, shrink_mm
-from ldm_lib.nifti import require_writable, stem
+from ldm_lib.nifti import require_writable
 from ldm_lib.registration import Registration
 from ldm_lib.segmentation import tissue_from_scan
+from ldm_lib.sidecars import read_sidecar, sidecar_path
 from ldm_lib.volumes import read_labels, write_map
 
 CODE_VERSION = 1  # raise it when a map would come out otherwise
@@ -38,12 +38,20 @@ class Prior:
     Attributes:
         path: of the map, which is not there if `record["refused"]` says why.
         record: the sidecar.
-        registration: what a tissue map came from, when it was made now; None when it was found.
+        made_now: False for a map that was found.
+        registration: what a tissue map came from, when it was made now; else None.
     """
 
     path: Path
     record: dict[str, Any]
+    made_now: bool
     registration: Registration | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """One line of a table."""
+        return {"map": f"{self.path.parent.name}/{self.path.name}", "made_by": self.record["made_by"],
+                **self.record["found"], "made now": self.made_now, "refused": self.refused}  # fmt: skip
 
     @property
     def refused(self) -> str:
@@ -116,6 +124,8 @@ def equip(case: Case, folder: Path, *, tissue: bool, growth: bool) -> tuple[Case
         tissue: make this map, even where one was given.
         growth: make this map, from the unhealthy mask; a case without one keeps none, which means healthy.
     """
+    if not (tissue or growth):
+        return case, []
     data, made, maps = load_case(case), [], {}
     labels = data.tissue
     if tissue:
@@ -144,14 +154,6 @@ def segmentation_of(data: CaseData) -> np.ndarray:
     return shrink_mm(data.unhealthy, UNHEALTHY_MARGIN_MM, data.source.spacing_mm)
 
 
-def provenance(path: Path | None) -> str:
-    """Who made a map: "none", "given", or what its sidecar says of a map that this library made."""
-    if path is None:
-        return "none"
-    record = _read(_sidecar_path(path))
-    return record["made_by"] if record and record.get("sha256") == sha256(path) else "given"
-
-
 @dataclass(frozen=True)
 class _Sidecar:
     """What a map is to be made from: files by role, settings, and volumes that are no files of their own."""
@@ -168,16 +170,15 @@ class _Sidecar:
         files = {role: sha256(path) for role, path in self.sources.items()}
         arrays = {role: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest()
                   for role, v in self.volumes.items() if v is not None}  # fmt: skip
-        made_by = f"brain-mri-inpainting, {self.how}, version {CODE_VERSION}"
-        return {"made_by": made_by, "from": files | arrays, "settings": self.settings}
+        return {"made_by": f"{self.how}, version {CODE_VERSION}", "from": files | arrays, "settings": self.settings}
 
     def found(self) -> Prior | None:
         """The map as it lies there, if it was made from all this and is whole."""
-        record = _read(_sidecar_path(self.path))
+        record = read_sidecar(self.path)
         if not record or any(record.get(name) != value for name, value in self.claim.items()):
             return None
         whole = self.path.is_file() and record.get("sha256") == sha256(self.path)
-        return Prior(self.path, record) if whole or record.get("refused") else None
+        return Prior(self.path, record, made_now=False) if whole or record.get("refused") else None
 
     def keep(self, voxels: np.ndarray | None, found: dict[str, float], affine: np.ndarray, refused: str = "") -> Prior:
         """Write the map, unless it was refused, and then its sidecar."""
@@ -189,18 +190,5 @@ class _Sidecar:
             write_map(self.path, voxels, affine)
         digest = sha256(self.path) if voxels is not None else ""
         record = self.claim | {"found": found, "refused": refused, "sha256": digest, "made": now()}
-        write_json(_sidecar_path(self.path), record)
-        return Prior(self.path, record)
-
-
-def _sidecar_path(path: Path) -> Path:
-    return path.with_name(f"{stem(path)}.json")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A sidecar, or None where there is none, or one of somebody else."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and "made_by" in record else None
+        write_json(sidecar_path(self.path), record)
+        return Prior(self.path, record, made_now=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lib.cohort import source_digests
-from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, StageConfig, resolve, validated
+from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, StageConfig, validated
 from ldm_lib.errors import LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
+from ldm_lib.presets import resolve
 from ldm_lib.runs import (
     is_done,
     outputs_folder,

@@ -41,17 +41,19 @@ def explore(
     mask: np.ndarray | None = None,
     centre_vox: Sequence[int] | None = None,
     window: tuple[float, float] | None = None,
+    along: str = "",
     title: str = "",
 ) -> Explorer:
     """Show named volumes on three planes; arguments and errors are those of `figures.planes`.
 
+    `along` says what the volumes follow, such as "age": a slider then moves through them instead of a list.
     No widget is made in a headless run, so that no notebook keeps the state of one that nobody can move.
     """
     centre_vox = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox).centre_vox
     window = intensity_window(next(iter(volumes.values())), window)
     where = {"spacing_mm": spacing_mm, "title": title}
     figure = planes(volumes, mask=mask, centre_vox=centre_vox, window=window, **where)
-    widget = _controls(volumes, mask, centre_vox, window, **where) if interactive() else None
+    widget = _controls(volumes, mask, centre_vox, window, along, **where) if interactive() else None
     return Explorer(figure, widget)
 
 
@@ -66,11 +68,16 @@ def _controls(
     mask: np.ndarray | None,
     centre_vox: Sequence[int],
     window: tuple[float, float],
+    along: str,
     **where: object,
 ) -> widgets.VBox:
     """Volume, three positions in voxels, window and outline; the picture is PNG bytes, redrawn when one changes."""
     shape = next(iter(volumes.values())).shape
-    volume = widgets.Dropdown(options=list(volumes), description="volume")
+    volume = (
+        widgets.SelectionSlider(options=list(volumes), description=along, continuous_update=False)
+        if along
+        else widgets.Dropdown(options=list(volumes), description="volume")
+    )
     position = [
         widgets.IntSlider(c, 0, n - 1, description=axis, continuous_update=False)
         for axis, c, n in zip(("x, to left", "y, to back", "z, up"), centre_vox, shape, strict=True)

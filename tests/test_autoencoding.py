@@ -9,9 +9,9 @@ from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.autoencoding import AutoencoderTraining, build_autoencoder, train_autoencoder
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
-from ldm_lib.config import resolve
 from ldm_lib.errors import TrainingError
 from ldm_lib.fitting import latent_statistics
+from ldm_lib.presets import resolve
 from ldm_lib.reconstruction import code
 
 CPU = torch.device("cpu")

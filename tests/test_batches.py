@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm_lib.batches import EpochOrder, TrainingSamples, crop_around_hole, masked_loss
-from ldm_lib.config import resolve
+from ldm_lib.presets import resolve
 
 STEPS = 1000
 

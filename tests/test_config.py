@@ -7,8 +7,9 @@ import pytest
 from papermill.inspection import _infer_parameters
 from papermill.translators import PythonTranslator
 
-from ldm_lib.config import PRESETS, STAGES, integers, parameters_cell, resolve, safe_name, stage_name, validated
+from ldm_lib.config import STAGES, integers, parameters_cell, safe_name, stage_name, validated
 from ldm_lib.errors import ConfigError
+from ldm_lib.presets import PRESETS, resolve
 
 FIRST = {name: stage for stage, model in reversed(STAGES.items()) for name in model.model_fields}
 NUMBERS = [(stage, name) for stage, model in STAGES.items() for name, field in model.model_fields.items()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ldm_lib import crops as module
-from ldm_lib.config import resolve
 from ldm_lib.crops import CropLoader
+from ldm_lib.presets import resolve
 
 
 def settings(**changes):

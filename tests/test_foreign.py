@@ -19,12 +19,12 @@ from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
-from ldm_lib.config import resolve
 from ldm_lib.errors import WeightsError
 from ldm_lib.fitting import latent_statistics
 from ldm_lib.foreign import core_names, load_autoencoder
 from ldm_lib.geometry import cell_share
 from ldm_lib.latents import CellSettings, encode_case
+from ldm_lib.presets import resolve
 from ldm_lib.training import new_inpainter
 from ldm_lib.weights import load_model, save_model
 

@@ -5,8 +5,8 @@ import torch
 
 from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
 from ldm_lib.bench import FULL_GRID
-from ldm_lib.config import resolve
 from ldm_lib.devices import autocast
+from ldm_lib.presets import resolve
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 
 from ldm_lib import runs
-from ldm_lib.config import STAGES, resolve
+from ldm_lib.config import STAGES
 from ldm_lib.errors import ConfigError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock
+from ldm_lib.presets import resolve
 from ldm_lib.runs import changes, damaged, is_done, open_stage, outputs_folder, tracked, upstream_digests
 
 AUDIT, AUTOENCODER, CONDITIONING, *_ = STAGES

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldm_lib.config import resolve
+from ldm_lib.presets import resolve
 from ldm_lib.tracking import EpochLog, MetricsTable, trackers
 
 
@@ -112,7 +112,7 @@ def test_wandb_and_mlflow_hold_the_figures_and_no_trace_of_the_machine(tmp_path)
 OPEN_STORE = """
 import sys
 from pathlib import Path
-from ldm_lib.config import resolve
+from ldm_lib.presets import resolve
 from ldm_lib.tracking import trackers
 folder = Path(sys.argv[1]) / "04_training"
 folder.mkdir(parents=True)

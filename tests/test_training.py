@@ -14,12 +14,12 @@ from ldm_lib.batches import EpochOrder, TrainingSamples
 from ldm_lib.cache import LatentCache
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
-from ldm_lib.config import resolve
 from ldm_lib.errors import ConfigError, TrainingError, WeightsError
 from ldm_lib.fitting import latent_statistics
 from ldm_lib.inpainting import Inpainter, inpaint
 from ldm_lib.latents import CellSettings, collate, encode_case, input_channels
 from ldm_lib.metrics import brats_scores
+from ldm_lib.presets import resolve
 from ldm_lib.reconstruction import ceiling, code
 from ldm_lib.tracking import WholeCheckpoints
 from ldm_lib.training import DiffusionTraining, loss_by_noise_level, new_inpainter, noisy_composite, save_trained, train

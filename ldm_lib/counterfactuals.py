@@ -1,0 +1,96 @@
+"""One hole and one noise, told different things: does the model obey, and what would another tumour look like?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from ldm_lib.cases import CaseData
+from ldm_lib.errors import InputError
+from ldm_lib.growth import MIDDLING, Rates, grow_in_labels
+from ldm_lib.inpainter import Inpainter
+from ldm_lib.latents import Latents, with_conditioning_of
+from ldm_lib.tissue import GM, WM
+
+AS_USED, GIVEN, SHUFFLED, EMPTY = "as used", "given", "shuffled", "empty"
+HEALTHY = "healthy"
+
+
+@dataclass(frozen=True)
+class Telling:
+    """What the model is told of a case: latents with their conditioning, and the scale of guidance."""
+
+    latents: Latents
+    guidance: float = 1.0
+
+
+def tellings(
+    inpainter: Inpainter, data: CaseData, *, other: CaseData, given: CaseData | None = None, guidance: float = 1.0
+) -> dict[str, Telling]:
+    """The same case with different conditioning, by name.
+
+    "as used" has its own maps, "given" those of `given` (the same case, with the maps that came with it), "shuffled"
+    those of another patient, and "empty" none: the learned null where the model has one, else maps of zeros.
+    """
+    own = inpainter.encode(data)
+    told = {AS_USED: Telling(own, guidance)}
+    if given is not None:
+        told[GIVEN] = Telling(with_conditioning_of(own, inpainter.encode(given)), guidance)
+    told[SHUFFLED] = Telling(with_conditioning_of(own, inpainter.encode(other)), guidance)
+    nothing = own | {"conditioning": torch.zeros_like(own["conditioning"])}
+    told[EMPTY] = Telling(own, 0.0) if inpainter.denoiser.can_do_without else Telling(nothing, guidance)
+    return told
+
+
+def fill_each(inpainter: Inpainter, data: CaseData, told: Mapping[str, Telling], **how: Any) -> dict[str, np.ndarray]:
+    """One sample for each telling, all from one noise: name -> (x, y, z) in the file's order and units."""
+    return {
+        name: inpainter.fill(data, samples=1, latents=t.latents, guidance=t.guidance, **how).samples[0]
+        for name, t in told.items()
+    }
+
+
+def start_of_tumour_mm(data: CaseData) -> tuple[float, float, float]:
+    """Where a tumour of this hole would start, in the file's world (RAS, mm).
+
+    It is the hole's highest concentration, or without growth the white or grey voxel deepest in the hole.
+
+    Raises:
+        InputError: the case has no tissue map, or no white or grey matter in its hole.
+    """
+    solid = np.isin(data.tissue, (GM, WM)) & data.mask if data.tissue is not None else np.zeros(data.mask.shape, bool)
+    if not solid.any():
+        raise InputError("no white or grey matter in its hole", where=data.case.key, fix="give a tissue map")
+    depth = ndimage.distance_transform_edt(data.mask, sampling=data.source.spacing_mm)
+    worth = depth if data.growth is None or not (data.growth * solid).any() else data.growth
+    voxel = np.unravel_index(np.argmax(np.where(solid, worth, -1)), solid.shape)
+    return tuple((data.source.affine @ [*voxel, 1])[:3].tolist())
+
+
+def tumours_in_time(
+    data: CaseData, days: Sequence[float], *, seed_mm: Sequence[float] | None = None, rates: Rates = MIDDLING
+) -> dict[str, np.ndarray]:
+    """Growth maps (x, y, z) of one tumour at several ages, in the case's own tissue; 0 days is healthy.
+
+    Raises:
+        InputError: no tissue map, or a start outside white and grey matter.
+    """
+    seed_mm = start_of_tumour_mm(data) if seed_mm is None else seed_mm
+    nothing = np.zeros(data.mask.shape, np.float32)
+    grown = {
+        age: grow_in_labels(data.tissue, data.source.affine, days=age, seed_mm=seed_mm, rates=rates)
+        for age in days
+        if age
+    }
+    return {f"{age:g} days" if age else HEALTHY: grown.get(age, nothing) for age in days}
+
+
+def fill_with_growths(
+    inpainter: Inpainter, data: CaseData, growths: Mapping[str, np.ndarray], *, guidance: float = 1.0, **how: Any
+) -> dict[str, np.ndarray]:
+    """One sample for each growth map, all from one noise: name -> (x, y, z) in the file's order and units."""
+    told = {name: Telling(inpainter.encode(replace(data, growth=growth)), guidance) for name, growth in growths.items()}
+    return fill_each(inpainter, data, told, **how)

@@ -1,0 +1,49 @@
+"""The presets: which numbers run the same code in minutes or in days, and what a run's parameters come to."""
+
+from typing import Any
+
+from ldm_lib.config import STAGES, StageConfig, nearest, validated
+from ldm_lib.errors import ConfigError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "synthetic_patients": 5, "spacing_mm": 6.0, "masks_per_patient": 1, "channels": "8,8,16",
+        "autoencoder_steps": 60, "crop": 24, "min_ceiling_psnr": 10.0, "check_cases": 1,
+        "base_width": 16, "multipliers": "1,2,2", "attention_rates": "4", "max_epochs": 2, "val_every": 1,
+        "val_cases": 1, "num_inference_steps": 4, "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5,
+        "samples": 2, "max_cases": 1, "show_cases": 1, "obedience_cases": 1, "guidance_scales": "0,1,2",
+        "what_if_days": "0,200", "wandb_mode": "off", "use_mlflow": False,
+    },
+    "demo": {},
+    "full": {
+        "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "front_end": "haar",
+        "channels": "128,256", "blocks": 2, "learned": "both", "autoencoder_steps": 20000,
+        "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96, "final_crop": 160,
+        "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
+        "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
+        "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "obedience_cases": 20, "keep_weights": "best",
+        "prediction": "noise",
+    },
+}  # fmt: skip
+DEFAULT_PRESET = "demo"
+
+
+def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = None) -> dict[str, StageConfig]:
+    """The configuration of all six stages: defaults, then the preset, then `overrides` (text values are converted).
+
+    An override reaches every stage that has a parameter of its name.
+
+    Raises:
+        ConfigError: an unknown preset or name (with the nearest known one), a wrong type, a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}", fix=nearest(preset, PRESETS))
+    known = {name for model in STAGES.values() for name in model.model_fields}
+    for name in overrides or {}:
+        if name not in known:
+            raise ConfigError(f"unknown parameter {name!r}", fix=nearest(name, known))
+    values = {**PRESETS[preset], **(overrides or {})}
+    return {
+        stage: validated(model, {k: v for k, v in values.items() if k in model.model_fields})
+        for stage, model in STAGES.items()
+    }
