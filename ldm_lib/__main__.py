@@ -78,9 +78,11 @@ def inpaint(options: argparse.Namespace) -> int:
         options.output,
         growth=options.growth,
         tissue=options.tissue,
+        make_missing=options.make_missing,
         model=options.model,
         sampler=options.sampler,
         steps=options.steps,
+        guidance=options.guidance,
         samples=options.samples,
         write_samples=options.write_samples,
         seed=options.seed,
@@ -201,10 +203,13 @@ def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--output", required=True, help="result; the mean if --samples is above 1")
     sub.add_argument("--growth", help="tumour-cell concentration in [0, 1]; none means healthy")
     sub.add_argument("--tissue", help="labels 1 CSF, 2 GM, 3 WM")
+    sub.add_argument("--make-missing", action="store_true", help="make the tissue map from the scan if none is given")
     sub.add_argument("--model", help="folder with weights; none takes the newest finished training")
     sub.add_argument("--sampler", default=SAMPLING["sampler"].default, choices=get_args(SAMPLING["sampler"].annotation))
     steps = SAMPLING["num_inference_steps"].default
     sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
+    guidance = SAMPLING["guidance"].default
+    sub.add_argument("--guidance", type=float, default=guidance, help=f"0 ignores the maps (default: {guidance:g})")
     sub.add_argument("--samples", type=int, default=1, help="K; also writes the standard deviation if above 1")
     sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
     sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)

@@ -46,7 +46,8 @@ class TrainingSamples(Dataset):
             jitter = torch.randn(sample["voided"].shape, generator=draw)
             sample["voided"] = sample["voided"] + self.config.latent_noise * jitter
         if self.config.conditioning_dropout:
-            sample["told"] = torch.tensor(float(rng.random() >= self.config.conditioning_dropout))
+            told = self.config.overfit_batches or rng.random() >= self.config.conditioning_dropout
+            sample["told"] = torch.tensor(float(bool(told)))
         return sample | {"t": t, "noise": noise}
 
     def _changed(self, sample: Latents, rng: np.random.Generator) -> Latents:

@@ -10,7 +10,7 @@ from ldm_lib.baselines import BASELINES
 from ldm_lib.cases import CaseData
 from ldm_lib.metrics import brats_scores, hole_size_class, scores_by_tissue
 from ldm_lib.obedience import growth_response, tissue_by_intensity, tissue_dice
-from ldm_lib.sidecars import made_by
+from ldm_lib.sidecars import NO_MAP, made_by
 from ldm_lib.volumes import read_volume
 
 ONE_SAMPLE, CEILING, TISSUE_PAINT = "one sample", "ceiling", "tissue paint"
@@ -94,7 +94,7 @@ def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[
         "case": data.case.key,
         "patient": data.case.patient,
         "hole": hole_size_class(hole_mm3),
-        "tissue_map": made_by(data.case.tissue),
+        "tissue_map": NO_MAP if data.tissue is None else made_by(data.case.tissue),
     }
     rows, by_tissue = [], []
     for method, volume in volumes.items():

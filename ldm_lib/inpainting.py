@@ -1,6 +1,7 @@
 """Volume in, volume out: one file's hole is filled, and the result written in its own grid, header and dtype."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from ldm_lib.cases import Case, CaseData, load_case
@@ -44,9 +45,11 @@ def inpaint(
     *,
     growth: str | Path | None = None,
     tissue: str | Path | None = None,
+    make_missing: bool = False,
     model: str | Path | None = None,
     sampler: str = DEFAULT_SAMPLER,
     steps: int = 20,
+    guidance: float = 1.0,
     samples: int = 1,
     write_samples: bool = False,
     seed: int = 0,
@@ -59,8 +62,10 @@ def inpaint(
         mask: binary, on the same grid, 1 = fill this.
         output: .nii or .nii.gz; the mean when samples > 1, then `<output>-std` is written beside it.
         growth: tumour-cell concentration in [0, 1]; none means zero, healthy tissue.
-        tissue: labels 1 CSF, 2 GM, 3 WM; none means unknown.
+        tissue: labels 1 CSF, 2 GM, 3 WM; none means unknown, unless `make_missing`.
+        make_missing: make the tissue map from the scan where none is given (`segmentation.tissue_from_scan`).
         model: folder with weights; none takes the newest finished training.
+        guidance: how far to go from being told nothing (0) to being told all (1) and beyond.
 
     Returns:
         the files written.
@@ -69,10 +74,10 @@ def inpaint(
         LdmError: an input, parameter, model or output path that cannot be used; nothing is written then.
     """
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue)
-    if sampler not in SAMPLERS or steps < 1 or samples < 1 or seed < 0:
+    if sampler not in SAMPLERS or steps < 1 or samples < 1 or seed < 0 or not 0 <= guidance < float("inf"):
         raise ConfigError(
-            f"sampler {sampler!r}, steps {steps}, samples {samples}, seed {seed}",
-            fix=f"take a sampler of {', '.join(SAMPLERS)}, steps and samples from 1, a seed from 0",
+            f"sampler {sampler!r}, steps {steps}, samples {samples}, seed {seed}, guidance {guidance:g}",
+            fix=f"take a sampler of {', '.join(SAMPLERS)}, steps and samples from 1, seed and guidance from 0",
         )
     for path in result_paths(Path(output), samples, each=write_samples).values():
         require_writable(path)
@@ -85,8 +90,21 @@ def inpaint(
     if max(abs(s - inpainter.autoencoder.spacing_mm) for s in data.source.spacing_mm) > 0.05:
         log.warning("%s: voxels of %s mm, the model was trained at %g mm", data.case.t1n_voided,
                     data.source.spacing_mm, inpainter.autoencoder.spacing_mm)  # fmt: skip
-    filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps)
+    if make_missing and data.tissue is None:
+        data = _with_tissue(data)
+    filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps, guidance=guidance)
     return write_filled(filled, data, Path(output), samples=write_samples)
+
+
+def _with_tissue(data: CaseData) -> CaseData:
+    """The case with a tissue map made from its scan, or as it is where that failed."""
+    from ldm_lib.segmentation import tissue_from_scan  # seconds to load, and seldom needed
+
+    made = tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask)
+    if made.registration.flaw:
+        log.warning("%s: no tissue map: %s; filled without", data.case.t1n_voided, made.registration.flaw)
+        return data
+    return replace(data, tissue=made.labels)
 
 
 def case_of_files(

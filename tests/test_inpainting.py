@@ -14,11 +14,13 @@ from einops import rearrange
 from torch import nn
 
 import ldm_lib
+from ldm_lib import inpainter as engine
 from ldm_lib import inpainting
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import ConfigError, InputError, WeightsError
-from ldm_lib.inpainting import CaseNoise, Filled, Inpainter, case_of_files, inpaint, sample_name, write_filled
+from ldm_lib.inpainter import CaseNoise, Filled, Inpainter, sample_name
+from ldm_lib.inpainting import case_of_files, inpaint, write_filled
 from ldm_lib.latents import CellSettings, encode_case
 from ldm_lib.samplers import SAMPLERS
 from ldm_lib.schedule import linear_schedule
@@ -190,7 +192,7 @@ class KnowsTheTruth(nn.Module):
         super().__init__()
         self.truth, self.schedule, self.prediction = truth, schedule, prediction
 
-    def forward(self, x, t):
+    def forward(self, x, t, told=None):
         alpha_bar = self.schedule.alpha_bar[t].view(-1, 1, 1, 1, 1)
         z = x[:, : self.truth.shape[1]].double()
         noise = (z - alpha_bar.sqrt() * self.truth) / (1 - alpha_bar).sqrt()
@@ -317,7 +319,7 @@ def test_known_cells_are_clean_at_every_step(cases, inpainter, sampler, context)
     latents = encode_case(model_case(data, 2), inpainter.autoencoder, settings, device=CPU, precision="32")
     known, seen = (latents["hole"] == 0).expand_as(latents["voided"]), []
 
-    def spy(x, t):
+    def spy(x, t, told=None):
         seen.append((int(t[0]), x[0]))
         return torch.tanh(x[:, :3])
 
@@ -353,8 +355,8 @@ def test_parameters_out_of_range_are_refused(pair, tmp_path, model, wrong, reaso
 @pytest.mark.parametrize("output", ["missing/out.nii.gz", "out.png", "folder.nii.gz", "out"])
 def test_an_output_that_cannot_be_written_is_refused_first(pair, tmp_path, model, monkeypatch, output):
     (tmp_path / "folder.nii.gz").mkdir()
-    for name in ("load_case", "load_model"):
-        monkeypatch.setattr(inpainting, name, lambda *_: pytest.fail("something was loaded"))
+    for module, name in ((inpainting, "load_case"), (engine, "load_model")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("something was loaded"))
     with pytest.raises(InputError, match=r"must end in|folder does not exist|is a directory"):
         inpaint(*pair, tmp_path / output, **model)
 

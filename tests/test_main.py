@@ -208,10 +208,9 @@ def test_samplers_and_defaults_are_those_of_the_notebook(capsys, monkeypatch):
         main(["inpaint", "--help"])
     assert f"{{{','.join(SAMPLERS)}}}" in capsys.readouterr().out
     received = {}
-    stand_in = types.SimpleNamespace(
-        inpaint=lambda *_, **options: received.update(options) or [], newest_model=lambda: "newest"
-    )
+    stand_in = types.SimpleNamespace(inpaint=lambda *_, **options: received.update(options) or [])
     monkeypatch.setitem(sys.modules, "ldm_lib.inpainting", stand_in)
+    monkeypatch.setitem(sys.modules, "ldm_lib.inpainter", types.SimpleNamespace(newest_model=lambda: "newest"))
     assert main(INPAINT) == 0
     default = SamplingConfig()
     assert (received["sampler"], received["steps"], received["seed"]) == (

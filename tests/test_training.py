@@ -16,7 +16,8 @@ from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import ConfigError, TrainingError, WeightsError
 from ldm_lib.fitting import latent_statistics
-from ldm_lib.inpainting import Inpainter, inpaint
+from ldm_lib.inpainter import Inpainter
+from ldm_lib.inpainting import inpaint
 from ldm_lib.latents import CellSettings, collate, encode_case, input_channels
 from ldm_lib.metrics import brats_scores
 from ldm_lib.presets import resolve

@@ -6,6 +6,7 @@ import struct
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.processing import resample_from_to
 
 from ldm_lib.errors import InputError
 from ldm_lib.volumes import (
@@ -188,9 +189,30 @@ def _moved(shift):
     ids=["shifted", "2 mm", "flipped"],
 )
 def test_another_place_in_space_is_refused(tmp_path, like, affine, match):
-    for read in (read_mask, lambda path, like: read_labels(path, like, (0, 1)), read_unit_map):
-        with pytest.raises(InputError, match=match):
-            read(_save(tmp_path / "m.nii", BALL.astype("u1"), affine), like)
+    with pytest.raises(InputError, match=match):
+        read_mask(_save(tmp_path / "m.nii", BALL.astype("u1"), affine), like)
+
+
+@pytest.mark.parametrize("change", ["shifted", "2 mm", "turned"])
+def test_maps_are_brought_to_the_grid_as_nibabel_would(tmp_path, like, change):
+    rng = np.random.default_rng(3)
+    values = rng.uniform(0, 0.9, (24, 20, 22))
+    affine = {"shifted": _moved(2.3), "2 mm": LPS @ np.diag([2, 2, 2, 1.0]), "turned": LPS[:, [2, 0, 1, 3]]}[change]
+    target = (like.shape, like.affine)
+    for given, order, read in (
+        (values, 1, read_unit_map),
+        (np.rint(3 * values), 0, lambda path, like, **kw: read_labels(path, like, (0, 1, 2, 3), **kw)),
+    ):
+        warnings = []
+        found = read(_save(tmp_path / "m.nii", given.astype("f8"), affine), like, warnings=warnings)
+        oracle = resample_from_to(nib.Nifti1Image(given, affine), target, order=order).get_fdata()
+        np.testing.assert_allclose(found, oracle, atol=1e-5)
+        assert found.any() and "m.nii: brought from its grid (24, 20, 22)" in warnings[0]
+
+
+def test_a_map_somewhere_else_is_refused(tmp_path, like):
+    with pytest.raises(InputError, match=r"does not overlap t1n\.nii\.gz: their centres lie 173 mm apart"):
+        read_unit_map(_save(tmp_path / "m.nii", BALL.astype("f4"), _moved(100)), like)
 
 
 def test_rounding_of_an_affine_is_the_same_grid(tmp_path, like):

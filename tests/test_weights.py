@@ -13,7 +13,7 @@ from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.errors import WeightsError
 from ldm_lib.files import sha256
-from ldm_lib.inpainting import Inpainter
+from ldm_lib.inpainter import Inpainter
 from ldm_lib.weights import load_model, read_checkpoint, read_config, save_model
 
 
