@@ -1,4 +1,4 @@
-"""The command line: `python -m ldm_lib run | compare | inpaint | validate | score | params | doctor | bench`.
+"""The command line: `python -m ldm_lib run | compare | inpaint | prior | validate | score | params | doctor | bench`.
 
 Exit status: 0 done, 1 refused or failed (one line), 2 wrong usage, 143 on SIGTERM. Heavy libraries are imported by the
 command that needs them, so that help, validate and score start at once.
@@ -9,22 +9,19 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from ldm_lib.config import SamplingConfig, stage_name
-from ldm_lib.errors import ConfigError, InputError, LdmError
-from ldm_lib.presets import DEFAULT_PRESET, PRESETS
+from ldm_lib.config import stage_name
+from ldm_lib.errors import InputError, LdmError
+from ldm_lib.options import assignments, build_parser, joined, point
 from ldm_lib.runs import outputs_folder
-
-SAMPLING = SamplingConfig.model_fields  # the sampling options are the parameters of notebook 05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn a refusal into one line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    options = _parser().parse_args(arguments)
+    options = build_parser(COMMANDS).parse_args(joined(sys.argv[1:] if arguments is None else arguments))
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         return options.command(options)
@@ -45,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     from ldm_lib import runner
 
-    overrides = _assignments(options.set)
+    overrides = assignments(options.set)
     folder = runner.run(
         [stage_name(text) for text in options.stages],
         name=options.run or overrides.pop("run", options.preset),
@@ -89,6 +86,36 @@ def inpaint(options: argparse.Namespace) -> int:
         device=options.device,
     )
     print("\n".join(str(path) for path in written))
+    return 0
+
+
+def prior(options: argparse.Namespace) -> int:
+    from ldm_lib.figures import planes
+    from ldm_lib.growth import Rates
+    from ldm_lib.nifti import stem
+    from ldm_lib.priors import make_priors
+
+    made = make_priors(
+        options.t1n_voided,
+        options.mask,
+        tissue=options.tissue,
+        growth=options.growth,
+        seed_mm=point(options.seed_mm) if options.seed_mm else None,
+        segmentation=options.segmentation,
+        days=options.days,
+        rates=Rates(options.diffusion, options.ratio, options.proliferation),
+        lesion=options.lesion,
+        refine=not options.atlas_only,
+    )
+    for each in made:
+        found = ", ".join(f"{name} {value:.4g}" for name, value in each.record["found"].items())
+        print(f"{each.path}: {'made' if each.made_now else 'found'} ({found})")
+    if why := made[0].refused:
+        picture = made[0].path.with_name(f"{stem(made[0].path)}-refused.png")
+        if made[0].registration:
+            planes(**made[0].registration.shown(), title=made[0].path.name).savefig(picture)
+        raise InputError(f"the atlas does not fit: {why}", where=options.t1n_voided,
+                         fix=f"see {picture}; check orientation and skull-stripping")  # fmt: skip
     return 0
 
 
@@ -150,89 +177,12 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ldm_lib", description="3D brain MRI inpainting by latent diffusion"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=text, description=text)
-        sub.set_defaults(command=function)
-        return sub
-
-    _add_run_options(command(run, "run the notebooks of a run folder, all or the stages named"))
-    sub = command(compare, "finished runs side by side: what differs in a stage's parameters, and what came of it")
-    sub.add_argument("stage")
-    sub.add_argument("runs", nargs="+", metavar="RUN")
-
-    _add_inpaint_options(command(inpaint, "fill the hole of one volume"))
-
-    sub = command(validate, "check every case of a folder in one pass")
-    sub.add_argument("data_dir")
-    sub.add_argument("--conditioning-dir", default="", help="growth and tissue maps (default: beside the data)")
-    sub.add_argument("--json", metavar="F", help="write the findings as JSON too")
-
-    sub = command(score, "the challenge's scores of one prediction")
-    for name in ("prediction", "target", "voided", "mask-healthy"):
-        sub.add_argument(f"--{name}", required=True)
-
-    sub = command(params, "list a stage's parameters")
-    sub.add_argument("stage")
-    sub.add_argument("--preset", default=DEFAULT_PRESET)
-
-    command(doctor, "check this installation and machine")
-
-    sub = command(bench, "seconds and memory of the full-size autoencoder beside MONAI's, as ratios")
-    sub.add_argument("--output", metavar="F", help="JSON file (default: outputs/bench/bench.json)")
-    return parser
-
-
-def _add_run_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("stages", nargs="*", metavar="STAGE", help="such as 04 or 04_training; none means all six")
-    sub.add_argument("--run", default="", help="run folder under outputs/ (default: the preset's name)")
-    sub.add_argument("--preset", default=DEFAULT_PRESET, help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter; repeatable")
-    sub.add_argument("--overwrite", action="store_true", help="replace stages made with other settings")
-
-
-def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--t1n-voided", required=True, help="3D T1n, .nii or .nii.gz")
-    sub.add_argument("--mask", required=True, help="1 = fill this, on the same grid")
-    sub.add_argument("--output", required=True, help="result; the mean if --samples is above 1")
-    sub.add_argument("--growth", help="tumour-cell concentration in [0, 1]; none means healthy")
-    sub.add_argument("--tissue", help="labels 1 CSF, 2 GM, 3 WM")
-    sub.add_argument("--make-missing", action="store_true", help="make the tissue map from the scan if none is given")
-    sub.add_argument("--model", help="folder with weights; none takes the newest finished training")
-    sub.add_argument("--sampler", default=SAMPLING["sampler"].default, choices=get_args(SAMPLING["sampler"].annotation))
-    steps = SAMPLING["num_inference_steps"].default
-    sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
-    guidance = SAMPLING["guidance"].default
-    sub.add_argument("--guidance", type=float, default=guidance, help=f"0 ignores the maps (default: {guidance:g})")
-    sub.add_argument("--samples", type=int, default=1, help="K; also writes the standard deviation if above 1")
-    sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
-    sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)
-    sub.add_argument("--device", default=SAMPLING["device"].default, choices=get_args(SAMPLING["device"].annotation))
-
-
-def _assignments(texts: Iterable[str]) -> dict[str, str]:
-    """["key=value", ...] -> {key: value}; a key given twice is refused, for one of them would be lost."""
-    values: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals:
-            raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write for example --set max_epochs=10")
-        if name in values:
-            raise ConfigError(f"--set {name} is given twice, {values[name]!r} and {value!r}", fix="keep one")
-        values[name] = value
-    return values
-
-
 def _require_folder(path: str) -> None:
     if not Path(path).parent.is_dir():
         raise InputError("its folder does not exist", where=path, fix="make it first")
 
+
+COMMANDS = (run, compare, inpaint, prior, validate, score, params, doctor, bench)
 
 if __name__ == "__main__":
     sys.exit(main())

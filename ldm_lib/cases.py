@@ -7,6 +7,7 @@ import numpy as np
 
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import Frame
+from ldm_lib.nifti import stem
 from ldm_lib.volumes import (
     Volume,
     intensity_scale,
@@ -105,6 +106,17 @@ class CaseData:
     def lps_spacing_mm(self) -> tuple[float, ...]:
         """Voxel size along the axes of `lps`."""
         return self.frame(1).turn_spacing(self.source.spacing_mm)
+
+
+def case_of_files(
+    t1n_voided: str | Path, mask: str | Path, *, growth: str | Path | None = None, tissue: str | Path | None = None
+) -> Case:
+    """A case made of named files, its id taken from the image's name as the layouts write it."""
+    identity, _, index = stem(Path(t1n_voided)).partition("-t1n-voided")
+    return Case(
+        id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
+        mask_healthy=None, mask_unhealthy=None, growth=growth and Path(growth), tissue=tissue and Path(tissue),
+    )  # fmt: skip
 
 
 def load_case(case: Case) -> CaseData:

@@ -219,7 +219,7 @@ class SamplingConfig(DeviceConfig):
     max_cases: Count = Field(6, description="validation cases to fill; 0 for all")
     obedience_cases: Count = Field(6, description="cases filled again with other conditioning; 0 for none")
     guidance_scales: NumberList = Field("0,1,1.5,2,3", description="of classifier-free guidance, to compare")
-    what_if_days: NumberList = Field("0,60,120,240", description="ages of the tumours of one case, days")
+    what_if_days: NumberList = Field("0,60,120,180", description="ages of the tumours of one case, days")
 
 
 class EvaluationConfig(StageConfig):

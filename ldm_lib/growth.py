@@ -81,12 +81,13 @@ def simulate_growth(
 class Rates:
     """How a tumour spreads: D in white matter (mm^2 a day), how many times less it is in grey, and rho (per day).
 
-    The defaults are a glioblastoma of middling speed: a front of sqrt(D / rho) = 3.2 mm moves 0.13 mm a day.
+    The defaults are a glioblastoma of middling speed: its front, sqrt(D / rho) = 2 mm, moves 0.2 mm a day in white
+    matter.
     """
 
     diffusion_white_mm2_per_day: float = 0.2
     diffusion_ratio: float = 10.0
-    proliferation_per_day: float = 0.02
+    proliferation_per_day: float = 0.05
 
 
 MIDDLING = Rates()

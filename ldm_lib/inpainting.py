@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from ldm_lib.cases import Case, CaseData, load_case
+from ldm_lib.cases import CaseData, case_of_files, load_case
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.inpainter import DEFAULT_SAMPLER, Filled, Inpainter
 from ldm_lib.nifti import require_writable, stem
@@ -105,14 +105,3 @@ def _with_tissue(data: CaseData) -> CaseData:
         log.warning("%s: no tissue map: %s; filled without", data.case.t1n_voided, made.registration.flaw)
         return data
     return replace(data, tissue=made.labels)
-
-
-def case_of_files(
-    t1n_voided: str | Path, mask: str | Path, *, growth: str | Path | None = None, tissue: str | Path | None = None
-) -> Case:
-    """A case made of named files, its id taken from the image's name as the layouts write it."""
-    identity, _, index = stem(Path(t1n_voided)).partition("-t1n-voided")
-    return Case(
-        id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
-        mask_healthy=None, mask_unhealthy=None, growth=growth and Path(growth), tissue=tissue and Path(tissue),
-    )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_lib.cases import TISSUE_LABELS, Case, CaseData, load_case
+from ldm_lib.cases import TISSUE_LABELS, Case, CaseData, case_of_files, load_case
 from ldm_lib.cohort import CONDITIONING_FOLDERS
 from ldm_lib.errors import InputError
 from ldm_lib.files import now, sha256, write_json
@@ -25,10 +25,10 @@ from ldm_lib.nifti import require_writable
 from ldm_lib.registration import Registration
 from ldm_lib.segmentation import tissue_from_scan
 from ldm_lib.sidecars import read_sidecar, sidecar_path
-from ldm_lib.volumes import read_labels, write_map
+from ldm_lib.volumes import read_labels, read_mask, write_map
 
 CODE_VERSION = 1  # raise it when a map would come out otherwise
-DAYS_FROM_SEGMENTATION = 20.0  # grows a soft rim of a few millimetres around what was segmented
+DAYS_FROM_SEGMENTATION = 15.0  # grows a soft rim of a few millimetres, less than the margin, around what was segmented
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,48 @@ def equip(case: Case, folder: Path, *, tissue: bool, growth: bool) -> tuple[Case
         made.append(make_growth(data, labels, _place(folder, "growth", case)))
         maps["growth"] = made[-1].path
     return replace(case, **maps), made
+
+
+def make_priors(
+    t1n_voided: str | Path,
+    mask: str | Path,
+    *,
+    tissue: str | Path,
+    growth: str | Path | None = None,
+    seed_mm: Sequence[float] | None = None,
+    segmentation: str | Path | None = None,
+    days: float = DAYS_FROM_SEGMENTATION,
+    rates: Rates = MIDDLING,
+    lesion: str | Path | None = None,
+    refine: bool = True,
+) -> list[Prior]:
+    """Make the tissue map of one scan and, if asked, a growth map in it; never looks under the mask.
+
+    Args:
+        t1n_voided: skull-stripped 3D T1n.
+        mask: binary, on the same grid, 1 = not known.
+        tissue, growth: where the maps go, .nii or .nii.gz, each with a JSON beside it.
+        seed_mm, segmentation: where the tumour starts, as in `make_growth`; one of them if there is `growth`.
+        lesion: binary, on the same grid: what is seen but no healthy tissue.
+
+    Returns:
+        what was made or found; a tissue map that was refused ends the list.
+
+    Raises:
+        LdmError: an input that cannot be used, or an output that cannot be written.
+    """
+    if (growth is not None) != ((seed_mm is None) != (segmentation is None)):
+        raise InputError("a growth map needs an output and one start", where="growth",
+                         fix="give growth with either a seed point or a segmentation")  # fmt: skip
+    data = load_case(case_of_files(t1n_voided, mask))
+    seen = {name: None if path is None else read_mask(path, data.source)
+            for name, path in (("lesion", lesion), ("segmentation", segmentation))}  # fmt: skip
+    made = [make_tissue(data, tissue, lesion=seen["lesion"], refine=refine)]
+    if growth is not None and not made[0].refused:
+        labels = read_labels(made[0].path, data.source, TISSUE_LABELS)
+        start = {"seed_mm": seed_mm, "segmentation": seen["segmentation"]}
+        made.append(make_growth(data, labels, growth, days=days, rates=rates, **start))
+    return made
 
 
 def _place(folder: Path, kind: str, case: Case) -> Path:

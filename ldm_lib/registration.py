@@ -10,6 +10,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from dipy.align.imaffine import AffineRegistration, MutualInformationMetric, transform_centers_of_mass
@@ -20,7 +21,7 @@ from scipy import ndimage
 
 from ldm_lib.atlas import Atlas, mni152
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import cell_share
+from ldm_lib.geometry import Frame, cell_share
 
 AFFINE_MM, SYN_MM = 8.0, 2.0  # voxels are merged to about this size; an affine map found at 4 mm takes 6 times as long
 SYN_ITERATIONS = (40, 40, 20)  # from coarse to fine
@@ -85,6 +86,14 @@ class Registration:
         if both.sum() < 2:
             return 0.0
         return float(np.corrcoef(self.image[both], self.carry(self.atlas.t1)[both])[0, 1])
+
+    def shown(self) -> dict[str, Any]:
+        """What `figures.planes` needs to show whether it fits: scan and atlas in LPS order, the hole outlined."""
+        frame = Frame.of(self.affine, self.image.shape, 1)
+        spacing_mm = frame.turn_spacing(tuple(np.linalg.norm(self.affine[:3, :3], axis=0)))
+        views = {"scan": self.image, "atlas, as brought to it": self.carry(self.atlas.t1)}
+        turned = {name: frame.to_lps(view) for name, view in views.items()}
+        return {"volumes": turned, "spacing_mm": spacing_mm, "mask": frame.to_lps(self.hole)}
 
     @property
     def flaw(self) -> str:

@@ -33,7 +33,7 @@ FLOORS = [
         "evaluation",
         "bench",
     ],
-    ["slices", "figures", "charts", "viewer", "report", "kernels", "runner", "doctor", "__main__"],
+    ["slices", "figures", "charts", "viewer", "report", "kernels", "runner", "doctor", "options", "__main__"],
 ]
 ORDER = {name: place for place, name in enumerate(chain.from_iterable(FLOORS))}
 MODULES = sorted(path for path in LIBRARY.glob("*.py") if path.stem != "__init__")

@@ -16,11 +16,11 @@ from torch import nn
 import ldm_lib
 from ldm_lib import inpainter as engine
 from ldm_lib import inpainting
-from ldm_lib.cases import load_case
+from ldm_lib.cases import case_of_files, load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import ConfigError, InputError, WeightsError
 from ldm_lib.inpainter import CaseNoise, Filled, Inpainter, sample_name
-from ldm_lib.inpainting import case_of_files, inpaint, write_filled
+from ldm_lib.inpainting import inpaint, write_filled
 from ldm_lib.latents import CellSettings, encode_case
 from ldm_lib.samplers import SAMPLERS
 from ldm_lib.schedule import linear_schedule

@@ -1,0 +1,128 @@
+"""What the command line understands: commands, their options, and how their values are read."""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
+
+from ldm_lib.config import SamplingConfig
+from ldm_lib.errors import ConfigError
+from ldm_lib.presets import DEFAULT_PRESET, PRESETS
+
+Command = Callable[[argparse.Namespace], int]
+RATES = {"diffusion": 0.2, "ratio": 10.0, "proliferation": 0.05}  # `growth.Rates`, which loads torch; a test compares
+SAMPLING = SamplingConfig.model_fields  # the sampling options are the parameters of notebook 05
+
+
+def build_parser(functions: Sequence[Command]) -> argparse.ArgumentParser:
+    """The parser of the command line; each command is the function of its name."""
+    named = {function.__name__: function for function in functions}
+    parser = argparse.ArgumentParser(
+        prog="python -m ldm_lib", description="3D brain MRI inpainting by latent diffusion"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=named[name])
+        return sub
+
+    _add_run_options(command("run", "run the notebooks of a run folder, all or the stages named"))
+    sub = command("compare", "finished runs side by side: what differs in a stage's parameters, and what came of it")
+    sub.add_argument("stage")
+    sub.add_argument("runs", nargs="+", metavar="RUN")
+
+    _add_inpaint_options(command("inpaint", "fill the hole of one volume"))
+
+    _add_prior_options(command("prior", "make tissue and growth maps from a scan and its mask"))
+
+    sub = command("validate", "check every case of a folder in one pass")
+    sub.add_argument("data_dir")
+    sub.add_argument("--conditioning-dir", default="", help="growth and tissue maps (default: beside the data)")
+    sub.add_argument("--json", metavar="F", help="write the findings as JSON too")
+
+    sub = command("score", "the challenge's scores of one prediction")
+    for name in ("prediction", "target", "voided", "mask-healthy"):
+        sub.add_argument(f"--{name}", required=True)
+
+    sub = command("params", "list a stage's parameters")
+    sub.add_argument("stage")
+    sub.add_argument("--preset", default=DEFAULT_PRESET)
+
+    command("doctor", "check this installation and machine")
+
+    sub = command("bench", "seconds and memory of the full-size autoencoder beside MONAI's, as ratios")
+    sub.add_argument("--output", metavar="F", help="JSON file (default: outputs/bench/bench.json)")
+    return parser
+
+
+def _add_run_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("stages", nargs="*", metavar="STAGE", help="such as 04 or 04_training; none means all six")
+    sub.add_argument("--run", default="", help="run folder under outputs/ (default: the preset's name)")
+    sub.add_argument("--preset", default=DEFAULT_PRESET, help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter; repeatable")
+    sub.add_argument("--overwrite", action="store_true", help="replace stages made with other settings")
+
+
+def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--t1n-voided", required=True, help="3D T1n, .nii or .nii.gz")
+    sub.add_argument("--mask", required=True, help="1 = fill this, on the same grid")
+    sub.add_argument("--output", required=True, help="result; the mean if --samples is above 1")
+    sub.add_argument("--growth", help="tumour-cell concentration in [0, 1]; none means healthy")
+    sub.add_argument("--tissue", help="labels 1 CSF, 2 GM, 3 WM")
+    sub.add_argument("--make-missing", action="store_true", help="make the tissue map from the scan if none is given")
+    sub.add_argument("--model", help="folder with weights; none takes the newest finished training")
+    sub.add_argument("--sampler", default=SAMPLING["sampler"].default, choices=get_args(SAMPLING["sampler"].annotation))
+    steps = SAMPLING["num_inference_steps"].default
+    sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
+    guidance = SAMPLING["guidance"].default
+    sub.add_argument("--guidance", type=float, default=guidance, help=f"0 ignores the maps (default: {guidance:g})")
+    sub.add_argument("--samples", type=int, default=1, help="K; also writes the standard deviation if above 1")
+    sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
+    sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)
+    sub.add_argument("--device", default=SAMPLING["device"].default, choices=get_args(SAMPLING["device"].annotation))
+
+
+def _add_prior_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--t1n-voided", required=True, help="skull-stripped 3D T1n, .nii or .nii.gz")
+    sub.add_argument("--mask", required=True, help="1 = not known, on the same grid")
+    sub.add_argument("--tissue", required=True, metavar="OUT", help="labels 1 CSF, 2 GM, 3 WM, with a JSON beside it")
+    sub.add_argument("--growth", metavar="OUT", help="concentration in [0, 1], with a JSON beside it")
+    sub.add_argument("--seed-mm", metavar="X,Y,Z", help="the tumour's start in the file's world (RAS, mm)")
+    sub.add_argument("--segmentation", metavar="F", help="the tumour as it is, instead of a start: binary")
+    sub.add_argument("--days", type=float, default=100.0, help="the tumour's age (default: 100)")
+    for name, text in (("diffusion", "D in white matter, mm^2 a day"), ("ratio", "D in white over D in grey matter"),
+                       ("proliferation", "rho, per day")):  # fmt: skip
+        sub.add_argument(f"--{name}", type=float, default=RATES[name], help=f"{text} (default: {RATES[name]:g})")
+    sub.add_argument("--lesion", metavar="F", help="what is seen but no healthy tissue: binary")
+    sub.add_argument("--atlas-only", action="store_true", help="do not label what is seen by its own intensities")
+
+
+def point(text: str) -> tuple[float, ...]:
+    """ "x,y,z" -> three numbers."""
+    try:
+        x, y, z = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--seed-mm {text}: not three numbers", fix="write for example --seed-mm=-30,12,45") from None
+    return x, y, z
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """The words with --seed-mm -30,12,45 as one word: argparse would take the minus for an option."""
+    words = list(arguments)
+    for k in [k for k, word in enumerate(words[:-1]) if word == "--seed-mm"]:
+        words[k : k + 2] = [f"{words[k]}={words[k + 1]}", ""]
+    return [word for word in words if word]
+
+
+def assignments(texts: Iterable[str]) -> dict[str, str]:
+    """["key=value", ...] -> {key: value}; a key given twice is refused, for one of them would be lost."""
+    values: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write for example --set max_epochs=10")
+        if name in values:
+            raise ConfigError(f"--set {name} is given twice, {values[name]!r} and {value!r}", fix="keep one")
+        values[name] = value
+    return values
