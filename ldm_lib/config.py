@@ -90,6 +90,9 @@ class AuditConfig(StageConfig):
     synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="size of the synthetic cohort")
     synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(8000, description="number of its first patient")
     spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size of the synthetic cohort, mm")
+    deformation: Annotated[float, Field(ge=0, le=4)] = Field(
+        1.0, description="of synthetic brains; from 2 on they fold"
+    )
     masks_per_patient: Annotated[int, Field(ge=1, le=3)] = Field(3, description="holes per synthetic patient")
 
 

@@ -80,29 +80,32 @@ class Anatomy(NamedTuple):
     detail: np.ndarray
 
 
-def make_phantom(seed: int, patient: int, *, spacing_mm: float = 1.0, masks: int = 3) -> Phantom:
+def make_phantom(
+    seed: int, patient: int, *, spacing_mm: float = 1.0, masks: int = 3, deformation: float = 1.0
+) -> Phantom:
     """Make one patient: a function of (seed, patient), the same anatomy whatever the voxel size.
 
     Args:
         seed, patient: numbers of cohort and patient, 0 or more; see TRAINING_PATIENTS and its neighbours.
         spacing_mm: isotropic voxel size; 1 is the BraTS grid 240 x 240 x 155.
         masks: how many pairs of masks.
+        deformation: factor on how far the atlas is bent; from about 2 on it folds, as no smooth map of it can.
 
     Raises:
         ConfigError: a number out of range.
         InputError: no place for a healthy mask.
     """
-    if min(seed, patient, masks) < 0 or not 0.5 <= spacing_mm <= 12:
-        given = f"seed {seed}, patient {patient}, masks {masks}, spacing_mm {spacing_mm:g}"
+    if min(seed, patient, masks, deformation) < 0 or not 0.5 <= spacing_mm <= 12:
+        given = f"seed {seed}, patient {patient}, masks {masks}, spacing_mm {spacing_mm:g}, deformation {deformation:g}"
         raise ConfigError(f"{given} given; allowed are 0 or more, and 0.5 to 12 mm", where="make_phantom")
     grid, rng = grid_of(spacing_mm), partial(_rng, seed, patient)
-    anatomy = _anatomy(rng(ANATOMY), grid)
-    growth = _resample(_tumour(rng(ANATOMY), rng(TUMOUR)), grid) * anatomy.inside
+    anatomy = _anatomy(rng(ANATOMY), grid, deformation)
+    growth = _resample(_tumour(rng(ANATOMY), rng(TUMOUR), deformation), grid) * anatomy.inside
     segmentation = growth >= GROWTH_THRESHOLD
     unhealthy = unhealthy_mask(segmentation, spacing_mm)
     pairs, places = [], rng(MASKS)
     for k in range(DONORS, DONORS + 2 * masks, 2):  # a donor is a patient of no cohort
-        donor = _resample(_tumour(rng(k), rng(k + 1)), grid) >= GROWTH_THRESHOLD
+        donor = _resample(_tumour(rng(k), rng(k + 1), deformation), grid) >= GROWTH_THRESHOLD
         pairs.append((healthy_mask(anatomy.inside, unhealthy, donor, places, spacing_mm=spacing_mm), unhealthy))
     t1n = _image(anatomy, growth, grid, rng(LOOK), rng(NOISE))
     tissue = _volume(anatomy.inside, CSF + anatomy.tissue.argmax(0), np.uint8)
@@ -130,11 +133,11 @@ def _atlas() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return brain.astype(np.float32), gm, wm, detail
 
 
-def _anatomy(rng: np.random.Generator, grid: Grid) -> Anatomy:
+def _anatomy(rng: np.random.Generator, grid: Grid, deformation: float) -> Anatomy:
     """Bend the atlas into one brain; coarse voxels are the means of eight of half their size."""
     if grid.spacing_mm < 2:
-        return _bent_atlas(rng, grid)
-    fine = _bent_atlas(rng, Grid(tuple(2 * n for n in grid.shape), grid.spacing_mm / 2))
+        return _bent_atlas(rng, grid, deformation)
+    fine = _bent_atlas(rng, Grid(tuple(2 * n for n in grid.shape), grid.spacing_mm / 2), deformation)
     filled = _block_sum(fine.inside, np.ones(1))
     inside = filled >= 4
     values = np.stack([_block_sum(fine.inside, v)[inside] for v in (*fine.tissue, fine.detail)])
@@ -154,8 +157,8 @@ def _volume(inside: np.ndarray, values: np.ndarray, dtype: type = np.float32) ->
     return volume
 
 
-def _bent_atlas(rng: np.random.Generator, grid: Grid) -> Anatomy:
-    points = _atlas_points(rng, grid)
+def _bent_atlas(rng: np.random.Generator, grid: Grid, deformation: float) -> Anatomy:
+    points = _atlas_points(rng, grid, deformation)
     brain, *maps = _atlas()
     brain = ndimage.map_coordinates(brain, points, order=1)
     inside = brain >= 0.5
@@ -167,7 +170,7 @@ def _bent_atlas(rng: np.random.Generator, grid: Grid) -> Anatomy:
     return Anatomy(inside, shares / shares.sum(0), detail)
 
 
-def _atlas_points(rng: np.random.Generator, grid: Grid) -> np.ndarray:
+def _atlas_points(rng: np.random.Generator, grid: Grid, deformation: float) -> np.ndarray:
     """Where in the atlas (voxels) each voxel of the grid takes its tissue from: float32 (3, x, y, z)."""
     x, y, z = (p - c for p, c in zip(grid.positions_mm, CENTRE_MM, strict=True))
     position = np.stack(np.meshgrid(-x, -y, z, indexing="ij")).astype(np.float32)
@@ -181,14 +184,14 @@ def _atlas_points(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     points -= zoom * (points - hub) * np.exp(-(((points - hub) / radius) ** 2).sum(0) / 2)
     for node_mm, size_mm in ((45, 2.8), (18, 1.9), (9, 0.8)):
         for axis in range(3):
-            points[axis] += size_mm * smooth_field(rng, grid.positions_mm, node_mm, EXTENT_MM)
+            points[axis] += deformation * size_mm * smooth_field(rng, grid.positions_mm, node_mm, EXTENT_MM)
     return points + np.array(ATLAS_CENTRE_VOX, np.float32).reshape(3, 1, 1, 1)
 
 
-def _tumour(anatomy_rng: np.random.Generator, rng: np.random.Generator) -> np.ndarray:
+def _tumour(anatomy_rng: np.random.Generator, rng: np.random.Generator, deformation: float) -> np.ndarray:
     """Growth on the grid of GROWTH_MM in the brain that `anatomy_rng` draws: float32 x y z in [0, 1]."""
     grid = grid_of(GROWTH_MM)
-    anatomy = _bent_atlas(anatomy_rng, grid)
+    anatomy = _bent_atlas(anatomy_rng, grid, deformation)
     # tissue lets cells through unevenly: tumours are lobed, not round
     patchy = 0.08 + 0.92 / (1 + np.exp(-3 * smooth_field(rng, grid.positions_mm, 9, EXTENT_MM)))
     grey, white = (_volume(anatomy.inside, share) * patchy for share in anatomy.tissue[1:])
@@ -245,14 +248,14 @@ def _with_tumour(
     return values + share * (target - values)
 
 
-def write_patient(folder: str | Path, seed: int, patient: int, *, spacing_mm: float = 1.0, masks: int = 3) -> str:
-    """Make one patient and write it below `folder` in the seed layout; returns the patient's id.
+def write_patient(folder: str | Path, seed: int, patient: int, **how: float) -> str:
+    """Make one patient (`make_phantom`) and write it below `folder` in the seed layout; returns the patient's id.
 
     Files are `data/<ID>/<ID>-t1n.nii.gz` and, for each mask k, `-t1n-voided-000k`, `-mask-000k`, `-mask-healthy-000k`,
     `-mask-unhealthy-000k`; `conditioning_data/{growth_model,tissue_segmentation}/<ID>.nii.gz`. Written twice on one
     machine the bytes are the same; another processor may round a few voxels otherwise.
     """
-    phantom = make_phantom(seed, patient, spacing_mm=spacing_mm, masks=masks)
+    phantom = make_phantom(seed, patient, **how)
     case = f"Synthetic_{patient:05d}"
     data, conditioning = Path(folder) / "data" / case, Path(folder) / "conditioning_data"
     volumes = {
@@ -279,14 +282,13 @@ def write_cohort(
     *,
     seed: int,
     patients: Iterable[int],
-    spacing_mm: float = 1.0,
-    masks: int = 3,
     on_patient: Callable[[str], None] | None = None,
+    **how: float,
 ) -> list[str]:
     """Write several patients as `write_patient` does; `on_patient` is called with each finished id."""
     written = []
     for patient in patients:
-        written.append(write_patient(folder, seed, patient, spacing_mm=spacing_mm, masks=masks))
+        written.append(write_patient(folder, seed, patient, **how))
         if on_patient is not None:
             on_patient(written[-1])
     return written
