@@ -220,8 +220,8 @@ class SamplingConfig(DeviceConfig):
     guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
     max_cases: Count = Field(6, description="validation cases to fill; 0 for all")
-    obedience_cases: Count = Field(6, description="cases filled again with other conditioning; 0 for none")
-    guidance_scales: NumberList = Field("0,1,1.5,2,3", description="of classifier-free guidance, to compare")
+    obedience_cases: Count = Field(3, description="cases filled again with other conditioning; 0 for none")
+    guidance_scales: NumberList = Field("0,1,2,3", description="of classifier-free guidance, to compare")
     what_if_days: NumberList = Field("0,60,120,180", description="ages of the tumours of one case, days")
 
 

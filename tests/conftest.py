@@ -30,6 +30,26 @@ def cases(cohort_folder) -> list:
 
 
 @pytest.fixture(scope="session")
+def made_tissue(cases):
+    """The tissue map of the first case, made from its voided scan in earnest: 2 seconds, so once."""
+    from ldm_lib.cases import load_case
+    from ldm_lib.segmentation import tissue_from_scan
+
+    data = load_case(cases[0])
+    return tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask)
+
+
+@pytest.fixture(scope="session")
+def hurried():
+    """Registrations of half a second, good enough for laws that hold of every one: `with hurried(): ...`."""
+    from unittest import mock
+
+    from ldm_lib import registration
+
+    return lambda: mock.patch.multiple(registration, AFFINE_ITERATIONS=5, SYN_ITERATIONS=(3,))
+
+
+@pytest.fixture(scope="session")
 def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
     """An untrained autoencoder, two voxels per cell and three channels, whose latents are standardised."""
 
