@@ -105,7 +105,7 @@ def prior(options: argparse.Namespace) -> int:
         days=options.days,
         rates=Rates(options.diffusion, options.ratio, options.proliferation),
         lesion=options.lesion,
-        refine=not options.atlas_only,
+        refine=options.refine,
     )
     for each in made:
         found = ", ".join(f"{name} {value:.4g}" for name, value in each.record["found"].items())

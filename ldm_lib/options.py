@@ -95,7 +95,8 @@ def _add_prior_options(sub: argparse.ArgumentParser) -> None:
                        ("proliferation", "rho, per day")):  # fmt: skip
         sub.add_argument(f"--{name}", type=float, default=RATES[name], help=f"{text} (default: {RATES[name]:g})")
     sub.add_argument("--lesion", metavar="F", help="what is seen but no healthy tissue: binary")
-    sub.add_argument("--atlas-only", action="store_true", help="do not label what is seen by its own intensities")
+    text = "how what is seen is labelled: mixture of intensity and place (default), hmrf, or none, the atlas alone"
+    sub.add_argument("--refine", default="mixture", choices=["mixture", "hmrf", "none"], help=text)
 
 
 def point(text: str) -> tuple[float, ...]:

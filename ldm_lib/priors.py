@@ -27,7 +27,7 @@ from ldm_lib.segmentation import tissue_from_scan
 from ldm_lib.sidecars import read_sidecar, sidecar_path
 from ldm_lib.volumes import read_labels, read_mask, write_map
 
-CODE_VERSION = 1  # raise it when a map would come out otherwise
+CODE_VERSION = 2  # raise it when a map would come out otherwise
 DAYS_FROM_SEGMENTATION = 15.0  # grows a soft rim of a few millimetres, less than the margin, around what was segmented
 
 
@@ -59,13 +59,15 @@ class Prior:
         return self.record["refused"]
 
 
-def make_tissue(data: CaseData, path: str | Path, *, lesion: np.ndarray | None = None, refine: bool = True) -> Prior:
+def make_tissue(
+    data: CaseData, path: str | Path, *, lesion: np.ndarray | None = None, refine: str = "mixture"
+) -> Prior:
     """Segment a case with the atlas, never looking under its mask (`segmentation.tissue_from_scan`).
 
     Args:
         path: .nii or .nii.gz; its folder is made if needed.
         lesion: what is no healthy tissue although it is seen, bool (x, y, z).
-        refine: label what is seen by the patient's own intensities.
+        refine: how what is seen is labelled: "mixture", "hmrf" or "none".
 
     Raises:
         InputError: the scan cannot be registered at all, or the map cannot be written.
@@ -149,7 +151,7 @@ def make_priors(
     days: float = DAYS_FROM_SEGMENTATION,
     rates: Rates = MIDDLING,
     lesion: str | Path | None = None,
-    refine: bool = True,
+    refine: str = "mixture",
 ) -> list[Prior]:
     """Make the tissue map of one scan and, if asked, a growth map in it; never looks under the mask.
 
