@@ -216,7 +216,7 @@ class SamplingConfig(DeviceConfig):
     """05_sampling: voided volumes in, inpainted volumes out."""
 
     sampler: Literal["ddpm", "ddim", "dpm++2m"] = Field("dpm++2m", description="how the noise is removed")
-    num_inference_steps: Positive = Field(20, description="denoiser calls per sample")
+    num_inference_steps: Positive = Field(10, description="denoiser calls per sample")
     guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
     max_cases: Count = Field(6, description="validation cases to fill; 0 for all")

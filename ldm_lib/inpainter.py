@@ -177,7 +177,7 @@ class Inpainter:
         samples: int = 1,
         seed: int = 0,
         sampler: str = DEFAULT_SAMPLER,
-        steps: int = 20,
+        steps: int = 10,
         guidance: float = 1.0,
         latents: Latents | None = None,
         callback: Callable[[dict[str, Any]], None] | None = None,

@@ -48,7 +48,7 @@ def inpaint(
     make_missing: bool = False,
     model: str | Path | None = None,
     sampler: str = DEFAULT_SAMPLER,
-    steps: int = 20,
+    steps: int = 10,
     guidance: float = 1.0,
     samples: int = 1,
     write_samples: bool = False,

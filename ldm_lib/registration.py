@@ -30,7 +30,7 @@ CC_RADIUS = 4  # voxels, of the patches that correlate
 SMALLEST_AXIS = 2 * CC_RADIUS + 2  # at the coarsest level of SyN
 RING = 6  # voxels around the hole whose contrast the filling takes on
 BRIGHTEST = 1.2  # of the intensity scale: vessels and fat must not set the histogram
-LEAST_DICE, LEAST_CORRELATION = 0.9, 0.4  # of the brains; of the intensities, outside hole and lesion
+LEAST_DICE, LEAST_CORRELATION = 0.9, 0.5  # of the brains; of the intensities, outside hole and lesion
 
 logging.getLogger("dipy").setLevel(logging.WARNING)  # it tells of every level of every registration
 
@@ -116,7 +116,9 @@ def register(image: np.ndarray, affine: np.ndarray, hole: np.ndarray) -> Registr
     """
     started = time.monotonic()
     atlas = mni152()
-    image = np.where(hole, 0, np.clip(image, 0, BRIGHTEST)).astype(np.float32)
+    # one layout in memory, or sums are rounded otherwise for the same voxels
+    hole = np.ascontiguousarray(hole)
+    image = np.ascontiguousarray(np.where(hole, 0, np.clip(image, 0, BRIGHTEST)), np.float32)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dipy's of its own future

@@ -1,4 +1,4 @@
-"""Laws of the registration around a hole: it never looks inside, does not mind the voxel order, and knows its failures."""
+"""Laws of the registration around a hole: it never looks inside, minds no voxel order, and knows its failures."""
 
 from dataclasses import replace
 
@@ -12,7 +12,6 @@ from scipy import ndimage
 from ldm_lib.atlas import mni152
 from ldm_lib.cases import load_case
 from ldm_lib.errors import InputError
-from ldm_lib.phantom import make_phantom
 from ldm_lib.registration import LEAST_CORRELATION, LEAST_DICE, HoledCorrelation, register
 
 
@@ -130,7 +129,7 @@ def flawed(image, affine, hole):
     found = register(image, affine, hole)
     assert found.flaw == (
         f"brains overlap by Dice {found.brain_dice:.3f} (at least 0.9), "
-        f"intensities correlate by {found.correlation:.2f} (at least 0.4)"
+        f"intensities correlate by {found.correlation:.2f} (at least 0.5)"
     )
     return found
 
@@ -177,7 +176,7 @@ def textured(seed, shape=(16, 18, 14)):
 def stepped(metric, static, moving):
     """A metric after the first half of one iteration of SyN, and its two steps."""
     for put, image in ((metric.set_static_image, static), (metric.set_moving_image, moving)):
-        put(image, np.eye(4), np.ones(3), np.eye(3))
+        put(image, np.eye(4), np.ones(3), np.eye(4))
     metric.initialize_iteration()
     return np.array(metric.factors), metric.compute_forward(), metric.compute_backward()
 
@@ -228,7 +227,7 @@ def test_two_images_that_agree_outside_the_hole_stay_where_they_are(hole, gain, 
 
 
 def test_the_hole_moves_with_the_image(hole):
-    """Its factors are 0 where the image's hole has come to lie, and by a linear interpolation that is not far beyond."""
+    """Its factors are 0 where the image's hole has come to lie, and not far beyond."""
     static, moving = textured(0), textured(1)
     map_ = DiffeomorphicMap(3, hole.shape, disp_grid2world=np.eye(4), domain_shape=hole.shape,
                             domain_grid2world=np.eye(4), codomain_shape=hole.shape,
@@ -236,7 +235,7 @@ def test_the_hole_moves_with_the_image(hole):
     map_.allocate()
     map_.forward[..., 0] = 2.0  # looks 2 voxels ahead: what is seen moves 2 back
     metric = HoledCorrelation(hole)
-    metric.set_static_image(static, np.eye(4), np.ones(3), np.eye(3))
+    metric.set_static_image(static, np.eye(4), np.ones(3), np.eye(4))
     metric.use_static_image_dynamics(static, map_)
     factors = stepped(metric, static, moving)[0]
     np.testing.assert_array_equal((factors == 0).all(-1), np.roll(hole, -2, axis=0) > 0)
