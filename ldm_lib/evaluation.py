@@ -11,6 +11,7 @@ from ldm_lib.cases import CaseData
 from ldm_lib.metrics import brats_scores, hole_size_class, scores_by_tissue
 from ldm_lib.obedience import growth_response, tissue_by_intensity, tissue_dice
 from ldm_lib.sidecars import NO_MAP, made_by
+from ldm_lib.tissue import WM
 from ldm_lib.volumes import read_volume
 
 ONE_SAMPLE, CEILING, TISSUE_PAINT = "one sample", "ceiling", "tissue paint"
@@ -67,7 +68,7 @@ def obedience_row(data: CaseData, volume: np.ndarray, *, asked: CaseData, thresh
 
     Dice is of the tissues asked for against those told from the fill's intensities, in the healthy part of the hole.
     `response` is the mean intensity inside the growth's contour less that outside it, over the case's scale, in the
-    whole hole.
+    hole's white matter, where a tumour shows: other tissues have other intensities whether there is a tumour or not.
 
     Args:
         volume: (x, y, z), one fill, or the truth.
@@ -81,9 +82,8 @@ def obedience_row(data: CaseData, volume: np.ndarray, *, asked: CaseData, thresh
         found = tissue_by_intensity(volume, asked.tissue, data.mask)
         row |= {f"dice {name}": value for name, value in tissue_dice(asked.tissue, found, healthy).items()}
     if asked.growth is not None:
-        row["response"] = (
-            growth_response(volume, asked.growth, data.mask, threshold=threshold)["difference"] / data.scale
-        )
+        white = data.mask if asked.tissue is None else data.mask & (asked.tissue == WM)
+        row["response"] = growth_response(volume, asked.growth, white, threshold=threshold)["difference"] / data.scale
     return row
 
 
