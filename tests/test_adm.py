@@ -313,3 +313,52 @@ def test_gradients_of_tiny_latents_do_not_read_unwritten_memory(shape):
             out = network(torch.randn(2, 4, *shape), torch.tensor([3, 700]))
         out.square().mean().backward()
         assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+GUIDED = {"in_channels": 9, "conditioning": (3, 7)}
+
+
+def test_told_to_all_is_the_network_as_it_is():
+    network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
+    assert torch.equal(network(x, t, torch.ones(2)), network(x, t))
+
+
+def test_untold_the_conditioning_is_not_seen_and_is_not_zeros():
+    network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
+    other, zeros = x.clone(), x.clone()
+    other[:, 3:7] = latents(6, 4, 4, channels=4, seed=9)
+    zeros[:, 3:7] = 0
+    untold = network(x, t, torch.zeros(2))
+    assert torch.equal(network(other, t, torch.zeros(2)), untold)
+    assert not torch.allclose(network(zeros, t), untold, atol=1e-3)
+    elsewhere = x.clone()
+    elsewhere[:, 7:] += 1
+    assert not torch.allclose(network(elsewhere, t, torch.zeros(2)), untold, atol=1e-3)
+
+
+def test_a_batch_may_be_told_in_part():
+    network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
+    mixed = network(x, t, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(mixed[:1], network(x, t)[:1])
+    torch.testing.assert_close(mixed[1:], network(x, t, torch.zeros(2))[1:])
+
+
+def test_null_and_flag_are_learned_from_the_untold_alone():
+    network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
+    network(x, t, torch.ones(2)).square().mean().backward()
+    assert not network.null.grad.any() and not network.untold.grad.any()
+    network(x, t, torch.zeros(2)).square().mean().backward()
+    assert network.null.grad.all() and network.untold.grad.any()
+
+
+def test_a_network_that_was_always_told_cannot_do_without():
+    network = awake()
+    assert not network.can_do_without
+    with pytest.raises(ConfigError, match="ADM: it always had its conditioning in training"):
+        network(latents(4, 4, 4), torch.tensor([0, 1]), torch.zeros(2))
+
+
+@pytest.mark.parametrize("wrong", [(3, 3), (-1, 2), (3, 6), (1,)])
+def test_conditioning_lies_within_the_channels(wrong):
+    with pytest.raises(ConfigError, match=r"conditioning: .* given, none, or start and stop within 5 channels allowed"):
+        ADM(**SMALL, conditioning=wrong)

@@ -208,3 +208,20 @@ def test_accumulated_batches_average_samples_equally():
     whole = masked_loss(predicted, noise, cells)
     halves = [masked_loss(predicted[part], noise[part], cells[part]) for part in (slice(2), slice(2, 4))]
     assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-5)
+
+
+def test_the_share_of_the_untold_is_the_one_asked_for_and_changes_no_other_draw():
+    one = {"latent_crop": 3}
+    always, often = (samples(2, **one, conditioning_dropout=p) for p in (0.0, 0.3))
+    places = [(epoch, position, position % 2) for epoch in range(100) for position in range(8)]
+    told = []
+    for where in places:
+        plain, dropped = always[where], often[where]
+        told.append(float(dropped.pop("told")))
+        assert "told" not in plain and same(plain, dropped)
+    assert set(told) == {0.0, 1.0} and abs(1 - np.mean(told) - 0.3) < 0.05
+
+
+def test_debug_mode_is_always_told():
+    data = samples(2, overfit_batches=1, conditioning_dropout=1.0)
+    assert all(data[0, position, 0]["told"] == 1 for position in range(8))

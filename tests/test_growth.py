@@ -1,11 +1,22 @@
 """Laws and closed forms of Fisher-Kolmogorov growth."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from ldm_lib.errors import ConfigError, InputError
-from ldm_lib.growth import GROWTH_THRESHOLD, random_tumour, simulate_growth, stable_step_days, threshold_growth
+from ldm_lib.growth import (
+    GROWTH_THRESHOLD,
+    Rates,
+    grow_in_labels,
+    random_tumour,
+    seed_voxel,
+    simulate_growth,
+    stable_step_days,
+    threshold_growth,
+)
 
 RATES = {"diffusion_white_mm2_per_day": 0.1, "proliferation_per_day": 0.05}
 
@@ -19,12 +30,13 @@ def _random_tissue(shape, seed=0):
 
 
 def test_front_moves_at_twice_the_root_of_d_rho():
-    white = np.ones((500, 1, 1), np.float32)
+    white = np.ones((800, 1, 1), np.float32)
     start = np.zeros_like(white)
     start[:5] = 1
+    assert 0.05 * 2000 >= 100 and np.sqrt(0.1 / 0.05) >= 2.4 * 0.5  # long enough, and the front resolved
     mass = [
         simulate_growth(white, 0 * white, initial=start, spacing_mm=0.5, days=days, **RATES).sum(dtype=float)
-        for days in (1000, 1200)
+        for days in (2000, 2200)
     ]
     assert 0.5 * (mass[1] - mass[0]) / 200 == pytest.approx(2 * np.sqrt(0.1 * 0.05), rel=0.05)
 
@@ -139,6 +151,73 @@ def test_random_tumours_start_where_allowed_and_differ():
         radius_mm = 3 * (3 / (4 * np.pi) * (tumour >= GROWTH_THRESHOLD).sum()) ** (1 / 3)
         assert 9 < radius_mm < 45
     assert len({tumour.sum() for tumour in tumours}) == 3
+
+
+def test_what_lies_around_the_tissue_changes_no_bit():
+    white, grey = _random_tissue((9, 8, 7))
+    start = 0.3 * (white + grey)
+    alone = simulate_growth(white, grey, initial=start, spacing_mm=1, days=40, **RATES)
+    white, grey, start = (np.pad(field, [(3, 5), (0, 2), (4, 1)]) for field in (white, grey, start))
+    padded = simulate_growth(white, grey, initial=start, spacing_mm=1, days=40, **RATES)
+    np.testing.assert_array_equal(padded[3:-5, :-2, 4:-1], alone)
+    assert np.count_nonzero(padded) == np.count_nonzero(alone)
+
+
+def _ball(size, radius_mm, spacing_mm):
+    """White matter in a ball, CSF around it, and the affine of such a grid, its centre at 10, -20, 30 mm."""
+    affine = np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1.0])
+    affine[:3, 3] = np.array([10, -20, 30]) - affine[:3, :3] @ np.full(3, (size - 1) / 2)
+    distance = np.linalg.norm((np.indices((size,) * 3) - (size - 1) / 2) * spacing_mm, axis=0)
+    return np.where(distance < radius_mm, 3, 1).astype(np.uint8), affine
+
+
+def test_millimetres_and_days_mean_the_same_on_any_grid():
+    radii = []
+    for size, spacing_mm in ((51, 1.0), (27, 2.0)):
+        labels, affine = _ball(size, 24, spacing_mm)
+        grown = grow_in_labels(labels, affine, days=120, seed_mm=(10, -20, 30))
+        radii.append(spacing_mm * (3 / (4 * np.pi) * (grown >= GROWTH_THRESHOLD).sum()) ** (1 / 3))
+        assert not grown[labels == 1].any()
+    assert radii[0] == pytest.approx(radii[1], abs=1) and 8 < radii[0] < 22
+
+
+def test_grey_matter_and_slower_rates_hold_a_tumour_back():
+    labels, affine = _ball(27, 24, 2.0)
+    grown = {
+        name: grow_in_labels(tissue, affine, days=100, seed_mm=(10, -20, 30), rates=rates).sum()
+        for name, tissue, rates in (("white", labels, Rates()), ("grey", np.where(labels == 3, 2, labels), Rates()),
+                                    ("slow", labels, Rates(0.05, 10, 0.05)))
+    }  # fmt: skip
+    assert grown["grey"] < grown["slow"] < grown["white"]
+
+
+def test_a_segmentation_is_a_start_too():
+    labels, affine = _ball(27, 24, 2.0)
+    segmentation = np.zeros(labels.shape, bool)
+    segmentation[10:16, 10:16, 10:16] = True
+    same = grow_in_labels(labels, affine, days=0, segmentation=segmentation)
+    np.testing.assert_array_equal(same, segmentation)
+    assert (grow_in_labels(labels, affine, days=40, segmentation=segmentation) >= 0.2).sum() > segmentation.sum()
+
+
+@pytest.mark.parametrize(("seed_mm", "match"), [
+    ((10, -20, 80), r"\(10, -20, 80\) mm is voxel \(13, 13, 38\) of \(27, 27, 27\), outside .* 28\.0 mm away, at \(10"),
+    ((10, -20, 55), r"is voxel \(13, 13, 2[56]\) of .*the nearest of it is [23]\.\d mm away, at \("),
+])  # fmt: skip
+def test_a_seed_outside_the_tissue_is_refused_with_the_nearest_place(seed_mm, match):
+    labels, affine = _ball(27, 24, 2.0)
+    with pytest.raises(InputError, match=match):
+        seed_voxel(labels, affine, seed_mm)
+    assert seed_voxel(labels, affine, (10, -20, 30)) == (13, 13, 13)
+
+
+@pytest.mark.slow
+def test_a_hundred_days_at_one_millimetre_take_less_than_a_minute():
+    labels, affine = _ball(160, 78, 1.0)
+    started = time.monotonic()
+    grown = grow_in_labels(labels, affine, days=100, seed_mm=(10, -20, 30), rates=Rates(0.5, 10, 0.05))
+    took = time.monotonic() - started
+    assert took < 60 and (grown >= GROWTH_THRESHOLD).any()
 
 
 ONE = np.ones((4, 4, 4), np.float32)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from ldm_lib import runner
 from ldm_lib.__main__ import main
 from ldm_lib.config import STAGES, SamplingConfig
 from ldm_lib.errors import RunError
 from ldm_lib.metrics import brats_scores
+from ldm_lib.options import RATES
 from ldm_lib.runs import OUTPUTS_VARIABLE
 from ldm_lib.samplers import SAMPLERS
 
@@ -290,3 +293,58 @@ def test_the_module_runs_as_a_command():
     )
     assert (told.returncode, told.stdout) == (1, "")
     assert told.stderr.startswith("ERROR no stage '77'") and told.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def scan(cases, tmp_path, hurried):
+    """The arguments of `prior` for a small case, and a place in its white matter, mm; registrations are hurried."""
+    from ldm_lib.cases import load_case
+
+    data = load_case(cases[0])
+    depth = ndimage.distance_transform_edt((data.tissue == 3) & ~data.mask)
+    seed = data.source.affine @ [*np.unravel_index(depth.argmax(), depth.shape), 1]
+    words = ["prior", "--t1n-voided", str(cases[0].t1n_voided), "--mask", str(cases[0].mask),
+             "--tissue", str(tmp_path / "t.nii.gz")]  # fmt: skip
+    with hurried():
+        yield words, ",".join(f"{v:g}" for v in seed[:3])
+
+
+def test_prior_makes_both_maps_and_then_finds_them(scan, tmp_path, capsys):
+    words, seed = scan
+    words = [*words, "--growth", str(tmp_path / "g.nii.gz"), "--seed-mm", seed, "--days", "150"]
+    assert seed.startswith("-")  # the words that argparse would take for an option
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert "t.nii.gz: made (brain_dice 0.9" in first and "g.nii.gz: made (visible_ml " in first
+    assert main(words) == 0
+    assert "t.nii.gz: found (" in (again := capsys.readouterr().out) and "g.nii.gz: found (" in again
+    settings = json.loads((tmp_path / "g.json").read_text())["settings"]
+    assert settings["days"] == 150 and ",".join(f"{v:g}" for v in settings["seed_mm"]) == seed
+
+
+@pytest.mark.parametrize(("seed", "told"), [
+    ("0,0,500", r"ERROR seed: \(0, 0, 500\) mm is voxel .* mm away, at \(.* Fix: give x,y,z in mm"),
+    ("1,2", r"ERROR --seed-mm 1,2: not three numbers\. Fix: write for example"),
+])  # fmt: skip
+def test_a_seed_that_cannot_be_is_refused_in_one_line(scan, tmp_path, capsys, seed, told):
+    assert main([*scan[0], "--growth", str(tmp_path / "g.nii.gz"), "--seed-mm", seed]) == 1
+    assert re.fullmatch(told + r"[^\n]*\n", capsys.readouterr().err)
+    assert not (tmp_path / "g.nii.gz").exists()
+
+
+def test_a_registration_that_failed_leaves_a_picture_and_no_map(scan, tmp_path, capsys, monkeypatch):
+    from ldm_lib import registration
+
+    monkeypatch.setattr(registration, "LEAST_DICE", 1.01)
+    assert main(scan[0]) == 1
+    told = capsys.readouterr().err
+    assert re.search(
+        r"ERROR .*: the atlas does not fit: brains overlap by Dice 0\.\d+ .*Fix: see .*t-refused\.png", told
+    )
+    assert (tmp_path / "t-refused.png").stat().st_size > 10_000 and not (tmp_path / "t.nii.gz").exists()
+
+
+def test_the_rates_in_the_help_are_those_of_growth():
+    from ldm_lib.growth import Rates
+
+    assert tuple(RATES.values()) == tuple(vars(Rates()).values())
