@@ -114,3 +114,11 @@ def test_each_conditioning_channel_is_drawn_in_its_row():
 def test_an_empty_hole_has_no_error():
     with pytest.raises(InputError, match="the mask is empty"):
         figures.difference(OTHER, TARGET, np.zeros(SHAPE), spacing_mm=SPACING)
+
+
+def test_growth_is_drawn_on_each_frame_of_a_trajectory_at_its_own_levels():
+    frames = {"labels": ["young", "old"], "spacing_mm": SPACING, "mask": MASK}
+    plain, grown = (figures.trajectory([OTHER, TARGET], growths=g, **frames) for g in (None, [0 * GROWTH, GROWTH]))
+    lines = [[c for c in ax.collections if hasattr(c, "levels")] for plate in (plain, grown) for ax in plate.axes[:2]]
+    assert [len(found) for found in lines] == [0, 0, 0, 1]
+    np.testing.assert_array_equal(lines[3][0].levels, list(figures.GROWTH_LINES))

@@ -296,14 +296,16 @@ def test_the_module_runs_as_a_command():
 
 
 @pytest.fixture
-def scan(cases, tmp_path, hurried):
+def scan(cohort_folder, tmp_path, hurried):
     """The arguments of `prior` for a small case, and a place in its white matter, mm; registrations are hurried."""
     from ldm_lib.cases import load_case
+    from ldm_lib.cohort import find_cases
 
-    data = load_case(cases[0])
+    case = find_cases(cohort_folder)[0][0]
+    data = load_case(case)
     depth = ndimage.distance_transform_edt((data.tissue == 3) & ~data.mask)
     seed = data.source.affine @ [*np.unravel_index(depth.argmax(), depth.shape), 1]
-    words = ["prior", "--t1n-voided", str(cases[0].t1n_voided), "--mask", str(cases[0].mask),
+    words = ["prior", "--t1n-voided", str(case.t1n_voided), "--mask", str(case.mask),
              "--tissue", str(tmp_path / "t.nii.gz")]  # fmt: skip
     with hurried():
         yield words, ",".join(f"{v:g}" for v in seed[:3])
@@ -339,7 +341,7 @@ def test_a_registration_that_failed_leaves_a_picture_and_no_map(scan, tmp_path, 
     assert main(scan[0]) == 1
     told = capsys.readouterr().err
     assert re.search(
-        r"ERROR .*: the atlas does not fit: brains overlap by Dice 0\.\d+ .*Fix: see .*t-refused\.png", told
+        r"ERROR .*: the atlas does not fit: brains overlap by Dice 0\.\d+ .* Fix: see .*-refused\.png", told
     )
     assert (tmp_path / "t-refused.png").stat().st_size > 10_000 and not (tmp_path / "t.nii.gz").exists()
 

@@ -64,6 +64,15 @@ def test_sliders_start_at_the_centroid_of_the_mask_and_end_at_the_volume(live):
     assert [(s.min, s.value, s.max) for s in (x, y, z)] == [(0, 4, 9), (0, 5, 11), (0, 3, 7)]
 
 
+def test_along_a_line_a_slider_moves_through_the_volumes(live):
+    explorer = viewer.explore(VOLUMES, spacing_mm=(1, 1, 1), mask=MASK, along="age")
+    choice, *_, image = parts(explorer)
+    first = image.value
+    assert type(choice).__name__ == "SelectionSlider" and choice.options == ("voided", "target")
+    choice.value = "target"
+    assert choice.description == "age" and image.value != first
+
+
 def test_the_static_picture_is_displayed_before_the_widget(live, monkeypatch):
     displayed = []
     monkeypatch.setattr(viewer, "display", displayed.append)
