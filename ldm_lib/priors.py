@@ -8,6 +8,7 @@ sidecar that says why, and no map.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from ldm_lib.registration import Registration
 from ldm_lib.segmentation import tissue_from_scan
 from ldm_lib.sidecars import read_sidecar, sidecar_path
 from ldm_lib.volumes import read_labels, read_mask, write_map
+
+log = logging.getLogger("ldm_lib")
 
 CODE_VERSION = 2  # raise it when a map would come out otherwise
 DAYS_FROM_SEGMENTATION = 15.0  # grows a soft rim of a few millimetres, less than the margin, around what was segmented
@@ -70,13 +73,16 @@ def make_tissue(
         refine: how what is seen is labelled: "mixture", "hmrf" or "none".
 
     Raises:
-        InputError: the scan cannot be registered at all, or the map cannot be written.
+        InputError: the map cannot be written. A scan that cannot be registered is `refused` instead.
     """
     sources = {"scan": data.case.t1n_voided or data.case.t1n, "mask": data.case.mask}
     sidecar = _Sidecar(Path(path), "MNI152 by registration", sources, {"refine": refine}, {"lesion": lesion})
     if found := sidecar.found():
         return found
-    made = tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask, lesion=lesion, refine=refine)
+    try:
+        made = tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask, lesion=lesion, refine=refine)
+    except InputError as error:
+        return sidecar.keep(None, {}, data.source.affine, refused=str(error))
     where = made.registration
     figures = {"brain_dice": where.brain_dice, "correlation": where.correlation, "seconds": where.seconds}
     voxels = None if where.flaw else made.labels
@@ -135,8 +141,11 @@ def equip(case: Case, folder: Path, *, tissue: bool, growth: bool) -> tuple[Case
         maps["tissue"] = None if made[-1].refused else made[-1].path
         labels = read_labels(maps["tissue"], data.source, TISSUE_LABELS) if maps["tissue"] else None
     if growth and labels is not None and data.unhealthy is not None and data.unhealthy.any():
-        made.append(make_growth(data, labels, _place(folder, "growth", case)))
-        maps["growth"] = made[-1].path
+        try:
+            made.append(make_growth(data, labels, _place(folder, "growth", case)))
+            maps["growth"] = made[-1].path
+        except InputError as error:
+            log.warning("%s: no growth map: %s", case.key, error)
     return replace(case, **maps), made
 
 

@@ -42,10 +42,9 @@ class Registration:
     Attributes:
         mapping: dipy's, from the atlas to the patient.
         atlas: what was brought.
-        shape, affine: the patient's grid.
-        brain: the patient's brain outside hole and lesion, bool (x, y, z).
+        affine: of the patient's grid, voxel to world (RAS, mm).
+        image: the scan it was brought to, (x, y, z), 0 in the hole.
         hole: what neither step looked at, bool (x, y, z).
-        image: the scan it was brought to, (x, y, z).
         seconds: what it took.
     """
 

@@ -80,6 +80,16 @@ def test_a_map_that_does_not_fit_is_not_kept_but_told(case, tmp_path, by_atlas, 
     assert equipped.tissue is None and equipped.growth == case.growth and len(made) == 1
 
 
+def test_a_scan_that_cannot_be_registered_at_all_is_refused_like_one_that_does_not_fit(case, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise InputError("too few voxels", where="registration")
+
+    monkeypatch.setattr(priors, "tissue_from_scan", refuse)
+    refused = make_tissue(load_case(case), tmp_path / "t.nii.gz")
+    assert refused.refused == "registration: too few voxels." and not refused.path.exists()
+    assert equip(case, tmp_path, tissue=True, growth=True)[0].tissue is None
+
+
 def test_who_made_a_map(case, tmp_path, by_atlas):
     made = make_tissue(load_case(case), tmp_path / "t.nii.gz")
     assert made_by(None) == "none" and made_by(case.tissue) == "given"
