@@ -69,8 +69,9 @@ validate: .venv/ready ## check every case of DATA_DIR
 bench: .venv/ready ## seconds and memory at full size beside MONAI's, as ratios; 9 GB and some minutes
 	@$(LDM) bench
 
-mlflow: .venv/ready ## browse tracked figures on 127.0.0.1:5000
-	@.venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri "sqlite:///$$PWD/outputs/mlflow.db"
+mlflow: .venv/ready ## browse tracked figures and panels on 127.0.0.1:5000
+	@MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \
+	  --backend-store-uri "sqlite:///$$PWD/outputs/mlflow.db" --serve-artifacts --artifacts-destination "$$PWD/outputs/mlflow"
 
 lint: .venv/ready ## ruff, and notebooks without outputs
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .

@@ -28,6 +28,7 @@ FLOORS = [
         "inpainter",
         "counterfactuals",
         "inpainting",
+        "services",
         "tracking",
         "training",
         "evaluation",
@@ -75,7 +76,7 @@ def test_only_one_floor_knows_networks(name):
     floor = next(k for k, modules in enumerate(FLOORS) if name in modules)
     libraries = {module.split(".")[0] for module, _ in imports(TREES[name])}
     assert "monai" not in libraries or floor == 4
-    assert "lightning" not in libraries or name in ("training", "tracking")
+    assert "lightning" not in libraries or name == "training"
 
 
 @pytest.mark.parametrize("name", ["config", "cohort", "cases", "volumes", "metrics", "baselines", "evaluation", "runs"])
@@ -135,11 +136,15 @@ def test_nothing_executes_what_it_reads(name):
             assert options.get("weights_only") == "True", f"line {call.lineno}"
 
 
+# A tracker's failure may be of any type, and by contract it never stops a training; nothing else may be that forgiving.
+FORGIVING = {"tracking"}
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_no_assert_and_no_blanket_except(name):
     for node in ast.walk(TREES[name]):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}"
-        if isinstance(node, ast.ExceptHandler):
+        if isinstance(node, ast.ExceptHandler) and name not in FORGIVING:
             caught = ast.unparse(node.type) if node.type else ""
             assert caught not in ("", "Exception", "BaseException"), f"line {node.lineno}"
 
