@@ -17,7 +17,7 @@ from ldm_lib.config import TrainingConfig
 from ldm_lib.files import replacing
 
 PROJECT = "brain-mri-inpainting"
-ANONYMOUS = {"mlflow.user": "unknown", "mlflow.source.name": "ldm_lib.training"}  # else the login and the script's path
+ANONYMOUS = {"mlflow.user": "unknown", "mlflow.source.name": "ldm_lib.training"}  # never the login or a script's path
 PROXIED = "mlflow-artifacts:/"  # the server finds artifacts in its own folder, so the store holds no path
 # Parameters that are text and cannot hold a path; another text is not told until it is named here.
 TOLD_TEXTS = {"run", "device", "precision", "multipliers", "attention_rates", "keep_weights", "prediction",

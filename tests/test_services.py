@@ -20,7 +20,7 @@ from PIL import Image
 from ldm_lib import tracking
 from ldm_lib.config import TrainingConfig
 from ldm_lib.presets import resolve
-from ldm_lib.services import PROJECT, TOLD_TEXTS, Wandb, told_parameters
+from ldm_lib.services import ANONYMOUS, PROJECT, TOLD_TEXTS, Wandb, told_parameters
 from ldm_lib.tracking import trackers
 
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
@@ -116,6 +116,7 @@ def test_both_hold_figures_parameters_and_panels_of_a_run_of_its_own(tmp_path, p
     values = sorted(query(outputs, "select value, step from metrics where key = 'val_loss'"))
     assert values == [(0.0625, 3), (0.125, 3)]
     assert dict(query(outputs, "select key, value from params"))["base_width"] == "16"
+    assert dict(query(outputs, "select key, value from tags")) == ANONYMOUS | {"mlflow.runName": "tracked"}
     for *_, address in runs:
         shown = outputs / "mlflow" / address.removeprefix("mlflow-artifacts:/") / "panels" / "3.png"
         assert shown.read_bytes() == panel.read_bytes()
