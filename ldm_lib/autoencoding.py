@@ -22,13 +22,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from ldm_lib.autoencoder import Autoencoder, kl_divergence
 from ldm_lib.cases import Case
-from ldm_lib.config import AutoencoderConfig, integers
+from ldm_lib.config import AutoencoderConfig
 from ldm_lib.critics import PerceptualDistance, discriminator_loss, generator_loss, patch_discriminator
 from ldm_lib.crops import CropLoader
 from ldm_lib.devices import autocast
 from ldm_lib.errors import TrainingError
 from ldm_lib.files import replacing
 from ldm_lib.fitting import fit_linear_parts, latent_statistics
+from ldm_lib.values import integers
 from ldm_lib.weights import read_checkpoint
 
 log = logging.getLogger("ldm_lib")

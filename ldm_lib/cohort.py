@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ldm_lib.cases import Case, CaseData, load_case
-from ldm_lib.config import safe_name
 from ldm_lib.errors import InputError
 from ldm_lib.files import fingerprint, sha256, write_json
+from ldm_lib.values import safe_name
 
 HOLE_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
 CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}

@@ -7,61 +7,16 @@ and run from top to bottom ends on a laptop; `full` holds the numbers of the des
 
 import difflib
 import json
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ldm_lib.errors import ConfigError
+from ldm_lib.values import Count, Fraction, IntegerList, Name, NotNegative, NumberList, Positive, integers, names
 
 FRONT_END_FACTORS = {"plain": 1, "haar": 4, "half": 2}  # voxels an axis that become one, see `front_ends`
 JUDGED_CROP_VOX = 20  # an axis of the smallest crop that the discriminator of `critics` judges
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
-
-
-def safe_name(text: str) -> str:
-    """A name that can be a file's: letters, digits, '.', '_' and '-', at most 128, no path in it."""
-    if not _SAFE_NAME.match(text):
-        raise ValueError("letters, digits, '.', '_' and '-' only, the first a letter or digit, at most 128")
-    return text
-
-
-def _integers(text: str) -> str:
-    """ "32,64,128" -> itself, when every part is a positive integer."""
-    if not text or not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
-        raise ValueError('positive integers separated by commas, such as "32,64,128"')
-    return text
-
-
-def _numbers(text: str) -> str:
-    """ "0,1,1.5" -> itself, when every part is a finite number of at least 0."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [-1.0]
-    if not all(0 <= value < float("inf") for value in values):
-        raise ValueError('numbers from 0 up, separated by commas, such as "0,1,1.5"')
-    return text
-
-
-IntegerList = Annotated[str, AfterValidator(_integers)]
-NumberList = Annotated[str, AfterValidator(_numbers)]
-Name = Annotated[str, AfterValidator(safe_name)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """ "32,64,128" -> (32, 64, 128)."""
-    return tuple(int(part) for part in text.split(","))
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """ "0,1,1.5" -> (0.0, 1.0, 1.5)."""
-    return tuple(float(part) for part in text.split(","))
 
 
 class StageConfig(BaseModel):
@@ -165,8 +120,15 @@ class TrainingConfig(DeviceConfig):
     accumulate_grad_batches: Positive = Field(1, description="batches per optimiser step")
     gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are kept")
-    devices: Positive = Field(1, description="a notebook trains on one")
+    devices: Positive = Field(1, description="in all; a notebook trains on one, `make train` on several")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="of several devices: replicas, or shards of the weights"
+    )
     num_workers: Count = Field(0, description="loader processes; cached latents need none")
+    checkpoint_every: Positive = Field(100, description="optimiser steps between checkpoints to go on from")
+    log_every: Positive = Field(10, description="optimiser steps between logged figures")
+    allow_change: str = Field("", description="parameters that may differ from those of what is resumed")
+    compile: bool = Field(False, description="torch.compile the denoiser; a minute at first, for long trainings")
     patience: Positive = Field(20, description="epochs without a better val_loss before stopping")
     val_every: Positive = Field(10, description="epochs between validations")
     val_cases: Positive = Field(2, description="validation cases that are sampled and scored")
@@ -182,10 +144,15 @@ class TrainingConfig(DeviceConfig):
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="inside residual blocks")
     conditioning_dropout: Fraction = Field(0.1, description="share of the samples that are told nothing; for guidance")
-    prediction: Literal["noise", "velocity"] = Field("velocity", description="what the network predicts")
+    prediction: Literal["noise", "x0", "velocity", "flow"] = Field("velocity", description="what the network predicts")
+    schedule: Literal["linear", "cosine", "flow"] = Field("linear", description="noise schedule; flow with flow only")
     diffusion_steps: Annotated[int, Field(ge=2, le=10000)] = Field(1000, description="steps of the noise schedule")
     beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first variance of the linear schedule")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last variance of the linear schedule")
+    schedule_shift: Annotated[float, Field(gt=0, le=100)] = Field(1.0, description="above 1: more noise at every step")
+    zero_terminal_snr: bool = Field(False, description="rescale so that the last step holds no signal")
+    min_snr_gamma: NotNegative = Field(0.0, description="min-SNR weighting of noise levels, 5 is usual; 0 is off")
+    outside_weight: Fraction = Field(0.0, description="weight of the cells outside the hole in the loss")
     latent_crop: Count = Field(12, description="edge of a training crop around the hole, cells; 0 takes whole latents")
     cache_variants: Positive = Field(2, description="encodings per training sample; all but the first augmented")
     flip_probability: Fraction = Field(0.5, description="left-right flip of the image and its maps")
@@ -207,15 +174,33 @@ class TrainingConfig(DeviceConfig):
             )
         if self.beta_start > self.beta_end:
             raise ValueError(f"beta_start = {self.beta_start}: above beta_end = {self.beta_end}")
-        if self.devices > 1:
-            raise ValueError(f"devices = {self.devices}: training uses one device")
+        if (self.prediction == "flow") != (self.schedule == "flow"):
+            raise ValueError(f"prediction = {self.prediction!r}: with schedule {self.schedule!r}; flow needs flow")
+        if self.prediction == "noise" and self.zero_terminal_snr:
+            raise ValueError(
+                "prediction = 'noise': says nothing where there is no signal; zero_terminal_snr needs another"
+            )
+        unknown = set(names(self.allow_change)) - set(type(self).model_fields)
+        if unknown:
+            raise ValueError(
+                f"allow_change = {self.allow_change!r}: {', '.join(sorted(unknown))} is no parameter of 04"
+            )
         return self
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """The arguments of `schedule.noise_schedule`, as they stand in a model's config."""
+        shape = {"schedule": self.schedule, "steps": self.diffusion_steps, "shift": self.schedule_shift}
+        betas = {"beta_start": self.beta_start, "beta_end": self.beta_end}
+        return shape | betas | {"zero_terminal_snr": self.zero_terminal_snr}
 
 
 class SamplingConfig(DeviceConfig):
     """05_sampling: voided volumes in, inpainted volumes out."""
 
-    sampler: Literal["ddpm", "ddim", "dpm++2m"] = Field("dpm++2m", description="how the noise is removed")
+    sampler: Literal["ddpm", "ddim", "dpm++2m", "euler", "midpoint"] = Field(
+        "dpm++2m", description="how the noise is removed"
+    )
     num_inference_steps: Positive = Field(10, description="denoiser calls per sample")
     guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")

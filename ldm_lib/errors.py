@@ -42,3 +42,15 @@ class WeightsError(LdmError):
 
 class TrainingError(LdmError):
     """A training that cannot go on: a non-finite loss, or a checkpoint that does not fit."""
+
+
+class InterruptionError(LdmError):
+    """Work that was asked to end, did so at a place from where it goes on, and is not done.
+
+    Args:
+        status: the exit status that says so, 128 and the number of the signal.
+    """
+
+    def __init__(self, cause: str, *, where: object = "", fix: str = "", status: int = 143) -> None:
+        super().__init__(cause, where=where, fix=fix)
+        self.status = status

@@ -20,15 +20,15 @@ from ldm_lib.conditioning import model_case
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import WeightsError
 from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, encode_case, keep_known
+from ldm_lib.objectives import PREDICTIONS, meaning
 from ldm_lib.reconstruction import decode_box
 from ldm_lib.runs import outputs_folder, read_record
 from ldm_lib.samplers import SAMPLERS
-from ldm_lib.schedule import NoiseSchedule, linear_schedule
+from ldm_lib.schedule import NoiseSchedule, noise_schedule
 from ldm_lib.weights import load_model
 
 SAMPLES_AT_ONCE = 4
 DEFAULT_SAMPLER = "dpm++2m"  # at 20 steps its spread is right within 2 %; DDIM loses 14 %
-PREDICTIONS = ("noise", "velocity")
 AUTOENCODER_FOLDER = "autoencoder"  # inside a model folder
 
 
@@ -91,7 +91,7 @@ class Inpainter:
         facts = denoiser.folder_config
         try:
             trained_on, settings = facts["autoencoder_sha256"], CellSettings(**facts["settings"])
-            schedule, prediction = linear_schedule(**facts["schedule"]), facts["prediction"]
+            schedule, prediction = noise_schedule(**facts["schedule"]), facts["prediction"]
         except (KeyError, TypeError) as error:
             raise WeightsError(f"its config does not say how it was trained ({error})", where=folder) from error
         if prediction not in PREDICTIONS:
@@ -129,8 +129,8 @@ class Inpainter:
         batch = {name: value.to(self.device) for name, value in collate(latents).items()}
         noise = CaseNoise(names, seed, batch["voided"].shape[1:], self.device)
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return self.as_noise(self.predict(x, t, batch, guidance), x, t)
+        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return meaning(self.prediction, self.schedule, self.predict(x, t, batch, guidance), x, t)
 
         with torch.inference_mode():
             filled = SAMPLERS[sampler](
@@ -142,8 +142,8 @@ class Inpainter:
     def predict(self, x: Tensor, t: Tensor, batch: Latents, guidance: float) -> Tensor:
         """The denoiser's output, guided: untold + s (told - untold), with 1 and 0 in one call instead of two.
 
-        Source: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6 with s = 1 + w. Noise and velocity are both linear in what
-        is told apart, so that either may be extrapolated.
+        Source: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6 with s = 1 + w. At one x_t all answers are linear in the
+        noise, so that any may be extrapolated.
         """
         shown = denoiser_input(x, batch, self.settings)
         with autocast(self.device, self.precision):
@@ -153,10 +153,6 @@ class Inpainter:
             told = torch.arange(2, device=self.device).repeat_interleave(len(t)).to(shown.dtype)
             untold, with_all = self.denoiser(shown.repeat(2, 1, 1, 1, 1), t.repeat(2), told).float().chunk(2)
         return untold + guidance * (with_all - untold)
-
-    def as_noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The noise that the denoiser's output means: itself, or by way of the velocity."""
-        return output if self.prediction == "noise" else self.schedule.noise_from_velocity(x, output, t)
 
     def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
         """(c x y z) latent -> (x, y, z) in the file's order and units, pasted into the voided image."""

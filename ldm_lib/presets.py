@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_width": 16, "multipliers": "1,2,2", "attention_rates": "4", "max_epochs": 2, "val_every": 1,
         "val_cases": 1, "num_inference_steps": 4, "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5,
         "samples": 2, "max_cases": 1, "show_cases": 1, "obedience_cases": 1, "guidance_scales": "0,1,2",
-        "what_if_days": "0,200", "wandb_mode": "off", "use_mlflow": False,
+        "what_if_days": "0,200", "log_every": 1, "checkpoint_every": 2, "wandb_mode": "off", "use_mlflow": False,
     },
     "demo": {},
     "full": {
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
         "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
         "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "obedience_cases": 20, "keep_weights": "best",
-        "prediction": "noise",
+        "prediction": "noise", "checkpoint_every": 500,
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"

@@ -27,10 +27,11 @@ from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, replacin
 log = logging.getLogger("ldm_lib")
 
 OUTPUTS_VARIABLE = "LDM_OUTPUTS"  # the folder of runs, when it is not ./outputs
-UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers", "wandb_mode", "use_mlflow",
-                        "min_ceiling_psnr", "min_gain_over_pca", "accept_anyway"}  # fmt: skip
+UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers", "wandb_mode", "use_mlflow", "checkpoint_every",
+                        "log_every", "allow_change", "min_ceiling_psnr", "min_gain_over_pca",
+                        "accept_anyway"}  # fmt: skip
 # What a stage only shows or times; the stages after it are not made from these.
-SHOWN_ONLY = re.compile(r"(figures|checkpoints|samples|wandb)/.*|.*\.csv|summary\.json")
+SHOWN_ONLY = re.compile(r"(figures|checkpoints|samples|panels|wandb)/.*|.*\.csv|summary\.json")
 UNTRACKED_OUTPUTS = ("notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
                      "parameters.json")  # fmt: skip
 PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn", "papermill", "pydantic")

@@ -1,5 +1,10 @@
-"""The noise schedule: a float64 table of the process x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε."""
+"""The noise schedule: float64 tables of the process x_t = α_t x_0 + σ_t ε.
 
+Two paths: variance preserving, α² + σ² = 1 (Ho et al. 2020), and rectified flow, α + σ = 1 (Liu et al. 2023, arXiv
+2209.03003). A path apart, a schedule is its signal-to-noise ratio α² / σ², which `shift` lowers at every step.
+"""
+
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,23 +13,38 @@ from torch import Tensor
 from ldm_lib.errors import ConfigError
 
 SPACINGS = ("uniform", "log_snr")
+SCHEDULES = ("linear", "cosine", "flow")
+COSINE_OFFSET = 0.008  # Nichol & Dhariwal 2021, eq. 17
+LARGEST_BETA = 0.999  # of the cosine schedule, the same
+FIRST_LOG_SNR = -10.0  # where steps even in log-SNR begin after a first timestep that holds no signal at all
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The forward process of diffusion, as one table that nothing changes.
+    """The forward process of diffusion, as two tables that nothing changes.
 
     Attributes:
-        alpha_bar: (steps,) float64 on the CPU, the share of signal variance left after step t,
-            falling from nearly 1 at t = 0 to nearly 0 at t = steps - 1 (Ho et al. 2020, eq. 4).
+        alpha, sigma: (steps,) float64 on the CPU, the factors of signal and noise at each t; alpha falls from nearly 1
+            at t = 0 to nearly 0, or 0, at t = steps - 1.
     """
 
-    alpha_bar: Tensor
+    alpha: Tensor
+    sigma: Tensor
 
     @property
     def steps(self) -> int:
         """The number of timesteps T."""
-        return len(self.alpha_bar)
+        return len(self.alpha)
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """ᾱ = α², the share of signal variance of a variance-preserving path (Ho et al. 2020, eq. 4)."""
+        return self.alpha**2
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the path is a straight line from noise to data."""
+        return bool(((self.alpha + self.sigma - 1).abs() < 1e-12).all())
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Diffuse clean latents to step t (Ho et al. 2020, eq. 4).
@@ -36,11 +56,11 @@ class NoiseSchedule:
         Returns:
             x_t, like x0 in shape, dtype and device; computed in float64.
         """
-        alpha, sigma = self._signal_and_noise(t, x0)
+        alpha, sigma = self.rates(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def predict_x0(self, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Invert `add_noise` for a known or predicted noise (Ho et al. 2020, eq. 15).
+        """Invert `add_noise` for a known or predicted noise (Ho et al. 2020, eq. 15); not where alpha is 0.
 
         Args:
             x_t, noise: (b c x y z).
@@ -49,24 +69,20 @@ class NoiseSchedule:
         Returns:
             x_0, like x_t in shape, dtype and device; computed in float64, never clipped.
         """
-        alpha, sigma = self._signal_and_noise(t, x_t)
+        alpha, sigma = self.rates(t, x_t)
         return ((x_t - sigma * noise) / alpha).to(x_t.dtype)
 
-    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022, section 4); arguments as in `add_noise`."""
-        alpha, sigma = self._signal_and_noise(t, x0)
-        return (alpha * noise - sigma * x0).to(x0.dtype)
-
-    def noise_from_velocity(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """ε = sqrt(1 - ᾱ_t) x_t + sqrt(ᾱ_t) v, like x_t in shape, dtype and device; computed in float64."""
-        alpha, sigma = self._signal_and_noise(t, x_t)
-        return (sigma * x_t + alpha * v).to(x_t.dtype)
-
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(ᾱ_t / (1 - ᾱ_t)) in float64, of the shape of t; falls with t."""
-        return torch.logit(self._alpha_bar_at(t))
+        """log(α² / σ²) in float64, of the shape of t; falls with t, to -inf where there is no signal."""
+        t = self._allowed(t)
+        return 2 * (self.alpha[t].log() - self.sigma[t].log())
 
-    def _alpha_bar_at(self, t: Tensor) -> Tensor:
+    def rates(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """α_t and σ_t, float64, on the device of x and shaped to broadcast over it."""
+        t, shape = self._allowed(t), (-1, *[1] * (x.ndim - 1))
+        return self.alpha[t].to(x.device).view(shape), self.sigma[t].to(x.device).view(shape)
+
+    def _allowed(self, t: Tensor) -> Tensor:
         t = t.cpu()
         if t.min() < 0 or t.max() >= self.steps:
             raise ConfigError(
@@ -74,20 +90,29 @@ class NoiseSchedule:
                 where="t",
                 fix="draw timesteps below schedule.steps",
             )
-        return self.alpha_bar[t]
-
-    def _signal_and_noise(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), float64, shaped to broadcast over x."""
-        alpha_bar = self._alpha_bar_at(t).to(x.device).view(-1, *[1] * (x.ndim - 1))
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return t
 
 
-def linear_schedule(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """The linear variance schedule of DDPM (Ho et al. 2020, section 4).
+def noise_schedule(
+    schedule: str = "linear",
+    steps: int = 1000,
+    *,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    shift: float = 1.0,
+    zero_terminal_snr: bool = False,
+) -> NoiseSchedule:
+    """A schedule by name.
 
     Args:
+        schedule: "linear" in beta (Ho et al. 2020, section 4), "cosine" (Nichol & Dhariwal 2021, eq. 17), both variance
+            preserving, or "flow": sigma = (t + 1) / steps on the straight path.
         steps: number of timesteps T, at least 1.
-        beta_start, beta_end: variance added by the first and the last step, each in (0, 1).
+        beta_start, beta_end: variance added by the first and the last step of "linear", each in (0, 1).
+        shift: s > 0; log-SNR is lowered by 2 log s everywhere, more noise for larger latents (Hoogeboom et al. 2023,
+            arXiv 2301.11093, eq. 4; of "flow", Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 changes nothing.
+        zero_terminal_snr: rescale so that the last step holds no signal (Lin et al. 2024, arXiv 2305.08891,
+            algorithm 1); "flow" never does.
 
     Raises:
         ConfigError: a value is out of range.
@@ -100,8 +125,33 @@ def linear_schedule(steps: int = 1000, beta_start: float = 1e-4, beta_end: float
             where="schedule betas",
             fix="use 1e-4 to 0.02",
         )
-    betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu")
-    return NoiseSchedule(alpha_bar=torch.cumprod(1 - betas, dim=0))
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"{schedule!r} given, {', '.join(SCHEDULES)} allowed", where="schedule")
+    if not 0 < shift < math.inf:
+        raise ConfigError(f"{shift:g} given, above 0 allowed", where="schedule shift", fix="use 1 for no shift")
+    if schedule == "flow":
+        sigma = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        return NoiseSchedule(1 - sigma, sigma)
+    betas = _cosine_betas(steps) if schedule == "cosine" else _linear_betas(steps, beta_start, beta_end)
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    if shift != 1:
+        alpha_bar = torch.sigmoid(torch.logit(alpha_bar) - 2 * math.log(shift))
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if zero_terminal_snr and steps > 1:
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        sigma = (1 - alpha**2).sqrt()
+    return NoiseSchedule(alpha, sigma)
+
+
+def _linear_betas(steps: int, start: float, end: float) -> Tensor:
+    return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
+
+
+def _cosine_betas(steps: int) -> Tensor:
+    angle = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + COSINE_OFFSET) / (1 + COSINE_OFFSET)
+    alpha_bar = torch.cos(angle * math.pi / 2) ** 2
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=LARGEST_BETA)
 
 
 def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "uniform") -> Tensor:
@@ -111,8 +161,9 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
         schedule: the schedule the network was trained with, T steps.
         steps: how many to visit, 1 to T; T visits all, whatever the spacing.
         spacing: "uniform" divides t evenly between T - 1 and the clean end at -1 ("trailing" in
-            Lin et al. 2024, table 2); "log_snr" divides log(ᾱ / (1 - ᾱ)) evenly between t = T - 1
-            and t = 0 (Lu et al. 2022), each to the nearest timestep that is still free.
+            Lin et al. 2024, table 2); "log_snr" divides log-SNR evenly between t = T - 1
+            and t = 0 (Lu et al. 2022), each to the nearest timestep that is still free. A last
+            timestep without signal is visited first, and the others begin at a log-SNR of -10.
 
     Returns:
         (steps,) int64, strictly descending, from T - 1.
@@ -132,8 +183,11 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
     if spacing == "uniform":
         return torch.linspace(last, -1, steps + 1, dtype=torch.float64)[:-1].round().long()
     log_snr = schedule.log_snr(torch.arange(schedule.steps))
-    wanted = torch.linspace(log_snr[-1], log_snr[0], steps, dtype=torch.float64)
-    nearest = (log_snr[:, None] - wanted).abs().argmin(dim=0)
+    silent = bool(log_snr[-1].isinf())
+    first = max(FIRST_LOG_SNR, float(log_snr[:-1].min())) if silent and last else float(log_snr[-1])
+    wanted = torch.linspace(first, log_snr[0], max(1, steps - silent), dtype=torch.float64)
+    wanted = torch.cat([log_snr[-1:], wanted])[:steps] if silent else wanted
+    nearest = (log_snr[:, None] - wanted).abs().nan_to_num(nan=0.0).argmin(dim=0)  # -inf less -inf is no distance
     # The first timesteps lie far apart in log-SNR, so several wishes may share one: each then moves
     # down to a free one, but leaves one timestep to each wish after it.
     rank = torch.arange(steps)

@@ -1,4 +1,4 @@
-"""Laws of training samples: functions of (seed, epoch, position), and a loss that weighs samples equally."""
+"""Laws of training samples: functions of (seed, step, index), and a loss that weighs them equally."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm_lib.batches import EpochOrder, TrainingSamples, crop_around_hole, masked_loss
+from ldm_lib.batches import Plan, TrainingSamples, crop_around_hole, masked_loss
 from ldm_lib.presets import resolve
 
 STEPS = 1000
@@ -28,14 +28,16 @@ def latents(k, variant=0, shape=(6, 5, 4)):
 
 
 def samples(count=3, variants=1, **changes):
-    return TrainingSamples([[latents(k, v) for v in range(variants)] for k in range(count)], settings(**changes), STEPS)
+    config = settings(**changes)
+    encodings = [[latents(k, v) for v in range(variants)] for k in range(count)]
+    return TrainingSamples(encodings, config, STEPS, global_batch=Plan(count, config).global_batch)
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_an_item_is_a_function_of_seed_epoch_and_position():
+def test_an_item_is_a_function_of_seed_step_and_index():
     changes = {"latent_flip_probability": 0.5, "latent_noise": 0.1, "latent_crop": 3}
     data, again = samples(variants=3, **changes), samples(variants=3, **changes)
     first = data[2, 5, 0]
@@ -79,9 +81,9 @@ def test_a_sample_asks_for_one_encoding_and_none_is_asked_for_before():
             asked.append((self.k, variant))
             return latents(self.k, range(3)[variant])
 
-    data = TrainingSamples([OnDisk(k) for k in range(4)], settings(), STEPS)
+    data, plan = TrainingSamples([OnDisk(k) for k in range(4)], settings(), STEPS, global_batch=2), Plan(4, settings())
     assert not asked
-    told = [data[where] for where in EpochOrder(4, settings(batch_size=2))]
+    told = [data[place] for step in range(plan.steps_per_epoch) for place in plan.places(step)]
     assert [k * 1000 + v * 10000 for k, v in asked] == [int(item["target"].flatten()[0]) for item in told]
     assert sorted(k for k, _ in asked) == [0, 1, 2, 3]
 
@@ -124,37 +126,54 @@ def test_cropping_changes_none_of_its_inputs():
     assert same(sample, latents(0))
 
 
-@pytest.mark.parametrize(("count", "batch", "accumulate", "length"), [
-    (4, 2, 1, 4), (5, 2, 1, 6), (5, 2, 3, 6), (1, 2, 2, 4), (7, 3, 2, 12),
+@pytest.mark.parametrize(("count", "batch", "accumulate", "world", "steps"), [
+    (4, 2, 1, 1, 2), (5, 2, 1, 1, 3), (5, 2, 3, 1, 1), (1, 2, 2, 1, 1), (7, 3, 2, 1, 2), (7, 1, 1, 4, 2),
+    (9, 2, 2, 2, 2),
 ])  # fmt: skip
-def test_an_epoch_is_a_permutation_wrapped_to_full_batches(count, batch, accumulate, length):
-    order = EpochOrder(count, settings(batch_size=batch, accumulate_grad_batches=accumulate))
-    seen = list(order)
-    assert len(seen) == len(order) == length
-    assert [position for _, position, _ in seen] == list(range(length))
-    indices = [index for *_, index in seen]
-    assert sorted(indices[:count]) == list(range(count)) and indices[count:] == (indices * 2)[: length - count]
+def test_an_epoch_uses_every_case_and_wraps_to_full_batches(count, batch, accumulate, world, steps):
+    plan = Plan(count, settings(batch_size=batch, accumulate_grad_batches=accumulate), world=world)
+    assert plan.global_batch == batch * accumulate * world and plan.steps_per_epoch == steps
+    assert plan.steps == steps * plan.config.max_epochs
+    for epoch in (0, 1):
+        seen = [place for k in range(steps) for place in plan.places(epoch * steps + k)]
+        cases = [case for *_, case in seen]
+        assert sorted(cases[:count]) == list(range(count))
+        assert cases[count:] == (cases * 2)[: len(cases) - count]
+        assert [index for _, index, _ in seen] == list(range(plan.global_batch)) * steps
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 4), (2, 2), (4, 1), (2, 1)])
+def test_processes_and_accumulation_share_out_one_global_batch(world, accumulate):
+    """Whoever does it, in however many pieces: together the places of a step, each once, as for one process."""
+    batch = 8 // (world * accumulate)
+    config = settings(batch_size=batch, accumulate_grad_batches=accumulate, max_epochs=3)
+    plans = [Plan(11, config, rank, world) for rank in range(world)]
+    whole = Plan(11, settings(batch_size=8, max_epochs=3))
+    for step in range(whole.steps):
+        parts = [plan.batches(step) for plan in plans]
+        assert all(len(part) == accumulate and all(len(b) == batch for b in part) for part in parts)
+        assert sorted(place for part in parts for b in part for place in b) == whole.places(step)
+    later = [list(plan.batches_from(3)) for plan in plans]
+    assert [len(batches) for batches in later] == [(whole.steps - 3) * accumulate] * world
+    assert later[0][0] == plans[0].batches(3)[0]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    order = EpochOrder(50, settings())
-    first = list(order)
-    order.set_epoch(1)
-    second = list(order)
-    order.set_epoch(0)
-    assert list(order) == first
-    assert [i for *_, i in first] != [i for *_, i in second] and {epoch for epoch, *_ in second} == {1}
-    assert [i for *_, i in EpochOrder(50, settings(seed=1))] != [i for *_, i in first]
+    plan, other = Plan(50, settings(batch_size=50)), Plan(50, settings(batch_size=50, seed=1))
+    first, second = ([case for *_, case in plan.places(step)] for step in (0, 1))
+    assert [case for *_, case in plan.places(0)] == first != second
+    assert [case for *_, case in other.places(0)] != first
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_debug_mode_repeats_sixteen_pairs_per_case(count):
-    changes = {"overfit_batches": 1, "latent_flip_probability": 0.5, "latent_crop": 3}
-    data, order = samples(count, **changes), EpochOrder(count, settings(**changes))
-    epochs = []
-    for epoch in (0, 1, 7):
-        order.set_epoch(epoch)
-        epochs.append([data[where] for where in order])
+    changes = {"overfit_batches": 1, "latent_flip_probability": 0.5, "latent_crop": 3, "batch_size": 1}
+    data, plan = samples(count, **changes), Plan(count, settings(**changes))
+    assert plan.steps_per_epoch == 16 * count
+    epochs = [
+        [data[place] for k in range(plan.steps_per_epoch) for place in plan.places(epoch * plan.steps_per_epoch + k)]
+        for epoch in (0, 1, 7)
+    ]
     assert all(same(a, b) for other in epochs[1:] for a, b in zip(epochs[0], other, strict=True))
     for k in range(count):
         own = [item for item in epochs[0] if int(item["target"][0, 0, 0, 0]) // 1000 == k]
@@ -165,9 +184,23 @@ def test_debug_mode_repeats_sixteen_pairs_per_case(count):
 
 
 def test_debug_mode_fits_a_short_schedule():
-    data = TrainingSamples([[latents(0)]], settings(overfit_batches=1), 20)
-    times = [int(data[0, position, 0]["t"]) for position in range(16)]
+    data = TrainingSamples([[latents(0)]], settings(overfit_batches=1), 20, global_batch=1)
+    times = [int(data[step, 0, 0]["t"]) for step in range(16)]
     assert times[0] == 2 and times[-1] == 19
+
+
+def test_cells_outside_are_told_when_they_count():
+    item = samples(1, outside_weight=0.1)[0, 0, 0]
+    assert torch.equal(item.pop("outside"), 1 - item["hole"]) and same(item, samples(1)[0, 0, 0])
+
+
+def test_samples_of_larger_weight_count_more():
+    answer, wanted = torch.randn(3, 2, 3, 3, 3), torch.randn(3, 2, 3, 3, 3)
+    cells, weight = torch.ones(3, 1, 3, 3, 3), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    each = (answer - wanted).square().mean(dim=(1, 2, 3, 4))
+    found = masked_loss(answer, wanted, cells, weight)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx((each * weight).mean().item(), rel=1e-5)
 
 
 def test_the_loss_is_the_mean_over_samples_of_the_mean_over_cells():

@@ -7,9 +7,10 @@ import pytest
 from papermill.inspection import _infer_parameters
 from papermill.translators import PythonTranslator
 
-from ldm_lib.config import STAGES, integers, parameters_cell, safe_name, stage_name, validated
+from ldm_lib.config import STAGES, parameters_cell, stage_name, validated
 from ldm_lib.errors import ConfigError
 from ldm_lib.presets import PRESETS, resolve
+from ldm_lib.values import integers, safe_name
 
 FIRST = {name: stage for stage, model in reversed(STAGES.items()) for name in model.model_fields}
 NUMBERS = [(stage, name) for stage, model in STAGES.items() for name, field in model.model_fields.items()
@@ -46,7 +47,7 @@ def test_a_parameter_name_that_would_execute_is_refused():
         ("max_epochs", "2.5", "should be a valid integer"),
         ("learning_rate", "fast", "should be a valid number"),
         ("overwrite", "perhaps", "should be a valid boolean"),
-        ("sampler", "euler", r"should be 'ddpm', 'ddim' or 'dpm\+\+2m'"),
+        ("sampler", "heun", r"should be 'ddpm', 'ddim', 'dpm\+\+2m', 'euler' or 'midpoint'"),
         ("device", "gpu", "should be 'auto', 'cpu' or 'cuda'"),
         ("channels", "16;32", "positive integers separated by commas"),
         ("channels", "16,0", "positive integers separated by commas"),
@@ -95,7 +96,10 @@ def test_limits_themselves_are_allowed(name, low, high):
         ({"beta_start": 0.03}, r"^beta_start = 0.03: above beta_end = 0.02"),
         ({"multipliers": "1,2"}, r"^attention_rates = '4': multipliers '1,2' leave \[1, 2\]"),
         ({"attention_rates": "3"}, r"^attention_rates = '3': multipliers '1,2,4' leave \[1, 2, 4\]"),
-        ({"devices": 2}, "^devices = 2: training uses one device"),
+        ({"prediction": "flow"}, "^prediction = 'flow': with schedule 'linear'; flow needs flow"),
+        ({"schedule": "flow"}, "^prediction = 'velocity': with schedule 'flow'; flow needs flow"),
+        ({"prediction": "noise", "zero_terminal_snr": True}, "^prediction = 'noise': says nothing where there is no"),
+        ({"allow_change": "learning_rate, speed"}, "^allow_change = .*: speed is no parameter"),
         ({"crop": 7}, "^crop = 7: 2 voxels make a cell, an axis of a crop has at least 4"),
         ({"crop": 63, "front_end": "haar", "channels": "8,8,8"}, "^crop = 63: 16 voxels make a cell"),
         (

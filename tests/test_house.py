@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "ldm_lib"
 # Floors from the ground up; a module imports from floors below it, or from a neighbour named before it.
 FLOORS = [
-    ["errors", "files", "config", "presets", "runs"],
+    ["errors", "values", "files", "config", "presets", "runs"],
     ["nifti", "sidecars", "volumes", "geometry", "cases", "cohort", "masks"],
     ["atlas", "registration", "tissue", "segmentation", "growth", "priors", "phantom", "conditioning", "augmentation"],
-    ["schedule", "samplers", "metrics", "fidelity", "obedience", "baselines"],
+    ["schedule", "objectives", "samplers", "metrics", "fidelity", "obedience", "baselines"],
     ["devices", "front_ends", "autoencoder", "blocks", "adm", "weights", "foreign", "critics"],
+    ["slices", "figures", "charts"],
     [
         "latents",
         "cache",
@@ -28,13 +29,20 @@ FLOORS = [
         "inpainter",
         "counterfactuals",
         "inpainting",
+        "denoising",
+        "validation",
+        "checkpoints",
+        "signals",
+        "processes",
+        "learner",
         "services",
         "tracking",
+        "fit",
         "training",
         "evaluation",
         "bench",
     ],
-    ["slices", "figures", "charts", "viewer", "report", "kernels", "runner", "doctor", "options", "__main__"],
+    ["viewer", "report", "kernels", "runner", "doctor", "options", "__main__"],
 ]
 ORDER = {name: place for place, name in enumerate(chain.from_iterable(FLOORS))}
 MODULES = sorted(path for path in LIBRARY.glob("*.py") if path.stem != "__init__")
@@ -76,7 +84,7 @@ def test_only_one_floor_knows_networks(name):
     floor = next(k for k, modules in enumerate(FLOORS) if name in modules)
     libraries = {module.split(".")[0] for module, _ in imports(TREES[name])}
     assert "monai" not in libraries or floor == 4
-    assert "lightning" not in libraries or name == "training"
+    assert "lightning" not in libraries or name == "processes"
 
 
 @pytest.mark.parametrize("name", ["config", "cohort", "cases", "volumes", "metrics", "baselines", "evaluation", "runs"])
@@ -158,7 +166,7 @@ def test_the_library_is_thin():
         spans = [n.body[0] for n in documented if ast.get_docstring(n)]
         told = set(chain.from_iterable(range(s.lineno - 1, s.end_lineno) for s in spans))
         total += sum(bool(line) and not line.startswith("#") for k, line in enumerate(lines) if k not in told)
-    assert total < 6400, f"{total} lines of code"
+    assert total < 8000, f"{total} lines of code"
 
 
 def test_no_path_of_a_machine_in_the_tree():

@@ -22,13 +22,14 @@ from ldm_lib.errors import ConfigError, InputError, WeightsError
 from ldm_lib.inpainter import CaseNoise, Filled, Inpainter, sample_name
 from ldm_lib.inpainting import inpaint, write_filled
 from ldm_lib.latents import CellSettings, encode_case
-from ldm_lib.samplers import SAMPLERS
-from ldm_lib.schedule import linear_schedule
+from ldm_lib.objectives import wanted
+from ldm_lib.samplers import samplers_for
+from ldm_lib.schedule import noise_schedule
 from ldm_lib.volumes import read_volume, write_map
 
 CPU = torch.device("cpu")
 FAST = {"steps": 3, "device": "cpu"}
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
+every_sampler = pytest.mark.parametrize("sampler", samplers_for(noise_schedule()))
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +187,17 @@ class SpaceToDepth(nn.Module):
 
 
 class KnowsTheTruth(nn.Module):
-    """The noise that is in x, or the velocity, seen from the true latent."""
+    """What a perfect denoiser answers, seen from the true latent."""
 
     def __init__(self, truth, schedule, prediction):
         super().__init__()
         self.truth, self.schedule, self.prediction = truth, schedule, prediction
 
     def forward(self, x, t, told=None):
-        alpha_bar = self.schedule.alpha_bar[t].view(-1, 1, 1, 1, 1)
         z = x[:, : self.truth.shape[1]].double()
-        noise = (z - alpha_bar.sqrt() * self.truth) / (1 - alpha_bar).sqrt()
-        velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * self.truth
-        return (noise if self.prediction == "noise" else velocity).to(x.dtype)
+        alpha, sigma = self.schedule.rates(t, z)
+        noise = (z - alpha * self.truth) / sigma
+        return wanted(self.prediction, self.schedule, self.truth, noise, t).to(x.dtype)
 
 
 def write_head(folder, depth, orientation):
@@ -221,13 +221,15 @@ def write_head(folder, depth, orientation):
 @pytest.mark.parametrize(("depth", "orientation", "factor", "sampler", "prediction"), [
     (155, "LPS", 4, "ddim", "noise"), (156, "RAS", 4, "ddpm", "velocity"), (155, "RAS", 2, "dpm++2m", "noise"),
     (156, "LPS", 2, "ddim", "velocity"), (155, "PSL", 4, "dpm++2m", "velocity"), (155, "LPS", 1, "ddpm", "noise"),
+    (155, "LPS", 2, "midpoint", "flow"), (156, "RAS", 4, "dpm++2m", "flow"), (155, "LPS", 4, "ddim", "x0"),
 ])  # fmt: skip
 def test_with_an_identity_for_an_autoencoder_the_truth_comes_back(
     tmp_path, depth, orientation, factor, sampler, prediction
 ):
     full, voided, mask = write_head(tmp_path / "head", depth, orientation)
     data = load_case(replace(case_of_files(voided, mask), t1n=full))
-    autoencoder, schedule = SpaceToDepth(factor), linear_schedule()
+    autoencoder = SpaceToDepth(factor)
+    schedule = noise_schedule("flow" if prediction == "flow" else "linear")
     truth = autoencoder.encode(torch.from_numpy(model_case(data, factor).target)[None, None]).double()
     oracle = KnowsTheTruth(truth, schedule, prediction)
     inpainter = Inpainter(autoencoder, oracle, schedule, CellSettings(), CPU, "32", prediction)
@@ -339,7 +341,8 @@ def test_known_cells_are_clean_at_every_step(cases, inpainter, sampler, context)
 
 
 @pytest.mark.parametrize(("wrong", "reason"), [
-    ({"sampler": "euler"}, "sampler 'euler'.*take a sampler of ddpm, ddim"),
+    ({"sampler": "heun"}, "sampler 'heun'.*take a sampler of ddpm, ddim"),
+    ({"sampler": "midpoint"}, "'midpoint' given, the model was trained on a variance-preserving.*ddpm, ddim"),
     ({"steps": 0}, "steps 0"),
     ({"samples": 0}, "samples 0"),
     ({"seed": -1}, "seed -1"),

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from ldm_lib import samplers
-from ldm_lib.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m
-from ldm_lib.schedule import linear_schedule, spaced_timesteps
+from ldm_lib.errors import ConfigError
+from ldm_lib.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, midpoint, samplers_for
+from ldm_lib.schedule import noise_schedule, spaced_timesteps
 
 MEAN, STD = 0.7, 0.5
-SCHEDULE = linear_schedule()
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
+SCHEDULE, FLOW = noise_schedule(), noise_schedule("flow")
+DIFFUSION = {name: SAMPLERS[name] for name in samplers_for(SCHEDULE)}
+every_sampler = pytest.mark.parametrize("sampler", DIFFUSION.values(), ids=DIFFUSION.keys())
 
 
 def rates(t, x):
@@ -31,6 +33,16 @@ def bent(x, t):
     return torch.tanh(x + 0.001 * t.view(-1, 1, 1, 1, 1).to(x.dtype))
 
 
+def told(predictor, schedule=SCHEDULE):
+    """A denoiser as the samplers want it, from a predictor of the noise."""
+
+    def denoise(x, t):
+        noise = predictor(x, t)
+        return schedule.predict_x0(x, noise, t), noise
+
+    return denoise
+
+
 def standard(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -41,7 +53,7 @@ def fresh(x):
 
 
 def run(sampler, denoise, x, steps, **options):
-    return sampler(denoise, x, SCHEDULE, steps=steps, noise=fresh(x), **options)
+    return sampler(told(denoise), x, SCHEDULE, steps=steps, noise=fresh(x), **options)
 
 
 def gain(sampler, steps):
@@ -173,7 +185,7 @@ def test_a_batch_equals_its_elements(sampler):
     together = run(sampler, bent, x, 12)
     for i in range(3):
         alone = sampler(
-            bent,
+            told(bent),
             x[i : i + 1],
             SCHEDULE,
             steps=12,
@@ -203,16 +215,16 @@ def test_only_ancestral_sampling_asks_for_noise_once_a_step_but_the_last():
         return fresh(x)(i)
 
     for sampler in (ddim, dpm_solver_pp_2m, ddpm):
-        sampler(bent, x, SCHEDULE, steps=6, noise=noise)
+        sampler(told(bent), x, SCHEDULE, steps=6, noise=noise)
     assert asked == [0, 1, 2, 3, 4]
 
 
 @every_sampler
 def test_precision_of_x_decides_the_result_and_never_the_tables(sampler):
     before, x = SCHEDULE.alpha_bar.clone(), standard(1, 1, 3, 3, 3, dtype=torch.float32)
-    exact = sampler(gaussian, x.double(), SCHEDULE, steps=20, noise=lambda i: fresh(x)(i).double())
+    exact = sampler(told(gaussian), x.double(), SCHEDULE, steps=20, noise=lambda i: fresh(x)(i).double())
     for dtype, tolerance in [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.4)]:
-        y = sampler(gaussian, x.to(dtype), SCHEDULE, steps=20, noise=lambda i, d=dtype: fresh(x)(i).to(d))
+        y = sampler(told(gaussian), x.to(dtype), SCHEDULE, steps=20, noise=lambda i, d=dtype: fresh(x)(i).to(d))
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=tolerance)
     assert torch.equal(SCHEDULE.alpha_bar, before)
@@ -224,3 +236,96 @@ def test_a_half_precision_denoiser_does_not_lower_the_arithmetic(sampler):
     y = run(sampler, lambda x, t: gaussian(x, t).bfloat16(), x, 5)
     assert y.dtype == torch.float32
     assert torch.equal(y, run(sampler, lambda x, t: gaussian(x, t).bfloat16().float(), x, 5))
+
+
+# ---- rectified flow
+
+
+def flow_gaussian(x, t):
+    """(x_0, noise) of the exact denoiser for data ~ N(MEAN, STD^2) on the straight path."""
+    alpha, sigma = FLOW.rates(t, x)
+    noise = sigma * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+    x0 = MEAN + alpha * STD**2 * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+    return x0, noise
+
+
+def flow_gain(sampler, steps, schedule=FLOW):
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(1, 1, 2, 1, 1)
+    low, high = sampler(flow_gaussian, x, schedule, steps=steps, noise=fresh(x)).flatten().tolist()
+    return high - low, low
+
+
+@pytest.mark.parametrize(("name", "bound"), [("ddim", 0.08), ("euler", 0.08), ("midpoint", 0.02), ("dpm++2m", 0.04)])
+def test_a_flow_returns_the_gaussian(name, bound):
+    spread, middle = flow_gain(SAMPLERS[name], 20)
+    assert spread == pytest.approx(STD, rel=bound) and middle == pytest.approx(MEAN, rel=0.02)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (midpoint, 2)])
+def test_the_error_on_a_flow_falls_with_the_order_of_the_solver(sampler, order):
+    fine, coarse = abs(flow_gain(sampler, 40)[0] - STD), abs(flow_gain(sampler, 20)[0] - STD)
+    assert math.log2(coarse / fine) > order - 0.35  # on a Gaussian the midpoint method happens to do even better
+
+
+def test_ddim_on_a_flow_is_eulers_method():
+    """alpha' x_0 + sigma' noise = x + (sigma' - sigma) (noise - x_0), where alpha = 1 - sigma."""
+    x = standard(2, 1, 3, 2, 2)
+    found = [sampler(flow_gaussian, x, FLOW, steps=7, noise=fresh(x)) for sampler in (ddim, euler)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 1000])
+@pytest.mark.parametrize("name", samplers_for(FLOW))
+def test_on_a_flow_a_denoiser_that_knows_the_truth_gets_it_back(name, steps):
+    truth, x = 3 * standard(2, 1, 3, 4, 5, seed=1), standard(2, 1, 3, 4, 5)
+
+    def omniscient(x, t):
+        alpha, sigma = FLOW.rates(t, x)
+        return truth, (x - alpha * truth) / sigma
+
+    y = SAMPLERS[name](omniscient, x, FLOW, steps=steps, noise=fresh(x))
+    torch.testing.assert_close(y, truth, rtol=0, atol=1e-9)
+
+
+def test_every_evaluation_on_a_flow_is_at_a_timestep_of_its_own_with_known_cells_clean():
+    x, known, seen = standard(1, 1, 4, 3, 3), 5 + standard(1, 1, 4, 3, 3, seed=2), []
+    hole = torch.zeros_like(x, dtype=torch.bool)
+    hole[:, :, 1:3] = True
+
+    def watched(x, t):
+        seen.append((int(t), x[~hole]))
+        return flow_gaussian(x, t)
+
+    for name in samplers_for(FLOW):
+        seen.clear()
+        keep = lambda z: torch.where(hole, z, known)  # noqa: E731
+        y = SAMPLERS[name](watched, x, FLOW, steps=9, noise=fresh(x), keep=keep)
+        times = [t for t, _ in seen]
+        assert len(set(times)) == 9 and times == sorted(times, reverse=True) and times[0] == 999
+        assert all(torch.equal(cells, known[~hole]) for _, cells in seen)
+        assert torch.equal(y[~hole], known[~hole])
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "ddpm"])
+def test_without_terminal_signal_the_gaussian_comes_back_too(name, sampler):
+    schedule = noise_schedule(name, zero_terminal_snr=True)
+
+    def exact(x, t):
+        alpha, sigma = schedule.rates(t, x)
+        gain = 1 / (alpha**2 * STD**2 + sigma**2)
+        return MEAN + alpha * STD**2 * (x - alpha * MEAN) * gain, sigma * (x - alpha * MEAN) * gain
+
+    x = standard(1, 1, 28, 28, 28)
+    y = SAMPLERS[sampler](exact, (x - x.mean()) / x.std(), schedule, steps=100, noise=fresh(x))
+    assert y.mean().item() == pytest.approx(MEAN, rel=0.02) and y.std().item() == pytest.approx(STD, rel=0.04)
+
+
+@pytest.mark.parametrize(("name", "schedule", "said"), [
+    ("ddpm", FLOW, "'ddpm' given, the model was trained on a rectified flow.*ddim, dpm"),
+    ("midpoint", SCHEDULE, "'midpoint' given, the model was trained on a variance-preserving diffusion.*ddpm, ddim"),
+])  # fmt: skip
+def test_a_sampler_of_the_other_path_is_refused(name, schedule, said):
+    x = standard(1, 1, 2, 2, 2)
+    with pytest.raises(ConfigError, match=said):
+        SAMPLERS[name](flow_gaussian, x, schedule, steps=2, noise=fresh(x))

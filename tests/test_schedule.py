@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from ldm_lib.errors import ConfigError
-from ldm_lib.schedule import SPACINGS, linear_schedule, spaced_timesteps
+from ldm_lib.schedule import SPACINGS, noise_schedule, spaced_timesteps
 
 SHAPE = (3, 2, 4, 3, 5)
 
 
 @pytest.fixture
 def schedule():
-    return linear_schedule()
+    return noise_schedule()
 
 
 def noisy_case(dtype=torch.float64):
@@ -31,7 +31,7 @@ def test_alpha_bar_is_the_product_of_one_minus_the_betas(schedule):
 
 
 def test_one_jump_equals_the_chain_of_single_steps():
-    schedule = linear_schedule(steps=50, beta_end=0.3)
+    schedule = noise_schedule(steps=50, beta_end=0.3)
     signal, variance = 1.0, 0.0
     one, zero = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, 1)
     for t in range(50):
@@ -71,7 +71,7 @@ def test_low_precision_is_rounded_once_and_leaves_the_table_alone(schedule, dtyp
 def test_the_default_dtype_does_not_reach_the_table(schedule):
     torch.set_default_dtype(torch.float16)
     try:
-        built = linear_schedule()
+        built = noise_schedule()
         visited = [spaced_timesteps(built, 333, spacing) for spacing in SPACINGS]
     finally:
         torch.set_default_dtype(torch.float32)
@@ -92,7 +92,7 @@ def test_log_snr_is_the_log_of_signal_power_over_noise_power(schedule):
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("trained", [1, 2, 37, 1000])
 def test_timesteps_descend_from_the_last_for_every_number_of_steps(spacing, trained):
-    schedule = linear_schedule(trained)
+    schedule = noise_schedule(steps=trained)
     for steps in {*range(1, min(trained, 40) + 1), trained // 2 + 1, trained}:
         times = spaced_timesteps(schedule, steps, spacing)
         assert times.dtype == torch.int64
@@ -148,17 +148,78 @@ def test_timesteps_outside_the_table_are_refused(schedule, t):
 )
 def test_impossible_schedules_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
-        linear_schedule(**options)
+        noise_schedule(**options)
 
 
-def test_velocity_and_noise_are_two_names_of_one_thing(schedule):
-    """v is orthogonal to x_t in (signal, noise), so that x_0 = alpha x_t - sigma v and noise = sigma x_t + alpha v."""
-    x0, noise, t = (
-        torch.randn(4, 2, 3, 3, 3).double(),
-        torch.randn(4, 2, 3, 3, 3).double(),
-        torch.tensor([0, 9, 500, 999]),
-    )
-    x_t, v = schedule.add_noise(x0, noise, t), schedule.velocity(x0, noise, t)
-    alpha = schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1, 1)
-    torch.testing.assert_close(schedule.noise_from_velocity(x_t, v, t), noise)
-    torch.testing.assert_close(alpha * x_t - (1 - alpha**2).sqrt() * v, x0)
+# ---- the other schedules
+
+
+def table(**options):
+    return noise_schedule(**options)
+
+
+def test_cosine_is_the_closed_form_until_its_betas_are_cut():
+    """Nichol & Dhariwal 2021, eq. 17: cos^2 of the share of the way, over its value at the start."""
+    found = table(schedule="cosine").alpha_bar
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    for t in (0, 1, 500, 990):
+        assert found[t].item() == pytest.approx(f[t + 1] / f[0], rel=1e-9)
+    assert found[999].item() == pytest.approx(found[998].item() * 0.001, rel=1e-9)  # the largest beta is 0.999
+
+
+def test_flow_is_the_straight_line_from_data_to_noise():
+    found = table(schedule="flow", steps=8)
+    assert found.sigma.tolist() == [k / 8 for k in range(1, 9)] and found.is_flow
+    assert torch.equal(found.alpha, 1 - found.sigma)
+    assert not any(table(schedule=name).is_flow for name in ("linear", "cosine"))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_last_step_holds_no_signal_when_asked(name):
+    """Lin et al. 2024, algorithm 1: the first rate stays, the last is exactly 0, and the path preserves variance."""
+    plain, found = table(schedule=name), table(schedule=name, zero_terminal_snr=True)
+    assert found.alpha[-1] == 0 and found.sigma[-1] == 1
+    assert found.alpha[0].item() == pytest.approx(plain.alpha[0].item(), rel=1e-12)
+    torch.testing.assert_close(found.alpha**2 + found.sigma**2, torch.ones(1000, dtype=torch.float64))
+    inner = torch.arange(1, 999)
+    a, b = plain.alpha[0], plain.alpha[-1]
+    torch.testing.assert_close(found.alpha[inner], (plain.alpha[inner] - b) * a / (a - b))
+    assert found.log_snr(torch.tensor([999])).item() == -math.inf and plain.log_snr(torch.tensor([999])).isfinite()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "flow"])
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_a_shift_moves_log_snr_by_a_constant_and_stays_on_its_path(name, shift):
+    t = torch.arange(998)  # the last of a flow has no log-SNR
+    plain, found = table(schedule=name), table(schedule=name, shift=shift)
+    moved = plain.log_snr(t) - 2 * math.log(shift)
+    torch.testing.assert_close(found.log_snr(t), moved, rtol=1e-8, atol=1e-6)
+    assert found.is_flow == plain.is_flow
+    path = found.alpha + found.sigma if found.is_flow else found.alpha**2 + found.sigma**2
+    torch.testing.assert_close(path, torch.ones_like(path))
+
+
+@pytest.mark.parametrize(
+    "options", [{"schedule": "flow"}, {"zero_terminal_snr": True}, {"schedule": "flow", "steps": 2}]
+)
+def test_a_silent_end_is_visited_first_and_the_rest_lies_even_in_log_snr(options):
+    schedule = table(**options)
+    for steps in range(1, min(schedule.steps, 30) + 1):
+        times = spaced_timesteps(schedule, steps, "log_snr")
+        assert times[0] == schedule.steps - 1 and len(times) == steps and (times.diff() < 0).all()
+    if schedule.steps > 30:
+        gaps = schedule.log_snr(spaced_timesteps(schedule, 12, "log_snr")[1:]).diff()
+        assert schedule.log_snr(spaced_timesteps(schedule, 12, "log_snr")[1:2]).item() == pytest.approx(-10, abs=0.6)
+        assert gaps.std() < 0.25 * gaps.mean().abs()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"schedule": "cosin"}, "'cosin' given, linear, cosine, flow allowed"),
+        ({"shift": 0.0}, "0 given, above 0 allowed"),
+    ],
+)
+def test_schedules_that_do_not_exist_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        table(**options)

@@ -1,33 +1,37 @@
 """Laws of the training: resuming changes nothing, known cells stay clean, and what is written can be read again."""
 
 import csv
-from pathlib import Path
+import math
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from ldm_lib import batches, training
+from ldm_lib import batches, checkpoints, fit, learner
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
-from ldm_lib.batches import EpochOrder, TrainingSamples
+from ldm_lib.batches import Plan, TrainingSamples
 from ldm_lib.cache import LatentCache
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
-from ldm_lib.errors import ConfigError, TrainingError, WeightsError
+from ldm_lib.denoising import loss_by_noise_level, new_inpainter, noise_loss, noisy_composite, training_loss
+from ldm_lib.errors import ConfigError, InterruptionError, TrainingError, WeightsError
 from ldm_lib.fitting import latent_statistics
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import inpaint
 from ldm_lib.latents import CellSettings, collate, encode_case, input_channels
 from ldm_lib.metrics import brats_scores
+from ldm_lib.objectives import min_snr_weight, wanted
 from ldm_lib.presets import resolve
 from ldm_lib.reconstruction import ceiling, code
-from ldm_lib.tracking import WholeCheckpoints
-from ldm_lib.training import DiffusionTraining, loss_by_noise_level, new_inpainter, noisy_composite, save_trained, train
+from ldm_lib.training import save_trained, train
+from ldm_lib.validation import Validation
 from ldm_lib.volumes import normalise, read_volume
-from ldm_lib.weights import load_model, read_checkpoint, save_model
+from ldm_lib.weights import load_model, save_model
 
 CPU = torch.device("cpu")
+TIMED = {"samples_per_s"}  # what differs from run to run
 
 
 def settings(**changes):
@@ -43,7 +47,7 @@ class Study:
     def __init__(self, cases, folder, context="composite"):
         self.folder, self.cells = folder, CellSettings(context=context)
         self.autoencoder = load_model(folder, "autoencoder")
-        self.variants = [[self.encode(case)] for case in cases[:3]]
+        self.variants = {case.key: [self.encode(case)] for case in cases[:3]}
         self.watched = [load_case(cases[4])]
         self.watched_latents = [self.encode(cases[4])]
 
@@ -54,11 +58,9 @@ class Study:
     def inpainter(self, config):
         return new_inpainter(self.folder, config, self.cells)
 
-    def module(self, config):
-        return DiffusionTraining(self.inpainter(config), config, self.watched, self.watched_latents, Path("unused"))
-
-    def train(self, folder, config):
-        return train(self.inpainter(config), self.variants, self.watched, self.watched_latents, config, folder)
+    def train(self, folder, config, variants=None):
+        variants = self.variants if variants is None else variants
+        return train(self.inpainter(config), variants, self.watched, self.watched_latents, config, folder)
 
 
 @pytest.fixture(scope="module")
@@ -92,77 +94,126 @@ def place(tmp_path, name="run"):
 
 def rows(folder):
     with (folder / "metrics.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
+        return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(stream)]
+
+
+def epochs(folder):
+    return [row for row in rows(folder) if row.get("epoch")]
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def interrupt(monkeypatch, epoch, batch=1):
-    """Stop the training in the middle of an epoch, as a killed process would."""
-    step = DiffusionTraining.training_step
+def equal(a, b):
+    """Nested states, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, list | tuple) else a == b
 
-    def interrupted(self, data, batch_idx):
-        if self.current_epoch == epoch and batch_idx == batch:
+
+def state(learner):
+    return learner.state()
+
+
+def interrupt(monkeypatch, step):
+    """Stop the training when so many steps are done, as a killed process would: nothing is saved on the way out."""
+    advance = learner.Learner.advance
+
+    def interrupted(self, data):
+        if self.step == step:
             raise SystemExit(9)
-        return step(self, data, batch_idx)
+        advance(self, data)
 
-    monkeypatch.setattr(DiffusionTraining, "training_step", interrupted)
+    monkeypatch.setattr(learner.Learner, "advance", interrupted)
 
 
 # ---- law 6: a resumed training equals the uninterrupted one
 
 
-@pytest.mark.parametrize("changes", [
-    {},
-    {"accumulate_grad_batches": 2, "latent_flip_probability": 0.5, "latent_noise": 0.1},
-    {"dropout": 0.3, "val_every": 1},
-    {"overfit_batches": 1},
-], ids=["plain", "accumulate", "dropout", "debug"])  # fmt: skip
-def test_a_resumed_training_equals_the_uninterrupted_one(study, tmp_path, monkeypatch, changes):
+@pytest.mark.parametrize(("changes", "step"), [
+    ({}, 3),
+    ({"checkpoint_every": 3}, 5),
+    ({"accumulate_grad_batches": 2, "latent_flip_probability": 0.5, "latent_noise": 0.1, "checkpoint_every": 1}, 3),
+    ({"dropout": 0.3, "val_every": 1}, 5),
+    ({"overfit_batches": 1, "log_every": 3}, 21),
+    ({"prediction": "flow", "schedule": "flow", "outside_weight": 0.1}, 4),
+], ids=["plain", "rarely saved", "accumulate", "dropout", "debug", "flow"])  # fmt: skip
+def test_a_resumed_training_equals_the_uninterrupted_one(study, tmp_path, monkeypatch, changes, step):
     monkeypatch.setattr(batches, "DEBUG_PAIRS", 4)
     config, whole, broken = settings(**changes), place(tmp_path, "whole"), place(tmp_path, "broken")
     torch.manual_seed(1)
     straight = study.train(whole, config)
     with monkeypatch.context() as patch:
-        interrupt(patch, epoch=2)
+        interrupt(patch, step if not changes.get("overfit_batches") else 13)
         with pytest.raises(SystemExit, match="9"):
             study.train(broken, config)
-    assert {row["epoch"] for row in rows(broken)} == {"0", "1"}
     torch.manual_seed(2)
     resumed = study.train(broken, config)
-    assert same(straight.state_dict(), resumed.state_dict())  # both networks, raw and averaged
-    assert straight.trainer.global_step == resumed.trainer.global_step > 0
+    assert equal(state(straight), state(resumed))  # both networks, raw and averaged, the optimiser, what is summed
+    assert straight.step == resumed.step > 0
     assert rows(broken) == rows(whole)
-    ends = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, broken)]
-    moments = [end["optimizer_states"][0]["state"] for end in ends]
-    assert all(same({k: torch.as_tensor(v) for k, v in moments[0][i].items()}, moments[1][i]) for i in moments[0])
+    digests = [save_trained(each, study.folder, f / "model") for each, f in ((straight, whole), (resumed, broken))]
+    assert digests[0] == digests[1]
+    assert (whole / "model" / "config.json").read_bytes() == (broken / "model" / "config.json").read_bytes()
 
 
-@pytest.mark.slow
+def test_an_epoch_whose_validation_was_cut_off_is_validated_on_resume(study, tmp_path, monkeypatch):
+    """Killed between the checkpoint at an epoch's end and its validation: nothing is left out, none twice."""
+    config, whole, broken = settings(checkpoint_every=1), place(tmp_path, "whole"), place(tmp_path, "broken")
+    straight = study.train(whole, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "scores", lambda *a, **k: (_ for _ in ()).throw(SystemExit(9)))
+        with pytest.raises(SystemExit):
+            study.train(broken, config)
+    assert checkpoints.resumable(broken / "checkpoints")[0].name == "last-00000004.ckpt"
+    assert equal(state(straight), state(study.train(broken, config))) and rows(broken) == rows(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_after_the_step_in_hand_and_saves_it(study, tmp_path, monkeypatch, number):
+    config, whole, broken = settings(checkpoint_every=1000), place(tmp_path, "whole"), place(tmp_path, "broken")
+    straight, advance = study.train(whole, config), learner.Learner.advance
+
+    def signalled(self, data):
+        if self.step == 4:
+            signal.raise_signal(number)
+        advance(self, data)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.Learner, "advance", signalled)
+        with pytest.raises(InterruptionError, match=f"asked to end by {number.name} after step 5 of 8, saved") as told:
+            study.train(broken, config)
+    assert told.value.status == 128 + number and signal.getsignal(number) is before
+    assert checkpoints.resumable(broken / "checkpoints")[0].name == "last-00000005.ckpt"
+    assert equal(state(straight), state(study.train(broken, config))) and rows(broken) == rows(whole)
+
+
 def test_loader_processes_change_nothing_and_can_be_resumed(study, tmp_path, monkeypatch):
     straight = study.train(place(tmp_path, "whole"), settings())
     broken, config = place(tmp_path, "broken"), settings(num_workers=2)
     with monkeypatch.context() as patch:
-        interrupt(patch, epoch=2)
+        interrupt(patch, 5)
         with pytest.raises(SystemExit, match="9"):
             study.train(broken, config)
-    assert same(straight.state_dict(), study.train(broken, config).state_dict())
+    assert equal(state(straight), state(study.train(broken, config)))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_from_the_cache_is_training_from_memory(study, cases, tmp_path, workers):
     cache = LatentCache(tmp_path / "latents", study.autoencoder, "w", study.cells, device=CPU, precision="32")
-    cached = cache.fill(cases[:3], variants=2)
+    cached = {entry.case.key: entry for entry in cache.fill(cases[:3], variants=2)}
     trained = [
-        train(study.inpainter(config), variants, study.watched, study.watched_latents, config, place(tmp_path, name))
+        study.train(place(tmp_path, name), config, variants)
         for name, variants, config in (
             ("disk", cached, settings(num_workers=workers)),
-            ("memory", [list(case) for case in cached], settings()),
+            ("memory", {key: list(entry) for key, entry in cached.items()}, settings()),
         )
     ]
-    assert same(*(module.state_dict() for module in trained))
+    assert equal(*map(state, trained))
     assert rows(tmp_path / "disk" / "04_training") == rows(tmp_path / "memory" / "04_training")
 
 
@@ -171,97 +222,185 @@ def test_a_finished_training_is_not_continued(study, tmp_path):
     first = study.train(folder, config)
     before = rows(folder)
     again = study.train(folder, config)
-    assert same(first.state_dict(), again.state_dict()) and rows(folder) == before
-    assert again.trainer.current_epoch == 2 and again.trainer.global_step == first.trainer.global_step
+    assert equal(state(first), state(again)) and rows(folder) == before
+    assert again.epoch == 2 and again.step == first.step
 
 
-def test_the_table_has_one_row_per_epoch(study, tmp_path):
+def test_the_table_has_a_row_per_epoch_and_per_interval(study, tmp_path):
     folder = place(tmp_path)
-    study.train(folder, settings(batch_size=1))
+    study.train(folder, settings(batch_size=1, log_every=2))
     found = rows(folder)
-    assert [int(row["epoch"]) for row in found] == [0, 1, 2, 3] and [int(row["step"]) for row in found] == [2, 5, 8, 11]
-    assert all(float(row["train_loss"]) > 0 and row["learning_rate"] for row in found)
-    validated = ["val_loss", "val_noise_loss", "val_psnr", "val_ssim"]
-    assert [all(row[name] for name in validated) for row in found] == [False, True, False, True]
-    assert not any(row[name] for row in found[::2] for name in validated)
+    assert [int(row["step"]) for row in found if row["epoch"]] == [3, 6, 9, 12]
+    assert [int(row["epoch"]) for row in epochs(folder)] == [1, 2, 3, 4]
+    assert [int(row["step"]) for row in found if row["step_loss"]] == [2, 4, 6, 8, 10, 12]
+    assert all(float(row["train_loss"]) > 0 and row["learning_rate"] for row in epochs(folder))
+    assert all(float(row["grad_norm"]) > 0 for row in found if row["step_loss"])
+    validated = ["val_loss", "val_noise_loss", "val_noise_loss_raw", "val_psnr", "val_ssim", "val_noise_loss_t500"]
+    assert [all(row[name] for name in validated) for row in epochs(folder)] == [False, True, False, True]
+    assert not any(row[name] for row in epochs(folder)[::2] for name in validated)
 
 
-@pytest.mark.parametrize("content", ["damaged", "other"])
-def test_a_checkpoint_that_does_not_fit_is_refused(study, tmp_path, content):
+def test_the_losses_of_steps_and_epochs_are_means_of_the_same(study, tmp_path):
     folder = place(tmp_path)
-    (folder / "checkpoints").mkdir()
-    if content == "damaged":
-        (folder / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04 and no more")
-        with pytest.raises(WeightsError, match=r"last\.ckpt: (damaged|unsafe checkpoint), "):
-            study.train(folder, settings())
-    else:
+    study.train(folder, settings(batch_size=1, log_every=1))
+    steps = [float(row["step_loss"]) for row in rows(folder)]
+    for k, row in enumerate(epochs(folder)):
+        assert float(row["train_loss"]) == pytest.approx(np.mean(steps[3 * k : 3 * k + 3]), rel=1e-6)
+
+
+def test_the_learning_rate_is_a_function_of_the_step(study, tmp_path):
+    folder = place(tmp_path)
+    study.train(folder, settings(batch_size=1, warmup_steps=8, max_epochs=4))
+    assert [float(row["learning_rate"]) for row in epochs(folder)] == pytest.approx([4e-3 / 9, 7e-3 / 9, 1e-3, 1e-3])
+
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"base_width": 12}, "base_width was 8, now 12"),
+    ({"learning_rate": 2e-3, "seed": 4}, r"seed was 0, now 4; learning_rate was 0\.001, now 0\.002"),
+    ({"batch_size": 1}, "global batch was 2, now 1"),
+    ({"max_epochs": 2}, "max_epochs was 1, now 2"),
+])  # fmt: skip
+def test_a_changed_configuration_is_refused_with_the_list(study, tmp_path, changes, said):
+    folder = place(tmp_path)
+    study.train(folder, settings(max_epochs=1))
+    with pytest.raises(TrainingError, match=rf"last-00000002\.ckpt: is of another training: .*{said}"):
+        study.train(folder, settings(**{"max_epochs": 1} | changes))
+
+
+def test_a_change_that_was_allowed_is_made(study, tmp_path):
+    folder = place(tmp_path)
+    study.train(folder, settings(max_epochs=1))
+    longer = study.train(folder, settings(max_epochs=2, allow_change="max_epochs"))
+    assert longer.step == 4
+
+
+def test_another_split_or_autoencoder_is_refused_by_name(study, cases, tmp_path):
+    folder, config = place(tmp_path), settings(max_epochs=1)
+    study.train(folder, config)
+    fewer = dict(list(study.variants.items())[:2])
+    with pytest.raises(TrainingError, match=r"training cases was '3, .*', now '2, "):
+        study.train(folder, config, fewer)
+    other = Study(cases, study.folder)
+    other.watched = [load_case(cases[5])]
+    with pytest.raises(TrainingError, match="watched cases was "):
+        other.train(folder, config)
+    inpainter = study.inpainter(config)
+    inpainter.autoencoder.folder_config = {"sha256": "another"}
+    with pytest.raises(TrainingError, match=r"autoencoder was .*, now 'another'"):
+        train(inpainter, study.variants, study.watched, study.watched_latents, config, folder)
+    inpainter = new_inpainter(study.folder, config, CellSettings(mask_dilation=2))
+    with pytest.raises(TrainingError, match="mask_dilation was 1, now 2"):
+        train(inpainter, study.variants, study.watched, study.watched_latents, config, folder)
+
+
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(study, tmp_path, caplog):
+    config, folder = settings(checkpoint_every=1), place(tmp_path)
+    straight = study.train(folder, config)
+    newest = checkpoints.resumable(folder / "checkpoints")[0]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    resumed = study.train(folder, config)
+    assert f"{newest.name}: is not what its sha256 says" in caplog.text
+    assert equal(state(straight), state(resumed)) and checkpoints.read_verified(newest)
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(study, tmp_path):
+    folder = place(tmp_path)
+    study.train(folder, settings(max_epochs=1))
+    for path in checkpoints.resumable(folder / "checkpoints"):
+        path.write_bytes(b"PK and no more")
+    with pytest.raises(WeightsError, match=r"none of \d checkpoints is what was written.*set overwrite"):
         study.train(folder, settings(max_epochs=1))
-        with pytest.raises(TrainingError, match=r"last\.ckpt: is of another network"):
-            study.train(folder, settings(base_width=12))
+
+
+def test_a_full_disk_is_refused_before_the_first_step(study, tmp_path, monkeypatch):
+    class Full:
+        free = 1000
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: Full)
+    with pytest.raises(TrainingError, match=r"disk full: checkpoints take .* MB, 0\.0 MB are free"):
+        study.train(place(tmp_path), settings())
 
 
 # ---- steps
 
 
-def test_accumulated_batches_are_one_large_batch(study, tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_accumulated_batches_are_one_large_batch(study, tmp_path, world):
     """Two batches of one, or one batch of two: the same samples, the same weight each."""
     changes = {"max_epochs": 2, "val_every": 2, "latent_crop": 0}
     large = study.train(place(tmp_path, "large"), settings(batch_size=2, **changes))
     small = study.train(place(tmp_path, "small"), settings(batch_size=1, accumulate_grad_batches=2, **changes))
-    assert large.trainer.global_step == small.trainer.global_step == 4
-    untrained = study.module(settings()).denoiser.state_dict()
+    assert large.step == small.step == 4
+    untrained = study.inpainter(settings()).denoiser.state_dict()
     for name, value in large.denoiser.state_dict().items():
         moved = (value - untrained[name]).abs().max()
         assert (value - small.denoiser.state_dict()[name]).abs().max() <= 0.02 * moved + 1e-6, name
 
 
-def test_the_averaged_weights_follow_their_recursion(study, tmp_path):
-    seen = []
+def flat(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
 
-    class Spy(DiffusionTraining):
-        def optimizer_step(self, *args, **kwargs):
-            super().optimizer_step(*args, **kwargs)
-            seen.append(torch.cat([p.detach().flatten() for p in self.denoiser.parameters()]))
 
-    config = settings(batch_size=1, ema_decay=0.5)
-    module = study.module(config)
-    module.__class__ = Spy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "DiffusionTraining", lambda *args: module)
-        study.train(place(tmp_path), config)
+def test_the_averaged_weights_follow_their_recursion(study, tmp_path, monkeypatch):
+    seen, advance = [], learner.Learner.advance
+
+    def spied(self, data):
+        if not seen:
+            seen.append(flat(self.denoiser).clone())
+        advance(self, data)
+        seen.append(flat(self.denoiser).clone())
+
+    monkeypatch.setattr(learner.Learner, "advance", spied)
+    trained = study.train(place(tmp_path), settings(batch_size=1, ema_decay=0.5))
     average = seen[0].double()
     for n, weights in enumerate(seen[1:], 1):
-        rate = min(0.5, (1 + n) / (10 + n))
+        rate = min(0.5, n / (9 + n))
         average = rate * average + (1 - rate) * weights.double()
-    found = torch.cat([p.detach().flatten() for p in module.ema.module.parameters()])
-    assert len(seen) == 12 and int(module.ema.n_averaged) == 12
+    found = flat(trained.inpainter.denoiser)
+    assert len(seen) == 13
     assert torch.allclose(found.double(), average, atol=1e-6) and not torch.allclose(found, seen[-1], atol=1e-5)
 
 
 def test_averaged_weights_are_used_without_dropout(study, tmp_path):
-    module = study.train(place(tmp_path), settings(max_epochs=1, dropout=0.5))
-    draws = [module.inpainter.fill(study.watched[0], steps=2).mean for _ in range(2)]
+    trained = study.train(place(tmp_path), settings(max_epochs=1, dropout=0.5))
+    draws = [trained.inpainter.fill(study.watched[0], steps=2).mean for _ in range(2)]
     assert np.array_equal(*draws)
-    assert not any(part.training for part in module.modules())
 
 
-def test_a_loss_that_is_not_finite_names_its_epoch(study, tmp_path, monkeypatch):
-    loss = DiffusionTraining.training_loss
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_loss_that_is_not_finite_names_its_step_and_cases_and_is_never_saved(study, tmp_path, monkeypatch, every):
+    """The check comes every few steps only, since it waits for a GPU; what it says is exact all the same."""
+    loss, bad = learner.training_loss, 3
 
-    def spoiled(self, batch):
-        return loss(self, batch) * (float("nan") if self.current_epoch == 1 else 1)
+    def spoiled(network, batch, inpainter, config):
+        spoiled.calls += 1
+        return loss(network, batch, inpainter, config) * (math.nan if spoiled.calls == bad else 1)
 
-    monkeypatch.setattr(DiffusionTraining, "training_loss", spoiled)
+    spoiled.calls = 0
+    monkeypatch.setattr(learner, "training_loss", spoiled)
+    folder, config = place(tmp_path), settings(log_every=every, checkpoint_every=2, val_every=4)
+    cases = sorted({list(study.variants)[case] for *_, case in Plan(3, config).places(bad - 1)})
+    said = f"not finite in step {bad}, cases {', '.join(cases)}; last finite checkpoint: last-00000002.ckpt"
+    with pytest.raises(TrainingError, match=said):
+        study.train(folder, config)
+    kept = checkpoints.resumable(folder / "checkpoints")
+    assert [path.name for path in kept] == ["last-00000002.ckpt"]
+    assert all(value.isfinite().all() for value in checkpoints.read_verified(kept[0])["average"].values())
+
+
+def test_more_devices_than_processes_are_refused_while_there_is_something_to_train(study, tmp_path):
     folder = place(tmp_path)
-    with pytest.raises(TrainingError, match="loss is nan in epoch 1, batch 0"):
-        study.train(folder, settings())
-    assert [row["epoch"] for row in rows(folder)] == ["0"]  # what was found before is kept
-
-
-def test_several_devices_are_refused(study, tmp_path):
-    config = settings().model_copy(update={"devices": 2})
-    with pytest.raises(ConfigError, match="devices = 2"):
-        study.train(place(tmp_path), config)
+    with pytest.raises(ConfigError, match=r"devices = 2: 1 here, after step 0 of 8.*make train DEVICES=2"):
+        study.train(folder, settings(devices=2, batch_size=1))
+    done = study.train(folder, settings())
+    assert done.complete  # two devices with a batch of one each, or one with two: the same global batch
+    again = study.train(folder, settings(devices=2, batch_size=1))
+    assert equal(state(done)["average"], state(again)["average"])
 
 
 @pytest.mark.parametrize("which", ["study", "concat"])
@@ -273,8 +412,9 @@ def test_known_cells_are_clean_in_every_training_step(which, request, tmp_path):
     train(inpainter, study.variants, study.watched, study.watched_latents, config, place(tmp_path))
     seen = seen[:3]  # the averaged network has the hook too, in the validation that follows
     assert len({int(t) for _, t in seen}) == 3
-    for (x, t), where in zip(seen, EpochOrder(3, config), strict=True):
-        sample = TrainingSamples(study.variants, config, 1000)[where]
+    places = [Plan(3, config).places(step)[0] for step in range(3)]
+    for (x, t), where in zip(seen, places, strict=True):
+        sample = TrainingSamples(list(study.variants.values()), config, 1000, global_batch=1)[where]
         known = (sample["hole"] == 0).expand_as(sample["voided"])
         assert x.shape[1] == input_channels(3, study.cells) == (8 if which == "study" else 12)
         assert int(t) == int(sample["t"])
@@ -289,31 +429,55 @@ def test_known_cells_are_clean_in_every_training_step(which, request, tmp_path):
 
 def test_concat_is_trained_saved_and_sampled(concat, cases, tmp_path):
     config, folder = settings(max_epochs=1, val_every=1), place(tmp_path)
-    module = concat.train(folder, config)
-    extra = module.denoiser.stem.weight[:, 8:] - concat.module(config).denoiser.stem.weight[:, 8:]
+    trained = concat.train(folder, config)
+    extra = trained.denoiser.stem.weight[:, 8:] - concat.inpainter(config).denoiser.stem.weight[:, 8:]
     assert extra.abs().max() > 0  # what concat adds is learnt from
-    save(module, concat, folder)
+    save(trained, concat, folder)
     loaded = Inpainter.load(folder / "model", device="cpu", precision="32")
     assert loaded.settings.context == "concat"
-    ours = module.inpainter.fill(concat.watched[0], steps=2)
+    ours = trained.inpainter.fill(concat.watched[0], steps=2)
     assert np.array_equal(ours.mean, loaded.fill(concat.watched[0], steps=2).mean)
 
 
-@pytest.mark.parametrize("prediction", ["noise", "velocity"])
-def test_the_loss_is_that_of_what_is_predicted(study, prediction):
+FLOW = {"prediction": "flow", "schedule": "flow"}
+OBJECTIVES = [{"prediction": "noise"}, {"prediction": "velocity"}, {"prediction": "x0"}, FLOW]
+
+
+def batch_at(study, t):
+    (sample,) = next(iter(study.variants.values()))
+    noise = torch.randn(sample["target"].shape, generator=torch.Generator().manual_seed(4))
+    return collate([sample | {"t": torch.tensor(t), "noise": noise, "outside": 1 - sample["hole"]}])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
+def test_the_loss_is_that_of_what_is_predicted(study, objective, gamma):
     """Closed form: an untrained denoiser is silent, so its loss is the mean square of what it should have said."""
-    module = study.module(settings(prediction=prediction))
-    (sample,) = study.variants[0]
-    t, noise = torch.tensor(600), torch.randn(sample["target"].shape)
-    batch = collate([sample | {"t": t, "noise": noise}])
-    alpha_bar = module.inpainter.schedule.alpha_bar[600]
-    wanted = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * sample["target"] if prediction == "velocity" else noise
-    cells = sample["loss"].expand_as(noise) > 0
-    assert module.training_loss(batch).item() == pytest.approx(wanted[cells].square().mean().item(), rel=1e-5)
-    noisy = module.inpainter.schedule.add_noise(batch["target"], batch["noise"], batch["t"])[0]
-    heard = (1 - alpha_bar).sqrt() * noisy if prediction == "velocity" else 0 * noisy  # as noise
-    found = module.noise_loss(module.denoiser, batch).item()
-    assert found == pytest.approx((heard - noise)[cells].square().mean().item(), rel=1e-5)
+    config = settings(min_snr_gamma=gamma, **objective)
+    inpainter, batch = study.inpainter(config), batch_at(study, 600)
+    asked = wanted(config.prediction, inpainter.schedule, batch["target"], batch["noise"], batch["t"])
+    cells = batch["loss"].expand_as(asked) > 0
+    weight = float(min_snr_weight(config.prediction, inpainter.schedule, batch["t"], gamma)) if gamma else 1.0
+    found = training_loss(inpainter.denoiser, batch, inpainter, config)
+    assert found.item() == pytest.approx(weight * asked[cells].square().mean().item(), rel=1e-5)
+    silent = {"noise": 0.0, "x0": None, "velocity": inpainter.schedule.sigma[600], "flow": 1.0}[config.prediction]
+    noisy = inpainter.schedule.add_noise(batch["target"], batch["noise"], batch["t"])
+    heard = noisy / inpainter.schedule.sigma[600] if silent is None else silent * noisy  # as noise
+    error = (heard - batch["noise"])[cells].square().mean().item()
+    assert noise_loss(inpainter.denoiser, batch, inpainter).item() == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
+def test_known_cells_are_asked_for_what_they_are_clean_and_without_noise(study, objective):
+    config = settings(outside_weight=0.25, **objective)
+    inpainter, batch = study.inpainter(config), batch_at(study, 600)
+    alone = training_loss(inpainter.denoiser, batch, inpainter, settings(**objective))
+    factor = {"noise": 0.0, "x0": 1.0, "velocity": float(inpainter.schedule.sigma[600]), "flow": 1.0}[config.prediction]
+    outside = batch["outside"].expand_as(batch["voided"]) > 0
+    added = 0.25 * (factor * batch["voided"][outside]).square().mean()
+    assert training_loss(inpainter.denoiser, batch, inpainter, config).item() == pytest.approx(
+        float(alone + added), rel=1e-5
+    )
 
 
 # ---- validation, early stopping, checkpoints and samples
@@ -321,81 +485,80 @@ def test_the_loss_is_that_of_what_is_predicted(study, prediction):
 
 def test_validation_scores_the_averaged_weights_in_image_space(study, tmp_path):
     folder, config = place(tmp_path), settings(max_epochs=2, seed=3)
-    module = study.train(folder, config)
+    trained = study.train(folder, config)
     data, found = study.watched[0], rows(folder)[-1]
-    filled = module.inpainter.fill(data, seed=3, steps=config.num_inference_steps).mean
+    filled = trained.inpainter.fill(data, seed=3, steps=config.num_inference_steps).mean
     error = normalise(filled, data.scale) - normalise(data.target, data.scale)
     scores = brats_scores(filled, data.target, data.voided, data.healthy)
     assert float(found["val_loss"]) == pytest.approx(float(np.mean(error**2)), rel=1e-4)
     assert float(found["val_psnr"]) == pytest.approx(scores["psnr_01"], abs=1e-3)
     assert float(found["val_ssim"]) == pytest.approx(scores["ssim"], abs=1e-4)
-    levels = loss_by_noise_level(module, study.watched_latents, seed=0, levels=3)
+    networks = {"ema": trained.inpainter.denoiser, "raw": trained.raw}
+    levels = loss_by_noise_level(networks, study.watched_latents, trained.inpainter, seed=0, levels=3)
     assert [row["t"] for row in levels] == [0, 500, 999] and all(row["ema"] != row["raw"] for row in levels)
+    assert float(found["val_noise_loss_t500"]) == pytest.approx(levels[1]["ema"], rel=1e-5)
+    assert (folder / "panels" / "epoch_002.png").read_bytes().startswith(b"\x89PNG")
 
 
-class Unlucky(DiffusionTraining):
-    """Its validation never improves after the first."""
-
-    def _score(self, data, latents):
-        self.validations = getattr(self, "validations", 0) + 1
-        return {"val_loss": 1.0 + self.validations, "val_psnr": 0.0, "val_ssim": 0.0}
+def unlucky(monkeypatch, losses=None):
+    """Validations whose loss grows, or is what is listed."""
+    counter = iter(losses or (1.0 + k for k in range(1, 1000)))
+    scores = {"val_psnr": 0.0, "val_ssim": 0.0}
+    monkeypatch.setattr(Validation, "_score", lambda *args: {"val_loss": next(counter), **scores})
+    monkeypatch.setattr(fit, "panel_path", lambda folder, epoch: folder / "metrics.csv")
 
 
 @pytest.mark.parametrize(("patience", "val_every", "epochs"), [(4, 2, 6), (3, 2, 6), (2, 1, 3), (1, 3, 6)])
 def test_early_stopping_counts_validations(study, tmp_path, monkeypatch, patience, val_every, epochs):
-    monkeypatch.setattr(training, "DiffusionTraining", Unlucky)
+    unlucky(monkeypatch)
     config = settings(max_epochs=20, patience=patience, val_every=val_every)
-    assert study.train(place(tmp_path), config).trainer.current_epoch == epochs
+    assert study.train(place(tmp_path), config).epoch == epochs
+
+
+def test_a_better_validation_begins_the_count_anew(study, tmp_path, monkeypatch):
+    unlucky(monkeypatch, [5.0, 6.0, 4.0, 4.0, 7.0, 1.0])
+    assert study.train(place(tmp_path), settings(max_epochs=20, patience=2, val_every=1)).epoch == 5
 
 
 def test_what_stopped_early_stays_stopped(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "DiffusionTraining", Unlucky)
+    unlucky(monkeypatch)
     folder, config = place(tmp_path), settings(max_epochs=20, patience=2, val_every=1)
     first = study.train(folder, config)
     again = study.train(folder, config)
-    assert again.trainer.current_epoch == first.trainer.current_epoch == 3
-    assert same(first.state_dict(), again.state_dict()) and len(rows(folder)) == 3
+    assert again.epoch == first.epoch == 3
+    assert equal(state(first), state(again)) and len(epochs(folder)) == 3
 
 
 def test_debug_mode_never_stops_early(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "DiffusionTraining", Unlucky)
+    unlucky(monkeypatch)
     config = settings(max_epochs=3, patience=1, val_every=1, overfit_batches=1, batch_size=1)
-    module = study.train(place(tmp_path), config)
-    assert module.trainer.current_epoch == 3 and module.trainer.global_step == 3 * 16
+    trained = study.train(place(tmp_path), config)
+    assert trained.epoch == 3 and trained.step == 3 * 16
 
 
 def test_checkpoints_are_named_plain_and_whole(study, tmp_path):
     folder = place(tmp_path)
     study.train(folder, settings(max_epochs=3, val_every=1))
-    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert len(names) == 3 and names[-1] == "last.ckpt"  # the two best and the last
-    losses = {int(row["epoch"]): float(row["val_loss"]) for row in rows(folder)}
-    for epoch in sorted(losses, key=losses.get)[:2]:
-        assert f"brain_mri_inpainting-epoch={epoch}-val_loss={losses[epoch]:.6f}.ckpt" in names
-    for name in names:
-        content = torch.load(folder / "checkpoints" / name, weights_only=True)
-        assert not [key for key in content["state_dict"] if "autoencoder" in key]
-        assert content["hyper_parameters"]["base_width"] == 8
-    assert not [name for name in content["state_dict"] if name.startswith("_inpainter")]
-
-
-def test_a_checkpoint_that_fails_to_write_leaves_the_old_one(tmp_path):
-    path, checkpoints = tmp_path / "folder" / "last.ckpt", WholeCheckpoints()
-    checkpoints.save_checkpoint({"state_dict": {"w": torch.ones(1)}}, path)
-    with pytest.raises(Exception, match="pickle"):
-        checkpoints.save_checkpoint({"state_dict": {"w": torch.zeros(1), "f": lambda: 0}}, path)
-    assert read_checkpoint(path)["state_dict"]["w"] == 1 and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("*.ckpt"))
+    losses = {int(row["epoch"]): float(row["val_loss"]) for row in epochs(folder)}
+    best = sorted(losses, key=losses.get)[:2]
+    names = {f"brain_mri_inpainting-epoch={epoch}-val_loss={losses[epoch]:.6f}.ckpt" for epoch in best}
+    assert set(kept) == names | {"last-00000004.ckpt", "last-00000006.ckpt"}
+    for name in kept:
+        content = checkpoints.read_verified(folder / "checkpoints" / name)
+        assert not [key for key in content["average"] if "autoencoder" in key]
+    assert not list((folder / "checkpoints").glob(".*"))
 
 
 def test_samples_are_written_as_volumes(study, tmp_path, cases):
     folder = place(tmp_path)
-    module = study.train(folder, settings(max_epochs=4, val_every=1, save_samples_every=2))
+    trained = study.train(folder, settings(max_epochs=4, val_every=1, save_samples_every=2))
     data = study.watched[0]
     found = sorted(path.relative_to(folder).as_posix() for path in (folder / "samples").rglob("*.nii.gz"))
     assert found == [f"samples/epoch_{e:03d}/{cases[4].id}_0000_{what}.nii.gz"
                      for e in (2, 4) for what in ("inpainted", "target")]  # fmt: skip
     last, source = read_volume(folder / found[2]), data.source
-    filled = module.inpainter.fill(data, steps=2).mean
+    filled = trained.inpainter.fill(data, steps=2).mean
     assert last.preamble == source.preamble and np.array_equal(last.raw[~data.mask], source.raw[~data.mask])
     assert np.array_equal(last.raw[data.mask], np.clip(np.rint(filled[data.mask]), -32768, 32767))
     assert np.array_equal(read_volume(folder / found[3]).raw, data.target)
@@ -408,32 +571,31 @@ def test_samples_are_written_at_the_first_validation_that_is_due(study, tmp_path
     assert sorted(p.name for p in folder.glob("samples/*")) == [f"epoch_{e:03d}" for e in epochs]
 
 
-def save(module, study, folder):
-    return save_trained(module, study.folder, folder / "model", schedule={"steps": 1000},
-                        settings=study.cells.__dict__)  # fmt: skip
+def save(trained, study, folder):
+    return save_trained(trained, study.folder, folder / "model")
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_the_weights_that_are_kept(study, tmp_path, monkeypatch, keep):
     """Every validation is worse than the one before, so the best weights are the first epoch's."""
-    monkeypatch.setattr(training, "DiffusionTraining", Unlucky)
+    unlucky(monkeypatch)
     folder = place(tmp_path)
-    module = study.train(folder, settings(max_epochs=3, val_every=1, keep_weights=keep))
-    save(module, study, folder)
-    name = "last.ckpt" if keep == "last" else "brain_mri_inpainting-epoch=0-val_loss=2.000000.ckpt"
-    state = read_checkpoint(folder / "checkpoints" / name)["state_dict"]
-    kept = load_model(folder / "model", "adm").state_dict()
-    assert all(torch.equal(kept[name], state[f"ema.module.{name}"]) for name in kept)
+    save(study.train(folder, settings(max_epochs=3, val_every=1, keep_weights=keep)), study, folder)
+    name = "last-00000006.ckpt" if keep == "last" else "brain_mri_inpainting-epoch=1-val_loss=2.000000.ckpt"
+    state = checkpoints.read_verified(folder / "checkpoints" / name)["average"]
+    assert same(load_model(folder / "model", "adm").state_dict(), state)
 
 
-def test_what_was_trained_fills_files(study, cases, tmp_path):
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
+def test_what_was_trained_fills_files(study, cases, tmp_path, objective):
     folder = place(tmp_path)
-    module = study.train(folder, settings(max_epochs=1))
-    digest = save(module, study, folder)
+    trained = study.train(folder, settings(max_epochs=1, schedule_shift=1.5, **objective))
+    digest = save(trained, study, folder)
     loaded = Inpainter.load(folder / "model", device="cpu", precision="32")
-    assert loaded.denoiser.folder_config["sha256"] == digest
-    assert loaded.denoiser.folder_config["optimiser_steps"] == module.trainer.global_step
-    ours = module.inpainter.fill(study.watched[0], steps=2)
+    assert loaded.denoiser.folder_config["sha256"] == digest and loaded.prediction == objective["prediction"]
+    assert torch.equal(loaded.schedule.alpha, trained.inpainter.schedule.alpha)
+    assert loaded.denoiser.folder_config["optimiser_steps"] == trained.step
+    ours = trained.inpainter.fill(study.watched[0], steps=2)
     assert np.array_equal(ours.mean, loaded.fill(study.watched[0], steps=2).mean)
     inpaint(cases[4].t1n_voided, cases[4].mask, tmp_path / "o.nii.gz", model=folder / "model", steps=2, device="cpu")
     assert read_volume(tmp_path / "o.nii.gz").shape == study.watched[0].source.shape
@@ -445,7 +607,7 @@ def test_the_first_weights_are_a_function_of_the_seed(study):
 
 
 def test_the_composite_that_is_shown_is_the_one_that_is_trained_on(study):
-    batch = collate([study.variants[0][0]])
+    batch = collate([next(iter(study.variants.values()))[0]])
     inpainter = study.inpainter(settings())
     clean, noisy = (noisy_composite(batch, inpainter, t=t, seed=0) for t in (0, 999))
     hole = batch["hole"].expand_as(clean) > 0
@@ -468,12 +630,13 @@ def test_one_case_can_be_learnt_by_heart(cases, tmp_path):
     train_autoencoder(autoencoder, cases[2:], build, folder=tmp_path / "checkpoints", **how)  # of other patients
     save_model(tmp_path / "autoencoder", autoencoder)
     study, data = Study(cases, tmp_path / "autoencoder"), load_case(cases[0])
-    study.variants, study.watched, study.watched_latents = study.variants[:1], [data], study.variants[0]
+    study.variants = dict(list(study.variants.items())[:1])
+    study.watched, study.watched_latents = [data], next(iter(study.variants.values()))
     folder = place(tmp_path)
-    module = study.train(folder, config)
-    losses = [float(row["train_loss"]) for row in rows(folder)]
+    trained = study.train(folder, config)
+    losses = [float(row["train_loss"]) for row in epochs(folder)]
     assert np.mean(losses[-3:]) < 0.1 * losses[0], f"{losses[0]:.3f} to {losses[-1]:.3f}"
-    filled = module.inpainter.fill(data, samples=8, steps=config.num_inference_steps).mean
+    filled = trained.inpainter.fill(data, samples=8, steps=config.num_inference_steps).mean
     ours = brats_scores(filled, data.target, data.voided, data.healthy)["psnr_01"]
     rebuilt = code(autoencoder, model_case(data, autoencoder.factor).target, **how).rebuilt
     _, best = ceiling(data, rebuilt, autoencoder.factor)

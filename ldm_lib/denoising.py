@@ -1,0 +1,115 @@
+"""The denoiser that a training's parameters describe, and the error of its answers at some noise level.
+
+x_t = α_t z_target + σ_t ε;  loss = mean over samples of mean over a sample's generated cells of
+weight(t) (ADM(composite of x_t, conditioning, mask, t) - what was asked for)^2      (Ho et al. 2020, eq. 14)
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm_lib.adm import ADM
+from ldm_lib.batches import masked_loss
+from ldm_lib.config import TrainingConfig
+from ldm_lib.devices import pick_device, pick_precision
+from ldm_lib.inpainter import Inpainter, box_margin
+from ldm_lib.latents import (
+    CellSettings,
+    Latents,
+    collate,
+    conditioning_channels,
+    denoiser_input,
+    input_channels,
+    keep_known,
+)
+from ldm_lib.objectives import meaning, min_snr_weight, wanted
+from ldm_lib.schedule import noise_schedule
+from ldm_lib.values import integers
+from ldm_lib.weights import load_model
+
+
+def build_denoiser(config: TrainingConfig, *, in_channels: int, out_channels: int) -> ADM:
+    """The ADM that a training's parameters describe, its weights a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return ADM(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            base_width=config.base_width,
+            multipliers=integers(config.multipliers),
+            blocks_per_level=config.blocks_per_level,
+            attention_rates=integers(config.attention_rates),
+            dropout=config.dropout,
+            conditioning=conditioning_channels(out_channels) if config.conditioning_dropout else (),
+        )
+
+
+def new_inpainter(autoencoder_folder: Path, config: TrainingConfig, settings: CellSettings) -> Inpainter:
+    """The frozen autoencoder of a folder beside an untrained denoiser."""
+    device = pick_device(config.device)
+    autoencoder = load_model(autoencoder_folder, "autoencoder")
+    channels = autoencoder.latent_channels
+    denoiser = build_denoiser(config, in_channels=input_channels(channels, settings), out_channels=channels)
+    how = device, pick_precision(config.precision, device), config.prediction, box_margin(autoencoder)
+    schedule = noise_schedule(**config.process)
+    return Inpainter(autoencoder.to(device), denoiser.to(device), schedule, settings, *how)
+
+
+def training_loss(network: nn.Module, batch: Latents, inpainter: Inpainter, config: TrainingConfig) -> Tensor:
+    """The error of what the network answers, weighted by noise level and, if asked, told of the known cells too.
+
+    Known cells are clean in x_t, so that the pair they were made of is (z_voided, no noise); that is what is asked for
+    there, whatever is predicted.
+    """
+    schedule, how, t = inpainter.schedule, inpainter.prediction, batch["t"]
+    _, answer = _answer(network, batch, inpainter)
+    weight = min_snr_weight(how, schedule, t, config.min_snr_gamma) if config.min_snr_gamma else None
+    loss = masked_loss(answer, wanted(how, schedule, batch["target"], batch["noise"], t), batch["loss"], weight)
+    if config.outside_weight:
+        known = wanted(how, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
+        loss = loss + config.outside_weight * masked_loss(answer, known, batch["outside"], weight)
+    return loss
+
+
+def noise_loss(network: nn.Module, batch: Latents, inpainter: Inpainter) -> Tensor:
+    """The error of the noise in the generated cells, whatever the network predicts."""
+    noisy, answer = _answer(network, batch, inpainter)
+    _, noise = meaning(inpainter.prediction, inpainter.schedule, answer, noisy, batch["t"])
+    return masked_loss(noise, batch["noise"], batch["loss"])
+
+
+def _answer(network: nn.Module, batch: Latents, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
+    noisy = inpainter.schedule.add_noise(batch["target"], batch["noise"], batch["t"])
+    shown = denoiser_input(noisy, batch, inpainter.settings)
+    return noisy, network(shown, batch["t"], batch.get("told")).float()
+
+
+def loss_by_noise_level(
+    networks: Mapping[str, nn.Module], latents: Sequence[Latents], inpainter: Inpainter, *, seed: int, levels: int = 10
+) -> list[dict[str, float]]:
+    """The noise loss of each network at evenly spaced t, of the same noise: rows of {"t", name: loss, ...}.
+
+    The last t is left out where it holds no signal: the noise is x_t itself there, and the error says nothing.
+    """
+    rows, last = [], inpainter.schedule.steps - 1 - bool(inpainter.schedule.alpha[-1] == 0)
+    for t in torch.linspace(0, last, levels).round().long():
+        noise = [torch.randn(x["target"].shape, generator=torch.Generator().manual_seed(seed)) for x in latents]
+        batch = on_device(collate([x | {"t": t, "noise": n} for x, n in zip(latents, noise, strict=True)]), inpainter)
+        with torch.inference_mode():
+            losses = {name: float(noise_loss(net, batch, inpainter)) for name, net in networks.items()}
+        rows.append({"t": int(t), **losses})
+    return rows
+
+
+def noisy_composite(batch: Latents, inpainter: Inpainter, *, t: int, seed: int) -> Tensor:
+    """Known cells clean, the others at noise level t: the first channels of what the denoiser sees (b c x y z)."""
+    noise = torch.randn(batch["target"].shape, generator=torch.Generator().manual_seed(seed))
+    times = torch.full((len(noise),), t)
+    return keep_known(inpainter.schedule.add_noise(batch["target"], noise, times), batch)
+
+
+def on_device(batch: Latents, inpainter: Inpainter) -> Latents:
+    """A batch where the denoiser is; a copy from pinned memory does not keep the processor waiting."""
+    return {name: value.to(inpainter.device, non_blocking=True) for name, value in batch.items()}

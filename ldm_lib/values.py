@@ -1,0 +1,57 @@
+"""What a parameter's value may be, and how lists that are written as text are read."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+
+
+def safe_name(text: str) -> str:
+    """A name that can be a file's: letters, digits, '.', '_' and '-', at most 128, no path in it."""
+    if not _SAFE_NAME.match(text):
+        raise ValueError("letters, digits, '.', '_' and '-' only, the first a letter or digit, at most 128")
+    return text
+
+
+def _integers(text: str) -> str:
+    """ "32,64,128" -> itself, when every part is a positive integer."""
+    if not text or not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise ValueError('positive integers separated by commas, such as "32,64,128"')
+    return text
+
+
+def _numbers(text: str) -> str:
+    """ "0,1,1.5" -> itself, when every part is a finite number of at least 0."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value < float("inf") for value in values):
+        raise ValueError('numbers from 0 up, separated by commas, such as "0,1,1.5"')
+    return text
+
+
+def names(text: str) -> tuple[str, ...]:
+    """ "a, b" -> ("a", "b"); "" -> ()."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+IntegerList = Annotated[str, AfterValidator(_integers)]
+NumberList = Annotated[str, AfterValidator(_numbers)]
+Name = Annotated[str, AfterValidator(safe_name)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """ "32,64,128" -> (32, 64, 128)."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "0,1,1.5" -> (0.0, 1.0, 1.5)."""
+    return tuple(float(part) for part in text.split(","))
