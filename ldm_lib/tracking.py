@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ldm_lib.config import TrainingConfig
-from ldm_lib.files import replacing
+from ldm_lib.files import replacing, write_csv
 
 log = logging.getLogger("ldm_lib")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no banner, no advertisement
@@ -57,12 +57,7 @@ class MetricsTable(Logger):
 
     def save(self) -> None:
         """Write the table, whole or not at all."""
-        rows = [self.rows[step] for step in sorted(self.rows)]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with replacing(self.path) as partial, partial.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(self.path, [self.rows[step] for step in sorted(self.rows)])
 
 
 class FinishedWandb(WandbLogger):
