@@ -1,7 +1,7 @@
 # `make` alone prints this help. Values reach the shell through the environment, never spliced into a command.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run 01 02 03 04 05 06 train test test-all lab params doctor validate bench mlflow lint clean
+.PHONY: help setup run 01 02 03 04 05 06 train sweep test test-all lab params doctor validate bench mlflow lint clean
 
 PRESET ?= demo
 RUN ?= $(PRESET)
@@ -46,6 +46,10 @@ run: .venv/ready ## all six notebooks: synthetic cohort, or DATA_DIR=... (PRESET
 
 train: .venv/ready ## stages 01 to 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS, ACCUMULATE_GRAD_BATCHES, DEVICES
 	@$(call STAGES,01 02 03 04)
+
+sweep: .venv/ready ## many runs, one table: make sweep GRID=docs/sweep.yaml JOBS=2
+	@if [ -z "$$GRID" ]; then echo "ERROR GRID is empty. Fix: make sweep GRID=docs/sweep.yaml JOBS=2" >&2; exit 1; fi
+	@$(LDM) sweep "$$GRID" --jobs "$${JOBS:-1}"
 
 test: .venv/ready ## fast tests and one tiny pipeline, under 8 minutes
 	@$(VENV_PYTHON) -m pytest -m "not slow"

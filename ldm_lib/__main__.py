@@ -1,7 +1,7 @@
-"""The command line: `python -m ldm_lib run | compare | inpaint | prior | validate | score | params | doctor | bench`.
+"""The command line: `python -m ldm_lib run | sweep | compare | inpaint | prior | validate | score | params | ...`.
 
-Exit status: 0 done, 1 refused or failed (one line), 2 wrong usage, 143 on SIGTERM. Heavy libraries are imported by the
-command that needs them, so that help, validate and score start at once.
+Exit status: 0 done, 1 refused or failed (one line), 2 wrong usage, 143 on SIGTERM, 130 when a sweep is ended by Ctrl-C.
+Heavy libraries are imported by the command that needs them, so that help, validate and score start at once.
 """
 
 import argparse
@@ -53,6 +53,27 @@ def run(options: argparse.Namespace) -> int:
     )
     print(f"report: {folder / 'index.html'}")
     return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    from ldm_lib.gathering import write_results
+    from ldm_lib.grids import read_grid
+    from ldm_lib.sweeps import sweep as work
+
+    grid, failed = read_grid(options.grid), {}
+    if options.count:
+        print(len(grid.runs))
+        return 0
+    if not options.table:
+        try:
+            failed = work(grid, jobs=options.jobs, only=options.only, say=lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            return 130
+    if options.only is None:  # tasks of an array would each write the table of all
+        print(write_results(grid))
+    for name, why in failed.items():
+        print(f"ERROR {name}: {why}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -182,7 +203,7 @@ def _require_folder(path: str) -> None:
         raise InputError("its folder does not exist", where=path, fix="make it first")
 
 
-COMMANDS = (run, compare, inpaint, prior, validate, score, params, doctor, bench)
+COMMANDS = (run, sweep, compare, inpaint, prior, validate, score, params, doctor, bench)
 
 if __name__ == "__main__":
     sys.exit(main())

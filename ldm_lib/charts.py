@@ -138,6 +138,50 @@ def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], 
     return figure
 
 
+def interval_dots(
+    groups: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    names: Sequence[str],
+    unit: str,
+    notes: Sequence[str] = (),
+    title: str = "",
+) -> Plate:
+    """One row a name: a dot for each group's value on a bar from the low to the high end of its interval.
+
+    Args:
+        groups: what is told apart by colour -> (value, low, high) of each name; NaN is not drawn.
+        names: along the left, from the top down.
+        unit: of the values.
+        notes: told in rows that have no value.
+        title: of the figure.
+    """
+    figure = Plate(figsize=(WIDTH, max(0.34 * len(names), 0.6) + 1.5), layout="constrained")
+    ax, step = figure.subplots(), 0.3 if len(groups) > 1 else 0.0
+    for k, (group, colour) in enumerate(zip(groups, GROUPS, strict=False)):
+        values, low, high = np.asarray(groups[group], float).reshape(-1, 3).T
+        height = np.arange(len(names)) + step * (k - (len(groups) - 1) / 2)
+        ax.hlines(height, low, high, color=colour, lw=2.2, alpha=0.45, zorder=2)
+        ax.scatter(values, height, s=26, color=colour, lw=0, zorder=3, label=group)
+        for row in np.flatnonzero(np.isfinite(values)):
+            ax.text(1.065 + 0.065 * k, row, f"{values[row]:#.4g}", transform=ax.get_yaxis_transform(), color=colour,
+                    fontsize=FONT, ha="right", va="center")  # fmt: skip
+    known = np.isfinite(np.array([groups[group] for group in groups], float)[:, :, 0]).any(axis=0)
+    for row, note in enumerate(notes):
+        if not known[row]:
+            ax.text(0.01, row, note, transform=ax.get_yaxis_transform(), color="0.5", fontsize=FONT, va="center")
+    for row in range(1, len(names), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color="0.965", lw=0, zorder=0)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel(unit, fontsize=FONT + 0.5)
+    _plain(ax)
+    ax.grid(visible=False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    ax.legend(fontsize=FONT, frameon=False, ncols=len(groups), loc="lower left", bbox_to_anchor=(-0.01, 1.0))
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure
+
+
 def _plain(ax: Axes) -> None:
     """Light grid, no box."""
     ax.spines[["top", "right"]].set_visible(False)

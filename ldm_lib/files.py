@@ -1,10 +1,11 @@
 """Files that are there whole or not at all, folders that belong to one process, and digests that tell files apart."""
 
+import csv
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,16 @@ def write_json(path: Path, content: Any) -> None:
     """Sorted, readable JSON, written whole."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows as a table, written whole; return its columns, in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with replacing(path) as partial, partial.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return columns
 
 
 def sha256(path: str | Path) -> str:

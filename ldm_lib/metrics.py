@@ -4,7 +4,7 @@ All of them judge the healthy mask only, on intensities normalised by two percen
 Axes are `x y z` in the file's own voxel order: the challenge's SSIM is 2-D, one slice along x at a time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -126,6 +126,32 @@ def aggregate(rows: Iterable[Mapping[str, float]], keys: Iterable[str]) -> dict[
     """
     rows = list(rows)
     return {key: _moments(_column(rows, key)) for key in keys}
+
+
+def bootstrap_by_patient(
+    values: ArrayLike, patients: Sequence[str], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> dict[str, float]:
+    """Mean over patients and its percentile interval: `mean`, `low`, `high`, and how many `patients` and `holes`.
+
+    Holes of one patient are not independent: they are averaged first, and it is patients that are drawn, with
+    replacement. Values that are NaN are left out. There is no interval (NaN) for one patient or an infinite score.
+
+    Args:
+        values: a score of each hole.
+        patients: whose hole it is.
+        level: share of the resampled means inside the interval.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+    """
+    values, names = np.asarray(values, np.float64), np.asarray(patients, str)
+    values, names = values[~np.isnan(values)], names[~np.isnan(values)]
+    means = np.array([values[names == name].mean() for name in np.unique(names)])
+    low = high = np.nan
+    if means.size > 1 and np.isfinite(means).all():
+        drawn = np.random.default_rng(seed).integers(0, means.size, (resamples, means.size))
+        low, high = np.percentile(means[drawn].mean(axis=1), [50 * (1 - level), 50 * (1 + level)])
+    mean = float(means.mean()) if means.size else np.nan
+    return {"mean": mean, "low": float(low), "high": float(high), "patients": means.size, "holes": values.size}
 
 
 def _column(rows: list[Mapping[str, float]], key: str) -> np.ndarray:

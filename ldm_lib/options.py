@@ -28,12 +28,12 @@ def build_parser(functions: Sequence[Command]) -> argparse.ArgumentParser:
         return sub
 
     _add_run_options(command("run", "run the notebooks of a run folder, all or the stages named"))
+    _add_sweep_options(command("sweep", "the runs of a grid file, a few at a time, then a table and a figure of them"))
     sub = command("compare", "finished runs side by side: what differs in a stage's parameters, and what came of it")
     sub.add_argument("stage")
     sub.add_argument("runs", nargs="+", metavar="RUN")
 
     _add_inpaint_options(command("inpaint", "fill the hole of one volume"))
-
     _add_prior_options(command("prior", "make tissue and growth maps from a scan and its mask"))
 
     sub = command("validate", "check every case of a folder in one pass")
@@ -62,6 +62,15 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", default=DEFAULT_PRESET, help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter; repeatable")
     sub.add_argument("--overwrite", action="store_true", help="replace stages made with other settings")
+
+
+def _add_sweep_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("grid", metavar="GRID", help="YAML: name, preset, stages, set, grid, runs; see docs/sweep.yaml")
+    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    part = sub.add_mutually_exclusive_group()
+    part.add_argument("--only", type=int, metavar="K", help="the K-th run alone, from 0, for array jobs; no table")
+    part.add_argument("--count", action="store_true", help="print how many runs there are, and do nothing")
+    part.add_argument("--table", action="store_true", help="only gather table and figure from what is done")
 
 
 def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:

@@ -47,7 +47,7 @@ def run(
         LdmError: a parameter is refused (before any kernel starts), the run is locked, a stage was made with other
             settings, or a notebook failed.
     """
-    configs = resolve(preset, _absolute(overrides) | {"run": name})
+    configs = resolve(preset, absolute(overrides) | {"run": name})
     folder = outputs_folder() / configs["01_data_audit"].run
     lock = FolderLock(folder)
     os.environ[OWNER_VARIABLE] = str(os.getpid())
@@ -149,7 +149,7 @@ def _write_index(run_folder: Path) -> None:
     write_index(run_folder, [{"status": "done", **record} for record in done])
 
 
-def _absolute(overrides: dict[str, Any]) -> dict[str, Any]:
+def absolute(overrides: dict[str, Any]) -> dict[str, Any]:
     """Paths given on the command line are meant from where it was typed, not from where a kernel starts."""
     paths = {"data_dir", "conditioning_dir", "autoencoder_dir", "perceptual_file"}
     return {k: str(Path(v).expanduser().resolve()) if k in paths and v else v for k, v in overrides.items()}
@@ -182,9 +182,14 @@ def compare(stage: str, runs: Sequence[str]) -> str:
         for run, folder, record in zip(runs, folders, records, strict=True)
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [[name, *(_short(row.get(name, "")) for row in rows)] for name in names]
-    lines.insert(1, ["---"] * (len(rows) + 1))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([[name, *(_short(row.get(name, "")) for row in rows)] for name in names])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first line is its head."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    escaped.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def _short(value: Any) -> str:

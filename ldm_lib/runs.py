@@ -4,7 +4,6 @@
 the same inputs and parameters need not run again; with different ones it is refused until it is told to overwrite.
 """
 
-import csv
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import Any
 
 from ldm_lib.config import STAGES, StageConfig, validated
 from ldm_lib.errors import RunError
-from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, replacing, sha256, write_json
+from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, sha256, write_csv, write_json
 
 log = logging.getLogger("ldm_lib")
 
@@ -86,12 +85,7 @@ class Stage:
         """Save rows as <name>.csv (columns in order of appearance) and return them as a DataFrame."""
         import pandas
 
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with replacing(self.folder / f"{name}.csv") as partial, partial.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        return pandas.DataFrame(rows, columns=columns)
+        return pandas.DataFrame(rows, columns=write_csv(self.folder / f"{name}.csv", rows))
 
     def check(self, what: str, passed: bool, found: object, *, required: bool = True) -> None:
         """Note an acceptance check; a required one that failed keeps the stage from closing."""

@@ -1,4 +1,4 @@
-"""What several test files share: a synthetic cohort of three patients, and networks that run in milliseconds."""
+"""What several test files share: a synthetic cohort, networks that run in milliseconds, stages without notebooks."""
 
 from pathlib import Path
 
@@ -86,3 +86,28 @@ def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
     save_model(folder, denoiser, schedule=SCHEDULE, settings=SETTINGS, prediction="noise",
                autoencoder_sha256=read_config(tiny_autoencoder_folder)["sha256"])  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """The stages executed, each by a stand-in that writes a notebook and one result, and closes its stage."""
+    import nbformat
+
+    from ldm_lib import runner
+    from ldm_lib.runs import open_stage
+
+    done = []
+
+    def execute(stage, config, folder):
+        done.append(stage)
+        opened = open_stage(stage, config.model_dump(), inputs=runner.stage_inputs(stage, config, folder.parent))
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {stage}")]), folder / "notebook.ipynb"
+        )
+        (folder / "result.txt").write_text(f"seed {config.seed}")
+        opened.check("made", True, "result.txt")
+        opened.check("liked", False, "no", required=False)
+        opened.close({})
+
+    monkeypatch.setattr(runner, "_execute", execute)
+    return done

@@ -1,6 +1,7 @@
 """Charts: what is drawn are the numbers that were given."""
 
 import numpy as np
+import pytest
 
 from ldm_lib import charts
 
@@ -53,3 +54,26 @@ def test_curves_of_a_spectrum_are_straight_where_power_falls_by_a_power_law():
     for line, exponent in zip(ax.lines, (-3, -1), strict=True):
         drawn = ax.transScale.transform(line.get_xydata())
         np.testing.assert_allclose(np.diff(drawn[:, 1]) / np.diff(drawn[:, 0]), exponent)
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_what_is_not_there(count):
+    values = np.linspace(10, 20, count)
+    groups = {"one": [(v, v - 1, v + 2) for v in values], "mean": [(v + 1, np.nan, np.nan) for v in values]}
+    groups["one"][-1] = groups["mean"][-1] = (np.nan, np.nan, np.nan)
+    names = [f"run {k}" for k in range(count)]
+    figure = charts.interval_dots(groups, names=names, unit="dB", notes=["done"] * (count - 1) + ["failed"])
+    (ax,) = figure.axes
+    bars, dots, no_bars, means = ax.collections
+    known = slice(count - 1)
+    drawn = [(ends[0, 0], ends[1, 0]) for ends in bars.get_segments() if len(ends)]
+    assert drawn == [(v - 1, v + 2) for v in values[known]]
+    for drawn, expected in ((dots, values), (means, values + 1)):
+        shown = np.ma.filled(drawn.get_offsets(), np.nan)
+        assert np.array_equal(shown[known, 0], expected[known]) and np.isnan(shown[-1, 0])
+        assert np.array_equal(np.rint(shown[known, 1]), np.arange(count)[known]), "beside the run's own name"
+    assert not any(map(len, no_bars.get_segments()))
+    told = [text.get_text() for text in ax.texts]
+    assert told == [f"{v:#.4g}" for v in [*values[known], *(values + 1)[known]]] + ["failed"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == names and ax.yaxis_inverted()
+    assert figure._repr_png_().startswith(b"\x89PNG")

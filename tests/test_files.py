@@ -1,5 +1,6 @@
 """Files are there whole or not at all; a folder belongs to one process; digests are what they say."""
 
+import csv
 import hashlib
 import json
 import os
@@ -16,7 +17,17 @@ import numpy as np
 import pytest
 
 from ldm_lib.errors import RunError
-from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests, fingerprint, now, replacing, sha256, write_json
+from ldm_lib.files import (
+    OWNER_VARIABLE,
+    FolderLock,
+    digests,
+    fingerprint,
+    now,
+    replacing,
+    sha256,
+    write_csv,
+    write_json,
+)
 
 HOLD = """
 import sys, time
@@ -202,3 +213,10 @@ def test_digests_of_files_and_folders_and_of_nothing(tmp_path):
     json_digest, net_digest = (hashlib.sha256(content).hexdigest() for content in (b"{}", b"net"))
     here = tmp_path.name
     assert found == {"model/config.json": json_digest, f"{here}/net.pth": net_digest, f"{here}/net.json": json_digest}
+
+
+def test_a_table_has_every_column_of_every_row_in_order_of_appearance(tmp_path):
+    rows = [{"b": "1", "a": "x, y"}, {"a": 'say "z"', "c": "3"}]
+    assert write_csv(tmp_path / "t.csv", rows) == ["b", "a", "c"]
+    with (tmp_path / "t.csv").open(newline="") as stream:
+        assert [{k: v for k, v in row.items() if v} for row in csv.DictReader(stream)] == rows

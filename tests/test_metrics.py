@@ -9,7 +9,7 @@ import torch
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from ldm_lib.errors import InputError
-from ldm_lib.metrics import aggregate, brats_scores, hole_size_class, scores_by_tissue
+from ldm_lib.metrics import aggregate, bootstrap_by_patient, brats_scores, hole_size_class, scores_by_tissue
 
 SHAPE = (20, 26, 23)
 HOLES = {
@@ -210,3 +210,48 @@ def test_scoring_needs_no_heavy_library():
     code = "import sys, ldm_lib.metrics; print({'torch', 'nilearn', 'dipy'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
+
+
+# ---- intervals by patient
+
+
+def test_the_interval_is_the_normal_one_when_patients_are_many():
+    """For n patients the mean's standard error is s / sqrt(n), s with ddof 0: a resample draws from the sample."""
+    scores = np.random.default_rng(3).normal(15, 2, 400)
+    found = bootstrap_by_patient(scores, [f"P{k}" for k in range(400)], resamples=20_000)
+    half = 1.959964 * scores.std() / 20
+    assert found["mean"] == pytest.approx(scores.mean())
+    assert (found["low"], found["high"]) == pytest.approx((scores.mean() - half, scores.mean() + half), abs=0.04 * half)
+    wide = bootstrap_by_patient(scores, [f"P{k}" for k in range(400)], resamples=20_000, level=0.99)
+    assert (wide["high"] - wide["low"]) / (found["high"] - found["low"]) == pytest.approx(2.575829 / 1.959964, rel=0.04)
+
+
+def test_two_patients_have_the_three_means_that_can_be_drawn():
+    """0, 1/2 and 1 with probability 1/4, 1/2, 1/4: the 95 % interval is the whole range, the 40 % one its middle."""
+    assert bootstrap_by_patient([0, 1], ["a", "b"]) == {"mean": 0.5, "low": 0, "high": 1, "patients": 2, "holes": 2}
+    narrow = bootstrap_by_patient([0, 1], ["a", "b"], level=0.4)
+    assert narrow["low"] == narrow["high"] == 0.5
+
+
+def test_more_holes_of_the_same_patients_tell_no_more():
+    scores, patients = [10.0, 14.0, 17.0], ["a", "b", "c"]
+    once = bootstrap_by_patient(scores, patients)
+    often = bootstrap_by_patient([*scores * 3, 9.0, 11.0], [*patients * 3, "a", "a"])
+    assert {k: v for k, v in often.items() if k != "holes"} == {k: v for k, v in once.items() if k != "holes"}
+    assert (once["holes"], often["holes"]) == (3, 11)
+
+
+def test_an_interval_is_drawn_from_the_seed_whatever_the_order():
+    values, names = np.arange(9.0), [f"P{k}" for k in range(9)]
+    assert bootstrap_by_patient(values, names) == bootstrap_by_patient(values[::-1], names[::-1])
+    assert bootstrap_by_patient(values, names)["low"] != bootstrap_by_patient(values, names, seed=1)["low"]
+
+
+@pytest.mark.parametrize(
+    ("values", "mean"), [([3.0, 5.0], 4.0), ([np.inf, 3.0], np.inf), ([np.nan, 3.0], 3.0), ([np.nan, np.nan], np.nan)]
+)
+def test_where_there_is_no_interval_there_is_none(values, mean):
+    patients = ["a", "a"] if np.isfinite(values).all() else ["a", "b"]
+    found = bootstrap_by_patient(values, patients)
+    assert np.isnan(found["low"]) and np.isnan(found["high"])
+    assert found["mean"] == pytest.approx(mean, nan_ok=True)

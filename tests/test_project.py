@@ -63,7 +63,7 @@ def test_ci_runs_the_readmes_test_command():
 
 @pytest.mark.parametrize("value", ["x; touch PWNED", "$(touch PWNED)", "`touch PWNED`", "a'b\"c"])
 def test_make_never_runs_what_a_variable_says(value, tmp_path):
-    """DATA_DIR reaches the command as one argument, whatever is in it."""
+    """DATA_DIR, GRID and JOBS reach the command as one argument each, whatever is in them."""
     fake = tmp_path / ".venv" / "bin" / "python"
     fake.parent.mkdir(parents=True)
     fake.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done\n')
@@ -71,9 +71,12 @@ def test_make_never_runs_what_a_variable_says(value, tmp_path):
     (tmp_path / "Makefile").write_text(MAKEFILE)
     (tmp_path / "pyproject.toml").write_text("")
     (tmp_path / ".venv" / "ready").write_text("")
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "DATA_DIR": value}
-    done = subprocess.run(["make", "01"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert f"data_dir={value}" in done.stdout.splitlines()
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "DATA_DIR": value, "GRID": value, "JOBS": value}
+    for target, words in (("01", [f"data_dir={value}"]), ("sweep", ["sweep", value, "--jobs", value])):
+        done = subprocess.run(
+            ["make", target], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-len(words) :] == words
     assert not (tmp_path / "PWNED").exists()
 
 

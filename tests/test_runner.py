@@ -18,7 +18,7 @@ from ldm_lib import runner
 from ldm_lib.config import STAGES, parameters_cell
 from ldm_lib.errors import ConfigError, InputError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock
-from ldm_lib.runs import OUTPUTS_VARIABLE, open_stage
+from ldm_lib.runs import OUTPUTS_VARIABLE
 
 AUDIT, AUTOENCODER, *_ = STAGES
 OPEN = f'from ldm_lib.runs import open_stage\nstage = open_stage("{AUDIT}", globals())'
@@ -28,24 +28,6 @@ OPEN = f'from ldm_lib.runs import open_stage\nstage = open_stage("{AUDIT}", glob
 def outputs(tmp_path, monkeypatch):
     monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path / "outputs"))
     return tmp_path / "outputs"
-
-
-@pytest.fixture
-def executed(monkeypatch):
-    """The stages executed, each by a stand-in that writes a notebook and one result, and closes its stage."""
-    done = []
-
-    def execute(stage, config, folder):
-        done.append(stage)
-        opened = open_stage(stage, config.model_dump(), inputs=runner.stage_inputs(stage, config, folder.parent))
-        nbformat.write(nbf.new_notebook(cells=[nbf.new_markdown_cell(f"# {stage}")]), folder / "notebook.ipynb")
-        (folder / "result.txt").write_text(f"seed {config.seed}")
-        opened.check("made", True, "result.txt")
-        opened.check("liked", False, "no", required=False)
-        opened.close({})
-
-    monkeypatch.setattr(runner, "_execute", execute)
-    return done
 
 
 @pytest.fixture
@@ -353,3 +335,11 @@ def test_a_run_that_did_not_finish_is_not_compared(outputs, executed):
 def test_a_run_outside_the_outputs_is_not_compared(outputs):
     with pytest.raises(ConfigError, match=r"run = '../x'"):
         runner.compare(AUDIT, ["../x"])
+
+
+def test_what_a_cell_holds_never_becomes_another_column():
+    assert runner.markdown([["run", "x"], ["a|b", "1"]]).splitlines() == [
+        "| run | x |",
+        "| --- | --- |",
+        "| a\\|b | 1 |",
+    ]
