@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_lib.config import stage_name
-from ldm_lib.errors import InputError, LdmError
+from ldm_lib.errors import InputError, InterruptionError, LdmError
 from ldm_lib.options import assignments, build_parser, joined, point
 from ldm_lib.runs import outputs_folder
 
@@ -25,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         return options.command(options)
+    except InterruptionError as error:
+        print(f"ERROR {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
     except LdmError as error:
         if options.debug:
             raise

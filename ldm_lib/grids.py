@@ -23,11 +23,12 @@ from typing import Any
 
 import yaml
 
-from ldm_lib.config import STAGES, StageConfig, nearest, safe_name, stage_name
+from ldm_lib.config import STAGES, StageConfig, nearest, stage_name
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.files import fingerprint
 from ldm_lib.presets import DEFAULT_PRESET, resolve
 from ldm_lib.runner import absolute
+from ldm_lib.values import safe_name
 
 KEYS = ("name", "preset", "stages", "set", "grid", "runs")
 MOST_BYTES, MOST_RUNS, MOST_LETTERS = 64 * 1024, 1000, 128

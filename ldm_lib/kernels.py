@@ -4,6 +4,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, ClassVar
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -16,6 +17,18 @@ class PrivateKernelManager(AsyncKernelManager):
     By default the sockets would lie in the working directory, where two runs that start together take each other's, and
     the kernel called python3 may be another environment's.
     """
+
+    latest: ClassVar["PrivateKernelManager | None"] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        PrivateKernelManager.latest = self
+
+    @classmethod
+    def pid(cls) -> int | None:
+        """The process of the kernel that was started last, if it runs."""
+        provisioner = cls.latest and cls.latest.provisioner
+        return getattr(provisioner, "pid", None) if provisioner and provisioner.has_process else None
 
     @default("transport")
     def _default_transport(self) -> str:

@@ -22,7 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from ldm_lib.adm import ADM
 from ldm_lib.signals import STALL_S
 
-logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+for _name in ("lightning.fabric", "lightning.fabric.utilities.distributed", "lightning.fabric.utilities.rank_zero"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # no banner
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
@@ -35,6 +36,11 @@ def world_size() -> int:
 def local_rank() -> int:
     """The number of this process on its machine, and of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if _launched() else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return not _launched() or os.environ["RANK"] == "0"
 
 
 class Processes:

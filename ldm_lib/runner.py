@@ -5,12 +5,14 @@ The runner holds the run's lock for its kernels, skips what is done, refuses wha
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.cohort import source_digests
-from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, StageConfig, validated
+from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, StageConfig, TrainingConfig, validated
 from ldm_lib.errors import LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
 from ldm_lib.presets import resolve
@@ -23,6 +25,8 @@ from ldm_lib.runs import (
     testify,
     upstream_digests,
 )
+
+PROCESSES_LOG = "processes.txt"  # in the run's folder: what the processes of a training said
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -87,6 +91,8 @@ def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
 
 def _make(stage: str, config: StageConfig, folder: Path) -> str:
     """Execute a stage, write its report, and only then call it done; return a line about it."""
+    if isinstance(config, TrainingConfig) and config.devices > 1:
+        _train_on_several(config, folder.parent)
     _execute(stage, config, folder)
     _write_report(stage, folder)
     (folder / "pending.json").replace(folder / "done.json")
@@ -97,25 +103,47 @@ def _make(stage: str, config: StageConfig, folder: Path) -> str:
     return f"{stage}: done in {done['seconds']:.0f} s, {checks}, {done['peak_memory_mb']} MB"
 
 
+def _train_on_several(config: TrainingConfig, run_folder: Path) -> None:
+    """Train in one process a device; the notebook then finds the training done, and closes the stage.
+
+    Several devices in a notebook would need several kernels.
+    """
+    from ldm_lib.signals import HandedOn
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}",
+               "-m", "ldm_lib.training", "--", "--run", config.run]  # fmt: skip
+    where, told = f"{config.run}/04_training", run_folder / PROCESSES_LOG
+    with told.open("w") as stream, HandedOn(lambda: launcher.pid, where=where):
+        # In a group of its own, or Ctrl-C would reach it beside us.
+        launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0)
+        status = launcher.wait()
+    if status:
+        words = [line for line in told.read_text(errors="replace").splitlines() if line.startswith("ERROR ")]
+        cause = words[0].removeprefix("ERROR ") if words else f"one of {config.devices} processes died"
+        raise RunError(cause, where=where, fix=f"see {told}; the same command goes on from the last checkpoint")
+
+
 def _execute(stage: str, config: StageConfig, folder: Path) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     from ldm_lib.kernels import PrivateKernelManager
+    from ldm_lib.signals import HandedOn
 
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "notebook.partial.ipynb"
     try:
-        papermill.execute_notebook(
-            NOTEBOOKS / f"{stage}.ipynb",
-            partial,
-            parameters=config.model_dump(),
-            kernel_name="python3",
-            kernel_manager_class=PrivateKernelManager,
-            progress_bar=False,
-            cwd=NOTEBOOKS,
-        )
+        with HandedOn(PrivateKernelManager.pid, where=stage):
+            papermill.execute_notebook(
+                NOTEBOOKS / f"{stage}.ipynb",
+                partial,
+                parameters=config.model_dump(),
+                kernel_name="python3",
+                kernel_manager_class=PrivateKernelManager,
+                progress_bar=False,
+                cwd=NOTEBOOKS,
+            )
     except PapermillExecutionError as error:
         raise _failure(error, stage, partial) from error
     except DeadKernelError as error:

@@ -1,18 +1,24 @@
-"""Signals and silence: a training that is asked to end does so between two steps, and one that hangs is ended."""
+"""Signals and silence: work that is asked to end does so in good order, and work that hangs is ended."""
 
 import faulthandler
+import os
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Self
 
+from ldm_lib.errors import InterruptionError
+
+GRACE_S = 60.0  # for a child to end in good order, before it is killed
 STALL_S = 1800.0  # without a step or a validated case in half an hour, something hangs
 WISHES = (signal.SIGTERM, signal.SIGINT)
 
 
-class Wishes:
-    """Within this context SIGTERM and SIGINT are noted, not obeyed; a second SIGINT is obeyed at once.
+class _Handlers:
+    """Within this context SIGTERM and SIGINT come to `_note`.
 
     Attributes:
         received: the signal that asks for an end, or None.
@@ -32,9 +38,54 @@ class Wishes:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.received = signal.Signals(number)
+
+
+class Wishes(_Handlers):
+    """Within this context SIGTERM and SIGINT are noted, not obeyed; a second SIGINT is obeyed at once."""
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        super()._note(number, frame)
+
+
+class HandedOn(_Handlers):
+    """Within this context SIGTERM and SIGINT go on to a child as SIGTERM, and end this process when it has ended.
+
+    Args:
+        child: tells its process id, or None while there is none.
+        where: what it works on.
+
+    Raises:
+        InterruptionError: on the way out, if there was a signal.
+    """
+
+    def __init__(self, child: Callable[[], int | None], *, where: str) -> None:
+        super().__init__()
+        self.child, self.where = child, where
+        self._killer = threading.Timer(GRACE_S, self._send, [signal.SIGKILL])
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        self._killer.cancel()
+        if not self.received:
+            return
+        cause = error.cause if isinstance(error, InterruptionError) else f"stopped by {self.received.name}"
+        fix, status = "give the same command: it goes on from there", 128 + self.received
+        raise InterruptionError(cause, where=self.where, fix=fix, status=status) from error
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self._killer.daemon = True
+            self._killer.start()
+        super()._note(number, frame)
+        self._send(signal.SIGTERM)
+
+    def _send(self, number: signal.Signals) -> None:
+        if pid := self.child():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 class Watchdog:

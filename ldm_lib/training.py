@@ -1,15 +1,19 @@
 """Train the denoiser on cached latents, on one device or on many, for a week if need be.
 
-    python -m torch.distributed.run --nproc-per-node=N -m ldm_lib.training --run NAME
+    python -m torch.distributed.run --nproc-per-node=N -m ldm_lib.training -- --run NAME
+
+(`--`, because torchrun takes `--run` for an abbreviation of an option of its own.)
 
 A training may be killed or run out of disk at any moment: the same command goes on from its last checkpoint.
 """
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ from ldm_lib.fit import Fit
 from ldm_lib.inpainter import AUTOENCODER_FOLDER, Inpainter
 from ldm_lib.latents import CellSettings, Latents
 from ldm_lib.learner import WHOLE, Learner
-from ldm_lib.processes import Processes, local_rank, world_size
+from ldm_lib.processes import Processes, is_first, local_rank, world_size
 from ldm_lib.runs import open_stage, outputs_folder, read_record, require_done, tracked
 from ldm_lib.tracking import trackers
 from ldm_lib.validation import Validation
@@ -180,10 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ldm_lib.training", description=main.__doc__)
     parser.add_argument("--run", required=True, help="run folder under outputs/; stage 04 closes it afterwards")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given[1:] if given[:1] == ["--"] else given)
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s %(message)s", handlers=[handler])
     try:
-        _train_run(options.run)
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
+            _train_run(options.run)
     except InterruptionError as error:
         print(f"ERROR {error}", file=sys.stderr)
         return error.status
@@ -206,10 +214,10 @@ def _train_run(name: str) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     folder = run_folder / STAGE
-    if (folder / "done.json").exists():
+    if (folder / "done.json").exists() and not config.overwrite:
         print(f"{name}/{STAGE}: already complete")
         return
-    if local_rank() == 0:
+    if is_first():
         open_stage(STAGE, config.model_dump())
     prepared, autoencoder = run_folder / "03_conditioning", run_folder / "02_autoencoder_check" / "model"
     settings = CellSettings(**read_record(prepared / "settings.json"))
@@ -218,8 +226,7 @@ def _train_run(name: str) -> None:
     cached, watched, _ = encode(latent_cache(inpainter, config, run_folder), training, validation, config)
     variants = {entry.case.key: entry for entry in cached}
     learner = train(inpainter, variants, [load_case(w.case) for w in watched], [w[0] for w in watched], config, folder)
-    if learner.processes.rank == 0:
-        print(f"{name}/{STAGE}: trained for {learner.step} steps; stage 04 closes it", flush=True)
+    print(f"{name}/{STAGE}: trained for {learner.step} steps; stage 04 closes it", flush=True)
 
 
 if __name__ == "__main__":

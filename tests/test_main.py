@@ -92,7 +92,7 @@ def refused(arguments, capsys):
         (["fly"], "invalid choice: 'fly'"),
         (["score"], "required: --prediction"),
         (["inpaint", "--mask", "m"], "required: --t1n-voided, --output"),
-        ([*INPAINT, "--sampler", "euler"], "invalid choice: 'euler'"),
+        ([*INPAINT, "--sampler", "heun"], "invalid choice: 'heun'"),
         ([*INPAINT, "--steps", "x"], "invalid int value: 'x'"),
         (["run", "--unknown"], "unrecognized arguments: --unknown"),
     ],

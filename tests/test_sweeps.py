@@ -16,13 +16,14 @@ import pytest
 from ldm_lib import gathering, runner, sweeps
 from ldm_lib.__main__ import main
 from ldm_lib.adoption import adopt
-from ldm_lib.config import STAGES, safe_name
+from ldm_lib.config import STAGES
 from ldm_lib.errors import ConfigError, InputError, LdmError, RunError
 from ldm_lib.files import sha256, write_json
 from ldm_lib.gathering import gather, sweep_folder, write_results
 from ldm_lib.grids import read_grid
 from ldm_lib.metrics import bootstrap_by_patient
 from ldm_lib.runs import OUTPUTS_VARIABLE, tracked
+from ldm_lib.values import safe_name
 
 ROOT = Path(__file__).parents[1]
 FIRST_THREE = list(STAGES)[:3]
