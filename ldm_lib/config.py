@@ -8,7 +8,7 @@ and run from top to bottom ends on a laptop; `full` holds the numbers of the des
 import difflib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -23,6 +23,7 @@ class StageConfig(BaseModel):
     """What every stage takes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    aside: ClassVar[frozenset[str]] = frozenset()  # parameters that decide how a stage is made, not what it becomes
 
     run: Name = Field("lab", description="run folder under outputs/, created if needed")
     overwrite: bool = Field(False, description="replace this stage if it was made with other settings")
@@ -198,6 +199,7 @@ class TrainingConfig(DeviceConfig):
 class SamplingConfig(DeviceConfig):
     """05_sampling: voided volumes in, inpainted volumes out."""
 
+    aside: ClassVar[frozenset[str]] = frozenset({"devices"})
     sampler: Literal["ddpm", "ddim", "dpm++2m", "euler", "midpoint"] = Field(
         "dpm++2m", description="how the noise is removed"
     )
@@ -205,6 +207,7 @@ class SamplingConfig(DeviceConfig):
     guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
     max_cases: Count = Field(6, description="validation cases to fill; 0 for all")
+    devices: Positive = Field(1, description="that share out the cases")
     obedience_cases: Count = Field(3, description="cases filled again with other conditioning; 0 for none")
     guidance_scales: NumberList = Field("0,1,2,3", description="of classifier-free guidance, to compare")
     what_if_days: NumberList = Field("0,60,120,180", description="ages of the tumours of one case, days")

@@ -5,6 +5,7 @@ Lightning Fabric places, casts, wraps in DDP and shards; the loop is ours (`trai
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -24,6 +25,9 @@ from ldm_lib.signals import STALL_S
 
 for _name in ("lightning.fabric", "lightning.fabric.utilities.distributed", "lightning.fabric.utilities.rank_zero"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # no banner
+
+# Of a view that is returned by a sharded module; none of ours is changed in place.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lib.cohort import source_digests
-from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, StageConfig, TrainingConfig, validated
+from ldm_lib.config import (
+    STAGES,
+    AuditConfig,
+    AutoencoderConfig,
+    SamplingConfig,
+    StageConfig,
+    TrainingConfig,
+    validated,
+)
 from ldm_lib.errors import LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
 from ldm_lib.presets import resolve
@@ -91,8 +99,8 @@ def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
 
 def _make(stage: str, config: StageConfig, folder: Path) -> str:
     """Execute a stage, write its report, and only then call it done; return a line about it."""
-    if isinstance(config, TrainingConfig) and config.devices > 1:
-        _train_on_several(config, folder.parent)
+    if isinstance(config, TrainingConfig | SamplingConfig) and config.devices > 1:
+        _share_out(stage, config.devices, folder.parent)
     _execute(stage, config, folder)
     _write_report(stage, folder)
     (folder / "pending.json").replace(folder / "done.json")
@@ -103,24 +111,21 @@ def _make(stage: str, config: StageConfig, folder: Path) -> str:
     return f"{stage}: done in {done['seconds']:.0f} s, {checks}, {done['peak_memory_mb']} MB"
 
 
-def _train_on_several(config: TrainingConfig, run_folder: Path) -> None:
-    """Train in one process a device; the notebook then finds the training done, and closes the stage.
-
-    Several devices in a notebook would need several kernels.
-    """
+def _share_out(stage: str, devices: int, run_folder: Path) -> None:
+    """Do a stage's work in one process a device; its notebook then finds it done, looks at it and closes the stage."""
     from ldm_lib.signals import HandedOn
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}",
-               "-m", "ldm_lib.training", "--", "--run", config.run]  # fmt: skip
-    where, told = f"{config.run}/04_training", run_folder / PROCESSES_LOG
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}",
+               "-m", f"ldm_lib.{stage[3:]}", "--", "--run", run_folder.name]  # fmt: skip
+    where, told = f"{run_folder.name}/{stage}", run_folder / PROCESSES_LOG
     with told.open("w") as stream, HandedOn(lambda: launcher.pid, where=where):
         # In a group of its own, or Ctrl-C would reach it beside us.
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0)
         status = launcher.wait()
     if status:
         words = [line for line in told.read_text(errors="replace").splitlines() if line.startswith("ERROR ")]
-        cause = words[0].removeprefix("ERROR ") if words else f"one of {config.devices} processes died"
-        raise RunError(cause, where=where, fix=f"see {told}; the same command goes on from the last checkpoint")
+        cause = words[0].removeprefix("ERROR ") if words else f"one of {devices} processes died"
+        raise RunError(cause, where=where, fix=f"see {told}; the same command goes on from what is done")
 
 
 def _execute(stage: str, config: StageConfig, folder: Path) -> None:

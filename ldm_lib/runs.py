@@ -166,7 +166,7 @@ def require_unchanged(folder: Path, config: StageConfig, inputs: dict[str, str],
 
 def tracked(config: StageConfig) -> dict[str, Any]:
     """The parameters that decide a stage's result."""
-    return {k: v for k, v in config.model_dump().items() if k not in UNTRACKED_PARAMETERS}
+    return {k: v for k, v in config.model_dump().items() if k not in UNTRACKED_PARAMETERS | config.aside}
 
 
 def changes(folder: Path, config: StageConfig, inputs: dict[str, str]) -> list[str]:

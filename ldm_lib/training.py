@@ -7,18 +7,14 @@
 A training may be killed or run out of disk at any moment: the same command goes on from its last checkpoint.
 """
 
-import argparse
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 from ldm_lib import checkpoints, cohort
@@ -28,13 +24,14 @@ from ldm_lib.cache import CachedCase, LatentCache
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.config import TrainingConfig, validated
 from ldm_lib.denoising import new_inpainter
-from ldm_lib.errors import ConfigError, InterruptionError, LdmError, TrainingError
+from ldm_lib.errors import ConfigError, TrainingError
 from ldm_lib.files import fingerprint
 from ldm_lib.fit import Fit
 from ldm_lib.inpainter import AUTOENCODER_FOLDER, Inpainter
 from ldm_lib.latents import CellSettings, Latents
+from ldm_lib.launched import launched
 from ldm_lib.learner import WHOLE, Learner
-from ldm_lib.processes import Processes, is_first, local_rank, world_size
+from ldm_lib.processes import Processes, is_first, world_size
 from ldm_lib.runs import open_stage, outputs_folder, read_record, require_done, tracked
 from ldm_lib.tracking import trackers
 from ldm_lib.validation import Validation
@@ -179,40 +176,13 @@ def save_trained(learner: Learner, autoencoder_folder: Path, folder: Path) -> st
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train stage 04 of a run whose earlier stages are done, with the parameters in its config.json."""
-    parser = argparse.ArgumentParser(prog="python -m ldm_lib.training", description=main.__doc__)
-    parser.add_argument("--run", required=True, help="run folder under outputs/; stage 04 closes it afterwards")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(given[1:] if given[:1] == ["--"] else given)
-    handler = logging.StreamHandler()
-    handler.setLevel(logging.WARNING)
-    logging.basicConfig(format="%(levelname)s %(message)s", handlers=[handler])
-    try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
-            _train_run(options.run)
-    except InterruptionError as error:
-        print(f"ERROR {error}", file=sys.stderr)
-        return error.status
-    except (LdmError, RuntimeError) as error:
-        if options.debug or not (isinstance(error, LdmError) or world_size() > 1):
-            raise
-        first = str(error).splitlines()[0]
-        told = error if isinstance(error, LdmError) else TrainingError(first, where=f"process {local_rank()}")
-        print(f"ERROR {told}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _train_run(name: str) -> None:
+def train_run(name: str) -> None:
+    """Train stage 04 of a run, with the parameters in its config.json; the stage's notebook closes it afterwards."""
     run_folder = outputs_folder() / name
     for stage in ("01_data_audit", "02_autoencoder_check", "03_conditioning"):
         require_done(run_folder, stage)
     values = read_record(run_folder / "config.json")[STAGE]
     config = validated(TrainingConfig, values | {"run": name, "devices": world_size()})
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
     folder = run_folder / STAGE
     if (folder / "done.json").exists() and not config.overwrite:
         print(f"{name}/{STAGE}: already complete")
@@ -230,4 +200,4 @@ def _train_run(name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launched(train_run, "training"))

@@ -34,6 +34,8 @@ FLOORS = [
         "checkpoints",
         "signals",
         "processes",
+        "launched",
+        "sampling",
         "learner",
         "services",
         "tracking",
