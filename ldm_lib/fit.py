@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from ldm_lib import checkpoints
@@ -59,19 +60,42 @@ class Fit:
             InterruptionError: it was asked to end, and has saved where it stands.
             TrainingError: a loss is not finite, or a checkpoint did not reach the disk.
         """
-        learner, config = self.learner, self.config
         stacks = self.folder / f"stacks-{self.processes.rank}.txt"
-        with Wishes() as self._wishes, Watchdog(stacks) as self._watchdog:
-            batches = self._batches()
+        try:
+            with Wishes() as self._wishes, Watchdog(stacks) as self._watchdog:
+                self._run()
+        except torch.OutOfMemoryError as error:
+            fix = "lower batch_size and raise accumulate_grad_batches, or take a smaller latent_crop or val_cases"
+            raise TrainingError(
+                f"no memory left on the GPU {self._told_place(error)}", where="training", fix=fix
+            ) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            fix = "set num_workers to 0, or give the machine more (shared) memory"
+            raise TrainingError(
+                f"a loader process died {self._told_place(error)}", where="training", fix=fix
+            ) from error
+
+    def _run(self) -> None:
+        learner, config, batches = self.learner, self.config, self._batches()
+        self._close_epoch()
+        while not learner.complete:
+            learner.advance([next(batches) for _ in range(config.accumulate_grad_batches)])
+            if learner.step % config.log_every == 0:
+                self._log_interval()
+            if learner.step % config.checkpoint_every == 0:
+                self._save()
+            self._alive(between_steps=True)
             self._close_epoch()
-            while not learner.complete:
-                learner.advance([next(batches) for _ in range(config.accumulate_grad_batches)])
-                if learner.step % config.log_every == 0:
-                    self._log_interval()
-                if learner.step % config.checkpoint_every == 0:
-                    self._save()
-                self._alive(between_steps=True)
-                self._close_epoch()
+
+    def _told_place(self, error: RuntimeError) -> str:
+        """Where something went wrong, in whose words, and what there is to go on from."""
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        return f"after step {self.learner.step} ({first}); last checkpoint: {self._last_saved()}"
+
+    def _last_saved(self) -> str:
+        return next((path.name for path in checkpoints.resumable(self.folder / "checkpoints")), "none yet")
 
     def _batches(self) -> Iterator[Latents]:
         loader = DataLoader(
@@ -172,9 +196,8 @@ class Fit:
         if step is None:
             return
         cases = ", ".join(sorted({self.cases[case] for *_, case in self.plan.places(step)}))
-        last = next((path.name for path in checkpoints.resumable(self.folder / "checkpoints")), "none yet")
-        raise TrainingError(f"loss is not finite in step {step + 1}, cases {cases}; last finite checkpoint: {last}",
-                            where="training", fix="lower learning_rate, or use precision 32")  # fmt: skip
+        cause = f"loss is not finite in step {step + 1}, cases {cases}; last finite checkpoint: {self._last_saved()}"
+        raise TrainingError(cause, where="training", fix="lower learning_rate, or use precision 32")
 
     def _alive(self, *, between_steps: bool = False) -> None:
         """Work goes on, unless somebody asked for its end.

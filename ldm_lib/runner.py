@@ -21,7 +21,7 @@ from ldm_lib.config import (
     TrainingConfig,
     validated,
 )
-from ldm_lib.errors import LdmError, RunError
+from ldm_lib.errors import InterruptionError, LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
 from ldm_lib.presets import resolve
 from ldm_lib.runs import (
@@ -129,41 +129,50 @@ def _share_out(stage: str, devices: int, run_folder: Path) -> None:
 
 
 def _execute(stage: str, config: StageConfig, folder: Path) -> None:
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
     from ldm_lib.kernels import PrivateKernelManager
     from ldm_lib.signals import HandedOn
 
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "notebook.partial.ipynb"
-    try:
-        with HandedOn(PrivateKernelManager.pid, where=stage):
-            papermill.execute_notebook(
-                NOTEBOOKS / f"{stage}.ipynb",
-                partial,
-                parameters=config.model_dump(),
-                kernel_name="python3",
-                kernel_manager_class=PrivateKernelManager,
-                progress_bar=False,
-                cwd=NOTEBOOKS,
-            )
-    except PapermillExecutionError as error:
-        raise _failure(error, stage, partial) from error
-    except DeadKernelError as error:
-        raise RunError("the kernel was killed, most likely out of memory", where=stage,
-                       fix="take a smaller preset or crop, or a machine with more memory") from error  # fmt: skip
-    except RuntimeError as error:
-        raise RunError(f"the kernel did not start ({error})", where=stage, fix="run `make doctor`") from error
+    with HandedOn(PrivateKernelManager.pid, where=stage):
+        _run_notebook(stage, config, partial)
     if not (folder / "pending.json").exists():
         raise RunError("the notebook ended without closing its stage", where=stage, fix=f"see {partial}")
     partial.replace(folder / "notebook.ipynb")
 
 
-def _failure(error: Any, stage: str, notebook: Path) -> RunError:
+def _run_notebook(stage: str, config: StageConfig, written: Path) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    from ldm_lib.kernels import PrivateKernelManager
+
+    try:
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{stage}.ipynb",
+            written,
+            parameters=config.model_dump(),
+            kernel_name="python3",
+            kernel_manager_class=PrivateKernelManager,
+            progress_bar=False,
+            cwd=NOTEBOOKS,
+        )
+    except PapermillExecutionError as error:
+        raise _failure(error, stage, written) from error
+    except DeadKernelError as error:
+        raise RunError("the kernel was killed, most likely out of memory", where=stage,
+                       fix="take a smaller preset or crop, or a machine with more memory") from error  # fmt: skip
+    except RuntimeError as error:
+        raise RunError(f"the kernel did not start ({error})", where=stage, fix="run `make doctor`") from error
+
+
+def _failure(error: Any, stage: str, notebook: Path) -> LdmError:
     """What a cell raised, in one line: our refusals as they stand, anything else with its type and where to look."""
     where = f"{stage}, cell {error.exec_count}"
+    if error.ename == InterruptionError.__name__:
+        cause = error.evalue.partition(" Fix: ")[0].removeprefix("training: ")
+        return InterruptionError(cause, where=where)  # what to do is said by who handed the signal on
     if error.ename in {known.__name__ for known in LdmError.__subclasses__()}:
         return RunError(error.evalue.removeprefix(f"{stage}: "), where=where)
     return RunError(f"{error.ename}: {error.evalue}".splitlines()[0], where=where, fix=f"see {notebook}")

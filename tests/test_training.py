@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lib import batches, checkpoints, fit, learner
+from ldm_lib import batches, checkpoints, learner
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
 from ldm_lib.batches import Plan, TrainingSamples
@@ -61,6 +61,14 @@ class Study:
     def train(self, folder, config, variants=None):
         variants = self.variants if variants is None else variants
         return train(self.inpainter(config), variants, self.watched, self.watched_latents, config, folder)
+
+
+@pytest.fixture(autouse=True)
+def unseen(monkeypatch):
+    """Pictures of validations take longer than these trainings; one test draws them in earnest."""
+    draw = Validation._draw
+    monkeypatch.setattr(Validation, "_draw", lambda self, data, filled, epoch: None)
+    return draw
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +401,26 @@ def test_a_loss_that_is_not_finite_names_its_step_and_cases_and_is_never_saved(s
     assert all(value.isfinite().all() for value in checkpoints.read_verified(kept[0])["average"].values())
 
 
+@pytest.mark.parametrize(("error", "said"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+     r"no memory left on the GPU after step 3 \(CUDA out of memory. Tried to allocate 2 GiB\); last checkpoint: "
+     r"last-00000002.ckpt. Fix: lower batch_size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "),
+     r"a loader process died after step 3 \(DataLoader worker \(pid 7\) .*Fix: set num_workers to 0"),
+], ids=["memory", "loader"])  # fmt: skip
+def test_what_runs_out_is_told_with_where_to_go_on_from(study, tmp_path, monkeypatch, error, said):
+    advance = learner.Learner.advance
+
+    def fails(self, data):
+        if self.step == 3:
+            raise error
+        advance(self, data)
+
+    monkeypatch.setattr(learner.Learner, "advance", fails)
+    with pytest.raises(TrainingError, match=said):
+        study.train(place(tmp_path), settings(checkpoint_every=2))
+
+
 def test_more_devices_than_processes_are_refused_while_there_is_something_to_train(study, tmp_path):
     folder = place(tmp_path)
     with pytest.raises(ConfigError, match=r"devices = 2: 1 here, after step 0 of 8.*make train DEVICES=2"):
@@ -483,7 +511,8 @@ def test_known_cells_are_asked_for_what_they_are_clean_and_without_noise(study, 
 # ---- validation, early stopping, checkpoints and samples
 
 
-def test_validation_scores_the_averaged_weights_in_image_space(study, tmp_path):
+def test_validation_scores_the_averaged_weights_in_image_space(study, tmp_path, monkeypatch, unseen):
+    monkeypatch.setattr(Validation, "_draw", unseen)
     folder, config = place(tmp_path), settings(max_epochs=2, seed=3)
     trained = study.train(folder, config)
     data, found = study.watched[0], rows(folder)[-1]
@@ -505,7 +534,6 @@ def unlucky(monkeypatch, losses=None):
     counter = iter(losses or (1.0 + k for k in range(1, 1000)))
     scores = {"val_psnr": 0.0, "val_ssim": 0.0}
     monkeypatch.setattr(Validation, "_score", lambda *args: {"val_loss": next(counter), **scores})
-    monkeypatch.setattr(fit, "panel_path", lambda folder, epoch: folder / "metrics.csv")
 
 
 @pytest.mark.parametrize(("patience", "val_every", "epochs"), [(4, 2, 6), (3, 2, 6), (2, 1, 3), (1, 3, 6)])
