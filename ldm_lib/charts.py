@@ -1,9 +1,7 @@
 """Numbers as pictures: training curves, histograms and scores; tables in, matplotlib Figure out."""
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -188,16 +186,3 @@ def _plain(ax: Axes) -> None:
     ax.grid(color="0.92", lw=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=FONT, which="both")
-
-
-def contact_sheet(pictures: Sequence[Path], *, title: str = "") -> Plate:
-    """PNG files of one width, one below the other in the order given."""
-    images = [matplotlib.image.imread(path) for path in pictures]
-    heights = [len(image) / image.shape[1] for image in images]
-    figure = Plate(figsize=(WIDTH, WIDTH * sum(heights) + 0.5), layout="constrained")
-    axes = figure.subplots(len(images), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for ax, image in zip(axes, images, strict=True):
-        ax.imshow(image)
-        ax.set_axis_off()
-    figure.suptitle(title, fontsize=FONT + 2.5)
-    return figure
