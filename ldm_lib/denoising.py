@@ -96,7 +96,8 @@ def loss_by_noise_level(
     rows, last = [], inpainter.schedule.steps - 1 - bool(inpainter.schedule.alpha[-1] == 0)
     for t in torch.linspace(0, last, levels).round().long():
         noise = [torch.randn(x["target"].shape, generator=torch.Generator().manual_seed(seed)) for x in latents]
-        batch = on_device(collate([x | {"t": t, "noise": n} for x, n in zip(latents, noise, strict=True)]), inpainter)
+        batch = collate([x | {"t": t, "noise": n} for x, n in zip(latents, noise, strict=True)])
+        batch = on_device(batch, inpainter.device)
         with torch.inference_mode():
             losses = {name: float(noise_loss(net, batch, inpainter)) for name, net in networks.items()}
         rows.append({"t": int(t), **losses})
@@ -110,6 +111,6 @@ def noisy_composite(batch: Latents, inpainter: Inpainter, *, t: int, seed: int) 
     return keep_known(inpainter.schedule.add_noise(batch["target"], noise, times), batch)
 
 
-def on_device(batch: Latents, inpainter: Inpainter) -> Latents:
+def on_device(batch: Latents, device: torch.device) -> Latents:
     """A batch where the denoiser is; a copy from pinned memory does not keep the processor waiting."""
-    return {name: value.to(inpainter.device, non_blocking=True) for name, value in batch.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

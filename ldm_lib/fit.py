@@ -105,7 +105,7 @@ class Fit:
             num_workers=self.config.num_workers,
             pin_memory=self.processes.device.type == "cuda",
         )
-        return (on_device(batch, self.learner.inpainter) for batch in loader)
+        return (on_device(batch, self.processes.device) for batch in loader)
 
     def _close_epoch(self) -> None:
         """At the end of an epoch that was not closed yet: its figures, a validation if one is due, a checkpoint."""

@@ -6,6 +6,7 @@ Two paths: variance preserving, α² + σ² = 1 (Ho et al. 2020), and rectified 
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,23 +75,30 @@ class NoiseSchedule:
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(α² / σ²) in float64, of the shape of t; falls with t, to -inf where there is no signal."""
-        t = self._allowed(t)
-        return 2 * (self.alpha[t].log() - self.sigma[t].log())
+        alpha, sigma = self.rates(t, t)
+        return 2 * (alpha.log() - sigma.log())
 
     def rates(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """α_t and σ_t, float64, on the device of x and shaped to broadcast over it."""
-        t, shape = self._allowed(t), (-1, *[1] * (x.ndim - 1))
-        return self.alpha[t].to(x.device).view(shape), self.sigma[t].to(x.device).view(shape)
+        """α_t and σ_t, float64, on the device of x and shaped to broadcast over it.
 
-    def _allowed(self, t: Tensor) -> Tensor:
-        t = t.cpu()
-        if t.min() < 0 or t.max() >= self.steps:
+        Raises:
+            ConfigError: a t on the CPU that is not in the table; to look at one on a GPU would wait for it.
+        """
+        if t.device.type == "cpu" and (t.min() < 0 or t.max() >= self.steps):
             raise ConfigError(
                 f"timesteps {t.min()}..{t.max()} given, 0..{self.steps - 1} allowed",
                 where="t",
                 fix="draw timesteps below schedule.steps",
             )
-        return t
+        shape = (-1, *[1] * (x.ndim - 1))
+        alpha, sigma = (table[t].to(x.device).view(shape) for table in _tables(self, t.device))
+        return alpha, sigma
+
+
+@lru_cache(maxsize=16)
+def _tables(schedule: NoiseSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tables of a schedule where they are looked up, copied once."""
+    return schedule.alpha.to(device), schedule.sigma.to(device)
 
 
 def noise_schedule(

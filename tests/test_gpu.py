@@ -3,10 +3,18 @@
 import pytest
 import torch
 
+from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
+from ldm_lib.batches import Plan, TrainingSamples
 from ldm_lib.bench import FULL_GRID
+from ldm_lib.denoising import build_denoiser, on_device
 from ldm_lib.devices import autocast
+from ldm_lib.inpainter import Inpainter
+from ldm_lib.latents import CellSettings, collate, input_channels
+from ldm_lib.learner import Learner
 from ldm_lib.presets import resolve
+from ldm_lib.processes import Processes
+from ldm_lib.schedule import noise_schedule
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -46,3 +54,33 @@ def test_whatever_is_learned_ends_on_the_gpu(cases, tmp_path, learned):
     autoencoder = build_autoencoder(config, spacing_mm=8.0)
     train_autoencoder(autoencoder, cases[:2], config, folder=tmp_path, device=GPU, precision="32")
     assert {tensor.device.type for tensor in autoencoder.state_dict().values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16", "16"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"min_snr_gamma": 5.0, "outside_weight": 0.1, "dropout": 0.1}], ids=["plain", "all"]
+)
+def test_no_step_waits_for_the_gpu(precision, changes):
+    """Torch raises where the processor would wait; batches are made on the CPU and copied from pinned memory."""
+    config = resolve("smoke", {"latent_crop": 0} | changes)["04_training"]
+    autoencoder = Autoencoder.of(channels=(4, 4), latent_channels=3, blocks=1, spacing_mm=8.0, linear_start=False)
+    denoiser = build_denoiser(config, in_channels=input_channels(3, CellSettings()), out_channels=3).to(GPU)
+    schedule = noise_schedule(**config.process)
+    inpainter = Inpainter(autoencoder, denoiser, schedule, CellSettings(), GPU, precision, config.prediction)
+    hole = torch.zeros(1, 8, 8, 8)
+    hole[:, 2:6, 2:6, 2:6] = 1
+    latents = {"target": torch.randn(3, 8, 8, 8), "voided": torch.randn(3, 8, 8, 8), "hole": hole, "loss": hole,
+               "share": hole, "conditioning": torch.rand(4, 8, 8, 8)}  # fmt: skip
+    plan = Plan(2, config)
+    learner = Learner(inpainter, config, plan, Processes(GPU, precision))
+    samples = TrainingSamples([[latents]] * 2, config, schedule.steps, global_batch=plan.global_batch)
+    batches = [{k: v.pin_memory() for k, v in collate([samples[p] for p in plan.places(s)]).items()} for s in range(4)]
+    learner.advance([on_device(batches[0], GPU)])  # what is set up once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[1:]:
+            learner.advance([on_device(batch, GPU)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert learner.bad_step() is None
