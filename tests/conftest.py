@@ -50,6 +50,22 @@ def hurried():
 
 
 @pytest.fixture(scope="session")
+def coarse(tmp_path_factory, cases) -> Path:
+    """An untrained autoencoder, four voxels per cell and three channels: latents of 8 8 5 cells, for trainings."""
+    from ldm_lib.autoencoder import Autoencoder
+    from ldm_lib.fitting import latent_statistics
+    from ldm_lib.weights import save_model
+
+    torch.manual_seed(1)
+    build = {"channels": (4, 4, 4), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
+    autoencoder = Autoencoder.of(**build).freeze()
+    autoencoder.standardise(*latent_statistics(autoencoder, cases[:4], device=torch.device("cpu"), precision="32"))
+    folder = tmp_path_factory.mktemp("coarse")
+    save_model(folder, autoencoder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
     """An untrained autoencoder, two voxels per cell and three channels, whose latents are standardised."""
 

@@ -10,43 +10,29 @@ import pytest
 import torch
 
 from ldm_lib import checkpoints
-from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.fitting import latent_statistics
-from ldm_lib.weights import save_model
 
 SCRIPT = Path(__file__).with_name("forked.py")
 STEPS = 8  # six cases in batches of four: two steps an epoch, four epochs
 
 
-@pytest.fixture(scope="module")
-def autoencoder_folder(tmp_path_factory, cases):
-    torch.manual_seed(1)
-    build = {"channels": (4, 4, 4), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
-    autoencoder = Autoencoder.of(**build).freeze()
-    autoencoder.standardise(*latent_statistics(autoencoder, cases[:4], device=torch.device("cpu"), precision="32"))
-    folder = tmp_path_factory.mktemp("coarse")
-    save_model(folder, autoencoder)
-    return folder
-
-
-def forked(scenario, autoencoder_folder, cohort_folder, folder):
+def forked(scenario, coarse, cohort_folder, folder):
     """What the script found, and where its trainings are."""
-    command = [sys.executable, str(SCRIPT), scenario, str(autoencoder_folder), str(cohort_folder), str(folder)]
+    command = [sys.executable, str(SCRIPT), scenario, str(coarse), str(cohort_folder), str(folder)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert told.returncode == 0, told.stdout + told.stderr
     return json.loads(told.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def pair(autoencoder_folder, cohort_folder, tmp_path_factory):
+def pair(coarse, cohort_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    return forked("pair", autoencoder_folder, cohort_folder, folder), folder
+    return forked("pair", coarse, cohort_folder, folder), folder
 
 
 @pytest.fixture(scope="module")
-def asked(autoencoder_folder, cohort_folder, tmp_path_factory):
+def asked(coarse, cohort_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("asked")
-    return forked("asked", autoencoder_folder, cohort_folder, folder), folder
+    return forked("asked", coarse, cohort_folder, folder), folder
 
 
 def end_of(folder, name):
@@ -110,8 +96,8 @@ def test_sigterm_saves_the_step_in_hand_and_ends_with_143(asked, name):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_it_ends_with_the_same_weights(autoencoder_folder, cohort_folder, tmp_path):
-    found = forked("sweep", autoencoder_folder, cohort_folder, tmp_path)
+def test_killed_at_twenty_moments_it_ends_with_the_same_weights(coarse, cohort_folder, tmp_path):
+    found = forked("sweep", coarse, cohort_folder, tmp_path)
     model = Path("04_training") / "model"
     whole = [(tmp_path / "whole" / model / name).read_bytes() for name in ("model.safetensors", "config.json")]
     assert len({moment["run"] for moment in found["moments"]}) >= 18, "most were killed before they ended"

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ldm_lib import batches, checkpoints, learner
-from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
 from ldm_lib.batches import Plan, TrainingSamples
 from ldm_lib.cache import LatentCache
@@ -17,7 +16,6 @@ from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.denoising import loss_by_noise_level, new_inpainter, noise_loss, noisy_composite, training_loss
 from ldm_lib.errors import ConfigError, InterruptionError, TrainingError, WeightsError
-from ldm_lib.fitting import latent_statistics
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import inpaint
 from ldm_lib.latents import CellSettings, collate, encode_case, input_channels
@@ -69,18 +67,6 @@ def unseen(monkeypatch):
     draw = Validation._draw
     monkeypatch.setattr(Validation, "_draw", lambda self, data, filled, epoch: None)
     return draw
-
-
-@pytest.fixture(scope="module")
-def coarse(tmp_path_factory, cases):
-    """An untrained autoencoder of four voxels per cell: latents of 8 8 5 cells."""
-    torch.manual_seed(1)
-    build = {"channels": (4, 4, 4), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
-    autoencoder = Autoencoder.of(**build).freeze()
-    autoencoder.standardise(*latent_statistics(autoencoder, cases[:4], device=CPU, precision="32"))
-    folder = tmp_path_factory.mktemp("coarse")
-    save_model(folder, autoencoder)
-    return folder
 
 
 @pytest.fixture(scope="module")
