@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from ldm_lib.errors import InterruptionError, LdmError, TrainingError
+from ldm_lib.files import write_json
 from ldm_lib.processes import is_first, local_rank, world_size
+from ldm_lib.runs import SHARED_OUT
 
 
 def launched(work: Callable[[str], None], module: str, arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +44,11 @@ def launched(work: Callable[[str], None], module: str, arguments: Sequence[str] 
         print(f"ERROR {_told(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def mark_done(folder: Path) -> None:
+    """Note that the work of a stage is done, for the runner, which then only closes it."""
+    write_json(folder / SHARED_OUT, {"processes": world_size()})
 
 
 def _told(error: LdmError | RuntimeError) -> LdmError:

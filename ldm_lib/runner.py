@@ -25,6 +25,8 @@ from ldm_lib.errors import InterruptionError, LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
 from ldm_lib.presets import resolve
 from ldm_lib.runs import (
+    SHARED_OUT,
+    changes,
     is_done,
     outputs_folder,
     read_record,
@@ -99,7 +101,8 @@ def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
 
 def _make(stage: str, config: StageConfig, folder: Path) -> str:
     """Execute a stage, write its report, and only then call it done; return a line about it."""
-    if isinstance(config, TrainingConfig | SamplingConfig) and config.devices > 1:
+    shared = (folder / SHARED_OUT).exists() and not changes(folder, config, stage_inputs(stage, config, folder.parent))
+    if isinstance(config, TrainingConfig | SamplingConfig) and config.devices > 1 and not shared:
         _share_out(stage, config.devices, folder.parent)
     _execute(stage, config, folder)
     _write_report(stage, folder)

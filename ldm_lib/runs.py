@@ -13,6 +13,7 @@ import resource
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -22,6 +23,7 @@ from typing import Any
 from ldm_lib.config import STAGES, StageConfig, validated
 from ldm_lib.errors import RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, sha256, write_csv, write_json
+from ldm_lib.values import names
 
 log = logging.getLogger("ldm_lib")
 
@@ -31,7 +33,8 @@ UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers", "wandb_mode
                         "accept_anyway"}  # fmt: skip
 # What a stage only shows or times; the stages after it are not made from these.
 SHOWN_ONLY = re.compile(r"(figures|checkpoints|samples|panels|wandb)/.*|.*\.csv|summary\.json")
-UNTRACKED_OUTPUTS = ("notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
+SHARED_OUT = "shared_out.json"  # in a stage's folder: several processes have done its work, its notebook is to close it
+UNTRACKED_OUTPUTS = (SHARED_OUT, "notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
                      "parameters.json")  # fmt: skip
 PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn", "papermill", "pydantic")
 
@@ -158,8 +161,8 @@ def _make_room(folder: Path, config: StageConfig, inputs: dict[str, str]) -> Non
 
 
 def require_unchanged(folder: Path, config: StageConfig, inputs: dict[str, str], *, fix: str) -> None:
-    """Refuse a stage that was begun with other settings or inputs, naming each."""
-    if differences := changes(folder, config, inputs):
+    """Refuse a stage that was begun with other settings or inputs, naming each that may not change."""
+    if differences := changes(folder, config, inputs, allowed=names(getattr(config, "allow_change", ""))):
         where = f"{folder.parent.name}/{folder.name}"
         raise RunError(f"was made with other settings: {'; '.join(differences)}", where=where, fix=fix)
 
@@ -169,14 +172,15 @@ def tracked(config: StageConfig) -> dict[str, Any]:
     return {k: v for k, v in config.model_dump().items() if k not in UNTRACKED_PARAMETERS | config.aside}
 
 
-def changes(folder: Path, config: StageConfig, inputs: dict[str, str]) -> list[str]:
+def changes(folder: Path, config: StageConfig, inputs: dict[str, str], *, allowed: Sequence[str] = ()) -> list[str]:
     """What differs between a stage as it was begun and as it is asked for now; empty if nothing or not begun."""
     begun = folder / "parameters.json"
     if not begun.exists():
         return []
     record = read_record(begun)
     was, made_from = record["parameters"], record["inputs"]
-    told = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in tracked(config).items() if was.get(k) != v]
+    now = {k: v for k, v in tracked(config).items() if k not in allowed}
+    told = [f"{k} was {was.get(k)!r}, now {v!r}" for k, v in now.items() if was.get(k) != v]
     names = sorted({*made_from, *inputs})
     return told + [f"input {name} changed" for name in names if made_from.get(name) != inputs.get(name)]
 

@@ -21,7 +21,7 @@ from ldm_lib.config import SamplingConfig, validated
 from ldm_lib.files import fingerprint, sha256, write_json
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import write_filled
-from ldm_lib.launched import launched
+from ldm_lib.launched import launched, mark_done
 from ldm_lib.processes import is_first, world_size
 from ldm_lib.runs import open_stage, outputs_folder, read_record, require_done
 
@@ -100,6 +100,10 @@ def fill_run(name: str) -> None:
     inpainter = Inpainter.load(model, device=config.device, precision=config.precision)
     share = slice(int(os.environ.get("RANK", "0")), None, world_size())
     fill_cases(inpainter, cases, config, run_folder / STAGE, share=share)
+    if world_size() > 1:
+        torch.distributed.barrier()
+    if is_first():
+        mark_done(run_folder / STAGE)
 
 
 if __name__ == "__main__":

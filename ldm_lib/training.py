@@ -29,10 +29,10 @@ from ldm_lib.files import fingerprint
 from ldm_lib.fit import Fit
 from ldm_lib.inpainter import AUTOENCODER_FOLDER, Inpainter
 from ldm_lib.latents import CellSettings, Latents
-from ldm_lib.launched import launched
+from ldm_lib.launched import launched, mark_done
 from ldm_lib.learner import WHOLE, Learner
 from ldm_lib.processes import Processes, is_first, world_size
-from ldm_lib.runs import open_stage, outputs_folder, read_record, require_done, tracked
+from ldm_lib.runs import SHARED_OUT, open_stage, outputs_folder, read_record, require_done, tracked
 from ldm_lib.tracking import trackers
 from ldm_lib.validation import Validation
 from ldm_lib.values import names
@@ -43,7 +43,7 @@ log = logging.getLogger("ldm_lib")
 STAGE = "04_training"
 SPARE_COPIES = 3  # checkpoints on the disk at once: two to go on from, and the one that is being written
 COPY_TENSORS = 4  # sets of weights in one: the denoiser, its average and two moments
-SHARED_OUT = {"batch_size", "accumulate_grad_batches", "devices", "strategy"}  # how a global batch comes about
+OF_GLOBAL_BATCH = {"batch_size", "accumulate_grad_batches", "devices", "strategy"}  # how a global batch comes about
 
 
 def latent_cache(inpainter: Inpainter, config: TrainingConfig, run_folder: Path) -> LatentCache:
@@ -108,6 +108,7 @@ def train(
         log.info("already complete after %d steps", learner.step)
         return learner
     if processes.world != config.devices:
+        (folder / SHARED_OUT).unlink(missing_ok=True)  # its checkpoints are gone, whatever was noted
         cause = f"devices = {config.devices}: {processes.world} here, after step {learner.step} of {plan.steps}"
         fix = f"run `make train DEVICES={config.devices} RUN={config.run}`, then this again"
         raise ConfigError(cause, where="training", fix=fix)
@@ -125,7 +126,7 @@ def train(
 
 def _identity(learner: Learner, inpainter: Inpainter, cases: list[str], watched: list[str]) -> dict[str, Any]:
     """What a checkpoint belongs to; it is of no use to a training that differs in any of it."""
-    settings = {name: value for name, value in tracked(learner.config).items() if name not in SHARED_OUT}
+    settings = {name: value for name, value in tracked(learner.config).items() if name not in OF_GLOBAL_BATCH}
     return {
         "architecture": learner.denoiser.config,
         "autoencoder": inpainter.autoencoder.folder_config["sha256"],
@@ -184,7 +185,7 @@ def train_run(name: str) -> None:
     values = read_record(run_folder / "config.json")[STAGE]
     config = validated(TrainingConfig, values | {"run": name, "devices": world_size()})
     folder = run_folder / STAGE
-    if (folder / "done.json").exists() and not config.overwrite:
+    if (folder / "done.json").exists() and not (config.overwrite or config.allow_change):
         print(f"{name}/{STAGE}: already complete")
         return
     if is_first():
@@ -196,6 +197,8 @@ def train_run(name: str) -> None:
     cached, watched, _ = encode(latent_cache(inpainter, config, run_folder), training, validation, config)
     variants = {entry.case.key: entry for entry in cached}
     learner = train(inpainter, variants, [load_case(w.case) for w in watched], [w[0] for w in watched], config, folder)
+    if is_first():
+        mark_done(folder)
     print(f"{name}/{STAGE}: trained for {learner.step} steps; stage 04 closes it", flush=True)
 
 
