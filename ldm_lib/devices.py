@@ -1,7 +1,9 @@
 """Where a network runs and in which precision."""
 
 import contextlib
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -35,3 +37,15 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     dtype = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision]
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         yield
+
+
+def processor_name(device: torch.device) -> str:
+    """What its maker calls the processor that computes; the kind of machine where that is not told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    listed = Path("/proc/cpuinfo")  # of Linux, where `platform` knows no name
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    named = [
+        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == "model name"
+    ]
+    return named[0] if named else platform.processor() or platform.machine()
