@@ -117,20 +117,26 @@ def _coded(
 
 
 def picture(found: dict[str, Any]) -> Plate:
-    """What was measured as bars: seconds with the ratios to ours, and each level's share of the machine's rate."""
+    """What was measured as bars: seconds, each beside ours, and how much of the machine's rate a step reaches."""
     panels = {}
     if "autoencoders" in found:
         seconds = {name: row["encode_s"] + row["decode_s"] for name, row in found["autoencoders"].items()}
-        panels["encode and decode a volume, s"] = _against_ours(seconds)
+        panels["encode and decode a volume, s"] = _beside_ours(seconds)
     if "training" in found:
         seconds = {name.replace("_", " "): row["s"] for name, row in found["training"].items()}
-        panels[f"a training step, s (batch of {found['batch_size']})"] = _against_ours(seconds)
-        shares = {f"{row['cells']} cells x {row['width']}": row["share_of_matmul_rate"] for row in found["levels"]}
-        shares["whole step"] = found["training"]["ours"]["share_of_matmul_rate"]
-        panels["share of the matrix-product rate"] = {k: (v, f"{v:.0%}") for k, v in shares.items()}
-    return bars(panels, title=f"{found['processor']}, {found['threads']} threads, precision {found['precision']}")
+        panels[f"a training step, s (batch of {found['batch_size']})"] = _beside_ours(seconds)
+        shares = {"ours, whole step": found["training"]["ours"]["share_of_matmul_rate"]}
+        shares |= {
+            f"{row['cells']} cells, width {row['width']}": row["share_of_matmul_rate"] for row in found["levels"]
+        }
+        percent = {name: (100 * share, f"{share:.0%}") for name, share in shares.items()}
+        panels[f"% of the matrix-product rate, {max(found['matmul_gflop_s']):.0f} GFLOP/s"] = percent
+    title = f"{found['processor']}, threads: {found['threads']}, precision: {found['precision']}"
+    return bars(panels, title=title)
 
 
-def _against_ours(seconds: dict[str, float]) -> dict[str, tuple[float, str]]:
-    own = seconds["ours"]
-    return {k: (v, f"{v:.3g} s" + ("" if k == "ours" else f", {v / own:.2f} x")) for k, v in seconds.items()}
+def _beside_ours(seconds: dict[str, float]) -> dict[str, tuple[float, str]]:
+    times = {
+        name: "" if name == "ours" else f" = {value / seconds['ours']:.2f} x ours" for name, value in seconds.items()
+    }
+    return {name: (value, f"{value:.3g} s{times[name]}") for name, value in seconds.items()}

@@ -2,8 +2,7 @@
 
     share of the matrix-product rate = FLOPs of forward and backward / seconds of the whole step / rate
 
-Both take their steps in turn in one process, so that whatever else the machine does slows both. A CPU trains on one
-sample a step, a GPU on two as `full` does: two would take a CPU twice the minutes, and tell the same.
+Both take their steps in turn in one process, so that whatever else the machine does slows both.
 """
 
 import statistics
@@ -37,6 +36,10 @@ from ldm_lib.values import integers
 
 CELL_VOX = 8  # voxels along an edge of a cell, at full size
 BATCH_SIZE = {"cpu": 1, "cuda": 2}
+BATCH_NOTE = {
+    "cpu": "one sample a step: the two of `full` would take twice the minutes and more memory, for the same ratios",
+    "cuda": "two samples a step, as in `full`",
+}
 WARM_UPS = {"cpu": 1, "cuda": 3}  # from the second on, the optimiser's state counts to a GPU's peak of memory
 ROUNDS, BUDGET_S = (2, 50), 60.0  # the least and the most steps of each, and seconds after which none is begun
 CASES = 2
@@ -100,8 +103,8 @@ def bench_training(
         changes: of the parameters of `full`.
 
     Returns:
-        "training", figures of ours, the plain loop and encoding every step; "levels", rows; "matmul", FLOP a second
-        before and after; "ratios".
+        "training", figures of ours, the plain loop and encoding every step; "levels", rows; "matmul_gflop_s", before
+        and after; "ratios"; "grid", "batch_size" and "batch_note", why it is that.
     """
     device = pick_device("auto")
     config = resolve("full", {"batch_size": BATCH_SIZE[device.type], **(changes or {})})["04_training"]
@@ -110,18 +113,22 @@ def bench_training(
     inpainter = _inpainter(config, device, precision)
     batches = _batches(grid, config, inpainter)
     rates = [matmul_rate(device, precision)]
-    ours, plain = _raced(inpainter, config, batches)
+    rows = _raced(inpainter, config, batches, say)
     shown = denoiser_input(batches[0]["target"], batches[0], CELLS)
-    levels = level_rows(ours.network, shown, batches[0]["t"], precision)
+    levels = level_rows(inpainter.denoiser, shown, batches[0]["t"], precision)
     rates.append(matmul_rate(device, precision))
-    rows = {"ours": ours.row(device), "plain_loop": plain.row(device)}
     if encode_s is None:
         encode_s = _encoding_seconds(shape, device)
     rows["encode_every_step"] = _with_encoding(rows["plain_loop"], encode_s, config.batch_size)
-    rows["ours"]["gflop"] = config.batch_size * count_flops(ours.network, grid, backward=True) / 1e9
+    rows["ours"]["gflop"] = config.batch_size * count_flops(inpainter.denoiser, grid, backward=True) / 1e9
     for row in [rows["ours"], *levels]:
         row["share_of_matmul_rate"] = 1e9 * row["gflop"] / row["s"] / max(rates)
-    found = {"batch_size": config.batch_size, "grid": grid, "matmul_gflop_s": [rate / 1e9 for rate in rates]}
+    found = {
+        "batch_size": config.batch_size,
+        "batch_note": BATCH_NOTE[device.type],
+        "grid": grid,
+        "matmul_gflop_s": [rate / 1e9 for rate in rates],
+    }
     found |= {"training": rows, "levels": levels, "ratios": _ratios(rows)}
     _tell(found, say)
     return found
@@ -154,7 +161,7 @@ def _inpainter(config: TrainingConfig, device: torch.device, precision: str) -> 
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, CELLS), out_channels=channels)
     schedule = noise_schedule(**config.process)
-    return Inpainter(autoencoder, denoiser.to(device), schedule, CELLS, device, precision, config.prediction)
+    return Inpainter(autoencoder, denoiser, schedule, CELLS, device, precision, config.prediction)
 
 
 def _batches(grid: Sequence[int], config: TrainingConfig, inpainter: Inpainter) -> list[Latents]:
@@ -167,28 +174,33 @@ def _batches(grid: Sequence[int], config: TrainingConfig, inpainter: Inpainter) 
     return [on_device(collate([samples[place] for place in batch]), inpainter) for batch in places]
 
 
-def _raced(inpainter: Inpainter, config: TrainingConfig, batches: Sequence[Latents]) -> tuple[Contestant, Contestant]:
-    """Ours and the plain loop, after steps taken in turn on the same batches."""
+def _raced(
+    inpainter: Inpainter, config: TrainingConfig, batches: Sequence[Latents], say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Rows of ours and of the plain loop, from steps taken in turn on the same batches."""
     device, precision = inpainter.device, inpainter.precision
 
     def ours() -> Contestant:
+        inpainter.denoiser.to(device)  # only now, so that its weights count to its memory
         learner = Learner(inpainter, config, Plan(CASES, config), Processes(device, precision))
         return Contestant(lambda batch: learner.advance([batch]), learner.denoiser, precision)
 
     def plain() -> Contestant:
         with torch.random.fork_rng(devices=[]):
-            network = standard_twin(inpainter.denoiser)
-        return Contestant(PlainLoop(network.to(device), inpainter.schedule, config).advance, network, "32")
+            torch.manual_seed(config.seed)
+            network = standard_twin(inpainter.denoiser).to(device)
+        return Contestant(PlainLoop(network, inpainter.schedule, config).advance, network, "32")
 
-    both = _warm(ours, batches[0], device), _warm(plain, batches[0], device)
+    both = {"ours": _warm(ours, batches[0], device), "plain_loop": _warm(plain, batches[0], device)}
+    say("training: warm, now steps in turn")
     started = time.perf_counter()
     for k in range(ROUNDS[1]):
         if k >= ROUNDS[0] and time.perf_counter() - started > BUDGET_S:
             break
-        for contestant in both:
+        for contestant in both.values():
             step = partial(contestant.advance, batches[k % len(batches)])
             contestant.seconds.append(timed(step, device)[0])
-    return both
+    return {name: contestant.row(device) for name, contestant in both.items()}
 
 
 def _warm(make: Callable[[], Contestant], batch: Latents, device: torch.device) -> Contestant:
