@@ -24,7 +24,7 @@ from ldm_lib.standards import standard_autoencoder
 from ldm_lib.stopwatch import forget_peak, peak_memory, timed
 
 FULL_GRID = (240, 240, 160)
-PARTS = ("autoencoder", "training")
+Coder = Callable[[Tensor], Tensor]
 
 
 def bench(
@@ -42,7 +42,7 @@ def bench(
 
     Args:
         output: JSON file: seconds and memory of all, and under "ratios" how many times faster ours is.
-        only: one of PARTS; none measures all.
+        only: "autoencoder" or "training"; none measures both.
         shape: voxels, divisible by 8.
         changes: of the denoiser's parameters in `full`.
     """
@@ -82,34 +82,23 @@ def bench_autoencoders(shape: Sequence[int], *, say: Callable[[str], None] = pri
     """
     device = pick_device("auto")
     volume = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    rows = {}
-    for name, (encode, decode, how) in _contestants(device, pick_precision("auto", device)).items():
-        rows[name] = _coded(encode, decode, volume, device, how)
-        told = ", ".join(f"{key} {value:.2f}" for key, value in rows[name].items())
-        say(f"autoencoders, {name} ({how}): {told}")
-    ours, standard = (row["encode_s"] + row["decode_s"] for row in rows.values())
-    return {"autoencoders": rows, "ratios": {"encode_decode_speedup_vs_monai_fp32": standard / ours}}
-
-
-def _contestants(device: torch.device, precision: str) -> dict[str, tuple[Callable, Callable, str]]:
-    ours = build_autoencoder(resolve("full")["02_autoencoder_check"], spacing_mm=1.0).freeze().to(device)
+    own = build_autoencoder(resolve("full")["02_autoencoder_check"], spacing_mm=1.0).freeze().to(device)
     standard = standard_autoencoder().eval().to(device)
-    return {
-        "ours": (ours.encode, ours.decode, precision),
-        "monai": (lambda volume: standard.encode(volume)[0], standard.decode, "32"),
+    rows = {
+        "ours": _coded(own.encode, own.decode, volume, pick_precision("auto", device)),
+        "monai": _coded(lambda given: standard.encode(given)[0], standard.decode, volume, "32"),
     }
+    for name, row in rows.items():
+        say(f"autoencoders, {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    ours, theirs = (row["encode_s"] + row["decode_s"] for row in rows.values())
+    return {"autoencoders": rows, "ratios": {"encode_decode_speedup_vs_monai_fp32": theirs / ours}}
 
 
-def _coded(
-    encode: Callable[[Tensor], Tensor],
-    decode: Callable[[Tensor], Tensor],
-    volume: Tensor,
-    device: torch.device,
-    how: str,
-) -> dict[str, float]:
+def _coded(encode: Coder, decode: Coder, volume: Tensor, precision: str) -> dict[str, float]:
     """Seconds of encoding and decoding, and the peak of memory so far (resident on a CPU, allocated on a GPU)."""
+    device = volume.device
     forget_peak(device)
-    with torch.inference_mode(), autocast(device, how):
+    with torch.inference_mode(), autocast(device, precision):
         decode(encode(volume[..., :32, :32, :32]))  # whatever is made once is made now
         encode_s, latent = timed(lambda: encode(volume), device)
         decode_s, _ = timed(lambda: decode(latent), device)
@@ -131,12 +120,9 @@ def picture(found: dict[str, Any]) -> Plate:
         }
         percent = {name: (100 * share, f"{share:.0%}") for name, share in shares.items()}
         panels[f"% of the matrix-product rate, {max(found['matmul_gflop_s']):.0f} GFLOP/s"] = percent
-    title = f"{found['processor']}, threads: {found['threads']}, precision: {found['precision']}"
-    return bars(panels, title=title)
+    return bars(panels, title=f"{found['processor']}, {found['threads']} threads, precision {found['precision']}")
 
 
 def _beside_ours(seconds: dict[str, float]) -> dict[str, tuple[float, str]]:
-    times = {
-        name: "" if name == "ours" else f" = {value / seconds['ours']:.2f} x ours" for name, value in seconds.items()
-    }
-    return {name: (value, f"{value:.3g} s{times[name]}") for name, value in seconds.items()}
+    ours_first = sorted(seconds, key=lambda name: name != "ours")
+    return {k: (seconds[k], f"{seconds[k]:.3g} s = {seconds[k] / seconds['ours']:.2f} x ours") for k in ours_first}

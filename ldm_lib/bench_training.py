@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lib.adm import ADM, count_flops, count_parameters
+from ldm_lib.adm import count_flops, count_parameters
 from ldm_lib.autoencoding import build_autoencoder
 from ldm_lib.batches import Plan, TrainingSamples
 from ldm_lib.bench_levels import level_rows
@@ -36,10 +36,7 @@ from ldm_lib.values import integers
 
 CELL_VOX = 8  # voxels along an edge of a cell, at full size
 BATCH_SIZE = {"cpu": 1, "cuda": 2}
-BATCH_NOTE = {
-    "cpu": "one sample a step: the two of `full` would take twice the minutes and more memory, for the same ratios",
-    "cuda": "two samples a step, as in `full`",
-}
+BATCH_NOTE = {"cpu": "1, since the 2 of `full` take twice the minutes and more memory", "cuda": "as in `full`"}
 WARM_UPS = {"cpu": 1, "cuda": 3}  # from the second on, the optimiser's state counts to a GPU's peak of memory
 ROUNDS, BUDGET_S = (2, 50), 60.0  # the least and the most steps of each, and seconds after which none is begun
 CASES = 2
@@ -106,10 +103,9 @@ def bench_training(
         "training", figures of ours, the plain loop and encoding every step; "levels", rows; "matmul_gflop_s", before
         and after; "ratios"; "grid", "batch_size" and "batch_note", why it is that.
     """
-    device = pick_device("auto")
+    device, grid = pick_device("auto"), [n // CELL_VOX for n in shape]
     config = resolve("full", {"batch_size": BATCH_SIZE[device.type], **(changes or {})})["04_training"]
     precision = pick_precision(config.precision, device)
-    grid = [n // CELL_VOX for n in shape]
     inpainter = _inpainter(config, device, precision)
     batches = _batches(grid, config, inpainter)
     rates = [matmul_rate(device, precision)]
@@ -123,13 +119,13 @@ def bench_training(
     rows["ours"]["gflop"] = config.batch_size * count_flops(inpainter.denoiser, grid, backward=True) / 1e9
     for row in [rows["ours"], *levels]:
         row["share_of_matmul_rate"] = 1e9 * row["gflop"] / row["s"] / max(rates)
-    found = {
-        "batch_size": config.batch_size,
-        "batch_note": BATCH_NOTE[device.type],
-        "grid": grid,
-        "matmul_gflop_s": [rate / 1e9 for rate in rates],
+    found = {"batch_size": config.batch_size, "batch_note": BATCH_NOTE[device.type], "grid": grid,
+             "matmul_gflop_s": [rate / 1e9 for rate in rates], "training": rows, "levels": levels}  # fmt: skip
+    found["ratios"] = {
+        "train_step_speedup_vs_plain_loop": rows["plain_loop"]["s"] / rows["ours"]["s"],
+        "train_step_speedup_vs_encode_every_step": rows["encode_every_step"]["s"] / rows["ours"]["s"],
+        "train_step_share_of_matmul_rate": rows["ours"]["share_of_matmul_rate"],
     }
-    found |= {"training": rows, "levels": levels, "ratios": _ratios(rows)}
     _tell(found, say)
     return found
 
@@ -143,25 +139,13 @@ def made_up_latents(grid: Sequence[int], channels: int, seed: int) -> Latents:
     return images | {"conditioning": torch.rand(4, *grid, generator=draw), "hole": hole, "loss": hole, "share": hole}
 
 
-def standard_twin(denoiser: ADM) -> nn.Module:
-    """MONAI's network at the size of an ADM."""
-    config = denoiser.config
-    return standard_denoiser(
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        widths=[config["base_width"] * multiplier for multiplier in config["multipliers"]],
-        blocks=config["blocks_per_level"],
-        attends=[2**level in config["attention_rates"] for level in range(len(config["multipliers"]))],
-    )
-
-
 def _inpainter(config: TrainingConfig, device: torch.device, precision: str) -> Inpainter:
     """An untrained denoiser beside an autoencoder that no step asks."""
     autoencoder = build_autoencoder(resolve("smoke")["02_autoencoder_check"], spacing_mm=1.0).freeze()
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, CELLS), out_channels=channels)
-    schedule = noise_schedule(**config.process)
-    return Inpainter(autoencoder, denoiser, schedule, CELLS, device, precision, config.prediction)
+    how = CELLS, device, precision, config.prediction
+    return Inpainter(autoencoder, denoiser, noise_schedule(**config.process), *how)
 
 
 def _batches(grid: Sequence[int], config: TrainingConfig, inpainter: Inpainter) -> list[Latents]:
@@ -170,8 +154,8 @@ def _batches(grid: Sequence[int], config: TrainingConfig, inpainter: Inpainter) 
     variants = [[made_up_latents(grid, channels, seed)] for seed in range(CASES)]
     plan = Plan(len(variants), config)
     samples = TrainingSamples(variants, config, inpainter.schedule.steps, global_batch=plan.global_batch)
-    places = [batch for step in range(plan.steps_per_epoch) for batch in plan.batches(step)]
-    return [on_device(collate([samples[place] for place in batch]), inpainter) for batch in places]
+    steps = [plan.batches(step)[0] for step in range(plan.steps_per_epoch)]
+    return [on_device(collate([samples[place] for place in places]), inpainter) for places in steps]
 
 
 def _raced(
@@ -188,7 +172,7 @@ def _raced(
     def plain() -> Contestant:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = standard_twin(inpainter.denoiser).to(device)
+            network = standard_denoiser(inpainter.denoiser).to(device)
         return Contestant(PlainLoop(network, inpainter.schedule, config).advance, network, "32")
 
     both = {"ours": _warm(ours, batches[0], device), "plain_loop": _warm(plain, batches[0], device)}
@@ -198,8 +182,7 @@ def _raced(
         if k >= ROUNDS[0] and time.perf_counter() - started > BUDGET_S:
             break
         for contestant in both.values():
-            step = partial(contestant.advance, batches[k % len(batches)])
-            contestant.seconds.append(timed(step, device)[0])
+            contestant.seconds.append(timed(partial(contestant.advance, batches[k % len(batches)]), device)[0])
     return {name: contestant.row(device) for name, contestant in both.items()}
 
 
@@ -224,18 +207,8 @@ def _encoding_seconds(shape: Sequence[int], device: torch.device) -> float:
 
 def _with_encoding(plain: dict[str, Any], encode_s: float, batch_size: int) -> dict[str, Any]:
     """A step that encodes t1n and voided of every sample first: a sum, of what was measured apart."""
-    volumes = 2 * batch_size
-    seconds = plain["s"] + volumes * encode_s
-    return {"s": seconds, "sum_of": {"plain_loop_s": plain["s"], "volumes": volumes, "encode_s": encode_s}}
-
-
-def _ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    ours = rows["ours"]
-    return {
-        "train_step_speedup_vs_plain_loop": rows["plain_loop"]["s"] / ours["s"],
-        "train_step_speedup_vs_encode_every_step": rows["encode_every_step"]["s"] / ours["s"],
-        "train_step_share_of_matmul_rate": ours["share_of_matmul_rate"],
-    }
+    parts = {"plain_loop_s": plain["s"], "volumes": 2 * batch_size, "encode_s": encode_s}
+    return {"s": plain["s"] + parts["volumes"] * encode_s, "sum_of": parts}
 
 
 def _padded(tensor: Tensor, multiple: int) -> Tensor:
@@ -246,11 +219,8 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
 
 
 def _tell(found: dict[str, Any], say: Callable[[str], None]) -> None:
-    before, after = found["matmul_gflop_s"]
-    say(f"matrix product: {before:.0f} GFLOP/s before the steps, {after:.0f} after")
-    for name, row in found["training"].items():
-        about = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, int | float))
-        say(f"training, {name}: {about}")
-    for row in found["levels"]:
-        about = ", ".join(f"{key} {value:.4g}" for key, value in row.items())
-        say(about)
+    say("matrix product, GFLOP/s before and after the steps: {:.0f}, {:.0f}".format(*found["matmul_gflop_s"]))
+    rows = {f"training, {name}": row for name, row in found["training"].items()}
+    for name, row in (rows | {f"level {row['level']}": row for row in found["levels"]}).items():
+        told = {key: f"{value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()}
+        say(f"{name}: " + ", ".join(f"{key} {text}" for key, text in told.items() if key not in ("level", "sum_of")))

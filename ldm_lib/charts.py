@@ -199,7 +199,7 @@ def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = 
             ax.text(value + 0.008 * max(lengths), k, text, fontsize=FONT, va="center")
         ax.set_yticks(range(len(values)), values)
         ax.set_ylim(len(values) - 0.4, -0.6)
-        ax.set_xlim(0, 1.18 * max(lengths))
+        ax.set_xlim(0, 1.24 * max(lengths))  # room for the text
         ax.set_title(measured, fontsize=FONT + 1, loc="left")
         _plain(ax)
         ax.grid(visible=False, axis="y")

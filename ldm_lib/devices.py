@@ -9,6 +9,8 @@ import torch
 
 from ldm_lib.errors import ConfigError
 
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """ "auto", "cpu" or "cuda" -> a device that is there; a GPU that was asked for and is absent is refused."""
@@ -34,8 +36,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Mixed precision for a forward pass; "32" changes nothing."""
-    dtype = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision]
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "32"):
         yield
 
 

@@ -3,16 +3,16 @@
 import resource
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 
+from ldm_lib.devices import DTYPES
+
 SQUARE = {"cpu": 2048, "cuda": 8192}  # edge of the matrices whose product is timed
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-Result = TypeVar("Result")
 
 
-def timed(call: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds until what was called has been computed, and what it returned."""
     started = time.perf_counter()
     result = call()
@@ -29,11 +29,8 @@ def forget_peak(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most allocated on a GPU; on a CPU the most resident of this process since it began."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
-
-
-def resident_peak() -> int:
-    """Bytes of this process's largest resident memory so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -42,5 +39,4 @@ def matmul_rate(device: torch.device, precision: str, *, repeats: int = 5) -> fl
     edge = SQUARE[device.type]
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.rand(edge, edge, generator=draw).to(device, DTYPES[precision]) for _ in range(2))
-    timed(lambda: a @ b, device)
     return 2 * edge**3 / min(timed(lambda: a @ b, device)[0] for _ in range(repeats))
