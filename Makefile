@@ -70,7 +70,7 @@ validate: .venv/ready ## check every case of DATA_DIR
 	@if [ -z "$$DATA_DIR" ]; then echo "ERROR DATA_DIR is empty. Fix: make validate DATA_DIR=/path/to/cases" >&2; exit 1; fi
 	@$(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR"
 
-bench: .venv/ready ## seconds and memory at full size beside MONAI's, as ratios; 9 GB and some minutes
+bench: .venv/ready ## autoencoder and training step at full size beside what is commonly done, as ratios; 10 GB, 15 minutes
 	@$(LDM) bench
 
 mlflow: .venv/ready ## browse tracked figures and panels on 127.0.0.1:5000

@@ -199,7 +199,8 @@ def doctor(options: argparse.Namespace) -> int:  # noqa: ARG001 - one signature 
 def bench(options: argparse.Namespace) -> int:
     from ldm_lib.bench import bench as measure
 
-    measure(Path(options.output) if options.output else outputs_folder() / "bench" / "bench.json")
+    output = Path(options.output) if options.output else outputs_folder() / "bench" / "bench.json"
+    measure(output, only=options.only, say=lambda line: print(line, flush=True))
     return 0
 
 

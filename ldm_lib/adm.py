@@ -169,19 +169,22 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def count_flops(module: ADM, shape: Sequence[int]) -> int:
+def count_flops(module: ADM, shape: Sequence[int], *, backward: bool = False) -> int:
     """FLOPs (two a multiply-add) of one forward of one sample, counted without computing it.
 
     Args:
         module: the network.
         shape: latent cells (x y z).
+        backward: count a backward to all weights as well.
     """
     with torch.device("meta"):
         twin = ADM(**module.config)
         x = torch.empty(1, module.config["in_channels"], *shape)
         t = torch.zeros(1)
     with FlopCounterMode(display=False) as counter:
-        twin(x, t)
+        answer = twin(x, t)
+        if backward:
+            answer.sum().backward()
     return counter.get_total_flops()
 
 

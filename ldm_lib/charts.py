@@ -180,6 +180,32 @@ def interval_dots(
     return figure
 
 
+def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = "") -> Plate:
+    """A bar for each name with its text behind it; one panel below the other, the first bar of each in colour.
+
+    Args:
+        panels: what is measured, with its unit -> name -> (value, text).
+        title: of the figure.
+    """
+    counts = [len(values) for values in panels.values()]
+    figure = Plate(figsize=(WIDTH, 0.34 * sum(counts) + 0.55 * len(panels) + 0.5), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[n + 0.6 for n in counts])[:, 0]
+    for ax, (measured, values) in zip(axes, panels.items(), strict=True):
+        lengths = [value for value, _ in values.values()]
+        ax.barh(range(len(values)), lengths, height=0.68, color=[GROUPS[0], *["0.72"] * (len(values) - 1)])
+        for k, (value, text) in enumerate(values.values()):
+            ax.text(value + 0.008 * max(lengths), k, text, fontsize=FONT, va="center")
+        ax.set_yticks(range(len(values)), values)
+        ax.set_ylim(len(values) - 0.4, -0.6)
+        ax.set_xlim(0, 1.24 * max(lengths))  # room for the text
+        ax.set_title(measured, fontsize=FONT + 1, loc="left")
+        _plain(ax)
+        ax.grid(visible=False, axis="y")
+        ax.tick_params(axis="y", length=0)
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure
+
+
 def _plain(ax: Axes) -> None:
     """Light grid, no box."""
     ax.spines[["top", "right"]].set_visible(False)

@@ -1,11 +1,15 @@
 """Where a network runs and in which precision."""
 
 import contextlib
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from ldm_lib.errors import ConfigError
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -32,6 +36,17 @@ def pick_precision(name: str, device: torch.device) -> str:
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Mixed precision for a forward pass; "32" changes nothing."""
-    dtype = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[precision]
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "32"):
         yield
+
+
+def processor_name(device: torch.device) -> str:
+    """What its maker calls the processor that computes; the kind of machine where that is not told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    listed = Path("/proc/cpuinfo")  # of Linux, where `platform` knows no name
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    named = [
+        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == "model name"
+    ]
+    return named[0] if named else platform.processor() or platform.machine()

@@ -51,8 +51,7 @@ def build_parser(functions: Sequence[Command]) -> argparse.ArgumentParser:
 
     command("doctor", "check this installation and machine")
 
-    sub = command("bench", "seconds and memory of the full-size autoencoder beside MONAI's, as ratios")
-    sub.add_argument("--output", metavar="F", help="JSON file (default: outputs/bench/bench.json)")
+    _add_bench_options(command("bench", "seconds and memory at full size beside what is commonly done, as ratios"))
     return parser
 
 
@@ -106,6 +105,11 @@ def _add_prior_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lesion", metavar="F", help="what is seen but no healthy tissue: binary")
     text = "how what is seen is labelled: mixture of intensity and place (default), hmrf, or none, the atlas alone"
     sub.add_argument("--refine", default="mixture", choices=["mixture", "hmrf", "none"], help=text)
+
+
+def _add_bench_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--only", choices=["autoencoder", "training"], help="one part; the other is not in the file")
+    sub.add_argument("--output", metavar="F", help="JSON file (default: outputs/bench/bench.json)")
 
 
 def point(text: str) -> tuple[float, ...]:

@@ -269,6 +269,14 @@ def test_the_full_size_is_counted_without_being_built():
     assert count_flops(full, (30, 30, 20)) == pytest.approx(0.684e12, rel=1e-3)
 
 
+def test_a_backward_is_twice_a_forward_less_the_gradients_of_what_was_given():
+    network = ADM(in_channels=5, out_channels=2, base_width=8, multipliers=(1, 2), attention_rates=(2,))
+    cells = 8 * 4 * 4
+    given = 2 * 27 * 5 * 8 * cells + 2 * 8 * 32  # of the first convolution, and of the first layer of the embedding
+    forward = count_flops(network, (8, 4, 4))
+    assert count_flops(network, (8, 4, 4), backward=True) == 3 * forward - given
+
+
 def test_frozen_parameters_are_not_counted():
     layer = nn.Linear(3, 4)
     layer.bias.requires_grad_(False)

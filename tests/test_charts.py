@@ -77,3 +77,15 @@ def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_what_is_not_th
     assert told == [f"{v:#.4g}" for v in [*values[known], *(values + 1)[known]]] + ["failed"]
     assert [label.get_text() for label in ax.get_yticklabels()] == names and ax.yaxis_inverted()
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_bars_are_as_long_as_their_values_and_say_so():
+    panels = {"a step, s": {"ours": (2.0, "2 s"), "plain loop": (3.0, "3 s, 1.5 x")}, "share": {"whole": (0.5, "50 %")}}
+    figure = charts.bars(panels, title="a machine")
+    for ax, (measured, values) in zip(figure.axes, panels.items(), strict=True):
+        assert ax.get_title(loc="left") == measured and ax.yaxis_inverted()
+        assert [(bar.get_width(), text.get_text()) for bar, text in zip(ax.patches, ax.texts, strict=True)] == [
+            *values.values()
+        ]
+        assert [label.get_text() for label in ax.get_yticklabels()] == list(values)
+    assert figure._repr_png_().startswith(b"\x89PNG")

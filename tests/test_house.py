@@ -15,7 +15,18 @@ FLOORS = [
     ["nifti", "sidecars", "volumes", "geometry", "cases", "cohort", "masks"],
     ["atlas", "registration", "tissue", "segmentation", "growth", "priors", "phantom", "conditioning", "augmentation"],
     ["schedule", "objectives", "samplers", "metrics", "fidelity", "obedience", "baselines"],
-    ["devices", "front_ends", "autoencoder", "blocks", "adm", "weights", "foreign", "critics"],
+    [
+        "devices",
+        "stopwatch",
+        "front_ends",
+        "autoencoder",
+        "blocks",
+        "adm",
+        "weights",
+        "foreign",
+        "critics",
+        "standards",
+    ],
     ["slices", "figures", "charts"],
     [
         "latents",
@@ -42,6 +53,8 @@ FLOORS = [
         "fit",
         "training",
         "evaluation",
+        "bench_levels",
+        "bench_training",
         "bench",
     ],
     [
