@@ -155,7 +155,7 @@ def _batches(grid: Sequence[int], config: TrainingConfig, inpainter: Inpainter) 
     plan = Plan(len(variants), config)
     samples = TrainingSamples(variants, config, inpainter.schedule.steps, global_batch=plan.global_batch)
     steps = [plan.batches(step)[0] for step in range(plan.steps_per_epoch)]
-    return [on_device(collate([samples[place] for place in places]), inpainter) for places in steps]
+    return [on_device(collate([samples[place] for place in places]), inpainter.device) for places in steps]
 
 
 def _raced(
