@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
         "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
         "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "obedience_cases": 20, "keep_weights": "best",
-        "prediction": "noise", "checkpoint_every": 500,
+        "checkpoint_every": 500,
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"
