@@ -134,10 +134,6 @@ class Processes:
         """Until every process is here."""
         self.fabric.barrier()
 
-    def told_by_first(self, value: Any) -> Any:
-        """What the first process says, everywhere."""
-        return self.fabric.broadcast(value)
-
     def scaler_state(self) -> dict[str, Any]:
         """The scale of 16-bit gradients; empty in other precisions."""
         return self.fabric.strategy.precision.state_dict()
