@@ -79,6 +79,13 @@ def keep_newest(folder: Path) -> None:
         remove(path)
 
 
+def remove_newer(path: Path) -> None:
+    """Remove what was passed over for this checkpoint as damaged: by its step it would outlive what is written next."""
+    newest_first = resumable(path.parent)
+    for damaged in newest_first[: newest_first.index(path)]:
+        remove(damaged)
+
+
 def remove_orphans(folder: Path) -> None:
     """Remove what a process that was killed had half written, and digests whose file never came."""
     for path in folder.glob(".*.part"):

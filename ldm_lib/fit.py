@@ -18,7 +18,7 @@ from ldm_lib.latents import Latents, collate
 from ldm_lib.learner import EPOCH, INTERVAL, NORM, Learner
 from ldm_lib.signals import Watchdog, Wishes
 from ldm_lib.tracking import Trackers
-from ldm_lib.validation import Validation, mean_of_cases, panel_path
+from ldm_lib.validation import BY_LEVEL, Validation, mean_of_cases, panel_path
 
 log = logging.getLogger("ldm_lib")
 
@@ -66,16 +66,14 @@ class Fit:
                 self._run()
         except torch.OutOfMemoryError as error:
             fix = "lower batch_size and raise accumulate_grad_batches, or take a smaller latent_crop or val_cases"
-            raise TrainingError(
-                f"no memory left on the GPU {self._told_place(error)}", where="training", fix=fix
-            ) from error
+            cause = f"no memory left on the GPU {self._told_place(error)}"
+            raise TrainingError(cause, where="training", fix=fix) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             fix = "set num_workers to 0, or give the machine more (shared) memory"
-            raise TrainingError(
-                f"a loader process died {self._told_place(error)}", where="training", fix=fix
-            ) from error
+            cause = f"a loader process died {self._told_place(error)}"
+            raise TrainingError(cause, where="training", fix=fix) from error
 
     def _run(self) -> None:
         learner, config, batches = self.learner, self.config, self._batches()
@@ -173,9 +171,7 @@ class Fit:
         if self.processes.rank or not (now or clock - self._spoke >= SPOKEN_EVERY_S):
             return
         self._spoke = clock
-        told = ", ".join(
-            f"{name} {value:.4g}" for name, value in row.items() if not name.startswith("val_noise_loss_t")
-        )
+        told = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if not name.startswith(BY_LEVEL))
         done, left = learner.step - self._first, self.plan.steps - learner.step
         minutes = left * (clock - self._began) / max(done, 1) / 60
         line = f"step {learner.step}/{self.plan.steps}: {told}; {minutes:.0f} min left at most"

@@ -150,6 +150,9 @@ def _resume(learner: Learner, identity: Mapping[str, Any], folder: Path) -> None
             fix = "undo the change, name it in allow_change, or set overwrite to train anew"
             raise TrainingError(f"is of another training: {'; '.join(told)}", where=path, fix=fix)
         learner.load(content)
+        learner.processes.wait()  # until all have read
+        if learner.processes.rank == 0:
+            checkpoints.remove_newer(path)
         log.info("training taken up again after step %d", learner.step)
     if not learner.complete:
         copy = COPY_TENSORS * sum(p.numel() * p.element_size() for p in learner.denoiser.parameters())

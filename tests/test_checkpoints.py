@@ -69,6 +69,18 @@ def test_whatever_else_is_wrong_falls_back_too(tmp_path, how):
     assert checkpoints.read_newest(tmp_path)[0] == older
 
 
+def test_damaged_ones_of_later_steps_do_not_outlive_what_is_written_after_them(tmp_path):
+    good, *bad = (wrote(tmp_path, step) for step in (1, 20, 30))
+    for path in bad:
+        flip(path)
+    assert checkpoints.read_newest(tmp_path)[0] == good
+    checkpoints.remove_newer(good)
+    wrote(tmp_path, 2)
+    checkpoints.keep_newest(tmp_path)
+    assert [path.name for path in checkpoints.resumable(tmp_path)] == ["last-00000002.ckpt", "last-00000001.ckpt"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_nothing_to_go_on_from(tmp_path):
     assert checkpoints.read_newest(tmp_path) is None and checkpoints.resumable(tmp_path / "absent") == []
     flip(wrote(tmp_path, 1))
