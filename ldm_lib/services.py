@@ -21,7 +21,7 @@ ANONYMOUS = {"mlflow.user": "unknown", "mlflow.source.name": "ldm_lib.training"}
 PROXIED = "mlflow-artifacts:/"  # the server finds artifacts in its own folder, so the store holds no path
 # Parameters that are text and cannot hold a path; another text is not told until it is named here.
 TOLD_TEXTS = {"run", "device", "precision", "multipliers", "attention_rates", "keep_weights", "prediction",
-              "wandb_mode"}  # fmt: skip
+              "schedule", "strategy", "allow_change", "wandb_mode"}  # fmt: skip
 # What leads wandb to its server; any other WANDB_* variable could rename, redirect or annotate a run.
 CONNECTION = {f"WANDB_{name}" for name in (
     "API_KEY", "BASE_URL", "ENTITY", "IDENTITY_TOKEN_FILE", "CREDENTIALS_FILE", "HTTP_PROXY", "HTTPS_PROXY",

@@ -287,7 +287,9 @@ def test_told_to_end_it_ends_its_runs_first(calls, seeds, tmp_path, sent, status
     )
     environment = {**os.environ, "TAKES": "60"}
     command = [sys.executable, "-c", script, seeds]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Whoever starts the tests in the background leaves them deaf to SIGINT, and their children too.
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     end = time.monotonic() + 30
     while not (tmp_path / "calls").exists() or len(calls()) < 2:
         assert time.monotonic() < end, "waited in vain"
