@@ -19,7 +19,7 @@ for name in DATA_DIR CONDITIONING_DIR BATCH_SIZE LEARNING_RATE MAX_EPOCHS ACCUMU
   if [ -n "$$value" ]; then set -- "$$@" --set "$$key=$$value"; fi; \
 done; \
 if [ -n "$$OVERWRITE" ]; then set -- "$$@" --overwrite; fi; \
-$(LDM) run $(1) --run "$$RUN" --preset "$$PRESET" "$$@"
+exec $(LDM) run $(1) --run "$$RUN" --preset "$$PRESET" "$$@"
 endef
 
 help: ## this list
@@ -49,7 +49,7 @@ train: .venv/ready ## stages 01 to 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS
 
 sweep: .venv/ready ## many runs, one table: make sweep GRID=docs/sweep.yaml JOBS=2
 	@if [ -z "$$GRID" ]; then echo "ERROR GRID is empty. Fix: make sweep GRID=docs/sweep.yaml JOBS=2" >&2; exit 1; fi
-	@$(LDM) sweep "$$GRID" --jobs "$${JOBS:-1}"
+	@exec $(LDM) sweep "$$GRID" --jobs "$${JOBS:-1}"
 
 test: .venv/ready ## fast tests and one tiny pipeline, under 8 minutes
 	@$(VENV_PYTHON) -m pytest -m "not slow"
@@ -61,17 +61,17 @@ lab: .venv/ready ## JupyterLab on the notebooks, on 127.0.0.1 with a token
 	@.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb
 
 params: .venv/ready ## parameters of a stage: make params NB=04 PRESET=full
-	@$(LDM) params "$$NB" --preset "$$PRESET"
+	@exec $(LDM) params "$$NB" --preset "$$PRESET"
 
 doctor: .venv/ready ## check installation and machine
-	@$(LDM) doctor
+	@exec $(LDM) doctor
 
 validate: .venv/ready ## check every case of DATA_DIR
 	@if [ -z "$$DATA_DIR" ]; then echo "ERROR DATA_DIR is empty. Fix: make validate DATA_DIR=/path/to/cases" >&2; exit 1; fi
-	@$(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR"
+	@exec $(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR"
 
 bench: .venv/ready ## autoencoder and training step at full size beside what is commonly done, as ratios; 10 GB, 15 minutes
-	@$(LDM) bench
+	@exec $(LDM) bench
 
 mlflow: .venv/ready ## browse tracked figures and panels on 127.0.0.1:5000
 	@MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \

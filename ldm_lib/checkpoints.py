@@ -56,8 +56,9 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
             digest = writer.digest.hexdigest()
             if sha256(partial) != digest:
                 raise OSError("what was read back is not what was written")
-            with replacing(_digest_path(path)) as note:
-                note.write_text(f"{digest}  {path.name}\n")
+            # A step may be written twice, before and after its validation: until the file is replaced, both are good.
+            _write_digests(path, [digest, *_digests(path)])
+        _write_digests(path, [digest])
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         free = shutil.disk_usage(_existing(path.parent)).free
@@ -109,15 +110,19 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             log.warning("%s", error)
     if found:
         raise WeightsError(f"none of {len(found)} checkpoints is what was written", where=folder,
-                           fix="set overwrite to train anew")  # fmt: skip
+                           fix="remove this folder to train anew")  # fmt: skip
     return None
 
 
 def read_verified(path: Path) -> dict[str, Any]:
     """A checkpoint whose bytes have the digest that was noted when it was written; nothing in it is executed."""
-    note = _digest_path(path)
-    if not note.exists() or note.read_text().split(maxsplit=1)[:1] != [sha256(path)]:
-        raise WeightsError("is not what its sha256 says", where=path, fix="the one before is taken, if there is one")
+    fix = "the one before is taken, if there is one"
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise WeightsError(f"cannot be read ({error.strerror})", where=path, fix=fix) from error
+    if found not in _digests(path):
+        raise WeightsError("is not what its sha256 says", where=path, fix=fix)
     return read_checkpoint(path)
 
 
@@ -176,6 +181,18 @@ class _Digesting:
 
 def _digest_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
+
+
+def _digests(path: Path) -> list[str]:
+    """What was noted of a checkpoint, the newest first; a note may be damaged as any file."""
+    note = _digest_path(path)
+    lines = note.read_text(errors="replace").splitlines() if note.exists() else []
+    return [line.partition(" ")[0] for line in lines]
+
+
+def _write_digests(path: Path, digests: Iterable[str]) -> None:
+    with replacing(_digest_path(path)) as note:
+        note.write_text("".join(f"{digest}  {path.name}\n" for digest in digests))
 
 
 def _existing(folder: Path) -> Path:

@@ -177,6 +177,11 @@ class TrainingConfig(DeviceConfig):
             raise ValueError(f"beta_start = {self.beta_start}: above beta_end = {self.beta_end}")
         if (self.prediction == "flow") != (self.schedule == "flow"):
             raise ValueError(f"prediction = {self.prediction!r}: with schedule {self.schedule!r}; flow needs flow")
+        if self.num_inference_steps > self.diffusion_steps:
+            steps = f"{self.num_inference_steps}: above diffusion_steps = {self.diffusion_steps}"
+            raise ValueError(f"num_inference_steps = {steps}")
+        if self.schedule == "flow" and self.zero_terminal_snr:
+            raise ValueError("zero_terminal_snr = True: a flow ends without signal as it is")
         if self.prediction == "noise" and self.zero_terminal_snr:
             raise ValueError(
                 "prediction = 'noise': says nothing where there is no signal; zero_terminal_snr needs another"

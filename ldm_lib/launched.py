@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ldm_lib.config import AuditConfig, validated
 from ldm_lib.errors import InterruptionError, LdmError, TrainingError
 from ldm_lib.files import write_json
 from ldm_lib.processes import is_first, local_rank, world_size
@@ -34,7 +35,7 @@ def launched(work: Callable[[str], None], module: str, arguments: Sequence[str] 
         torch.cuda.set_device(local_rank())
     try:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
-            work(options.run)
+            work(validated(AuditConfig, {"run": options.run}).run)
     except InterruptionError as error:
         print(f"ERROR {error}", file=sys.stderr)
         return error.status

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -70,9 +71,9 @@ class Learner:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to train."""
+        """Whether nothing is left to do, the last epoch's validation included."""
         stopped = self.waited >= self.patience and not self.config.overfit_batches
-        return self.step >= self.plan.steps or stopped
+        return self.step == self.closed and (self.step >= self.plan.steps or stopped)
 
     @property
     def inpainter(self) -> Inpainter:
@@ -93,9 +94,11 @@ class Learner:
                 loss = training_loss(self.network, batch, self._given, self.config) / len(batches)
                 self.processes.backward(loss)
             self.sums[:2] += loss.detach().double()
-            bad = ~loss.detach().isfinite() & (self.first_bad == NEVER)
-            self.first_bad = torch.where(bad, self.step, self.first_bad)
-        self.sums[NORM] += self.processes.clip(self.network, self.optimiser, self.config.gradient_clip).double()
+            self._note_bad(loss.detach())
+        norm = self.processes.clip(self.network, self.optimiser, self.config.gradient_clip)
+        self.sums[NORM] += norm.double()
+        if self._given.precision != "16":  # there a gradient may overflow, and the step is left out
+            self._note_bad(norm)
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate
         self.optimiser.step()
@@ -114,8 +117,12 @@ class Learner:
             _, index, _ = self.plan.batches(self.step)[k][0]
             torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.step, index]).generate_state(1)[0]))
 
+    def _note_bad(self, value: Tensor) -> None:
+        bad = ~value.isfinite() & (self.first_bad == NEVER)
+        self.first_bad = torch.where(bad, self.step, self.first_bad)
+
     def bad_step(self, *, everywhere: bool = True) -> int | None:
-        """The first step whose loss was not finite, in any process or in this one."""
+        """The first step whose loss or gradient was not finite, in any process or in this one."""
         found = self.processes.smallest(self.first_bad) if everywhere else self.first_bad
         return None if int(found) == NEVER else int(found)
 

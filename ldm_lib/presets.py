@@ -1,5 +1,6 @@
 """The presets: which numbers run the same code in minutes or in days, and what a run's parameters come to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ldm_lib.config import STAGES, StageConfig, nearest, validated
@@ -26,6 +27,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"
+ON_A_FLOW, OFF_A_FLOW = ("euler", "midpoint"), ("ddpm",)  # samplers of one path only, see `samplers`; a test compares
+
+
+def require_fit(configs: Mapping[str, StageConfig]) -> None:
+    """Refuse, before anything is trained, to sample a flow by what is for diffusion, or the other way round.
+
+    Raises:
+        ConfigError: the sampler of 05 cannot walk on the path of 04.
+    """
+    schedule, sampler = configs["04_training"].schedule, configs["05_sampling"].sampler
+    if sampler in (OFF_A_FLOW if schedule == "flow" else ON_A_FLOW):
+        raise ConfigError(f"sampler = {sampler!r}: with schedule {schedule!r}", fix="take dpm++2m, which walks on any")
 
 
 def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = None) -> dict[str, StageConfig]:

@@ -23,9 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from ldm_lib.adm import ADM
 from ldm_lib.signals import STALL_S
 
-for _name in ("lightning.fabric", "lightning.fabric.utilities.distributed", "lightning.fabric.utilities.rank_zero"):
+for _name in ("lightning.fabric", "lightning.pytorch"):  # which of the two speaks depends on what was imported last
     logging.getLogger(_name).setLevel(logging.WARNING)  # no banner
-
 # Of a view that is returned by a sharded module; none of ours is changed in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 

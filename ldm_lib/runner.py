@@ -23,7 +23,7 @@ from ldm_lib.config import (
 )
 from ldm_lib.errors import InterruptionError, LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
-from ldm_lib.presets import resolve
+from ldm_lib.presets import require_fit, resolve
 from ldm_lib.runs import (
     SHARED_OUT,
     changes,
@@ -62,6 +62,8 @@ def run(
             settings, or a notebook failed.
     """
     configs = resolve(preset, absolute(overrides) | {"run": name})
+    if {"04_training", "05_sampling"} <= set(stages or STAGES):
+        require_fit(configs)
     folder = outputs_folder() / configs["01_data_audit"].run
     lock = FolderLock(folder)
     os.environ[OWNER_VARIABLE] = str(os.getpid())
@@ -70,7 +72,7 @@ def run(
             if _is_needed(stage, configs[stage], folder):
                 testify(folder, preset=preset, configs=configs, command=list(command))
                 say(f"{stage}: running, told in {folder / 'log.txt'}")
-                say(_make(stage, configs[stage], folder / stage))
+                say(_make(stage, configs[stage], folder / stage, say))
             else:
                 say(f"{stage}: done already, skipped")
         _write_index(folder)
@@ -99,10 +101,11 @@ def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
     return True
 
 
-def _make(stage: str, config: StageConfig, folder: Path) -> str:
+def _make(stage: str, config: StageConfig, folder: Path, say: Callable[[str], None]) -> str:
     """Execute a stage, write its report, and only then call it done; return a line about it."""
     shared = (folder / SHARED_OUT).exists() and not changes(folder, config, stage_inputs(stage, config, folder.parent))
     if isinstance(config, TrainingConfig | SamplingConfig) and config.devices > 1 and not shared:
+        say(f"{stage}: in {config.devices} processes, told in {folder.parent / PROCESSES_LOG}")
         _share_out(stage, config.devices, folder.parent)
     _execute(stage, config, folder)
     _write_report(stage, folder)
@@ -121,7 +124,8 @@ def _share_out(stage: str, devices: int, run_folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}",
                "-m", f"ldm_lib.{stage[3:]}", "--", "--run", run_folder.name]  # fmt: skip
     where, told = f"{run_folder.name}/{stage}", run_folder / PROCESSES_LOG
-    with told.open("w") as stream, HandedOn(lambda: launcher.pid, where=where):
+    launcher = None
+    with told.open("w") as stream, HandedOn(lambda: launcher and launcher.pid, where=where):
         # In a group of its own, or Ctrl-C would reach it beside us.
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0)
         status = launcher.wait()

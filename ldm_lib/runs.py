@@ -32,7 +32,7 @@ UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers", "wandb_mode
                         "log_every", "allow_change", "min_ceiling_psnr", "min_gain_over_pca",
                         "accept_anyway"}  # fmt: skip
 # What a stage only shows or times; the stages after it are not made from these.
-SHOWN_ONLY = re.compile(r"(figures|checkpoints|samples|panels|wandb)/.*|.*\.csv|summary\.json")
+SHOWN_ONLY = re.compile(r"stacks-.*|(figures|checkpoints|samples|panels|wandb)/.*|.*\.csv|summary\.json")
 SHARED_OUT = "shared_out.json"  # in a stage's folder: several processes have done its work, its notebook is to close it
 UNTRACKED_OUTPUTS = (SHARED_OUT, "notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
                      "parameters.json")  # fmt: skip

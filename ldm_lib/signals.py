@@ -76,10 +76,13 @@ class HandedOn(_Handlers):
         raise InterruptionError(cause, where=self.where, fix=fix, status=status) from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
+        first = self.received is None
+        super()._note(number, frame)
+        if self.child() is None:  # nobody to hand it on to, and nothing to wait for
+            raise InterruptionError(f"stopped by {self.received.name}", where=self.where)
+        if first:
             self._killer.daemon = True
             self._killer.start()
-        super()._note(number, frame)
         self._send(signal.SIGTERM)
 
     def _send(self, number: signal.Signals) -> None:
@@ -99,7 +102,7 @@ class Watchdog:
         self._stream: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        self._stream = self.path.open("w")
+        self._stream = self.path.open("a")  # what an earlier hang left is not forgotten
         self.alive()
         return self
 

@@ -18,7 +18,7 @@ from ldm_lib.runs import outputs_folder
 
 COMMAND = (sys.executable, "-m", "ldm_lib", "run")
 LOOK_EVERY_S = 0.2
-PATIENCE_S = 30.0  # from SIGTERM, in which a run ends its kernel and lets its folder go, to SIGKILL
+PATIENCE_S = 70.0  # from SIGTERM, in which a run ends its kernel and lets its folder go, to SIGKILL
 THREADS = "OMP_NUM_THREADS"
 
 

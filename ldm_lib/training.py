@@ -145,7 +145,8 @@ def _resume(learner: Learner, identity: Mapping[str, Any], folder: Path) -> None
     learner.processes.wait()
     if found := checkpoints.read_newest(folder):
         path, content = found
-        allowed = names(learner.config.allow_change)
+        allowed = set(names(learner.config.allow_change))
+        allowed |= {"global batch"} if allowed & OF_GLOBAL_BATCH else set()
         if told := checkpoints.differences(content["identity"], identity, allowed):
             fix = "undo the change, name it in allow_change, or set overwrite to train anew"
             raise TrainingError(f"is of another training: {'; '.join(told)}", where=path, fix=fix)

@@ -81,6 +81,40 @@ def test_damaged_ones_of_later_steps_do_not_outlive_what_is_written_after_them(t
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_the_only_checkpoint_survives_being_written_again(tmp_path, monkeypatch):
+    """A step is saved before and after its validation; killed between digest and file, the file is good."""
+    path, replacing = wrote(tmp_path, 1), checkpoints.replacing
+
+    class Cut:
+        """The file's own replacement never comes; the digests' do."""
+
+        def __init__(self, target):
+            self.inner, self.last = replacing(target), target == path
+
+        def __enter__(self):
+            return self.inner.__enter__()
+
+        def __exit__(self, *told):
+            if self.last:
+                self.inner.__exit__(SystemExit, SystemExit(9), None)
+                raise SystemExit(9)
+            return self.inner.__exit__(*told)
+
+    monkeypatch.setattr(checkpoints, "replacing", Cut)
+    with pytest.raises(SystemExit):
+        wrote(tmp_path, 1, {"average": {"w": torch.zeros(5)}})
+    assert torch.equal(checkpoints.read_newest(tmp_path)[1]["average"]["w"], CONTENT["average"]["w"])
+    monkeypatch.undo()
+    wrote(tmp_path, 1, {"average": {"w": torch.zeros(5)}})
+    assert len((tmp_path / "last-00000001.ckpt.sha256").read_text().splitlines()) == 1
+
+
+def test_a_damaged_digest_falls_back_too(tmp_path):
+    older, newer = wrote(tmp_path, 1), wrote(tmp_path, 2)
+    newer.with_name(f"{newer.name}.sha256").write_bytes(b"\xff\xfe of no text")
+    assert checkpoints.read_newest(tmp_path)[0] == older
+
+
 def test_nothing_to_go_on_from(tmp_path):
     assert checkpoints.read_newest(tmp_path) is None and checkpoints.resumable(tmp_path / "absent") == []
     flip(wrote(tmp_path, 1))

@@ -1,15 +1,17 @@
 """Parameters: what is refused, what is converted, and that a notebook's cell is its model."""
 
 import ast
+from contextlib import nullcontext
 
 import nbformat.v4 as nbf
 import pytest
 from papermill.inspection import _infer_parameters
 from papermill.translators import PythonTranslator
 
+from ldm_lib import samplers
 from ldm_lib.config import STAGES, parameters_cell, stage_name, validated
 from ldm_lib.errors import ConfigError
-from ldm_lib.presets import PRESETS, resolve
+from ldm_lib.presets import OFF_A_FLOW, ON_A_FLOW, PRESETS, require_fit, resolve
 from ldm_lib.values import integers, safe_name
 
 FIRST = {name: stage for stage, model in reversed(STAGES.items()) for name in model.model_fields}
@@ -99,6 +101,8 @@ def test_limits_themselves_are_allowed(name, low, high):
         ({"prediction": "flow"}, "^prediction = 'flow': with schedule 'linear'; flow needs flow"),
         ({"schedule": "flow"}, "^prediction = 'velocity': with schedule 'flow'; flow needs flow"),
         ({"prediction": "noise", "zero_terminal_snr": True}, "^prediction = 'noise': says nothing where there is no"),
+        ({"prediction": "flow", "schedule": "flow", "zero_terminal_snr": True}, "a flow ends without signal as it is"),
+        ({"num_inference_steps": 9, "diffusion_steps": 8}, "^num_inference_steps = 9: above diffusion_steps = 8"),
         ({"allow_change": "learning_rate, speed"}, "^allow_change = .*: speed is no parameter"),
         ({"crop": 7}, "^crop = 7: 2 voxels make a cell, an axis of a crop has at least 4"),
         ({"crop": 63, "front_end": "haar", "channels": "8,8,8"}, "^crop = 63: 16 voxels make a cell"),
@@ -223,3 +227,18 @@ def test_a_parameters_value_stays_a_value_in_the_notebook(value):
     space = {}
     exec(source, {"__builtins__": {}}, space)  # noqa: S102 - what it does is the question
     assert space == config.model_dump()
+
+
+@pytest.mark.parametrize(("changes", "refused"), [
+    ({"sampler": "midpoint"}, True), ({"sampler": "ddpm"}, False), ({"sampler": "dpm++2m"}, False),
+    ({"sampler": "ddpm", "prediction": "flow", "schedule": "flow"}, True),
+    ({"sampler": "euler", "prediction": "flow", "schedule": "flow"}, False),
+])  # fmt: skip
+def test_a_sampler_of_the_other_path_is_refused_before_a_training(changes, refused):
+    configs = resolve("demo", changes)
+    with pytest.raises(ConfigError, match="take dpm") if refused else nullcontext():
+        require_fit(configs)
+
+
+def test_the_samplers_of_one_path_are_those_of_the_samplers():
+    assert dict.fromkeys(ON_A_FLOW, True) | dict.fromkeys(OFF_A_FLOW, False) == samplers.ON_A_FLOW

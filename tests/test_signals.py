@@ -52,9 +52,18 @@ def test_a_child_is_told_to_end_and_then_we_end_with_the_signals_status(number):
 def test_what_the_child_said_on_its_way_out_is_kept():
     own = InterruptionError("asked to end by SIGTERM after step 5 of 8, saved", where="training")
     said = "lab/04: asked to end by SIGTERM after step 5 of 8, saved"
-    with pytest.raises(InterruptionError, match=said), HandedOn(lambda: None, where="lab/04"):
+    with pytest.raises(InterruptionError, match=said), HandedOn(lambda: child.pid, where="lab/04"):
+        child = subprocess.Popen(SLEEP, stdout=subprocess.DEVNULL)
         signal.raise_signal(signal.SIGTERM)
+        child.wait(10)
         raise own
+
+
+def test_without_a_child_there_is_nothing_to_wait_for():
+    """As while a kernel is being started: the signal is obeyed there and then, not remembered."""
+    with pytest.raises(InterruptionError, match="lab/04: stopped by SIGTERM"), HandedOn(lambda: None, where="lab/04"):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("went on")
 
 
 def test_without_a_signal_nothing_changes():

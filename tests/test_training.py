@@ -157,12 +157,19 @@ def test_a_resumed_training_equals_the_uninterrupted_one(study, tmp_path, monkey
 def test_an_epoch_whose_validation_was_cut_off_is_validated_on_resume(study, tmp_path, monkeypatch):
     """Killed between the checkpoint at an epoch's end and its validation: nothing is left out, none twice."""
     config, whole, broken = settings(checkpoint_every=1), place(tmp_path, "whole"), place(tmp_path, "broken")
-    straight = study.train(whole, config)
-    with monkeypatch.context() as patch:
-        patch.setattr(Validation, "scores", lambda *a, **k: (_ for _ in ()).throw(SystemExit(9)))
-        with pytest.raises(SystemExit):
-            study.train(broken, config)
-    assert checkpoints.resumable(broken / "checkpoints")[0].name == "last-00000004.ckpt"
+    straight, scores = study.train(whole, config), Validation.scores
+    for step in (4, 8):  # in the middle, and at the very end, where nothing is left to train
+
+        def cut_off(self, *args, epoch, step=step, **rest):
+            if epoch == step // 2:
+                raise SystemExit(9)
+            return scores(self, *args, epoch=epoch, **rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Validation, "scores", cut_off)
+            with pytest.raises(SystemExit):
+                study.train(broken, config)
+        assert checkpoints.resumable(broken / "checkpoints")[0].name == f"last-0000000{step}.ckpt"
     assert equal(state(straight), state(study.train(broken, config))) and rows(broken) == rows(whole)
 
 
@@ -307,7 +314,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(study, tmp_path):
     study.train(folder, settings(max_epochs=1))
     for path in checkpoints.resumable(folder / "checkpoints"):
         path.write_bytes(b"PK and no more")
-    with pytest.raises(WeightsError, match=r"none of \d checkpoints is what was written.*set overwrite"):
+    with pytest.raises(WeightsError, match=r"none of \d checkpoints is what was written.*remove this folder"):
         study.train(folder, settings(max_epochs=1))
 
 
@@ -385,6 +392,29 @@ def test_a_loss_that_is_not_finite_names_its_step_and_cases_and_is_never_saved(s
     kept = checkpoints.resumable(folder / "checkpoints")
     assert [path.name for path in kept] == ["last-00000002.ckpt"]
     assert all(value.isfinite().all() for value in checkpoints.read_verified(kept[0])["average"].values())
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(study, tmp_path, monkeypatch):
+    """The loss may be finite in the step that spoils the weights."""
+
+    def spoiled(self, network, optimiser, most):
+        spoiled.calls += 1
+        return torch.tensor(math.inf if spoiled.calls == 3 else 1.0)
+
+    spoiled.calls = 0
+    monkeypatch.setattr("ldm_lib.processes.Processes.clip", spoiled)
+    folder = place(tmp_path)
+    with pytest.raises(TrainingError, match=r"not finite in step 3, .*last finite checkpoint: last-00000002.ckpt"):
+        study.train(folder, settings(checkpoint_every=1, log_every=4))
+    assert next(path.name for path in checkpoints.resumable(folder / "checkpoints")) == "last-00000002.ckpt"
+
+
+def test_a_global_batch_may_be_changed_by_name(study, tmp_path):
+    folder = place(tmp_path)
+    study.train(folder, settings(max_epochs=1))
+    with pytest.raises(TrainingError, match="global batch was 2, now 1"):
+        study.train(folder, settings(max_epochs=2, batch_size=1, allow_change="max_epochs"))
+    assert study.train(folder, settings(max_epochs=2, batch_size=1, allow_change="max_epochs, batch_size")).complete
 
 
 @pytest.mark.parametrize(("error", "said"), [
