@@ -177,9 +177,7 @@ def test_the_run_is_let_go_at_the_end_and_after_a_refusal(outputs, executed):
 def test_folders_are_meant_from_where_the_command_was_typed(outputs, tmp_path, monkeypatch):
     received = {}
     monkeypatch.setattr(runner, "source_digests", lambda *folders: dict.fromkeys(folders, "digest"))
-    monkeypatch.setattr(
-        runner, "_make", lambda stage, config, folder, say: received.update(config.model_dump()) or "made"
-    )
+    monkeypatch.setattr(runner, "_make", lambda stage, config, *_: received.update(config.model_dump()) or "made")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     run(AUDIT, data_dir="cases/", conditioning_dir="~/maps")
