@@ -1,6 +1,6 @@
 """The command line: `python -m ldm_lib run | sweep | compare | inpaint | prior | validate | score | params | ...`.
 
-Exit status: 0 done, 1 refused or failed (one line), 2 wrong usage, 143 on SIGTERM, 130 when a sweep is ended by Ctrl-C.
+Exit status: 0 done, 1 refused or failed (one line), 2 wrong usage, 143 on SIGTERM, 130 on Ctrl-C.
 Heavy libraries are imported by the command that needs them, so that help, validate and score start at once.
 """
 
@@ -70,10 +70,7 @@ def sweep(options: argparse.Namespace) -> int:
         print(len(grid.runs))
         return 0
     if not options.table:
-        try:
-            failed = work(grid, jobs=options.jobs, only=options.only, say=lambda line: print(line, flush=True))
-        except KeyboardInterrupt:
-            return 130
+        failed = work(grid, jobs=options.jobs, only=options.only, say=lambda line: print(line, flush=True))
     if options.only is None:  # tasks of an array would each write the table of all
         print(write_results(grid))
     for name, why in failed.items():

@@ -22,10 +22,10 @@ from ldm_lib.autoencoding import build_autoencoder
 from ldm_lib.batches import Plan, TrainingSamples
 from ldm_lib.bench_levels import level_rows
 from ldm_lib.config import TrainingConfig
-from ldm_lib.denoising import build_denoiser, on_device
+from ldm_lib.denoising import build_denoiser
 from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.inpainter import Inpainter
-from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, input_channels
+from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, input_channels, on_device
 from ldm_lib.learner import Learner
 from ldm_lib.presets import resolve
 from ldm_lib.processes import Processes

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ldm_lib.errors import ConfigError
 from ldm_lib.values import Count, Fraction, IntegerList, Name, NotNegative, NumberList, Positive, integers, names
 
+ON_A_FLOW = {"ddpm": False, "euler": True, "midpoint": True}  # samplers of one path; the others walk on either
 FRONT_END_FACTORS = {"plain": 1, "haar": 4, "half": 2}  # voxels an axis that become one, see `front_ends`
 JUDGED_CROP_VOX = 20  # an axis of the smallest crop that the discriminator of `critics` judges
 

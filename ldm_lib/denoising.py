@@ -23,6 +23,7 @@ from ldm_lib.latents import (
     denoiser_input,
     input_channels,
     keep_known,
+    on_device,
 )
 from ldm_lib.objectives import meaning, min_snr_weight, wanted
 from ldm_lib.schedule import noise_schedule
@@ -87,15 +88,26 @@ def _answer(network: nn.Module, batch: Latents, inpainter: Inpainter) -> tuple[T
 
 
 def loss_by_noise_level(
-    networks: Mapping[str, nn.Module], latents: Sequence[Latents], inpainter: Inpainter, *, seed: int, levels: int = 10
+    networks: Mapping[str, nn.Module],
+    latents: Sequence[Latents],
+    inpainter: Inpainter,
+    *,
+    seed: int,
+    levels: int = 10,
+    ends: bool = True,
 ) -> list[dict[str, float]]:
     """The noise loss of each network at evenly spaced t, of the same noise: rows of {"t", name: loss, ...}.
 
     The last t is left out where it holds no signal: the noise is x_t itself there, and the error says nothing.
+
+    Args:
+        ends: whether the first and the last t are among the levels, or beside them.
     """
-    rows, last = [], inpainter.schedule.steps - 1 - bool(inpainter.schedule.alpha[-1] == 0)
-    for t in torch.linspace(0, last, levels).round().long():
-        noise = [torch.randn(x["target"].shape, generator=torch.Generator().manual_seed(seed)) for x in latents]
+    last = inpainter.schedule.steps - 1 - bool(inpainter.schedule.alpha[-1] == 0)
+    times = torch.linspace(0, last, levels) if ends else torch.linspace(0, last, levels + 2)[1:-1]
+    noise = [torch.randn(x["target"].shape, generator=torch.Generator().manual_seed(seed)) for x in latents]
+    rows = []
+    for t in times.round().long():
         batch = collate([x | {"t": t, "noise": n} for x, n in zip(latents, noise, strict=True)])
         batch = on_device(batch, inpainter.device)
         with torch.inference_mode():
@@ -109,8 +121,3 @@ def noisy_composite(batch: Latents, inpainter: Inpainter, *, t: int, seed: int) 
     noise = torch.randn(batch["target"].shape, generator=torch.Generator().manual_seed(seed))
     times = torch.full((len(noise),), t)
     return keep_known(inpainter.schedule.add_noise(batch["target"], noise, times), batch)
-
-
-def on_device(batch: Latents, device: torch.device) -> Latents:
-    """A batch where the denoiser is; a copy from pinned memory does not keep the processor waiting."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader
 
 from ldm_lib import checkpoints
 from ldm_lib.batches import TrainingSamples
-from ldm_lib.denoising import on_device
 from ldm_lib.errors import InterruptionError, TrainingError
-from ldm_lib.latents import Latents, collate
+from ldm_lib.latents import Latents, collate, on_device
 from ldm_lib.learner import EPOCH, INTERVAL, NORM, Learner
 from ldm_lib.signals import Watchdog, Wishes
 from ldm_lib.tracking import Trackers
@@ -141,7 +140,7 @@ class Fit:
         name = f"brain_mri_inpainting-epoch={learner.epoch}-val_loss={loss:.6f}.ckpt"
         ranked = sorted([*learner.best, [loss, name]], key=lambda entry: entry[0])
         learner.best, dropped = ranked[:BEST_KEPT], ranked[BEST_KEPT:]
-        weights = {"average": learner.state()["average"], "step": learner.step}
+        weights = {"average": learner.averaged_weights(), "step": learner.step}
         if self.processes.rank == 0:
             if [loss, name] in learner.best:
                 checkpoints.write(folder / name, weights)
@@ -181,11 +180,14 @@ class Fit:
     def _save(self) -> None:
         """A checkpoint to go on from, and no more of them than needed."""
         self._require_finite()
+        self._write()
+        if self.processes.rank == 0:
+            checkpoints.keep_newest(self.folder / "checkpoints")
+
+    def _write(self) -> None:
         content = {"identity": dict(self.identity), **self.learner.state()}
         if self.processes.rank == 0:
-            folder = self.folder / "checkpoints"
-            checkpoints.write(checkpoints.step_path(folder, self.learner.step), content)
-            checkpoints.keep_newest(folder)
+            checkpoints.write(checkpoints.step_path(self.folder / "checkpoints", self.learner.step), content)
 
     def _require_finite(self) -> None:
         step = self.learner.bad_step()
@@ -211,9 +213,8 @@ class Fit:
     def _leave(self, asked: signal.Signals) -> None:
         learner, saved = self.learner, "where it diverged, not saved"
         if learner.bad_step(everywhere=False) is None:
-            content, saved = {"identity": dict(self.identity), **learner.state()}, "saved"
-            if self.processes.rank == 0:
-                checkpoints.write(checkpoints.step_path(self.folder / "checkpoints", learner.step), content)
+            self._write()
+            saved = "saved"
         cause = f"asked to end by {asked.name} after step {learner.step} of {self.plan.steps}, {saved}"
         fix = "give the same command: it goes on from there"
         raise InterruptionError(cause, where="training", fix=fix, status=128 + asked)

@@ -19,7 +19,7 @@ from ldm_lib.cases import Case, CaseData
 from ldm_lib.conditioning import model_case
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import WeightsError
-from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, encode_case, keep_known
+from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, encode_case, keep_known, on_device
 from ldm_lib.objectives import PREDICTIONS, meaning
 from ldm_lib.reconstruction import decode_box
 from ldm_lib.runs import outputs_folder, read_record
@@ -126,7 +126,7 @@ class Inpainter:
             names: one per element; with `seed` they determine the sample.
             guidance: scale s of classifier-free guidance, see `predict`.
         """
-        batch = {name: value.to(self.device) for name, value in collate(latents).items()}
+        batch = on_device(collate(latents), self.device)
         noise = CaseNoise(names, seed, batch["voided"].shape[1:], self.device)
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

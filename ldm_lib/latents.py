@@ -104,3 +104,8 @@ def collate(samples: Sequence[Latents]) -> Latents:
         return torch.nn.functional.pad(tensor, [side for m in reversed(missing) for side in (0, m)])
 
     return {name: torch.stack([padded(s[name]) for s in samples]) for name in samples[0]}
+
+
+def on_device(batch: Latents, device: torch.device) -> Latents:
+    """A batch where the denoiser is; a copy from pinned memory does not keep the processor waiting."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

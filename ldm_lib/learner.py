@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -27,10 +26,9 @@ from ldm_lib.config import TrainingConfig
 from ldm_lib.denoising import training_loss
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.latents import Latents
-from ldm_lib.processes import Processes
+from ldm_lib.processes import WHOLE, Processes
 
 NEVER = 2**62  # the step of a loss that was not finite, while all were
-WHOLE = StateDictOptions(full_state_dict=True)  # of sharded weights too
 EPOCH, INTERVAL, NORM = range(3)  # what is summed since the epoch began, and since figures were last logged
 
 
@@ -126,11 +124,15 @@ class Learner:
         found = self.processes.smallest(self.first_bad) if everywhere else self.first_bad
         return None if int(found) == NEVER else int(found)
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Those of the moving average, whole; every process of shards takes part."""
+        return get_model_state_dict(self.average, options=WHOLE)
+
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on, as plain values and tensors; every process of shards takes part."""
         return {
             "denoiser": get_model_state_dict(self.denoiser, options=WHOLE),
-            "average": get_model_state_dict(self.average, options=WHOLE),
+            "average": self.averaged_weights(),
             "optimiser": get_optimizer_state_dict(self.denoiser, self.optimiser, options=WHOLE),
             "scaler": self.processes.scaler_state(),
             "sums": self.sums.clone(),

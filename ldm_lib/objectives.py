@@ -40,7 +40,7 @@ def meaning(prediction: str, schedule: NoiseSchedule, answer: Tensor, x_t: Tenso
     """(x_0, ε) that an answer means at x_t (b c x y z); never clipped."""
     alpha, sigma = schedule.rates(t, x_t)
     means = {
-        "noise": lambda: ((x_t - sigma * answer) / alpha, answer),
+        "noise": lambda: (schedule.predict_x0(x_t, answer, t), answer),
         "x0": lambda: (answer, (x_t - alpha * answer) / sigma),
         "velocity": lambda: (alpha * x_t - sigma * answer, sigma * x_t + alpha * answer),
         "flow": lambda: (x_t - sigma * answer, x_t + alpha * answer),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_lib.config import STAGES, StageConfig, nearest, validated
+from ldm_lib.config import ON_A_FLOW, STAGES, StageConfig, nearest, validated
 from ldm_lib.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -27,7 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"
-ON_A_FLOW, OFF_A_FLOW = ("euler", "midpoint"), ("ddpm",)  # samplers of one path only, see `samplers`; a test compares
 
 
 def require_fit(configs: Mapping[str, StageConfig]) -> None:
@@ -37,7 +36,8 @@ def require_fit(configs: Mapping[str, StageConfig]) -> None:
         ConfigError: the sampler of 05 cannot walk on the path of 04.
     """
     schedule, sampler = configs["04_training"].schedule, configs["05_sampling"].sampler
-    if sampler in (OFF_A_FLOW if schedule == "flow" else ON_A_FLOW):
+    is_flow = schedule == "flow"
+    if ON_A_FLOW.get(sampler, is_flow) != is_flow:
         raise ConfigError(f"sampler = {sampler!r}: with schedule {schedule!r}", fix="take dpm++2m, which walks on any")
 
 

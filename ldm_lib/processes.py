@@ -28,12 +28,18 @@ for _name in ("lightning.fabric", "lightning.pytorch"):  # which of the two spea
 # Of a view that is returned by a sharded module; none of ours is changed in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 
+WHOLE = StateDictOptions(full_state_dict=True)  # of sharded weights too
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def world_size() -> int:
     """How many processes `torchrun` started, over all machines; 1 without it."""
     return int(os.environ["WORLD_SIZE"]) if _launched() else 1
+
+
+def global_rank() -> int:
+    """The number of this process among all."""
+    return int(os.environ["RANK"]) if _launched() else 0
 
 
 def local_rank() -> int:
@@ -43,7 +49,7 @@ def local_rank() -> int:
 
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks."""
-    return not _launched() or os.environ["RANK"] == "0"
+    return global_rank() == 0
 
 
 class Processes:
@@ -93,7 +99,7 @@ class Processes:
         if not self.sharded:
             return module
         plain = ADM(**twin.config).to(self.device).eval()
-        plain.load_state_dict(get_model_state_dict(module, options=StateDictOptions(full_state_dict=True)))
+        plain.load_state_dict(get_model_state_dict(module, options=WHOLE))
         return plain.requires_grad_(False)
 
     def accumulating(self, network: nn.Module, more: bool) -> AbstractContextManager:

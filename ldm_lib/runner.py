@@ -35,6 +35,7 @@ from ldm_lib.runs import (
     testify,
     upstream_digests,
 )
+from ldm_lib.signals import HandedOn
 
 PROCESSES_LOG = "processes.txt"  # in the run's folder: what the processes of a training said
 
@@ -119,8 +120,6 @@ def _make(stage: str, config: StageConfig, folder: Path, say: Callable[[str], No
 
 def _share_out(stage: str, devices: int, run_folder: Path) -> None:
     """Do a stage's work in one process a device; its notebook then finds it done, looks at it and closes the stage."""
-    from ldm_lib.signals import HandedOn
-
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}",
                "-m", f"ldm_lib.{stage[3:]}", "--", "--run", run_folder.name]  # fmt: skip
     where, told = f"{run_folder.name}/{stage}", run_folder / PROCESSES_LOG
@@ -137,7 +136,6 @@ def _share_out(stage: str, devices: int, run_folder: Path) -> None:
 
 def _execute(stage: str, config: StageConfig, folder: Path) -> None:
     from ldm_lib.kernels import PrivateKernelManager
-    from ldm_lib.signals import HandedOn
 
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "notebook.partial.ipynb"

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_lib.config import ON_A_FLOW
 from ldm_lib.errors import ConfigError
 from ldm_lib.schedule import NoiseSchedule, spaced_timesteps
 
@@ -172,7 +173,6 @@ def midpoint(
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++2m": dpm_solver_pp_2m, "euler": euler, "midpoint": midpoint}
-ON_A_FLOW = {"ddpm": False, "euler": True, "midpoint": True}  # the others walk on either path
 
 
 def samplers_for(schedule: NoiseSchedule) -> list[str]:

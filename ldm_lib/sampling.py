@@ -6,7 +6,6 @@ A sample depends on its case, its number and the seed alone, so that it is the s
 is noted in `filled/<case>.json` with the digests of what it was made from and of what was written.
 """
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from ldm_lib.files import fingerprint, sha256, write_json
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import write_filled
 from ldm_lib.launched import launched, mark_done
-from ldm_lib.processes import is_first, world_size
+from ldm_lib.processes import global_rank, is_first, world_size
 from ldm_lib.runs import open_stage, outputs_folder, read_record, require_done
 
 STAGE = "05_sampling"
@@ -39,20 +38,24 @@ def fill_cases(
         share: of the cases, for this process.
     """
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-    return [_found(case, inpainter, config, folder) or _fill(case, inpainter, config, folder) for case in cases[share]]
+    rows = []
+    for case in cases[share]:
+        made_from = _made_from(case, inpainter, config)
+        rows.append(_found(case, folder, made_from) or _fill(case, folder, made_from, inpainter, config))
+    return rows
 
 
-def _found(case: Case, inpainter: Inpainter, config: SamplingConfig, folder: Path) -> dict[str, Any] | None:
+def _found(case: Case, folder: Path, made_from: str) -> dict[str, Any] | None:
     """The row of a case that was filled from the same files, weights and settings, if its results are still whole."""
     path = _record(case, folder)
     if not path.exists():
         return None
     record = read_record(path)
     whole = all((folder / n).exists() and sha256(folder / n) == d for n, d in record["outputs"].items())
-    return record["row"] if whole and record["made_from"] == _made_from(case, inpainter, config) else None
+    return record["row"] if whole and record["made_from"] == made_from else None
 
 
-def _fill(case: Case, inpainter: Inpainter, config: SamplingConfig, folder: Path) -> dict[str, Any]:
+def _fill(case: Case, folder: Path, made_from: str, inpainter: Inpainter, config: SamplingConfig) -> dict[str, Any]:
     data, started = load_case(case), time.monotonic()
     filled = inpainter.fill(
         data,
@@ -66,9 +69,7 @@ def _fill(case: Case, inpainter: Inpainter, config: SamplingConfig, folder: Path
     seconds, spread = time.monotonic() - started, float(filled.std[data.mask].mean() / data.scale)
     row = {"case": case.key, "result": written[0].name, "spread": spread, "seconds": round(seconds, 1)}
     outputs = {path.name: sha256(path) for path in written}
-    write_json(
-        _record(case, folder), {"made_from": _made_from(case, inpainter, config), "outputs": outputs, "row": row}
-    )
+    write_json(_record(case, folder), {"made_from": made_from, "outputs": outputs, "row": row})
     print(f"{case.key}: filled in {seconds:.1f} s", flush=True)
     return row
 
@@ -98,7 +99,7 @@ def fill_run(name: str) -> None:
         torch.distributed.barrier()  # opening may have cleared the folder
     cases = cohort.read_cohort(prepared / "cohort.json", run_folder)[1][: config.max_cases or None]
     inpainter = Inpainter.load(model, device=config.device, precision=config.precision)
-    share = slice(int(os.environ.get("RANK", "0")), None, world_size())
+    share = slice(global_rank(), None, world_size())
     fill_cases(inpainter, cases, config, run_folder / STAGE, share=share)
     if world_size() > 1:
         torch.distributed.barrier()

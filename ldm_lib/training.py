@@ -30,8 +30,8 @@ from ldm_lib.fit import Fit
 from ldm_lib.inpainter import AUTOENCODER_FOLDER, Inpainter
 from ldm_lib.latents import CellSettings, Latents
 from ldm_lib.launched import launched, mark_done
-from ldm_lib.learner import WHOLE, Learner
-from ldm_lib.processes import Processes, is_first, world_size
+from ldm_lib.learner import Learner
+from ldm_lib.processes import WHOLE, Processes, is_first, world_size
 from ldm_lib.runs import SHARED_OUT, open_stage, outputs_folder, read_record, require_done, tracked
 from ldm_lib.tracking import trackers
 from ldm_lib.validation import Validation

@@ -64,7 +64,7 @@ class Validation:
     def _noise_losses(self, k: int, inpainter: Inpainter, raw: nn.Module) -> dict[str, float]:
         """The noise error at fixed t and noise, of the averaged weights and of the raw ones."""
         networks = {"ema": inpainter.denoiser, "raw": raw}
-        levels = loss_by_noise_level(networks, [self.latents[k]], inpainter, seed=0, levels=LEVELS + 2)[1:-1]
+        levels = loss_by_noise_level(networks, [self.latents[k]], inpainter, seed=0, levels=LEVELS, ends=False)
         means = {name: float(np.mean([row[name] for row in levels])) for name in networks}
         by_level = {f"{BY_LEVEL}{row['t']}": row["ema"] for row in levels}
         return {"val_noise_loss": means["ema"], "val_noise_loss_raw": means["raw"], **by_level}

@@ -1,5 +1,6 @@
 """What several test files share: a synthetic cohort, networks that run in milliseconds, stages without notebooks."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ torch.set_num_threads(1)  # networks of milliseconds gain nothing from more, and
 
 SCHEDULE = {"steps": 1000, "beta_start": 1e-4, "beta_end": 0.002}  # mild, so that untrained networks stay finite
 SETTINGS = {"growth_threshold": 0.2, "pooling": "area", "mask_dilation": 1, "context": "composite"}
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch) -> Path:
+    """Runs live in a folder of the test; the handler of SIGTERM is put back."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("LDM_OUTPUTS", str(tmp_path / "outputs"))
+    yield tmp_path / "outputs"
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

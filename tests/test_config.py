@@ -11,7 +11,8 @@ from papermill.translators import PythonTranslator
 from ldm_lib import samplers
 from ldm_lib.config import STAGES, parameters_cell, stage_name, validated
 from ldm_lib.errors import ConfigError
-from ldm_lib.presets import OFF_A_FLOW, ON_A_FLOW, PRESETS, require_fit, resolve
+from ldm_lib.presets import PRESETS, require_fit, resolve
+from ldm_lib.schedule import noise_schedule
 from ldm_lib.values import integers, safe_name
 
 FIRST = {name: stage for stage, model in reversed(STAGES.items()) for name in model.model_fields}
@@ -240,5 +241,10 @@ def test_a_sampler_of_the_other_path_is_refused_before_a_training(changes, refus
         require_fit(configs)
 
 
-def test_the_samplers_of_one_path_are_those_of_the_samplers():
-    assert dict.fromkeys(ON_A_FLOW, True) | dict.fromkeys(OFF_A_FLOW, False) == samplers.ON_A_FLOW
+@pytest.mark.parametrize("schedule", ["linear", "flow"])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_what_is_refused_before_a_training_is_what_its_sampling_would_refuse(sampler, schedule):
+    path = {"prediction": "flow", "schedule": "flow"} if schedule == "flow" else {}
+    walks = sampler in samplers.samplers_for(noise_schedule(schedule))
+    with nullcontext() if walks else pytest.raises(ConfigError, match="take dpm"):
+        require_fit(resolve("demo", path | {"sampler": sampler}))

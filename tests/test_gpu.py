@@ -7,10 +7,10 @@ from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
 from ldm_lib.batches import Plan, TrainingSamples
 from ldm_lib.bench import FULL_GRID
-from ldm_lib.denoising import build_denoiser, on_device
+from ldm_lib.denoising import build_denoiser
 from ldm_lib.devices import autocast
 from ldm_lib.inpainter import Inpainter
-from ldm_lib.latents import CellSettings, collate, input_channels
+from ldm_lib.latents import CellSettings, collate, input_channels, on_device
 from ldm_lib.learner import Learner
 from ldm_lib.presets import resolve
 from ldm_lib.processes import Processes

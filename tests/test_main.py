@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import types
@@ -23,17 +22,9 @@ from ldm_lib.options import RATES
 from ldm_lib.runs import OUTPUTS_VARIABLE
 from ldm_lib.samplers import SAMPLERS
 
+pytestmark = pytest.mark.usefixtures("outputs")
 LPS = np.diag([-1.0, -1, 1, 1])
 INPAINT = ["inpaint", "--t1n-voided", "v", "--mask", "m", "--output", "o"]
-
-
-@pytest.fixture(autouse=True)
-def outputs(tmp_path, monkeypatch):
-    """Runs live in a folder of the test; the handler of SIGTERM is put back."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path / "outputs"))
-    yield tmp_path / "outputs"
-    signal.signal(signal.SIGTERM, before)
 
 
 def save(path, voxels):

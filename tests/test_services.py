@@ -124,8 +124,9 @@ def test_both_hold_figures_parameters_and_panels_of_a_run_of_its_own(tmp_path, p
 
 @pytest.mark.slow
 def test_pictures_are_never_given_to_wandb_online(tmp_path, panel):
-    online = Wandb(settings(wandb_mode="online"), place(tmp_path))
-    online.panel(panel, 3)  # without a run: it would raise if it tried
+    folder = place(tmp_path)
+    Wandb(settings(wandb_mode="online"), folder).panel(panel, 3)  # without a run: it would raise if it tried
+    assert not list(folder.rglob("*.png"))
 
 
 CANARIES = {

@@ -22,7 +22,7 @@ from ldm_lib.files import sha256, write_json
 from ldm_lib.gathering import gather, sweep_folder, write_results
 from ldm_lib.grids import read_grid
 from ldm_lib.metrics import bootstrap_by_patient
-from ldm_lib.runs import OUTPUTS_VARIABLE, tracked
+from ldm_lib.runs import tracked
 from ldm_lib.values import safe_name
 
 ROOT = Path(__file__).parents[1]
@@ -39,14 +39,7 @@ runs:
 """
 NAMES = ["objectives-noise-0.0001", "objectives-noise-0.001", "objectives-velocity-0.0001",
          "objectives-velocity-0.001", "objectives-noise-32"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def outputs(tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path / "outputs"))
-    yield tmp_path / "outputs"
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("outputs")
 
 
 @pytest.fixture
