@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,15 +90,20 @@ def inpaint(options: argparse.Namespace) -> int:
     from ldm_lib.inpainter import newest_model
     from ldm_lib.inpainting import inpaint as fill
 
+    one_file = {name: getattr(options, name) for name in ("mask", "growth", "tissue")}
+    if options.data and any(one_file.values()):
+        options.misused("--mask, --growth and --tissue go with --t1n-voided; with --data goes --conditioning-dir")
+    if not options.data and (not options.mask or options.conditioning_dir):
+        options.misused("--t1n-voided needs --mask, and takes no --conditioning-dir")
     if not options.model:
         options.model = newest_model()
         print(f"model: {options.model}", file=sys.stderr)
+    if options.data:
+        return _inpaint_folder(options)
     written = fill(
         options.t1n_voided,
-        options.mask,
-        options.output,
-        growth=options.growth,
-        tissue=options.tissue,
+        output=options.output,
+        **one_file,
         make_missing=options.make_missing,
         model=options.model,
         sampler=options.sampler,
@@ -110,6 +116,26 @@ def inpaint(options: argparse.Namespace) -> int:
     )
     print("\n".join(str(path) for path in written))
     return 0
+
+
+def _inpaint_folder(options: argparse.Namespace) -> int:
+    from ldm_lib.config import SamplingConfig, validated
+    from ldm_lib.filling import REFUSED, inpaint_folder
+
+    asked = {name: getattr(options, name) for name in ("sampler", "guidance", "samples", "seed", "device")}
+    rows = inpaint_folder(
+        options.data,
+        options.output,
+        validated(SamplingConfig, asked | {"num_inference_steps": options.steps}),
+        conditioning_dir=options.conditioning_dir,
+        model=options.model,
+        make_missing=options.make_missing,
+        each=options.write_samples,
+        say=lambda line: print(line, flush=True),
+    )
+    counts = Counter(row["status"] for row in rows)
+    print(f"{len(rows)} cases: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    return 1 if counts[REFUSED] else 0
 
 
 def prior(options: argparse.Namespace) -> int:

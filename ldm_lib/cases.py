@@ -19,6 +19,7 @@ from ldm_lib.volumes import (
 )
 
 TISSUE_LABELS = (0, 1, 2, 3)
+LARGEST_BRAIN_L = 2.5  # with its CSF; real ones measured 1.2 and 1.6, heads with skull and neck have 4 and more
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ def load_case(case: Case) -> CaseData:
     growth = read_unit_map(case.growth, source, warnings=warnings) if case.growth else None
     tissue = read_labels(case.tissue, source, TISSUE_LABELS, warnings=warnings) if case.tissue else None
     warnings += [f"no {kind} map" for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
+    litres = float(np.count_nonzero(voided) * np.prod(source.spacing_mm)) / 1e6
+    if litres > LARGEST_BRAIN_L:
+        warnings.append(f"{litres:.1f} litres are not 0, more than a brain: not skull-stripped, out of training domain")
     if (lowest := float(voided.min())) < 0:
         warnings.append(f"{int((voided < 0).sum())} negative voxels, down to {lowest:g}; read as 0")
     return CaseData(

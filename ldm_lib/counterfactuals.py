@@ -48,7 +48,7 @@ def tellings(
 def fill_each(inpainter: Inpainter, data: CaseData, told: Mapping[str, Telling], **how: Any) -> dict[str, np.ndarray]:
     """One sample for each telling, all from one noise: name -> (x, y, z) in the file's order and units."""
     return {
-        name: inpainter.fill(data, samples=1, latents=t.latents, guidance=t.guidance, **how).samples[0]
+        name: inpainter.fill(data, samples=1, latents=t.latents, guidance=t.guidance, **how).mean
         for name, t in told.items()
     }
 

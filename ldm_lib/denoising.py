@@ -53,7 +53,8 @@ def new_inpainter(autoencoder_folder: Path, config: TrainingConfig, settings: Ce
     autoencoder = load_model(autoencoder_folder, "autoencoder")
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, settings), out_channels=channels)
-    how = device, pick_precision(config.precision, device), config.prediction, box_margin(autoencoder)
+    crop = 0 if config.overfit_batches else config.latent_crop
+    how = device, pick_precision(config.precision, device), config.prediction, box_margin(autoencoder), crop
     schedule = noise_schedule(**config.process)
     return Inpainter(autoencoder.to(device), denoiser.to(device), schedule, settings, *how)
 

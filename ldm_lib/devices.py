@@ -1,6 +1,7 @@
 """Where a network runs and in which precision."""
 
 import contextlib
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,16 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Mixed precision for a forward pass; "32" changes nothing."""
     with torch.autocast(device.type, DTYPES[precision], enabled=precision != "32"):
         yield
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has in all, as far as this process may use them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container on Linux; a number, or "max"
+    told = limit.read_text().strip() if limit.exists() else ""
+    return min(installed, int(told)) if told.isdecimal() else installed
 
 
 def processor_name(device: torch.device) -> str:

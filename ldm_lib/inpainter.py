@@ -1,10 +1,12 @@
 """A frozen autoencoder and a denoiser that fill holes: encode, sample the hole's cells, decode, paste.
 
-Outside the mask the input comes back bit for bit; voxels under the mask are never read.
+Outside the mask the input comes back bit for bit; voxels under the mask are never read. All samples of a case share
+what does not depend on their noise, and only the cells around the hole are sampled and decoded.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,44 +19,72 @@ from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.cases import Case, CaseData
 from ldm_lib.conditioning import model_case
-from ldm_lib.devices import autocast, pick_device, pick_precision
+from ldm_lib.config import SamplingConfig
+from ldm_lib.devices import autocast, pick_device, pick_precision, total_memory
 from ldm_lib.errors import WeightsError
-from ldm_lib.latents import CellSettings, Latents, collate, denoiser_input, encode_case, keep_known, on_device
+from ldm_lib.latents import CellSettings, Latents, context_box, denoiser_input, encode_case, keep_known, on_device
 from ldm_lib.objectives import PREDICTIONS, meaning
 from ldm_lib.reconstruction import decode_box
+from ldm_lib.regridding import Regridding, regridded, regridding
 from ldm_lib.runs import outputs_folder, read_record
-from ldm_lib.samplers import SAMPLERS
+from ldm_lib.samplers import SAMPLERS, Callback
 from ldm_lib.schedule import NoiseSchedule, noise_schedule
+from ldm_lib.volumes import normalise
 from ldm_lib.weights import load_model
 
-SAMPLES_AT_ONCE = 4
-DEFAULT_SAMPLER = "dpm++2m"  # at 20 steps its spread is right within 2 %; DDIM loses 14 %
+DEFAULT_SAMPLER, DEFAULT_STEPS = (
+    SamplingConfig.model_fields[name].default for name in ("sampler", "num_inference_steps")
+)
+BYTES_AT_WORK = 400  # of a denoiser, a cell and channel of its first level: 70 to 190 measured, twice that when guided
+MEMORY_SHARE = 0.25  # of all memory, for the denoiser at work on a batch
+MOST_AT_ONCE = {"cpu": 4, "cuda": 32}
 AUTOENCODER_FOLDER = "autoencoder"  # inside a model folder
 
 
 @dataclass(frozen=True)
 class Filled:
-    """K inpainted volumes of one case, (x, y, z) float32 in the file's order and units.
+    """K inpainted volumes of one case, kept as what differs between them; volumes are in the file's order and units.
 
     Attributes:
-        samples: K volumes, equal to the voided image outside the mask.
-        mean: of the samples.
-        std: per-voxel standard deviation over the samples (ddof 0), 0 outside the mask.
+        voided: (x, y, z) float32.
+        mask: (x, y, z) bool.
+        values: (K, n) float32, what each sample holds at the n voxels of the mask.
     """
 
-    samples: list[np.ndarray]
+    voided: np.ndarray
+    mask: np.ndarray
+    values: np.ndarray
+
+    def sample(self, k: int) -> np.ndarray:
+        """The k-th sample (x, y, z), equal to the voided image outside the mask."""
+        return self._pasted(self.values[k])
 
     @property
     def mean(self) -> np.ndarray:
-        return np.mean(self.samples, axis=0, dtype=np.float64).astype(np.float32)
+        """Of the samples, (x, y, z)."""
+        return self._pasted(self.values.mean(axis=0, dtype=np.float64))
 
     @property
     def std(self) -> np.ndarray:
-        return np.std(self.samples, axis=0, dtype=np.float64).astype(np.float32)
+        """Standard deviation of each voxel over the samples (ddof 0), (x, y, z), 0 outside the mask."""
+        spread = np.zeros_like(self.voided)
+        spread[self.mask] = self.values.std(axis=0, dtype=np.float64)
+        return spread
+
+    @property
+    def nearest(self) -> np.ndarray:
+        """The sample with the smallest mean squared distance to the mean: the most typical that is no average."""
+        apart = self.values - self.values.mean(axis=0, dtype=np.float64)
+        return self._pasted(self.values[np.argmin(np.square(apart).sum(axis=1))])
+
+    def _pasted(self, values: np.ndarray) -> np.ndarray:
+        volume = self.voided.copy()
+        volume[self.mask] = values
+        return volume
 
 
 class CaseNoise:
-    """Gaussian noise that depends on (seed, case, sample, step) alone, whatever the batch, order or device."""
+    """Gaussian noise that depends on (seed, name, step) alone, whatever the batch, order or device."""
 
     def __init__(self, names: Sequence[str], seed: int, shape: Sequence[int], device: torch.device) -> None:
         self.names, self.seed, self.shape, self.device = list(names), seed, tuple(shape), device
@@ -80,6 +110,7 @@ class Inpainter:
     precision: str
     prediction: str = "noise"
     box_margin: int | None = None  # cells decoded around the hole's box; None decodes the whole volume
+    crop: int = 0  # edge of the latents it was trained on, cells; 0: whole ones
 
     @classmethod
     def load(cls, folder: str | Path | None = None, *, device: str = "auto", precision: str = "auto") -> "Inpainter":
@@ -101,43 +132,63 @@ class Inpainter:
                                fix="copy the whole model folder, its autoencoder included")  # fmt: skip
         how = where, pick_precision(precision, where)
         margin = box_margin(autoencoder)
-        return cls(autoencoder.to(where), denoiser.to(where), schedule, settings, *how, prediction, margin)
+        networks, crop = (autoencoder.to(where), denoiser.to(where)), facts.get("latent_crop", 0)
+        return cls(*networks, schedule, settings, *how, prediction, margin, crop)
 
     def encode(self, data: CaseData) -> Latents:
         """The latents, conditioning and cells of one case."""
-        case = replace(model_case(data, self.autoencoder.factor), target=None)
-        return encode_case(case, self.autoencoder, self.settings, device=self.device, precision=self.precision)
+        return self._encode(regridded(data, self._way(data)))
 
     def sample(
         self,
-        latents: Sequence[Latents],
+        latents: Latents,
         names: Sequence[str],
         *,
         seed: int,
         sampler: str,
         steps: int,
         guidance: float = 1.0,
-        callback: Callable[[dict[str, Any]], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """Fill the holes of a batch of encoded cases: (b c x y z) standardised latents on the CPU.
+        """Fill the hole of one encoded case, once for each name: (b c x y z) standardised latents on the CPU.
 
         Args:
-            latents: of equal grids.
-            names: one per element; with `seed` they determine the sample.
+            latents: of `encode`.
+            names: with `seed` they determine the samples.
             guidance: scale s of classifier-free guidance, see `predict`.
+            callback: as in `samplers`, told of whole latents.
         """
-        batch = on_device(collate(latents), self.device)
-        noise = CaseNoise(names, seed, batch["voided"].shape[1:], self.device)
+        whole, box = latents["voided"], (..., *self.context(latents))
+        batch = on_device({name: cells[box].expand(len(names), -1, -1, -1, -1) for name, cells in latents.items()},
+                          self.device)  # fmt: skip
+        everywhere = CaseNoise(names, seed, whole.shape, self.device)
+
+        def noise(step: int) -> Tensor:
+            return everywhere(step)[box]
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return meaning(self.prediction, self.schedule, self.predict(x, t, batch, guidance), x, t)
 
+        def placed(x: Tensor) -> Tensor:
+            filled = whole.expand(len(names), -1, -1, -1, -1).clone()
+            filled[box] = x.to(filled)
+            return filled
+
+        def tell(state: dict[str, Any]) -> None:
+            callback(state | {name: placed(state[name]) for name in ("x", "x0")})
+
         with torch.inference_mode():
-            filled = SAMPLERS[sampler](
+            return placed(SAMPLERS[sampler](
                 denoise, noise(-1), self.schedule, steps=steps, noise=noise,
-                keep=lambda z: keep_known(z, batch), callback=callback,
-            )  # fmt: skip
-        return filled.cpu()
+                keep=lambda z: keep_known(z, batch), callback=tell if callback else None,
+            ))  # fmt: skip
+
+    def context(self, latents: Latents) -> tuple[slice, ...]:
+        """The cells that the denoiser is shown, as it was in training: around the hole, or all of them."""
+        hole = latents["hole"][0].numpy() > 0
+        if not self.crop:
+            return tuple(slice(0, n) for n in hole.shape)
+        return context_box(hole, edge=self.crop, multiple=self.denoiser.multiple)
 
     def predict(self, x: Tensor, t: Tensor, batch: Latents, guidance: float) -> Tensor:
         """The denoiser's output, guided: untold + s (told - untold), with 1 and 0 in one call instead of two.
@@ -156,15 +207,8 @@ class Inpainter:
 
     def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
         """(c x y z) latent -> (x, y, z) in the file's order and units, pasted into the voided image."""
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            volume = self._decode(latent[None].to(self.device), data)[0, 0].float().cpu().numpy()
-        return data.paste(volume, self.autoencoder.factor)
-
-    def _decode(self, latent: Tensor, data: CaseData) -> Tensor:
-        if self.box_margin is None:
-            return self.autoencoder.decode(latent)
-        mask = data.frame(self.autoencoder.factor).to_model(data.mask)
-        return decode_box(self.autoencoder, latent, mask, self.box_margin)
+        way = self._way(data)
+        return Filled(data.voided, data.mask, self._values(latent, data, regridded(data, way), way)[None]).sample(0)
 
     def fill(
         self,
@@ -173,27 +217,57 @@ class Inpainter:
         samples: int = 1,
         seed: int = 0,
         sampler: str = DEFAULT_SAMPLER,
-        steps: int = 10,
+        steps: int = DEFAULT_STEPS,
         guidance: float = 1.0,
         latents: Latents | None = None,
-        callback: Callable[[dict[str, Any]], None] | None = None,
+        callback: Callback | None = None,
     ) -> Filled:
         """Inpaint one case K times; `latents` are those of `encode`, when they are at hand or changed."""
-        latents, volumes = latents or self.encode(data), []
+        way = self._way(data)
+        there = regridded(data, way)
+        latents = latents or self._encode(there)
         names = [sample_name(data.case, k) for k in range(samples)]
-        for start in range(0, samples, SAMPLES_AT_ONCE):
-            chosen = names[start : start + SAMPLES_AT_ONCE]
-            drawn = self.sample(
-                [latents] * len(chosen),
-                chosen,
-                seed=seed,
-                sampler=sampler,
-                steps=steps,
-                guidance=guidance,
-                callback=callback,
-            )
-            volumes += [self.decode(latent, data) for latent in drawn]
-        return Filled(volumes)
+        how = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance, "callback": callback}
+        at_once, values = self.samples_at_once(latents) if samples > 1 else 1, []
+        for start in range(0, samples, at_once):
+            drawn = self.sample(latents, names[start : start + at_once], **how)
+            values += [self._values(latent, data, there, way) for latent in drawn]
+        return Filled(data.voided, data.mask, np.stack(values))
+
+    def samples_at_once(self, latents: Latents) -> int:
+        """How many samples are drawn in one batch: as many as a part of the memory holds, whatever else is in it now.
+
+        It must not depend on what is free at the moment: a batch of another size may round differently.
+        """
+        cells = math.prod(s.stop - s.start for s in self.context(latents))
+        each = BYTES_AT_WORK * cells * self.denoiser.config["base_width"]
+        fitting = int(MEMORY_SHARE * total_memory(self.device) / each)
+        return max(1, min(MOST_AT_ONCE[self.device.type], fitting))
+
+    def _way(self, data: CaseData) -> Regridding | None:
+        return regridding(data, self.autoencoder.spacing_mm)
+
+    def _encode(self, data: CaseData) -> Latents:
+        case = replace(model_case(data, self.autoencoder.factor), target=None)
+        return encode_case(case, self.autoencoder, self.settings, device=self.device, precision=self.precision)
+
+    def _values(self, latent: Tensor, data: CaseData, there: CaseData, way: Regridding | None) -> np.ndarray:
+        """(n,) what a latent holds at the voxels of the hole, in the file's units and from 0 up."""
+        frame = there.frame(self.autoencoder.factor)
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            volume = self._decode(latent[None].to(self.device), frame.to_model(there.mask))
+        volume = frame.to_file(volume[0, 0].float().cpu().numpy())
+        if way is None:
+            values = volume[data.mask]
+        else:
+            known = normalise(there.voided, data.scale)
+            values = way.back(np.where(there.mask, volume, known), np.argwhere(data.mask))
+        return np.maximum(values, 0) * np.float32(data.scale)
+
+    def _decode(self, latent: Tensor, mask: np.ndarray) -> Tensor:
+        if self.box_margin is None:
+            return self.autoencoder.decode(latent)
+        return decode_box(self.autoencoder, latent, mask, self.box_margin)
 
 
 def box_margin(autoencoder: Autoencoder) -> int | None:

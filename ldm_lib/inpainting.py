@@ -2,12 +2,14 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ldm_lib.cases import CaseData, case_of_files, load_case
 from ldm_lib.errors import ConfigError, InputError
-from ldm_lib.inpainter import DEFAULT_SAMPLER, Filled, Inpainter
+from ldm_lib.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Filled, Inpainter
 from ldm_lib.nifti import require_writable, stem
+from ldm_lib.regridding import regridding
 from ldm_lib.samplers import SAMPLERS
 from ldm_lib.volumes import write_like, write_map
 
@@ -15,25 +17,26 @@ log = logging.getLogger("ldm_lib")
 
 
 def result_paths(output: Path, samples: int, *, each: bool) -> dict[str, Path]:
-    """What a result consists of -> its file: the volume, the spread of several samples and, if asked, each sample."""
-    names = (["std"] if samples > 1 else []) + [f"sample-{k:04d}" for k in range(samples if each else 0)]
+    """What a result consists of -> its file: "" the volume, and of several samples their spread and the nearest."""
+    names = (["std", "nearest"] if samples > 1 else []) + [f"sample-{k:04d}" for k in range(samples if each else 0)]
     first = stem(output)
     ending = output.name[len(first) :]
     return {"": output} | {name: output.with_name(f"{first}-{name}{ending}") for name in names}
 
 
 def write_filled(filled: Filled, data: CaseData, output: Path, *, samples: bool = False) -> list[Path]:
-    """Write the result: one sample as it is; of several the mean, their standard deviation and, if asked, each.
+    """Write the result: one sample as it is; of several the mean, their spread, the nearest and, if asked, each.
 
-    The standard deviation is float32 in source units at `<output>-std`, the samples at `<output>-sample-000k`.
+    The standard deviation is float32 in source units at `<output>-std`, the sample nearest to the mean at
+    `<output>-nearest`, the samples at `<output>-sample-000k`.
     """
-    paths = result_paths(output, len(filled.samples), each=samples)
-    volumes = {"": filled.samples[0] if len(filled.samples) == 1 else filled.mean}
-    volumes |= {f"sample-{k:04d}": volume for k, volume in enumerate(filled.samples)}
+    paths = result_paths(output, len(filled.values), each=samples)
+    volumes = {"": lambda: filled.mean, "nearest": lambda: filled.nearest}  # each made when it is its turn
+    volumes |= {f"sample-{k:04d}": partial(filled.sample, k) for k in range(len(filled.values))}
     return [
         write_map(path, filled.std, data.source.affine)
         if name == "std"
-        else write_like(path, data.source, volumes[name], data.mask)
+        else write_like(path, data.source, volumes[name](), data.mask)
         for name, path in paths.items()
     ]
 
@@ -48,7 +51,7 @@ def inpaint(
     make_missing: bool = False,
     model: str | Path | None = None,
     sampler: str = DEFAULT_SAMPLER,
-    steps: int = 10,
+    steps: int = DEFAULT_STEPS,
     guidance: float = 1.0,
     samples: int = 1,
     write_samples: bool = False,
@@ -64,7 +67,8 @@ def inpaint(
         growth: tumour-cell concentration in [0, 1]; none means zero, healthy tissue.
         tissue: labels 1 CSF, 2 GM, 3 WM; none means unknown, unless `make_missing`.
         make_missing: make the tissue map from the scan where none is given (`segmentation.tissue_from_scan`).
-        model: folder with weights; none takes the newest finished training.
+        model: folder with weights; none takes the newest finished training. A file of other voxel sizes than the
+            model's is brought to them, and what fills the hole is brought back.
         guidance: how far to go from being told nothing (0) to being told all (1) and beyond.
 
     Returns:
@@ -83,17 +87,19 @@ def inpaint(
         require_writable(path)
         if path.resolve() in {given.resolve() for given in case.files().values()}:
             raise InputError("is one of the inputs", where=path, fix="name another output")
-    data = load_case(case)
-    for warning in data.warnings:
-        log.warning("%s: %s", data.case.t1n_voided, warning)
-    inpainter = Inpainter.load(model, device=device)
-    if max(abs(s - inpainter.autoencoder.spacing_mm) for s in data.source.spacing_mm) > 0.05:
-        log.warning("%s: voxels of %s mm, the model was trained at %g mm", data.case.t1n_voided,
-                    data.source.spacing_mm, inpainter.autoencoder.spacing_mm)  # fmt: skip
-    if make_missing and data.tissue is None:
-        data = _with_tissue(data)
+    data, inpainter = load_case(case), Inpainter.load(model, device=device)
+    data = make_ready(data, inpainter, make_missing=make_missing)
     filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps, guidance=guidance)
     return write_filled(filled, data, Path(output), samples=write_samples)
+
+
+def make_ready(data: CaseData, inpainter: Inpainter, *, make_missing: bool) -> CaseData:
+    """Say what is odd about a case, and give it the tissue map it lacks if asked."""
+    trained_mm = inpainter.autoencoder.spacing_mm
+    resampled = f"voxels of {data.source.spacing_mm} mm; the hole is filled in the model's of {trained_mm:g} mm"
+    for warning in [*data.warnings, *([resampled] if regridding(data, trained_mm) else [])]:
+        log.warning("%s: %s", data.case.t1n_voided or data.case.t1n, warning)
+    return _with_tissue(data) if make_missing and data.tissue is None else data
 
 
 def _with_tissue(data: CaseData) -> CaseData:

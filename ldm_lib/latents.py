@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.conditioning import CONDITIONING_CHANNELS, ModelCase, conditioning, loss_cells
 from ldm_lib.devices import autocast
 from ldm_lib.geometry import cell_share, latent_mask
+
+MARGIN = 2  # cells around the hole that the denoiser sees at least
 
 Latents = dict[str, Tensor]
 
@@ -91,6 +94,23 @@ def keep_known(latent: Tensor, batch: Latents) -> Tensor:
     """(1 - m) * z_voided + m * z: known cells are the clean z_voided at every t."""
     hole = batch["hole"]
     return (1 - hole) * batch["voided"] + hole * latent
+
+
+def context_box(hole: np.ndarray, *, edge: int, multiple: int) -> tuple[slice, ...]:
+    """The box of cells that is sampled: the hole's, `MARGIN` cells around it, and on from there as in training.
+
+    Args:
+        hole: (x, y, z) bool, cells that are generated.
+        edge: cells of a training crop, which no axis of the box falls short of where the grid has them.
+        multiple: of cells, to which the network would pad the box.
+    """
+    box = []
+    for span, n in zip(ndimage.find_objects(hole.astype(np.uint8))[0], hole.shape, strict=True):
+        wanted = max(span.stop - span.start + 2 * MARGIN, edge)
+        size = min(n, -(-wanted // multiple) * multiple)
+        start = min(max((span.start + span.stop - size) // 2, 0), n - size)
+        box.append(slice(start, start + size))
+    return tuple(box)
 
 
 def collate(samples: Sequence[Latents]) -> Latents:

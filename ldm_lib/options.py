@@ -33,7 +33,7 @@ def build_parser(functions: Sequence[Command]) -> argparse.ArgumentParser:
     sub.add_argument("stage")
     sub.add_argument("runs", nargs="+", metavar="RUN")
 
-    _add_inpaint_options(command("inpaint", "fill the hole of one volume"))
+    _add_inpaint_options(command("inpaint", "fill the hole of one volume, or of every case of a folder"))
     _add_prior_options(command("prior", "make tissue and growth maps from a scan and its mask"))
 
     sub = command("validate", "check every case of a folder in one pass")
@@ -73,11 +73,14 @@ def _add_sweep_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--t1n-voided", required=True, help="3D T1n, .nii or .nii.gz")
-    sub.add_argument("--mask", required=True, help="1 = fill this, on the same grid")
-    sub.add_argument("--output", required=True, help="result; the mean if --samples is above 1")
-    sub.add_argument("--growth", help="tumour-cell concentration in [0, 1]; none means healthy")
-    sub.add_argument("--tissue", help="labels 1 CSF, 2 GM, 3 WM")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--t1n-voided", metavar="F", help="3D T1n, .nii or .nii.gz; needs --mask")
+    what.add_argument("--data", metavar="DIR", help="a folder of cases in either layout, instead of one file")
+    sub.add_argument("--mask", metavar="F", help="1 = fill this, on the same grid")
+    sub.add_argument("--output", required=True, help="result, the mean if --samples is above 1; of --data a folder")
+    sub.add_argument("--growth", metavar="F", help="tumour-cell concentration in [0, 1]; none means healthy")
+    sub.add_argument("--tissue", metavar="F", help="labels 1 CSF, 2 GM, 3 WM")
+    sub.add_argument("--conditioning-dir", default="", metavar="DIR", help="maps of --data (default: beside the data)")
     sub.add_argument("--make-missing", action="store_true", help="make the tissue map from the scan if none is given")
     sub.add_argument("--model", help="folder with weights; none takes the newest finished training")
     sub.add_argument("--sampler", default=SAMPLING["sampler"].default, choices=get_args(SAMPLING["sampler"].annotation))
@@ -85,10 +88,11 @@ def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
     guidance = SAMPLING["guidance"].default
     sub.add_argument("--guidance", type=float, default=guidance, help=f"0 ignores the maps (default: {guidance:g})")
-    sub.add_argument("--samples", type=int, default=1, help="K; also writes the standard deviation if above 1")
+    sub.add_argument("--samples", type=int, default=1, help="K; above 1 also spread and the sample nearest to the mean")
     sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
     sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)
     sub.add_argument("--device", default=SAMPLING["device"].default, choices=get_args(SAMPLING["device"].annotation))
+    sub.set_defaults(misused=sub.error)
 
 
 def _add_prior_options(sub: argparse.ArgumentParser) -> None:

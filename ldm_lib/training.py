@@ -176,6 +176,7 @@ def save_trained(learner: Learner, autoencoder_folder: Path, folder: Path) -> st
         schedule=config.process,
         settings=asdict(inpainter.settings),
         prediction=config.prediction,
+        latent_crop=inpainter.crop,
         autoencoder_sha256=inpainter.autoencoder.folder_config["sha256"],
         optimiser_steps=learner.step,
     )

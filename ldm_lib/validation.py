@@ -52,7 +52,7 @@ class Validation:
     def _score(self, k: int, inpainter: Inpainter, epoch: int) -> dict[str, float]:
         data, steps = self.cases[k], self.config.num_inference_steps
         name, how = sample_name(data.case, 0), {"seed": self.config.seed, "sampler": DEFAULT_SAMPLER}
-        drawn = inpainter.sample([self.latents[k]], [name], steps=steps, **how)
+        drawn = inpainter.sample(self.latents[k], [name], steps=steps, **how)
         filled = inpainter.decode(drawn[0], data)
         error = normalise(filled, data.scale) - normalise(data.target, data.scale)
         scores = brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)

@@ -90,7 +90,7 @@ def test_the_conditioning_of_another_grid_is_cut_or_padded_behind():
 def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, cases):
     told = tellings(free, data, other=load_case(cases[2]))
     fills = fill_each(free, data, told, **HOW)
-    np.testing.assert_array_equal(fills["as used"], free.fill(data, **HOW).samples[0])
+    np.testing.assert_array_equal(fills["as used"], free.fill(data, **HOW).sample(0))
     for name, volume in fills.items():
         np.testing.assert_array_equal(volume[~data.mask], data.voided[~data.mask])
         assert name == "as used" or not np.array_equal(volume, fills["as used"])
@@ -98,7 +98,7 @@ def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, case
 
 def test_a_growth_is_told_as_if_it_were_the_cases_own(inpainter, data):
     fills = fill_with_growths(inpainter, data, {"own": data.growth, "none": 0 * data.growth}, **HOW)
-    np.testing.assert_array_equal(fills["own"], inpainter.fill(data, **HOW).samples[0])
+    np.testing.assert_array_equal(fills["own"], inpainter.fill(data, **HOW).sample(0))
     assert not np.array_equal(fills["own"], fills["none"])
 
 

@@ -45,8 +45,13 @@ def test_a_sample_is_where_the_inpainter_writes_it(data, tmp_path):
     from ldm_lib.inpainter import Filled
     from ldm_lib.inpainting import write_filled
 
-    written = write_filled(Filled([data.voided] * 2), data, tmp_path / data.case.result_name, samples=True)
-    assert [sample_path(tmp_path, data, k) for k in range(2)] == written[2:]
+    written = write_filled(
+        Filled(data.voided, data.mask, np.zeros((2, data.mask.sum()), np.float32)),
+        data,
+        tmp_path / data.case.result_name,
+        samples=True,
+    )
+    assert [sample_path(tmp_path, data, k) for k in range(2)] == written[3:]
 
 
 def test_baselines_see_the_hole_only_from_outside(data, results):

@@ -12,9 +12,9 @@ LIBRARY = ROOT / "ldm_lib"
 # Floors from the ground up; a module imports from floors below it, or from a neighbour named before it.
 FLOORS = [
     ["errors", "values", "files", "config", "presets", "runs"],
-    ["nifti", "sidecars", "volumes", "geometry", "cases", "cohort", "masks"],
+    ["nifti", "sidecars", "volumes", "geometry", "cases", "cohort", "masks", "regridding"],
     ["atlas", "registration", "tissue", "segmentation", "growth", "priors", "phantom", "conditioning", "augmentation"],
-    ["schedule", "objectives", "samplers", "metrics", "fidelity", "obedience", "baselines"],
+    ["schedule", "objectives", "samplers", "metrics", "fidelity", "obedience", "baselines", "blending"],
     [
         "devices",
         "stopwatch",
@@ -40,6 +40,7 @@ FLOORS = [
         "inpainter",
         "counterfactuals",
         "inpainting",
+        "filling",
         "denoising",
         "validation",
         "checkpoints",

@@ -1,0 +1,219 @@
+"""Fill many cases, each once whoever is interrupted, while the next is read and the last is written.
+
+A sample depends on its case, its number and the seed alone, so that a case comes out the same whenever and by whomever
+it is filled. What is filled is noted in `filled/<case>.json`, with digests of what it was made from and of what was
+written: a case whose record and files agree is not filled again. A case that cannot be filled does not stop the others.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ldm_lib.cases import Case, CaseData, load_case
+from ldm_lib.cohort import find_cases
+from ldm_lib.config import SamplingConfig
+from ldm_lib.errors import ConfigError, InputError, LdmError
+from ldm_lib.files import FolderLock, fingerprint, sha256, write_csv, write_json
+from ldm_lib.inpainter import Filled, Inpainter
+from ldm_lib.inpainting import make_ready, write_filled
+from ldm_lib.runs import read_record
+
+RECORDS = "filled"
+FILLED, FOUND, REFUSED = "filled", "found", "refused"
+REFUSALS = (LdmError, OSError, MemoryError)  # of one case: the others go on
+Row = dict[str, Any]
+_print = partial(print, flush=True)
+
+
+def inpaint_folder(
+    data_dir: str | Path,
+    output: str | Path,
+    config: SamplingConfig,
+    *,
+    conditioning_dir: str | Path = "",
+    model: str | Path | None = None,
+    make_missing: bool = False,
+    each: bool = False,
+    say: Callable[[str], None] = _print,
+) -> list[Row]:
+    """Fill every case of a folder, in either layout, and write `results.csv` with a row for each.
+
+    The same call goes on where an interrupted one stopped.
+
+    Args:
+        output: takes `<ID>-t1n-inference.nii.gz`, and with several samples what `write_filled` writes beside it.
+        config: samples, seed, sampler, steps, guidance, device and precision.
+        make_missing: make the tissue maps that cases lack from their scans.
+        each: write every sample.
+
+    Returns:
+        rows as of `fill_cases`, first those of folders that hold no case.
+
+    Raises:
+        LdmError: no case at all, no model, or an output folder that cannot be used.
+    """
+    root, output = Path(data_dir).expanduser(), Path(output).expanduser()
+    if output.resolve().is_relative_to(root.resolve()):
+        raise ConfigError("lies inside the folder of cases", where=output, fix="name a folder outside it")
+    cases, exclusions = find_cases(root, conditioning_dir)
+    inpainter = Inpainter.load(model, device=config.device, precision=config.precision)
+    lock = FolderLock(output)
+    rows = [_refused(exclusion.case, exclusion.reason) for exclusion in exclusions]
+    for row in rows:
+        say(_told(row))
+    rows += fill_cases(inpainter, cases, config, output, make_missing=make_missing, each=each, say=say)
+    write_csv(output / "results.csv", rows)
+    lock.release()
+    return rows
+
+
+def fill_cases(
+    inpainter: Inpainter,
+    cases: Sequence[Case],
+    config: SamplingConfig,
+    folder: Path,
+    *,
+    make_missing: bool = False,
+    each: bool = True,
+    say: Callable[[str], None] = _print,
+) -> list[Row]:
+    """Fill each case that is not filled yet.
+
+    Args:
+        folder: takes the results and their records.
+        each: write every sample.
+        say: is told a line a case, with the time that is left.
+
+    Returns:
+        a row for each case, in order: "case", "status" (filled, found or refused), "result", "spread" (mean standard
+        deviation in the hole over the case's scale), "seconds" and "reason".
+    """
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    job = Job(inpainter, config, folder, make_missing, each)
+    rows, started, filled = [], time.monotonic(), 0
+    for k, row in enumerate(_in_turn(job, cases), start=1):
+        rows.append(row)
+        filled += row["status"] == FILLED
+        left = (time.monotonic() - started) / max(filled, 1) * (len(cases) - k)
+        told = f", {timedelta(seconds=round(left))} left" if filled and k < len(cases) else ""
+        say(f"[{k}/{len(cases)}] {_told(row)}{told}")
+    return rows
+
+
+def require_all(rows: Sequence[Row]) -> None:
+    """Refuse, with the first reason, what is not filled altogether."""
+    if refused := [row for row in rows if row["status"] == REFUSED]:
+        raise InputError(f"{len(refused)} of {len(rows)} cases could not be filled; {_told(refused[0])}",
+                         where=RECORDS, fix="mend or remove them; what is filled is kept")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done to each case, in three parts that may overlap from case to case."""
+
+    inpainter: Inpainter
+    config: SamplingConfig
+    folder: Path
+    make_missing: bool
+    each: bool
+
+    def read(self, case: Case) -> tuple[Row | None, CaseData | None, str, float]:
+        """The row of a case that is filled already, or its data; digest of what it is made from; seconds."""
+        started, made_from = time.monotonic(), self._made_from(case)
+        row = self._found(case, made_from)
+        data = None if row else make_ready(load_case(case), self.inpainter, make_missing=self.make_missing)
+        return row, data, made_from, time.monotonic() - started
+
+    def fill(self, data: CaseData) -> tuple[Filled, float]:
+        """The samples of a case, and seconds."""
+        started, config = time.monotonic(), self.config
+        how = {"sampler": config.sampler, "steps": config.num_inference_steps, "guidance": config.guidance}
+        filled = self.inpainter.fill(data, samples=config.samples, seed=config.seed, **how)
+        return filled, time.monotonic() - started
+
+    def write(self, filled: Filled, data: CaseData, made_from: str, seconds: float) -> Row:
+        """Write the result and, last, its record; return its row."""
+        started, case = time.monotonic(), data.case
+        written = write_filled(filled, data, self.folder / case.result_name, samples=self.each)
+        spread = float(filled.std[data.mask].mean() / data.scale)
+        seconds = round(seconds + time.monotonic() - started, 2)
+        row = {"case": case.key, "status": FILLED, "result": written[0].name, "spread": spread, "seconds": seconds}
+        outputs = {path.name: sha256(path) for path in written}
+        write_json(self._record(case), {"made_from": made_from, "outputs": outputs, "row": row | {"reason": ""}})
+        return row | {"reason": ""}
+
+    def _found(self, case: Case, made_from: str) -> Row | None:
+        """The row of a case filled from the same files, weights and settings, if its results are still whole."""
+        path = self._record(case)
+        if not path.exists():
+            return None
+        record, folder = read_record(path), self.folder
+        whole = all((folder / n).exists() and sha256(folder / n) == d for n, d in record["outputs"].items())
+        return record["row"] | {"status": FOUND} if whole and record["made_from"] == made_from else None
+
+    def _made_from(self, case: Case) -> str:
+        asked = ("samples", "seed", "sampler", "num_inference_steps", "guidance")
+        engine, networks = self.inpainter, (self.inpainter.denoiser, self.inpainter.autoencoder)
+        settings = {name: getattr(self.config, name) for name in asked}
+        settings |= {"make_missing": self.make_missing, "each": self.each, "precision": engine.precision}
+        model = {"cells": asdict(engine.settings), "crop": engine.crop, "box_margin": engine.box_margin}
+        weights = [network.folder_config["sha256"] for network in networks]
+        files = {role: sha256(path) for role, path in case.files().items()}
+        return fingerprint({"weights": weights, "model": model, "files": files, "settings": settings})
+
+    def _record(self, case: Case) -> Path:
+        return self.folder / RECORDS / f"{case.key}.json"
+
+
+def _in_turn(job: Job, cases: Sequence[Case]) -> Iterator[Row]:
+    """The rows of the cases in order, each once its files are on the disk.
+
+    Any time one case is read ahead and one written behind, so that memory holds three, however many there are.
+    """
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        ahead = [reader.submit(job.read, case) for case in cases[:1]]
+        behind: list[tuple[Case, Future]] = []
+        for k, case in enumerate(cases):
+            reading = ahead.pop()
+            ahead += [reader.submit(job.read, later) for later in cases[k + 1 : k + 2]]
+            done = _begun(job, writer, reading)
+            yield from (_settled(*last) for last in behind)
+            behind = [(case, done)]
+        yield from (_settled(*last) for last in behind)
+
+
+def _begun(job: Job, writer: ThreadPoolExecutor, reading: Future) -> Future:
+    """What becomes of a case that is being read: its row once it is written, or why it is refused."""
+    done: Future = Future()
+    try:
+        row, data, made_from, read_s = reading.result()
+        if row is None:
+            filled, fill_s = job.fill(data)
+            return writer.submit(job.write, filled, data, made_from, read_s + fill_s)
+        done.set_result(row)
+    except REFUSALS as error:
+        done.set_exception(error)
+    return done
+
+
+def _settled(case: Case, done: Future) -> Row:
+    try:
+        return done.result()
+    except REFUSALS as error:
+        return _refused(case.key, str(error))
+
+
+def _refused(key: str, reason: str) -> Row:
+    return {"case": key, "status": REFUSED, "result": "", "spread": None, "seconds": None, "reason": reason}
+
+
+def _told(row: Row) -> str:
+    """One line about a case."""
+    if row["status"] == REFUSED:
+        return f"{row['case']}: refused: {row['reason']}"
+    return f"{row['case']}: {row['status']}" + (f" in {row['seconds']:.1f} s" if row["status"] == FILLED else "")
