@@ -109,6 +109,7 @@ def inpaint(options: argparse.Namespace) -> int:
         sampler=options.sampler,
         steps=options.steps,
         guidance=options.guidance,
+        blend_mm=options.blend_mm,
         samples=options.samples,
         write_samples=options.write_samples,
         seed=options.seed,
@@ -122,7 +123,7 @@ def _inpaint_folder(options: argparse.Namespace) -> int:
     from ldm_lib.config import SamplingConfig, validated
     from ldm_lib.filling import REFUSED, inpaint_folder
 
-    asked = {name: getattr(options, name) for name in ("sampler", "guidance", "samples", "seed", "device")}
+    asked = {name: getattr(options, name) for name in ("sampler", "guidance", "blend_mm", "samples", "seed", "device")}
     rows = inpaint_folder(
         options.data,
         options.output,

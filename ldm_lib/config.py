@@ -211,9 +211,14 @@ class SamplingConfig(DeviceConfig):
     )
     num_inference_steps: Positive = Field(10, description="denoiser calls per sample")
     guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
+    blend_mm: Annotated[float, Field(ge=0, le=1000)] = Field(
+        16.0, description="reach of the fit at the hole's edge, mm; 0 is off"
+    )
     samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
     max_cases: Count = Field(6, description="validation cases to fill; 0 for all")
     devices: Positive = Field(1, description="that share out the cases")
+    compare_cases: Count = Field(2, description="cases filled by every sampler in several numbers of steps; 0 for none")
+    compare_steps: IntegerList = Field("4,8,10,20", description="numbers of steps to compare")
     obedience_cases: Count = Field(3, description="cases filled again with other conditioning; 0 for none")
     guidance_scales: NumberList = Field("0,1,2,3", description="of classifier-free guidance, to compare")
     what_if_days: NumberList = Field("0,60,120,180", description="ages of the tumours of one case, days")

@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldm_lib.canvas import Filled
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.cohort import find_cases
 from ldm_lib.config import SamplingConfig
 from ldm_lib.errors import ConfigError, InputError, LdmError
 from ldm_lib.files import FolderLock, fingerprint, sha256, write_csv, write_json
-from ldm_lib.inpainter import Filled, Inpainter
+from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import make_ready, write_filled
 from ldm_lib.runs import read_record
 
@@ -61,7 +62,7 @@ def inpaint_folder(
     if output.resolve().is_relative_to(root.resolve()):
         raise ConfigError("lies inside the folder of cases", where=output, fix="name a folder outside it")
     cases, exclusions = find_cases(root, conditioning_dir)
-    inpainter = Inpainter.load(model, device=config.device, precision=config.precision)
+    inpainter = Inpainter.load(model, device=config.device, precision=config.precision, blend_mm=config.blend_mm)
     lock = FolderLock(output)
     rows = [_refused(exclusion.case, exclusion.reason) for exclusion in exclusions]
     for row in rows:
@@ -157,7 +158,7 @@ class Job:
         return record["row"] | {"status": FOUND} if whole and record["made_from"] == made_from else None
 
     def _made_from(self, case: Case) -> str:
-        asked = ("samples", "seed", "sampler", "num_inference_steps", "guidance")
+        asked = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")
         engine, networks = self.inpainter, (self.inpainter.denoiser, self.inpainter.autoencoder)
         settings = {name: getattr(self.config, name) for name in asked}
         settings |= {"make_missing": self.make_missing, "each": self.each, "precision": engine.precision}

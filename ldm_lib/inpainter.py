@@ -7,7 +7,7 @@ what does not depend on their noise, and only the cells around the hole are samp
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +17,26 @@ from torch import Tensor
 
 from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
+from ldm_lib.canvas import Canvas, Filled
 from ldm_lib.cases import Case, CaseData
-from ldm_lib.conditioning import model_case
 from ldm_lib.config import SamplingConfig
 from ldm_lib.devices import autocast, pick_device, pick_precision, total_memory
 from ldm_lib.errors import WeightsError
 from ldm_lib.latents import CellSettings, Latents, context_box, denoiser_input, encode_case, keep_known, on_device
 from ldm_lib.objectives import PREDICTIONS, meaning
 from ldm_lib.reconstruction import decode_box
-from ldm_lib.regridding import Regridding, regridded, regridding
 from ldm_lib.runs import outputs_folder, read_record
 from ldm_lib.samplers import SAMPLERS, Callback
 from ldm_lib.schedule import NoiseSchedule, noise_schedule
-from ldm_lib.volumes import normalise
 from ldm_lib.weights import load_model
 
-DEFAULT_SAMPLER, DEFAULT_STEPS = (
-    SamplingConfig.model_fields[name].default for name in ("sampler", "num_inference_steps")
+DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_BLEND_MM = (
+    SamplingConfig.model_fields[name].default for name in ("sampler", "num_inference_steps", "blend_mm")
 )
 BYTES_AT_WORK = 400  # of a denoiser, a cell and channel of its first level: 70 to 190 measured, twice that when guided
 MEMORY_SHARE = 0.25  # of all memory, for the denoiser at work on a batch
 MOST_AT_ONCE = {"cpu": 4, "cuda": 32}
 AUTOENCODER_FOLDER = "autoencoder"  # inside a model folder
-
-
-@dataclass(frozen=True)
-class Filled:
-    """K inpainted volumes of one case, kept as what differs between them; volumes are in the file's order and units.
-
-    Attributes:
-        voided: (x, y, z) float32.
-        mask: (x, y, z) bool.
-        values: (K, n) float32, what each sample holds at the n voxels of the mask.
-    """
-
-    voided: np.ndarray
-    mask: np.ndarray
-    values: np.ndarray
-
-    def sample(self, k: int) -> np.ndarray:
-        """The k-th sample (x, y, z), equal to the voided image outside the mask."""
-        return self._pasted(self.values[k])
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Of the samples, (x, y, z)."""
-        return self._pasted(self.values.mean(axis=0, dtype=np.float64))
-
-    @property
-    def std(self) -> np.ndarray:
-        """Standard deviation of each voxel over the samples (ddof 0), (x, y, z), 0 outside the mask."""
-        spread = np.zeros_like(self.voided)
-        spread[self.mask] = self.values.std(axis=0, dtype=np.float64)
-        return spread
-
-    @property
-    def nearest(self) -> np.ndarray:
-        """The sample with the smallest mean squared distance to the mean: the most typical that is no average."""
-        apart = self.values - self.values.mean(axis=0, dtype=np.float64)
-        return self._pasted(self.values[np.argmin(np.square(apart).sum(axis=1))])
-
-    def _pasted(self, values: np.ndarray) -> np.ndarray:
-        volume = self.voided.copy()
-        volume[self.mask] = values
-        return volume
 
 
 class CaseNoise:
@@ -111,9 +67,17 @@ class Inpainter:
     prediction: str = "noise"
     box_margin: int | None = None  # cells decoded around the hole's box; None decodes the whole volume
     crop: int = 0  # edge of the latents it was trained on, cells; 0: whole ones
+    blend_mm: float = DEFAULT_BLEND_MM
 
     @classmethod
-    def load(cls, folder: str | Path | None = None, *, device: str = "auto", precision: str = "auto") -> "Inpainter":
+    def load(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        blend_mm: float = DEFAULT_BLEND_MM,
+    ) -> "Inpainter":
         """Load a model folder; without one, the newest finished training under outputs/."""
         folder = Path(folder) if folder else newest_model()
         where = pick_device(device)
@@ -133,11 +97,15 @@ class Inpainter:
         how = where, pick_precision(precision, where)
         margin = box_margin(autoencoder)
         networks, crop = (autoencoder.to(where), denoiser.to(where)), facts.get("latent_crop", 0)
-        return cls(*networks, schedule, settings, *how, prediction, margin, crop)
+        return cls(*networks, schedule, settings, *how, prediction, margin, crop, blend_mm)
 
     def encode(self, data: CaseData) -> Latents:
         """The latents, conditioning and cells of one case."""
-        return self._encode(regridded(data, self._way(data)))
+        return self._encode(self.canvas(data))
+
+    def canvas(self, data: CaseData) -> Canvas:
+        """What all samples of a case share."""
+        return Canvas(data, self.autoencoder.spacing_mm, self.autoencoder.factor, self.blend_mm)
 
     def sample(
         self,
@@ -207,8 +175,7 @@ class Inpainter:
 
     def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
         """(c x y z) latent -> (x, y, z) in the file's order and units, pasted into the voided image."""
-        way = self._way(data)
-        return Filled(data.voided, data.mask, self._values(latent, data, regridded(data, way), way)[None]).sample(0)
+        return Filled(data.voided, data.mask, self._values(latent, self.canvas(data))[None]).sample(0)
 
     def fill(
         self,
@@ -223,15 +190,14 @@ class Inpainter:
         callback: Callback | None = None,
     ) -> Filled:
         """Inpaint one case K times; `latents` are those of `encode`, when they are at hand or changed."""
-        way = self._way(data)
-        there = regridded(data, way)
-        latents = latents or self._encode(there)
+        canvas, values = self.canvas(data), []
+        latents = latents or self._encode(canvas)
         names = [sample_name(data.case, k) for k in range(samples)]
         how = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance, "callback": callback}
-        at_once, values = self.samples_at_once(latents) if samples > 1 else 1, []
+        at_once = self.samples_at_once(latents) if samples > 1 else 1
         for start in range(0, samples, at_once):
             drawn = self.sample(latents, names[start : start + at_once], **how)
-            values += [self._values(latent, data, there, way) for latent in drawn]
+            values += [self._values(latent, canvas) for latent in drawn]
         return Filled(data.voided, data.mask, np.stack(values))
 
     def samples_at_once(self, latents: Latents) -> int:
@@ -244,25 +210,15 @@ class Inpainter:
         fitting = int(MEMORY_SHARE * total_memory(self.device) / each)
         return max(1, min(MOST_AT_ONCE[self.device.type], fitting))
 
-    def _way(self, data: CaseData) -> Regridding | None:
-        return regridding(data, self.autoencoder.spacing_mm)
+    def _encode(self, canvas: Canvas) -> Latents:
+        how = {"device": self.device, "precision": self.precision}
+        return encode_case(canvas.to_see, self.autoencoder, self.settings, **how)
 
-    def _encode(self, data: CaseData) -> Latents:
-        case = replace(model_case(data, self.autoencoder.factor), target=None)
-        return encode_case(case, self.autoencoder, self.settings, device=self.device, precision=self.precision)
-
-    def _values(self, latent: Tensor, data: CaseData, there: CaseData, way: Regridding | None) -> np.ndarray:
-        """(n,) what a latent holds at the voxels of the hole, in the file's units and from 0 up."""
-        frame = there.frame(self.autoencoder.factor)
+    def _values(self, latent: Tensor, canvas: Canvas) -> np.ndarray:
+        """(n,) what a latent (c x y z) holds at the voxels of the hole."""
         with torch.inference_mode(), autocast(self.device, self.precision):
-            volume = self._decode(latent[None].to(self.device), frame.to_model(there.mask))
-        volume = frame.to_file(volume[0, 0].float().cpu().numpy())
-        if way is None:
-            values = volume[data.mask]
-        else:
-            known = normalise(there.voided, data.scale)
-            values = way.back(np.where(there.mask, volume, known), np.argwhere(data.mask))
-        return np.maximum(values, 0) * np.float32(data.scale)
+            volume = self._decode(latent[None].to(self.device), canvas.to_decode)
+        return canvas.values(volume[0, 0].float().cpu().numpy())
 
     def _decode(self, latent: Tensor, mask: np.ndarray) -> Tensor:
         if self.box_margin is None:

@@ -5,12 +5,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ldm_lib.canvas import Filled
 from ldm_lib.cases import CaseData, case_of_files, load_case
-from ldm_lib.errors import ConfigError, InputError
-from ldm_lib.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Filled, Inpainter
+from ldm_lib.config import SamplingConfig, validated
+from ldm_lib.errors import InputError
+from ldm_lib.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.nifti import require_writable, stem
 from ldm_lib.regridding import regridding
-from ldm_lib.samplers import SAMPLERS
 from ldm_lib.volumes import write_like, write_map
 
 log = logging.getLogger("ldm_lib")
@@ -53,6 +54,7 @@ def inpaint(
     sampler: str = DEFAULT_SAMPLER,
     steps: int = DEFAULT_STEPS,
     guidance: float = 1.0,
+    blend_mm: float = DEFAULT_BLEND_MM,
     samples: int = 1,
     write_samples: bool = False,
     seed: int = 0,
@@ -70,6 +72,7 @@ def inpaint(
         model: folder with weights; none takes the newest finished training. A file of other voxel sizes than the
             model's is brought to them, and what fills the hole is brought back.
         guidance: how far to go from being told nothing (0) to being told all (1) and beyond.
+        blend_mm: reach of the correction that makes the hole's edge fit; 0 leaves it as it was sampled.
 
     Returns:
         the files written.
@@ -78,16 +81,13 @@ def inpaint(
         LdmError: an input, parameter, model or output path that cannot be used; nothing is written then.
     """
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue)
-    if sampler not in SAMPLERS or steps < 1 or samples < 1 or seed < 0 or not 0 <= guidance < float("inf"):
-        raise ConfigError(
-            f"sampler {sampler!r}, steps {steps}, samples {samples}, seed {seed}, guidance {guidance:g}",
-            fix=f"take a sampler of {', '.join(SAMPLERS)}, steps and samples from 1, seed and guidance from 0",
-        )
+    asked = {"sampler": sampler, "num_inference_steps": steps, "samples": samples, "seed": seed}
+    validated(SamplingConfig, asked | {"guidance": guidance, "blend_mm": blend_mm, "device": device})
     for path in result_paths(Path(output), samples, each=write_samples).values():
         require_writable(path)
         if path.resolve() in {given.resolve() for given in case.files().values()}:
             raise InputError("is one of the inputs", where=path, fix="name another output")
-    data, inpainter = load_case(case), Inpainter.load(model, device=device)
+    data, inpainter = load_case(case), Inpainter.load(model, device=device, blend_mm=blend_mm)
     data = make_ready(data, inpainter, make_missing=make_missing)
     filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps, guidance=guidance)
     return write_filled(filled, data, Path(output), samples=write_samples)

@@ -16,7 +16,7 @@ from ldm_lib.conditioning import CONDITIONING_CHANNELS, ModelCase, conditioning,
 from ldm_lib.devices import autocast
 from ldm_lib.geometry import cell_share, latent_mask
 
-MARGIN = 2  # cells around the hole that the denoiser sees at least
+MARGIN = 1  # cells around the hole that the denoiser sees at least
 
 Latents = dict[str, Tensor]
 

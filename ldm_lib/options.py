@@ -88,6 +88,10 @@ def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
     guidance = SAMPLING["guidance"].default
     sub.add_argument("--guidance", type=float, default=guidance, help=f"0 ignores the maps (default: {guidance:g})")
+    reach = SAMPLING["blend_mm"].default
+    sub.add_argument(
+        "--blend-mm", type=float, default=reach, help=f"reach of the edge's fit; 0: none (default: {reach:g})"
+    )
     sub.add_argument("--samples", type=int, default=1, help="K; above 1 also spread and the sample nearest to the mean")
     sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
     sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)

@@ -13,7 +13,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_width": 16, "multipliers": "1,2,2", "attention_rates": "4", "max_epochs": 2, "val_every": 1,
         "val_cases": 1, "num_inference_steps": 4, "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5,
         "samples": 2, "max_cases": 1, "show_cases": 1, "obedience_cases": 1, "guidance_scales": "0,1,2",
-        "what_if_days": "0,200", "log_every": 1, "checkpoint_every": 2, "wandb_mode": "off", "use_mlflow": False,
+        "what_if_days": "0,200", "compare_cases": 1, "compare_steps": "2,4", "log_every": 1, "checkpoint_every": 2,
+        "wandb_mode": "off", "use_mlflow": False,
     },
     "demo": {},
     "full": {
@@ -21,9 +22,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "channels": "128,256", "blocks": 2, "learned": "both", "autoencoder_steps": 20000,
         "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96, "final_crop": 160,
         "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
-        "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 0, "num_inference_steps": 50, "base_width": 128,
+        "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 16, "num_inference_steps": 50, "base_width": 128,
         "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "obedience_cases": 20, "keep_weights": "best",
-        "checkpoint_every": 500,
+        "checkpoint_every": 500, "compare_cases": 8, "compare_steps": "4,8,10,20,50,250",
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"

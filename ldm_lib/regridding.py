@@ -14,7 +14,7 @@ from scipy import ndimage
 from ldm_lib.cases import CaseData
 
 ALIKE = 0.01  # voxel sizes that differ by less are taken for the same: 2 mm over a head
-LEAST_WEIGHT = 1e-3  # of known voxels in a mean, below which there is none
+LEAST_WEIGHT = 1e-3  # of voxels in a mean, below which they are not in it
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Regridding:
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """(x, y, z) bool -> True wherever a voxel there covers, or is interpolated from, any masked voxel here."""
         reach = [2 * math.floor(step / 2) + 1 if step > 1 else 1 for step in self.step]
-        return self._sampled(ndimage.maximum_filter(mask, reach).astype(np.float32)) > 0
+        return self._sampled(ndimage.maximum_filter(mask, reach).astype(np.float32)) > LEAST_WEIGHT
 
     def labels(self, labels: np.ndarray) -> np.ndarray:
         """(x, y, z) uint8 -> the label that covers most of each voxel there."""

@@ -42,7 +42,7 @@ def test_each_method_is_read_from_its_own_file(data, results):
 
 
 def test_a_sample_is_where_the_inpainter_writes_it(data, tmp_path):
-    from ldm_lib.inpainter import Filled
+    from ldm_lib.canvas import Filled
     from ldm_lib.inpainting import write_filled
 
     written = write_filled(

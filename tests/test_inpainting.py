@@ -19,10 +19,11 @@ from ldm_lib import inpainting
 from ldm_lib.cases import case_of_files, load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import ConfigError, InputError, WeightsError
-from ldm_lib.inpainter import CaseNoise, Filled, Inpainter, sample_name
+from ldm_lib.inpainter import CaseNoise, Filled, Inpainter
 from ldm_lib.inpainting import inpaint, write_filled
-from ldm_lib.latents import CellSettings, encode_case
+from ldm_lib.latents import CellSettings, context_box, encode_case
 from ldm_lib.objectives import wanted
+from ldm_lib.regridding import regridded, regridding
 from ldm_lib.samplers import samplers_for
 from ldm_lib.schedule import noise_schedule
 from ldm_lib.volumes import read_volume, write_map
@@ -35,6 +36,11 @@ every_sampler = pytest.mark.parametrize("sampler", samplers_for(noise_schedule()
 @pytest.fixture(scope="module")
 def inpainter(tiny_model_folder):
     return Inpainter.load(tiny_model_folder, device="cpu", precision="32")
+
+
+@pytest.fixture(scope="module")
+def encoded(cases, inpainter):
+    return inpainter.encode(load_case(cases[0]))
 
 
 @pytest.fixture
@@ -261,12 +267,123 @@ def test_the_order_of_a_files_voxels_does_not_matter(tmp_path, inpainter, orient
     assert np.allclose(results[0].affine, results[1].affine)
 
 
+def test_a_file_of_other_voxels_is_filled_in_the_models_and_brought_back(tmp_path, inpainter):
+    """Filled with the truth in the model's voxels, a smooth head of other voxels comes back within a few percent."""
+    grid, step = np.indices((40, 44, 36)), np.array([0.8, 1.0, 1.3])
+    millimetres = grid * step[:, None, None, None] - np.array([16, 22, 23])[:, None, None, None]
+    radius = np.sqrt(np.square(millimetres).sum(axis=0))
+    head = np.where(radius < 15, 1000 + 300 * np.cos(radius / 4), 0).astype(np.float32)
+    hole = np.square(millimetres - np.array([3, 2, -4])[:, None, None, None]).sum(axis=0) < 25
+    affine = np.diag([*-step[:2], step[2], 1])
+    for name, volume in {"head": head, "head-t1n-voided": head * ~hole, "head-mask": hole.astype(np.uint8)}.items():
+        write_map(tmp_path / f"{name}.nii.gz", volume, affine)
+    files = [tmp_path / f"head{name}.nii.gz" for name in ("-t1n-voided", "-mask")]
+    data = load_case(case_of_files(*files))
+    truth = regridded(replace(data, voided=head, mask=np.zeros_like(hole)), regridding(data, 1.0))
+    autoencoder, schedule = SpaceToDepth(2), noise_schedule()
+    latent = autoencoder.encode(torch.from_numpy(model_case(truth, 2).voided)[None, None]).double()
+    oracle = KnowsTheTruth(latent, schedule, "noise")
+    filled = Inpainter(autoencoder, oracle, schedule, CellSettings(), CPU, "32").fill(data, steps=3)
+    write_filled(filled, data, tmp_path / "out.nii.gz")
+    result = raw(tmp_path / "out.nii.gz")
+    assert np.array_equal(result[~hole], head[~hole]) and result.shape == head.shape
+    assert np.abs(result - head)[hole].max() < 50 and np.abs(head[hole] - head[hole].mean()).max() > 250
+
+
+@pytest.mark.parametrize("shape", ["one voxel", "two holes", "border", "corner"])
+def test_holes_of_every_kind_are_filled(cases, inpainter, shape):
+    data = load_case(cases[0])
+    brain, mask = data.target > 0, np.zeros(data.mask.shape, bool)
+    centre = tuple(np.argwhere(brain)[brain.sum() // 2])
+    mask[centre] = True
+    if shape == "two holes":
+        mask[tuple(np.argwhere(brain)[50])] = True
+    if shape == "border":
+        mask[:, 12:18, :4] = True
+    if shape == "corner":
+        mask[-3:, -3:, -3:] = True
+    data = replace(data, mask=mask, voided=np.where(mask, 0, data.target))
+    for crop in (0, 6):
+        filled = replace(inpainter, crop=crop).fill(data, samples=2, steps=2)
+        assert np.array_equal(filled.mean[~mask], data.voided[~mask]) and np.isfinite(filled.values).all()
+        assert filled.std[centre] > 0
+
+
+def test_a_file_with_a_fourth_axis_of_one_keeps_it(pair, tmp_path, model):
+    for path in pair:
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj)[..., None], image.affine), path)
+    inpaint(*pair, tmp_path / "out.nii.gz", **model)
+    before, after = (nib.load(path) for path in (pair[0], tmp_path / "out.nii.gz"))
+    assert after.shape == before.shape and after.shape[3:] == (1,)
+    assert read_volume(tmp_path / "out.nii.gz").preamble == read_volume(pair[0]).preamble
+
+
+# ---- the box of cells, and the edge
+
+
+def test_the_denoiser_sees_the_hole_and_a_crop_around_it_and_its_noise_is_that_of_the_whole(encoded, inpainter):
+    seen, whole = [], []
+    for crop, told in ((6, seen), (0, whole)):
+
+        def spy(x, t, shown=None, told=told):
+            told.append(x)
+            return torch.zeros_like(x[:, :3])
+
+        spy.multiple = 2
+        replace(inpainter, crop=crop, denoiser=spy).sample(encoded, ["a/0"], seed=0, sampler="ddim", steps=1)
+    box = replace(inpainter, crop=6).context(encoded)
+    assert torch.equal(seen[0], whole[0][(..., *box)]) and seen[0].numel() < whole[0].numel()
+    outside = encoded["hole"].clone()
+    outside[(..., *box)] = 0
+    assert not outside.any()
+
+
+@pytest.mark.parametrize(("hole", "edge", "multiple", "box"), [
+    ((slice(4, 6), slice(0, 2), slice(9, 10)), 4, 1, [(3, 7), (0, 4), (6, 10)]),  # moved into the grid
+    ((slice(4, 6), slice(4, 6), slice(4, 5)), 1, 4, [(3, 7), (3, 7), (2, 6)]),  # multiples, the hole in the middle
+    ((slice(0, 10), slice(3, 4), slice(3, 4)), 12, 4, [(0, 10), (0, 10), (0, 10)]),  # all there is
+    ((slice(2, 8), slice(3, 4), slice(3, 4)), 2, 1, [(1, 9), (2, 5), (2, 5)]),  # a cell of what is known on each side
+])  # fmt: skip
+def test_the_box_holds_hole_margin_and_crop_as_far_as_the_grid_goes(hole, edge, multiple, box):
+    cells = np.zeros((10, 10, 10), bool)
+    cells[hole] = True
+    assert [(s.start, s.stop) for s in context_box(cells, edge=edge, multiple=multiple)] == box
+
+
+def test_a_callback_is_told_of_whole_latents(encoded, inpainter):
+    states = []
+    drawn = replace(inpainter, crop=6).sample(encoded, ["a/0"], seed=0, sampler="ddim", steps=2, callback=states.append)
+    known = (encoded["hole"] == 0).expand_as(encoded["voided"])
+    for state in states:
+        assert torch.equal(state["x"][0][known], encoded["voided"][known]) and state["x0"].shape == drawn.shape
+    assert torch.equal(drawn[0][known], encoded["voided"][known])
+
+
+def test_the_edge_is_made_to_fit_unless_told_otherwise(tmp_path):
+    """A denoiser that sees all cells too bright by as much is put right by what lies around the hole."""
+    full, voided, mask = write_head(tmp_path / "head", 155, "LPS")
+    data, autoencoder, schedule = load_case(case_of_files(voided, mask)), SpaceToDepth(4), noise_schedule()
+    truth = model_case(load_case(replace(data.case, t1n=full)), 4).target
+    brighter = KnowsTheTruth(autoencoder.encode(torch.from_numpy(truth)[None, None]).double() + 0.3, schedule, "noise")
+    how = {"settings": CellSettings(), "device": CPU, "precision": "32"}
+    off = {}
+    for reach in (0.0, 1e5):
+        inpainter = Inpainter(autoencoder, brighter, schedule, blend_mm=reach, **how)
+        off[reach] = np.abs(inpainter.fill(data, steps=3).mean - raw(full))[data.mask] / data.scale
+    np.testing.assert_allclose(off[0.0], 0.3, atol=1e-4)
+    assert off[1e5].max() < 1e-2
+
+
+def test_memory_bounds_how_many_samples_are_drawn_at_once(encoded, inpainter, monkeypatch):
+    cells = encoded["hole"].numel() * inpainter.denoiser.config["base_width"]
+    for fitting, at_once in ((0.5, 1), (2.5, 2), (1e6, engine.MOST_AT_ONCE["cpu"])):
+        bytes_in_all = fitting * cells * engine.BYTES_AT_WORK / engine.MEMORY_SHARE
+        monkeypatch.setattr(engine, "total_memory", lambda device, told=bytes_in_all: told)
+        assert inpainter.samples_at_once(encoded) == at_once
+
+
 # ---- law 4: a batch equals its elements; case and seed determine a sample
-
-
-@pytest.fixture(scope="module")
-def encoded(cases, inpainter):
-    return inpainter.encode(load_case(cases[0]))
 
 
 @every_sampler
@@ -352,11 +469,13 @@ def test_known_cells_are_clean_at_every_step(cases, inpainter, sampler, context)
 
 
 @pytest.mark.parametrize(("wrong", "reason"), [
-    ({"sampler": "heun"}, "sampler 'heun'.*take a sampler of ddpm, ddim"),
+    ({"sampler": "heun"}, "sampler = 'heun': Input should be 'ddpm', 'ddim'"),
     ({"sampler": "midpoint"}, "'midpoint' given, the model was trained on a variance-preserving.*ddpm, ddim"),
-    ({"steps": 0}, "steps 0"),
-    ({"samples": 0}, "samples 0"),
-    ({"seed": -1}, "seed -1"),
+    ({"steps": 0}, "num_inference_steps = 0: .*greater than or equal to 1"),
+    ({"samples": 0}, "samples = 0"),
+    ({"seed": -1}, "seed = -1"),
+    ({"guidance": float("inf")}, "guidance = inf: Input should be a finite number"),
+    ({"blend_mm": -1.0}, "blend_mm = -1"),
     ({"steps": 1001}, "1001 sampling steps given, 1 to 1000 allowed"),
 ])  # fmt: skip
 def test_parameters_out_of_range_are_refused(pair, tmp_path, model, wrong, reason):
@@ -400,7 +519,7 @@ def test_nor_by_a_file_that_is_written_beside_the_output(pair, tmp_path, model):
 
 def test_a_failure_on_the_way_leaves_nothing_behind(pair, tmp_path, model, monkeypatch):
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(Inpainter, "_values", lambda self, latent, data, *_: np.full(data.mask.sum(), np.nan))
+    monkeypatch.setattr(Inpainter, "_values", lambda self, latent, canvas: np.full(canvas.data.mask.sum(), np.nan))
     with pytest.raises(InputError, match="filled voxels are not finite"):
         inpaint(*pair, tmp_path / "out.nii.gz", samples=2, **model)
     assert sorted(tmp_path.iterdir()) == before
