@@ -64,6 +64,8 @@ def inpaint_folder(
     cases, exclusions = find_cases(root, conditioning_dir)
     inpainter = Inpainter.load(model, device=config.device, precision=config.precision, blend_mm=config.blend_mm)
     lock = FolderLock(output)
+    for half_written in [*output.glob(".*.part"), *output.glob(f"{RECORDS}/.*.part")]:  # of a process that was killed
+        half_written.unlink()
     rows = [_refused(exclusion.case, exclusion.reason) for exclusion in exclusions]
     for row in rows:
         say(_told(row))
