@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_lib.cases import Case, load_case
+from ldm_lib.cases import Case, case_of_files, load_case
 from ldm_lib.cohort import (
     audit,
     find_cases,
@@ -170,6 +170,17 @@ CONTRADICTIONS = {
     "another shape": ("t1n", T1N[:-1], r"shape \(11, 11, 10\), but .*-t1n-voided\.nii\.gz has \(12, 11, 10\)"),
     "no contrast": ("t1n-voided", MASK * 0, r"the image is empty"),
 }
+
+
+@pytest.mark.parametrize(("spacing_mm", "warned"), [(4.0, False), (8.0, True)])
+def test_a_head_with_its_skull_is_warned_of(tmp_path, spacing_mm, warned):
+    """The same voxels, 0.9 litres of them or 7.1: no brain is as large."""
+    affine, head, mask = np.diag([spacing_mm] * 3 + [1]), np.full((24, 24, 24), 100, np.int16), np.zeros((24, 24, 24))
+    head[0, 0, 0], mask[9:12, 9:12, 9:12] = 900, 1
+    for name, volume in (("t1n-voided", head * (mask == 0)), ("mask", mask)):
+        write_map(tmp_path / f"head-{name}.nii.gz", volume.astype(np.int16), affine)
+    told = load_case(case_of_files(tmp_path / "head-t1n-voided.nii.gz", tmp_path / "head-mask.nii.gz")).warnings
+    assert any("7.1 litres are not 0, more than a brain: not skull-stripped" in line for line in told) == warned
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
