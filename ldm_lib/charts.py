@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from ldm_lib.slices import FONT, WIDTH, Plate
 
 GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MOST_MARKS = 12
 SCORES = {
     "ssim": "SSIM (higher is better)",
     "psnr_01": "PSNR, dB (higher is better)",
@@ -48,6 +49,10 @@ def curves(
         ax.set_xscale("log" if x in log else "linear")
         ax.legend(fontsize=FONT, frameon=False)
         _plain(ax)
+    marks = np.unique(np.asarray(table[x], float))
+    if x in log and len(marks) <= MOST_MARKS:  # a few numbers say more than powers of ten
+        axes[-1].set_xticks(marks, [f"{mark:g}" for mark in marks])
+        axes[-1].minorticks_off()
     axes[-1].set_xlabel(x, fontsize=FONT + 0.5)
     figure.suptitle(title, fontsize=FONT + 2.5)
     return figure
