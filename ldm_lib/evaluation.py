@@ -14,7 +14,7 @@ from ldm_lib.sidecars import NO_MAP, made_by
 from ldm_lib.tissue import WM
 from ldm_lib.volumes import read_volume
 
-ONE_SAMPLE, CEILING, TISSUE_PAINT = "one sample", "ceiling", "tissue paint"
+ONE_SAMPLE, NEAREST, CEILING, TISSUE_PAINT = "one sample", "nearest to the mean", "ceiling", "tissue paint"
 WITH_GIVEN = ", given tissue"  # what follows a method's name when it saw the map that came with the case
 TELLINGS = ("as used", "given", "shuffled", "empty")  # as stage 05 names them, `counterfactuals.tellings`
 OBEDIENCE = ("psnr_01", "ssim", "dice CSF", "dice GM", "dice WM", "dice mean", "response")
@@ -27,7 +27,17 @@ def mean_of(samples: int) -> str:
 
 def sample_path(results: Path, data: CaseData, k: int) -> Path:
     """Where stage 05 wrote the k-th sample of a case."""
-    return results / data.case.result_name.replace(".nii.gz", f"-sample-{k:04d}.nii.gz")
+    return _beside(results, data, f"sample-{k:04d}")
+
+
+def _beside(results: Path, data: CaseData, name: str) -> Path:
+    return results / data.case.result_name.replace(".nii.gz", f"-{name}.nii.gz")
+
+
+def samples_and_truth(data: CaseData, results: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """What K samples (K, n) and the truth (n,) hold at the n scored voxels of a case, in source units."""
+    volumes = (read_volume(sample_path(results, data, k)).voxels for k in range(samples))
+    return np.stack([volume[data.scored] for volume in volumes]), data.target[data.scored]
 
 
 def conditioned_path(results: Path, data: CaseData, telling: str) -> Path:
@@ -51,6 +61,8 @@ def candidates(
     }
     if given is not None and (told := conditioned_path(results, data, "given")).exists():
         files[f"{ONE_SAMPLE}{WITH_GIVEN}"] = told
+    if samples > 1:
+        files[NEAREST] = _beside(results, data, "nearest")
     volumes = {name: read_volume(path).voxels for name, path in files.items()}
     if not baselines:
         return volumes

@@ -8,7 +8,7 @@ import pytest
 from ldm_lib.baselines import BASELINES
 from ldm_lib.cases import load_case
 from ldm_lib.errors import InputError
-from ldm_lib.evaluation import CEILING, ONE_SAMPLE, candidates, mean_of, sample_path, score_rows
+from ldm_lib.evaluation import CEILING, NEAREST, ONE_SAMPLE, candidates, mean_of, sample_path, score_rows
 from ldm_lib.metrics import brats_scores, hole_size_class
 from ldm_lib.volumes import write_like
 
@@ -26,6 +26,7 @@ def results(data, tmp_path):
     for path, value in (
         (tmp_path / name.replace(".nii.gz", "-sample-0000.nii.gz"), 100),
         (tmp_path / name, 200),
+        (tmp_path / name.replace(".nii.gz", "-nearest.nii.gz"), 150),
         (tmp_path / "ceiling" / name, 300),
     ):
         write_like(path, data.source, np.full(data.mask.shape, float(value)), data.mask)
@@ -35,7 +36,7 @@ def results(data, tmp_path):
 def test_each_method_is_read_from_its_own_file(data, results):
     found = candidates(data, results, 4, baselines=False)
     assert {name: set(volume[data.mask]) for name, volume in found.items()} == {
-        ONE_SAMPLE: {100.0}, mean_of(4): {200.0}, CEILING: {300.0},
+        ONE_SAMPLE: {100.0}, mean_of(4): {200.0}, CEILING: {300.0}, NEAREST: {150.0},
     }  # fmt: skip
     for volume in found.values():
         assert np.array_equal(volume[~data.mask], data.voided[~data.mask])

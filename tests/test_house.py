@@ -14,7 +14,18 @@ FLOORS = [
     ["errors", "values", "files", "config", "presets", "runs"],
     ["nifti", "sidecars", "volumes", "geometry", "cases", "cohort", "masks", "regridding"],
     ["atlas", "registration", "tissue", "segmentation", "growth", "priors", "phantom", "conditioning", "augmentation"],
-    ["schedule", "objectives", "samplers", "metrics", "fidelity", "obedience", "baselines", "blending"],
+    [
+        "schedule",
+        "objectives",
+        "samplers",
+        "metrics",
+        "seam",
+        "calibration",
+        "fidelity",
+        "obedience",
+        "baselines",
+        "blending",
+    ],
     [
         "devices",
         "stopwatch",
@@ -54,6 +65,7 @@ FLOORS = [
         "tracking",
         "fit",
         "training",
+        "memorisation",
         "evaluation",
         "few_steps",
         "bench_levels",
@@ -117,7 +129,21 @@ def test_only_one_floor_knows_networks(name):
     assert "lightning" not in libraries or name == "processes"
 
 
-LIGHT = ["config", "cohort", "cases", "volumes", "metrics", "baselines", "evaluation", "runs", "grids", "sweeps"]
+LIGHT = [
+    "seam",
+    "calibration",
+    "memorisation",
+    "config",
+    "cohort",
+    "cases",
+    "volumes",
+    "metrics",
+    "baselines",
+    "evaluation",
+    "runs",
+    "grids",
+    "sweeps",
+]
 
 
 @pytest.mark.parametrize("name", LIGHT)
