@@ -1,7 +1,7 @@
 # `make` alone prints this help. Values reach the shell through the environment, never spliced into a command.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run 01 02 03 04 05 06 train sweep test test-all lab params doctor validate bench mlflow lint clean
+.PHONY: help setup run 01 02 03 04 05 06 train sweep test test-all lab params doctor validate submission bench mlflow lint clean
 
 PRESET ?= demo
 RUN ?= $(PRESET)
@@ -69,6 +69,11 @@ doctor: .venv/ready ## check installation and machine
 validate: .venv/ready ## check every case of DATA_DIR
 	@if [ -z "$$DATA_DIR" ]; then echo "ERROR DATA_DIR is empty. Fix: make validate DATA_DIR=/path/to/cases" >&2; exit 1; fi
 	@exec $(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR"
+
+submission: .venv/ready ## check and zip what was filled: make submission DATA_DIR=... RESULTS=... [OUTPUT=F.zip]
+	@if [ -z "$$DATA_DIR" ] || [ -z "$$RESULTS" ]; then \
+	  echo "ERROR DATA_DIR or RESULTS is empty. Fix: make submission DATA_DIR=/path/to/cases RESULTS=/path/to/results" >&2; exit 1; fi
+	@exec $(LDM) submission --data "$$DATA_DIR" --results "$$RESULTS" $${OUTPUT:+--output "$$OUTPUT"}
 
 bench: .venv/ready ## autoencoder and training step at full size beside what is commonly done, as ratios; 10 GB, 15 minutes
 	@exec $(LDM) bench

@@ -1,4 +1,4 @@
-"""The command line: `python -m ldm_lib run | sweep | compare | inpaint | prior | validate | score | params | ...`.
+"""The command line: `python -m ldm_lib run | sweep | compare | inpaint | submission | prior | validate | ...`.
 
 Exit status: 0 done, 1 refused or failed (one line), 2 wrong usage, 143 on SIGTERM, 130 on Ctrl-C.
 Heavy libraries are imported by the command that needs them, so that help, validate and score start at once.
@@ -185,6 +185,25 @@ def validate(options: argparse.Namespace) -> int:
     return 1 if refused else 0
 
 
+def submission(options: argparse.Namespace) -> int:
+    from ldm_lib.submission import check, pack, several_holes
+
+    output, findings = options.output or Path(options.results) / "submission.zip", []
+    _require_folder(output)
+    for finding in check(options.data, options.results):
+        findings.append(finding)
+        print(finding, flush=True)
+    wrong = sum(bool(finding.problem) for finding in findings)
+    if wrong:
+        raise InputError(
+            f"{wrong} of {len(findings)} may not be sent", where=options.results, fix="see the lines above"
+        )
+    if several_holes(options.data):
+        print("WARNING names carry the number of a hole; the challenge knows one hole a case", file=sys.stderr)
+    print(f"{output}: {pack(options.data, options.results, output)} results")
+    return 0
+
+
 def score(options: argparse.Namespace) -> int:
     from ldm_lib.metrics import brats_scores
     from ldm_lib.volumes import read_image, read_mask, require_same_grid
@@ -228,12 +247,12 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _require_folder(path: str) -> None:
+def _require_folder(path: str | Path) -> None:
     if not Path(path).parent.is_dir():
         raise InputError("its folder does not exist", where=path, fix="make it first")
 
 
-COMMANDS = (run, sweep, compare, inpaint, prior, validate, score, params, doctor, bench)
+COMMANDS = (run, sweep, compare, inpaint, submission, prior, validate, score, params, doctor, bench)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -41,7 +41,7 @@ class Patch:
     spacing_mm: tuple[float, ...]
 
     @classmethod
-    def of(cls, data: CaseData, volume: np.ndarray, **about: Any) -> "Patch":
+    def of(cls, data: CaseData, volume: np.ndarray, /, **about: Any) -> "Patch":
         """The patch around the middle of a case's scored voxels, of a volume (x, y, z) in its order and units."""
         hole, spacing = data.lps(data.scored), data.lps_spacing_mm
         half = [max(1, round(EDGE_MM / 2 / s)) for s in spacing]

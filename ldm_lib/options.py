@@ -41,6 +41,7 @@ def build_parser(functions: Sequence[Command]) -> argparse.ArgumentParser:
     sub.add_argument("--conditioning-dir", default="", help="growth and tissue maps (default: beside the data)")
     sub.add_argument("--json", metavar="F", help="write the findings as JSON too")
 
+    _add_submission_options(command("submission", "check results as the challenge would, and zip them"))
     sub = command("score", "the challenge's scores of one prediction")
     for name in ("prediction", "target", "voided", "mask-healthy"):
         sub.add_argument(f"--{name}", required=True)
@@ -113,6 +114,12 @@ def _add_prior_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lesion", metavar="F", help="what is seen but no healthy tissue: binary")
     text = "how what is seen is labelled: mixture of intensity and place (default), hmrf, or none, the atlas alone"
     sub.add_argument("--refine", default="mixture", choices=["mixture", "hmrf", "none"], help=text)
+
+
+def _add_submission_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", required=True, metavar="DIR", help="the cases that were filled")
+    sub.add_argument("--results", required=True, metavar="DIR", help="<ID>-t1n-inference.nii.gz of each")
+    sub.add_argument("--output", metavar="F", help="zip file (default: submission.zip among the results)")
 
 
 def _add_bench_options(sub: argparse.ArgumentParser) -> None:

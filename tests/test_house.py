@@ -66,6 +66,7 @@ FLOORS = [
         "fit",
         "training",
         "memorisation",
+        "submission",
         "evaluation",
         "few_steps",
         "bench_levels",
