@@ -243,7 +243,7 @@ def bench(options: argparse.Namespace) -> int:
     from ldm_lib.bench import bench as measure
 
     output = Path(options.output) if options.output else outputs_folder() / "bench" / "bench.json"
-    measure(output, only=options.only, say=lambda line: print(line, flush=True))
+    measure(output, only=options.only, whole=options.full, say=lambda line: print(line, flush=True))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How fast, and in how much memory: what is ours beside what is commonly done, at full size in one process.
+"""How fast, and in how much memory: what is ours beside what is commonly done, at full size.
 
 Seconds depend on the machine; their ratio much less, so the ratio is what is kept and compared.
 """
@@ -10,52 +10,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ldm_lib.autoencoding import build_autoencoder
+from ldm_lib.bench_autoencoder import bench_autoencoders
+from ldm_lib.bench_case import PARTS, bench_case
 from ldm_lib.bench_training import bench_training
 from ldm_lib.charts import bars
-from ldm_lib.devices import autocast, pick_device, pick_precision, processor_name
+from ldm_lib.devices import pick_device, pick_precision, processor_name
 from ldm_lib.files import write_json
-from ldm_lib.presets import resolve
 from ldm_lib.runs import provenance
 from ldm_lib.slices import Plate
-from ldm_lib.standards import standard_autoencoder
-from ldm_lib.stopwatch import forget_peak, peak_memory, timed
 
 FULL_GRID = (240, 240, 160)
-Coder = Callable[[Tensor], Tensor]
 
 
 def bench(
     output: Path,
     *,
     only: str | None = None,
+    whole: bool = False,
     shape: Sequence[int] = FULL_GRID,
+    spacing_mm: float = 1.0,
     changes: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure each part, and write what was found as JSON and as a picture beside it.
 
-    The autoencoders go first, so that their peak of memory is their own: the system only tells a process's largest so
-    far.
-
     Args:
         output: JSON file: seconds and memory of all, and under "ratios" how many times faster ours is.
-        only: "autoencoder" or "training"; none measures both.
-        shape: voxels, divisible by 8.
+        only: "case" (which codes a volume too), "autoencoder" or "training"; none measures all, each thing once.
+        whole: run every step of the common stack, see `bench_case`.
+        shape: voxels of autoencoder and training, divisible by 8.
+        spacing_mm: voxel size of the case.
         changes: of the denoiser's parameters in `full`.
     """
     device = pick_device("auto")
     found = {"shape": list(shape), "device": str(device), "processor": processor_name(device),
              "precision": pick_precision("auto", device), "threads": torch.get_num_threads(), "ratios": {},
              "seconds": {}, "made_with": provenance()}  # fmt: skip
-    encode_s = None
-    if only in (None, "autoencoder"):
+    if only in (None, "case"):
+        _add(found, "case", partial(bench_case, spacing_mm, whole=whole, changes=changes, say=say))
+    if only == "autoencoder":
         _add(found, "autoencoder", partial(bench_autoencoders, shape, say=say))
-        encode_s = found["autoencoders"]["monai"]["encode_s"]
     if only in (None, "training"):
-        _add(found, "training", partial(bench_training, shape, encode_s=encode_s, changes=changes, say=say))
+        encode_s = found["autoencoders"]["monai"]["encode_s"] if "autoencoders" in found else None
+        whole_latents = {"latent_crop": 0, **(changes or {})}
+        _add(found, "training", partial(bench_training, shape, encode_s=encode_s, changes=whole_latents, say=say))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, found)
     picture(found).savefig(output.with_suffix(".png"), dpi=100)
@@ -72,42 +71,9 @@ def _add(found: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]
     found |= part
 
 
-def bench_autoencoders(shape: Sequence[int], *, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Encode and decode one volume with the autoencoder of `full` and with MONAI's in float32.
-
-    Ours goes first, for its peak of memory.
-
-    Returns:
-        "autoencoders", seconds and memory of both; "ratios".
-    """
-    device = pick_device("auto")
-    volume = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    own = build_autoencoder(resolve("full")["02_autoencoder_check"], spacing_mm=1.0).freeze().to(device)
-    standard = standard_autoencoder().eval().to(device)
-    rows = {
-        "ours": _coded(own.encode, own.decode, volume, pick_precision("auto", device)),
-        "monai": _coded(lambda given: standard.encode(given)[0], standard.decode, volume, "32"),
-    }
-    for name, row in rows.items():
-        say(f"autoencoders, {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
-    ours, theirs = (row["encode_s"] + row["decode_s"] for row in rows.values())
-    return {"autoencoders": rows, "ratios": {"encode_decode_speedup_vs_monai_fp32": theirs / ours}}
-
-
-def _coded(encode: Coder, decode: Coder, volume: Tensor, precision: str) -> dict[str, float]:
-    """Seconds of encoding and decoding, and the peak of memory so far (resident on a CPU, allocated on a GPU)."""
-    device = volume.device
-    forget_peak(device)
-    with torch.inference_mode(), autocast(device, precision):
-        decode(encode(volume[..., :32, :32, :32]))  # whatever is made once is made now
-        encode_s, latent = timed(lambda: encode(volume), device)
-        decode_s, _ = timed(lambda: decode(latent), device)
-    return {"encode_s": encode_s, "decode_s": decode_s, "peak_memory_gb": peak_memory(device) / 1e9}
-
-
 def picture(found: dict[str, Any]) -> Plate:
     """What was measured as bars: seconds, each beside ours, and how much of the machine's rate a step reaches."""
-    panels = {}
+    panels = _of_the_case(found["case"]) if "case" in found else {}
     if "autoencoders" in found:
         seconds = {name: row["encode_s"] + row["decode_s"] for name, row in found["autoencoders"].items()}
         panels["encode and decode a volume, s"] = _beside_ours(seconds)
@@ -123,6 +89,20 @@ def picture(found: dict[str, Any]) -> Plate:
     return bars(panels, title=f"{found['processor']}, {found['threads']} threads, precision {found['precision']}")
 
 
-def _beside_ours(seconds: dict[str, float]) -> dict[str, tuple[float, str]]:
-    ours_first = sorted(seconds, key=lambda name: name != "ours")
-    return {k: (seconds[k], f"{seconds[k]:.3g} s = {seconds[k] / seconds['ours']:.2f} x ours") for k in ours_first}
+def _of_the_case(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[float, str]]]:
+    common = rows["common_stack"]
+    name = "common stack" + (
+        f" ({common['steps_run']} of {common['steps']} steps run)" if common["extrapolated"] else ""
+    )
+    panels = {
+        unit: _beside_ours({"ours": rows["ours"][key], f"common stack{note}": common[key]}, sign)
+        for unit, key, sign in (("a case, file to file, s", "total_s", "s"), ("its memory, GB", "peak_memory_gb", "GB"))
+    }
+    parts = {part.removesuffix("_s"): rows["ours"][part] for part in PARTS}
+    total = sum(parts.values())
+    return panels | {"where our seconds go": {k: (s, f"{s:.2g} s, {s / total:.0%}") for k, s in parts.items()}}
+
+
+def _beside_ours(values: dict[str, float], unit: str = "s") -> dict[str, tuple[float, str]]:
+    ours_first = sorted(values, key=lambda name: name != "ours")
+    return {k: (values[k], f"{values[k]:.3g} {unit} = {values[k] / values['ours']:.2f} x ours") for k in ours_first}

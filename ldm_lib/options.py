@@ -123,7 +123,8 @@ def _add_submission_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--only", choices=["autoencoder", "training"], help="one part; the other is not in the file")
+    sub.add_argument("--only", choices=["case", "autoencoder", "training"], help="one part; others are not in the file")
+    sub.add_argument("--full", action="store_true", help="run all 50 steps of the common stack, not 3 of them")
     sub.add_argument("--output", metavar="F", help="JSON file (default: outputs/bench/bench.json)")
 
 

@@ -5,23 +5,31 @@ import json
 import pytest
 import torch
 
+from ldm_lib import bench_case as one_case
 from ldm_lib import bench_training as training
 from ldm_lib import stopwatch
 from ldm_lib.__main__ import main
 from ldm_lib.adm import ADM, count_flops, count_parameters
 from ldm_lib.bench import bench, picture
+from ldm_lib.bench_autoencoder import bench_autoencoders
+from ldm_lib.bench_case import PARTS
 from ldm_lib.bench_levels import level_rows
 from ldm_lib.bench_training import PlainLoop, made_up_latents
 from ldm_lib.denoising import build_denoiser
+from ldm_lib.errors import RunError
 from ldm_lib.latents import collate
 from ldm_lib.learner import Learner
 from ldm_lib.presets import resolve
 from ldm_lib.schedule import noise_schedule
-from ldm_lib.standards import standard_denoiser
+from ldm_lib.standards import ddim_steps, standard_denoiser
 from ldm_lib.stopwatch import matmul_rate, timed
 
 CPU = torch.device("cpu")
-TINY = {"shape": (40, 32, 24), "changes": {"base_width": 32, "blocks_per_level": 1, "precision": "32"}}
+TINY = {
+    "shape": (40, 32, 24),
+    "spacing_mm": 8.0,
+    "changes": {"base_width": 32, "blocks_per_level": 1, "precision": "32"},
+}
 CODED = {"encode_s", "decode_s", "peak_memory_gb"}
 STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
 
@@ -29,6 +37,9 @@ STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
 @pytest.fixture
 def hurried(monkeypatch):
     monkeypatch.setattr(training, "ROUNDS", (3, 3))
+    here = {who: work for who, work in one_case.CONTESTANTS.items()}
+    monkeypatch.setattr(one_case, "_in_a_process_of_its_own", lambda asked: here[asked["who"]](asked))
+    monkeypatch.setitem(stopwatch.SQUARE, "cpu", 512)
 
 
 def config(**changes):
@@ -42,11 +53,14 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, hurried):
     assert set(coders["ours"]) == set(coders["monai"]) == CODED
     assert min(*coders["ours"].values(), *coders["monai"].values()) > 0
     coding = {name: row["encode_s"] + row["decode_s"] for name, row in coders.items()}
+    case, memory = found["case"], {name: row["peak_memory_gb"] for name, row in found["case"].items()}
     s = {name: row["s"] for name, row in steps.items()}
     encoded = s["plain_loop"] + 2 * found["batch_size"] * coders["monai"]["encode_s"]
     best, ours = max(found["matmul_gflop_s"]), steps["ours"]
     assert found["ratios"] == pytest.approx({
         "encode_decode_speedup_vs_monai_fp32": coding["monai"] / coding["ours"],
+        "case_speedup_vs_common_stack": case["common_stack"]["total_s"] / case["ours"]["total_s"],
+        "case_memory_reduction_vs_common_stack": memory["common_stack"] / memory["ours"],
         "train_step_speedup_vs_plain_loop": s["plain_loop"] / s["ours"],
         "train_step_speedup_vs_encode_every_step": encoded / s["ours"],
         "train_step_share_of_matmul_rate": ours["gflop"] / s["ours"] / best,
@@ -58,7 +72,12 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, hurried):
     assert sum(row["gflop"] for row in levels) == pytest.approx(ours["gflop"], rel=0.01)
     written = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert written == json.loads(json.dumps(found)) and found["shape"] == [40, 32, 24] and found["grid"] == [5, 4, 3]
-    assert set(found["seconds"]) == {"autoencoder", "training"} and "versions" in found["made_with"]
+    for row in case.values():
+        assert row["total_s"] == pytest.approx(sum(row[part] for part in PARTS)) and min(row[p] for p in PARTS) > 0
+        assert row["total_with_load_s"] == pytest.approx(row["total_s"] + row["load_s"])
+    assert case["common_stack"]["extrapolated"] and case["common_stack"]["steps_run"] == 3 < case["ours"]["steps"]
+    assert found["hole"]["box"] == found["hole"]["grid"] == [4, 4, 3] and found["hole"]["ml"] > 0
+    assert set(found["seconds"]) == {"case", "training"} and "versions" in found["made_with"]
     assert found["processor"] and found["threads"] == torch.get_num_threads()
     assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert all(f"{name} {value:.2f}" in said[-1] for name, value in found["ratios"].items())
@@ -74,10 +93,50 @@ def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, hurried):
 
 def test_the_command_line_names_part_and_file(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("ldm_lib.bench.bench", lambda output, *, only, say: asked.append((output, only)))
-    assert main(["bench"]) == main(["bench", "--only", "training", "--output", str(tmp_path / "b.json")]) == 0
-    assert asked[0][0].parts[-2:] == ("bench", "bench.json") and asked[0][1] is None
-    assert asked[1] == (tmp_path / "b.json", "training")
+    monkeypatch.setattr("ldm_lib.bench.bench", lambda output, *, only, whole, say: asked.append((output, only, whole)))
+    assert main(["bench"]) == main(["bench", "--only", "case", "--full", "--output", str(tmp_path / "b.json")]) == 0
+    assert asked[0][0].parts[-2:] == ("bench", "bench.json") and asked[0][1:] == (None, False)
+    assert asked[1] == (tmp_path / "b.json", "case", True)
+
+
+def test_coding_alone_is_measured_of_both():
+    found = bench_autoencoders((40, 32, 24), say=lambda _: None)
+    assert set(found["autoencoders"]["ours"]) == set(found["autoencoders"]["monai"]) == CODED
+    coding = {name: row["encode_s"] + row["decode_s"] for name, row in found["autoencoders"].items()}
+    assert found["ratios"] == {"encode_decode_speedup_vs_monai_fp32": coding["monai"] / coding["ours"]}
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_the_common_stacks_steps_end_at_the_truth_if_the_network_knows_it(steps):
+    schedule, draw = noise_schedule(), torch.Generator().manual_seed(0)
+    truth, voided = (torch.randn(1, 2, 6, 6, 6, generator=draw) for _ in range(2))
+    hole = torch.zeros(1, 1, 6, 6, 6)
+    hole[..., 2:5, 2:5, 2:5] = 1
+
+    def knows(x, t):
+        assert torch.equal(x[:, :2] * (1 - hole), voided * (1 - hole)) and x.shape[1] == 2 + 4 + 1
+        alpha, sigma = schedule.rates(t, x)
+        return ((x[:, :2] - alpha * truth) / sigma).float()
+
+    filled = ddim_steps(knows, voided, torch.zeros(1, 4, 6, 6, 6), hole, schedule, steps=steps)
+    assert torch.equal(filled * (1 - hole), voided * (1 - hole))
+    assert (filled - truth).mul(hole).abs().max() < 1e-2
+
+
+def test_a_contestant_that_dies_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(one_case.sys, "executable", "/bin/false")
+    with pytest.raises(
+        RunError, match=r"bench, ours: its process ended without an answer \(status 1\).*Fix: free memory"
+    ):
+        one_case.bench_case(8.0, changes=SMALL, say=lambda _: None)
+
+
+@pytest.mark.slow
+def test_each_contestant_has_a_process_and_a_peak_of_its_own():
+    held = torch.ones(500_000_000)  # 2 GB of this process, which are in nobody's figures
+    found = one_case.bench_case(8.0, changes=SMALL, say=lambda _: None)
+    peaks = [row["peak_memory_gb"] for row in found["case"].values()]
+    assert held.all() and min(peaks) > 0.2 and max(peaks) < 1.5
 
 
 def test_steps_are_taken_in_turn_on_the_same_batches(tmp_path, hurried, monkeypatch):

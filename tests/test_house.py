@@ -69,6 +69,8 @@ FLOORS = [
         "submission",
         "evaluation",
         "few_steps",
+        "bench_autoencoder",
+        "bench_case",
         "bench_levels",
         "bench_training",
         "bench",
