@@ -91,9 +91,7 @@ def picture(found: dict[str, Any]) -> Plate:
 
 def _of_the_case(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[float, str]]]:
     common = rows["common_stack"]
-    name = "common stack" + (
-        f" ({common['steps_run']} of {common['steps']} steps run)" if common["extrapolated"] else ""
-    )
+    note = f" ({common['steps_run']} of {common['steps']} steps run)" if common["extrapolated"] else ""
     panels = {
         unit: _beside_ours({"ours": rows["ours"][key], f"common stack{note}": common[key]}, sign)
         for unit, key, sign in (("a case, file to file, s", "total_s", "s"), ("its memory, GB", "peak_memory_gb", "GB"))

@@ -25,11 +25,8 @@ from ldm_lib.standards import ddim_steps, standard_denoiser
 from ldm_lib.stopwatch import matmul_rate, timed
 
 CPU = torch.device("cpu")
-TINY = {
-    "shape": (40, 32, 24),
-    "spacing_mm": 8.0,
-    "changes": {"base_width": 32, "blocks_per_level": 1, "precision": "32"},
-}
+SMALL = {"base_width": 32, "blocks_per_level": 1, "precision": "32"}
+TINY = {"shape": (40, 32, 24), "spacing_mm": 8.0, "changes": SMALL}
 CODED = {"encode_s", "decode_s", "peak_memory_gb"}
 STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
 
@@ -37,8 +34,7 @@ STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
 @pytest.fixture
 def hurried(monkeypatch):
     monkeypatch.setattr(training, "ROUNDS", (3, 3))
-    here = {who: work for who, work in one_case.CONTESTANTS.items()}
-    monkeypatch.setattr(one_case, "_in_a_process_of_its_own", lambda asked: here[asked["who"]](asked))
+    monkeypatch.setattr(one_case, "_in_a_process_of_its_own", lambda asked: one_case.CONTESTANTS[asked["who"]](asked))
     monkeypatch.setitem(stopwatch.SQUARE, "cpu", 512)
 
 
