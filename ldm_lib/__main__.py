@@ -195,9 +195,7 @@ def submission(options: argparse.Namespace) -> int:
         print(finding, flush=True)
     wrong = sum(bool(finding.problem) for finding in findings)
     if wrong:
-        raise InputError(
-            f"{wrong} of {len(findings)} may not be sent", where=options.results, fix="see the lines above"
-        )
+        raise InputError(f"{wrong} of {len(findings)} may not be sent", where=options.results, fix="see above")
     if several_holes(options.data):
         print("WARNING names carry the number of a hole; the challenge knows one hole a case", file=sys.stderr)
     print(f"{output}: {pack(options.data, options.results, output)} results")

@@ -209,7 +209,7 @@ class SamplingConfig(DeviceConfig):
     sampler: Literal["ddpm", "ddim", "dpm++2m", "euler", "midpoint"] = Field(
         "dpm++2m", description="how the noise is removed"
     )
-    num_inference_steps: Positive = Field(10, description="denoiser calls per sample")
+    num_inference_steps: Positive = Field(8, description="denoiser calls per sample")
     guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
     blend_mm: Annotated[float, Field(ge=0, le=1000)] = Field(
         16.0, description="reach of the fit at the hole's edge, mm; 0 is off"
