@@ -166,9 +166,9 @@ def _in_a_process_of_its_own(asked: Row) -> Row:
 
 
 def _row(parts: dict[str, float], load_s: float, device: torch.device, denoiser: torch.nn.Module, steps: int) -> Row:
-    total = sum(parts.values())
+    total, size = sum(parts.values()), sum(p.numel() for p in denoiser.parameters())
     row = {"total_s": total, **parts, "load_s": load_s, "total_with_load_s": total + load_s, "steps": steps,
-           "peak_memory_gb": peak_memory(device) / 1e9, "parameters": sum(p.numel() for p in denoiser.parameters())}  # fmt: skip
+           "peak_memory_gb": peak_memory(device) / 1e9, "parameters": size}  # fmt: skip
     on_gpu = {"gpu_target_s": GPU_TARGET_S, "share_of_target": total / GPU_TARGET_S}
     return row | (on_gpu if device.type == "cuda" else {})
 
