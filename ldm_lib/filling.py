@@ -102,8 +102,9 @@ def fill_cases(
     for k, row in enumerate(_in_turn(job, cases), start=1):
         rows.append(row)
         filled += row["status"] == FILLED
-        left = (time.monotonic() - started) / max(filled, 1) * (len(cases) - k)
-        told = f", {timedelta(seconds=round(left))} left" if filled and k < len(cases) else ""
+        behind = len(cases) - k - 1  # the next one has been filled by the time this one is on the disk
+        left = timedelta(seconds=round((time.monotonic() - started) / (filled + 1) * behind))
+        told = f", {left} left" if filled and behind >= 0 else ""
         say(f"[{k}/{len(cases)}] {_told(row)}{told}")
     return rows
 
