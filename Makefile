@@ -76,7 +76,7 @@ submission: .venv/ready ## check and zip what was filled: make submission DATA_D
 	@exec $(LDM) submission --data "$$DATA_DIR" --results "$$RESULTS" $${OUTPUT:+--output "$$OUTPUT"}
 
 bench: .venv/ready ## a case, autoencoder and training step beside what is commonly done, as ratios; 10 GB, 15 minutes, FULL=1 longer
-	@exec $(LDM) bench $${FULL:+--full}
+	@exec $(LDM) bench $$(case "$$FULL" in ''|0) ;; *) echo --full ;; esac)
 
 mlflow: .venv/ready ## browse tracked figures and panels on 127.0.0.1:5000
 	@MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \

@@ -132,10 +132,10 @@ def _inpaint_folder(options: argparse.Namespace) -> int:
         model=options.model,
         make_missing=options.make_missing,
         each=options.write_samples,
-        say=lambda line: print(line, flush=True),
+        say=_say,
     )
     counts = Counter(row["status"] for row in rows)
-    print(f"{len(rows)} cases: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    _say(f"{len(rows)} cases: {', '.join(f'{count} {status}' for status, count in counts.items())}")
     return 1 if counts[REFUSED] else 0
 
 
@@ -188,8 +188,9 @@ def validate(options: argparse.Namespace) -> int:
 def submission(options: argparse.Namespace) -> int:
     from ldm_lib.submission import check, pack, several_holes
 
-    output, findings = options.output or Path(options.results) / "submission.zip", []
-    _require_folder(output)
+    output, findings = Path(options.output or f"{options.results}/submission.zip").expanduser(), []
+    if options.output:
+        _require_folder(output)
     for finding in check(options.data, options.results):
         findings.append(finding)
         print(finding, flush=True)
@@ -243,6 +244,14 @@ def bench(options: argparse.Namespace) -> int:
     output = Path(options.output) if options.output else outputs_folder() / "bench" / "bench.json"
     measure(output, only=options.only, whole=options.full, say=lambda line: print(line, flush=True))
     return 0
+
+
+def _say(line: str) -> None:
+    """Print a line of work that goes on when its reader, such as `head`, has left."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = None
 
 
 def _require_folder(path: str | Path) -> None:

@@ -24,7 +24,8 @@ class Canvas:
         data: the case.
         spacing_mm: the model's voxel size.
         multiple: voxels per latent cell and axis.
-        blend_mm: how far the hole's edge is made to fit (`blending`), 0: not at all.
+        blend_mm: how far the hole's edge is made to fit (`blending`), 0: not at all. Voxels of unequal edges count as
+            cubes of their volume.
     """
 
     data: CaseData

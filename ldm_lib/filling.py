@@ -18,13 +18,15 @@ from ldm_lib.canvas import Filled
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.cohort import find_cases
 from ldm_lib.config import SamplingConfig
-from ldm_lib.errors import ConfigError, InputError, LdmError
+from ldm_lib.errors import ConfigError, InputError, LdmError, RunError
 from ldm_lib.files import FolderLock, fingerprint, sha256, write_csv, write_json
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import make_ready, write_filled
 from ldm_lib.runs import read_record
+from ldm_lib.samplers import require_path
+from ldm_lib.schedule import spaced_timesteps
 
-RECORDS = "filled"
+RECORDS, TABLE = "filled", "results.csv"
 FILLED, FOUND, REFUSED = "filled", "found", "refused"
 REFUSALS = (LdmError, OSError, MemoryError)  # of one case: the others go on
 Row = dict[str, Any]
@@ -64,15 +66,23 @@ def inpaint_folder(
     cases, exclusions = find_cases(root, conditioning_dir)
     inpainter = Inpainter.load(model, device=config.device, precision=config.precision, blend_mm=config.blend_mm)
     lock = FolderLock(output)
-    for half_written in [*output.glob(".*.part"), *output.glob(f"{RECORDS}/.*.part")]:  # of a process that was killed
-        half_written.unlink()
-    rows = [_refused(exclusion.case, exclusion.reason) for exclusion in exclusions]
-    for row in rows:
-        say(_told(row))
-    rows += fill_cases(inpainter, cases, config, output, make_missing=make_missing, each=each, say=say)
-    write_csv(output / "results.csv", rows)
-    lock.release()
+    try:
+        _clear(output)
+        rows = [_refused(exclusion.case, exclusion.reason) for exclusion in exclusions]
+        for row in rows:
+            say(_told(row))
+        rows += fill_cases(inpainter, cases, config, output, make_missing=make_missing, each=each, say=say)
+        write_csv(output / TABLE, rows)
+    finally:
+        lock.release()
     return rows
+
+
+def _clear(output: Path) -> None:
+    """Remove what a killed process left half-written, and the table of an earlier call."""
+    for pattern in (".*.nii.gz.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part", TABLE):
+        for path in output.glob(pattern):
+            path.unlink()
 
 
 def fill_cases(
@@ -95,7 +105,12 @@ def fill_cases(
     Returns:
         a row for each case, in order: "case", "status" (filled, found or refused), "result", "spread" (mean standard
         deviation in the hole over the case's scale), "seconds" and "reason".
+
+    Raises:
+        ConfigError: a sampler or number of steps that this model cannot take.
     """
+    require_path(config.sampler, inpainter.schedule)
+    spaced_timesteps(inpainter.schedule, config.num_inference_steps)  # refused now, not once a case
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     job = Job(inpainter, config, folder, make_missing, each)
     rows, started, filled = [], time.monotonic(), 0
@@ -114,6 +129,18 @@ def require_all(rows: Sequence[Row]) -> None:
     if refused := [row for row in rows if row["status"] == REFUSED]:
         raise InputError(f"{len(refused)} of {len(rows)} cases could not be filled; {_told(refused[0])}",
                          where=RECORDS, fix="mend or remove them; what is filled is kept")  # fmt: skip
+
+
+def require_recorded(cases: Sequence[Case], folder: Path) -> None:
+    """Refuse when another process could not fill one of its cases."""
+    if missing := [case.key for case in cases if not record_path(case, folder).exists()]:
+        told = f"{len(missing)} of {len(cases)} cases are not filled, the first {missing[0]}"
+        raise InputError(told, where=folder.name, fix="see what the process that refused it said")
+
+
+def record_path(case: Case, folder: Path) -> Path:
+    """Where it is noted that a case is filled."""
+    return folder / RECORDS / f"{case.key}.json"
 
 
 @dataclass(frozen=True)
@@ -137,41 +164,54 @@ class Job:
         """The samples of a case, and seconds."""
         started, config = time.monotonic(), self.config
         how = {"sampler": config.sampler, "steps": config.num_inference_steps, "guidance": config.guidance}
-        filled = self.inpainter.fill(data, samples=config.samples, seed=config.seed, **how)
+        try:
+            filled = self.inpainter.fill(data, samples=config.samples, seed=config.seed, **how)
+        except RuntimeError as error:  # what torch raises, for a processor's memory without a type of its own
+            if "memory" not in str(error):
+                raise
+            raise InputError("not enough memory to fill it", where=data.case.key, fix="take fewer samples") from error
         return filled, time.monotonic() - started
 
     def write(self, filled: Filled, data: CaseData, made_from: str, seconds: float) -> Row:
         """Write the result and, last, its record; return its row."""
         started, case = time.monotonic(), data.case
+        for name in self._recorded(case)["outputs"]:  # of other settings: none of them may stay beside the new ones
+            (self.folder / name).unlink(missing_ok=True)
         written = write_filled(filled, data, self.folder / case.result_name, samples=self.each)
         spread = float(filled.std[data.mask].mean() / data.scale)
         seconds = round(seconds + time.monotonic() - started, 2)
         row = {"case": case.key, "status": FILLED, "result": written[0].name, "spread": spread, "seconds": seconds}
         outputs = {path.name: sha256(path) for path in written}
-        write_json(self._record(case), {"made_from": made_from, "outputs": outputs, "row": row | {"reason": ""}})
+        write_json(
+            record_path(case, self.folder), {"made_from": made_from, "outputs": outputs, "row": row | {"reason": ""}}
+        )
         return row | {"reason": ""}
 
     def _found(self, case: Case, made_from: str) -> Row | None:
         """The row of a case filled from the same files, weights and settings, if its results are still whole."""
-        path = self._record(case)
-        if not path.exists():
-            return None
-        record, folder = read_record(path), self.folder
+        record, folder = self._recorded(case), self.folder
         whole = all((folder / n).exists() and sha256(folder / n) == d for n, d in record["outputs"].items())
         return record["row"] | {"status": FOUND} if whole and record["made_from"] == made_from else None
+
+    def _recorded(self, case: Case) -> dict[str, Any]:
+        """The record of a case; one that is not there, or is damaged, is as none."""
+        nothing = {"made_from": "", "outputs": {}, "row": {}}
+        try:
+            record = read_record(record_path(case, self.folder))
+        except RunError:
+            return nothing
+        return record if isinstance(record, dict) and nothing.keys() <= record.keys() else nothing
 
     def _made_from(self, case: Case) -> str:
         asked = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")
         engine, networks = self.inpainter, (self.inpainter.denoiser, self.inpainter.autoencoder)
         settings = {name: getattr(self.config, name) for name in asked}
         settings |= {"make_missing": self.make_missing, "each": self.each, "precision": engine.precision}
-        model = {"cells": asdict(engine.settings), "crop": engine.crop, "box_margin": engine.box_margin}
+        model = {"cells": asdict(engine.settings), "crop": engine.crop, "box_margin": engine.box_margin,
+                 "prediction": engine.prediction, "schedule": engine.denoiser.folder_config["schedule"]}  # fmt: skip
         weights = [network.folder_config["sha256"] for network in networks]
         files = {role: sha256(path) for role, path in case.files().items()}
         return fingerprint({"weights": weights, "model": model, "files": files, "settings": settings})
-
-    def _record(self, case: Case) -> Path:
-        return self.folder / RECORDS / f"{case.key}.json"
 
 
 def _in_turn(job: Job, cases: Sequence[Case]) -> Iterator[Row]:

@@ -140,9 +140,9 @@ def point(text: str) -> tuple[float, ...]:
 def joined(arguments: Sequence[str]) -> list[str]:
     """The words with --seed-mm -30,12,45 as one word: argparse would take the minus for an option."""
     words = list(arguments)
-    for k in [k for k, word in enumerate(words[:-1]) if word == "--seed-mm"]:
-        words[k : k + 2] = [f"{words[k]}={words[k + 1]}", ""]
-    return [word for word in words if word]
+    for k in reversed([k for k, word in enumerate(words[:-1]) if word == "--seed-mm"]):
+        words[k : k + 2] = [f"{words[k]}={words[k + 1]}"]
+    return words
 
 
 def assignments(texts: Iterable[str]) -> dict[str, str]:

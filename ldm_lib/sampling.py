@@ -11,7 +11,7 @@ import torch
 
 from ldm_lib import cohort
 from ldm_lib.config import SamplingConfig, validated
-from ldm_lib.filling import fill_cases, require_all
+from ldm_lib.filling import fill_cases, require_all, require_recorded
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.launched import launched, mark_done
 from ldm_lib.processes import global_rank, is_first, world_size
@@ -38,6 +38,7 @@ def fill_run(name: str) -> None:
     if world_size() > 1:
         torch.distributed.barrier()
     require_all(rows)
+    require_recorded(cases, run_folder / STAGE)
     if is_first():
         mark_done(run_folder / STAGE)
 

@@ -14,7 +14,17 @@ from ldm_lib.__main__ import main
 from ldm_lib.cohort import find_cases
 from ldm_lib.config import SamplingConfig
 from ldm_lib.errors import ConfigError, InputError, RunError
-from ldm_lib.filling import FILLED, FOUND, REFUSED, Job, fill_cases, inpaint_folder, require_all
+from ldm_lib.files import FolderLock
+from ldm_lib.filling import (
+    FILLED,
+    FOUND,
+    REFUSED,
+    Job,
+    fill_cases,
+    inpaint_folder,
+    require_all,
+    require_recorded,
+)
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import inpaint
 from ldm_lib.presets import resolve
@@ -172,8 +182,6 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(cohort_f
 
 
 def test_two_processes_do_not_fill_one_folder(cohort_folder, tiny_model_folder, tmp_path):
-    from ldm_lib.files import FolderLock
-
     def hold(folder, ready, done):
         FolderLock(folder)
         ready.set()
@@ -217,3 +225,68 @@ def test_at_most_three_cases_are_held_at_once(inpainter, cases, tmp_path, monkey
     monkeypatch.setattr(Job, "write", counted("write", leave=True))
     fill_cases(inpainter, cases, settings(), tmp_path)
     assert 2 <= max(most) <= 4  # a fourth is being read while the third waits for its predecessor to be written
+
+
+@pytest.mark.parametrize("content", ["garbage", "{}", "[1]"])
+def test_a_damaged_record_is_as_none(inpainter, cases, tmp_path, content):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    (tmp_path / "filled" / f"{cases[0].key}.json").write_text(content)
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FOUND]
+
+
+def test_nothing_of_other_settings_stays_beside_a_new_result(inpainter, cases, tmp_path):
+    fill_cases(inpainter, cases[:1], settings(samples=3), tmp_path)
+    fill_cases(inpainter, cases[:1], settings(samples=1), tmp_path)
+    beside = cases[0].result_name.replace(".nii.gz", "-sample-0000.nii.gz")
+    assert set(volumes(tmp_path)) == {cases[0].result_name, beside}
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"sampler": "euler"}, "'euler' given, the model was trained on a variance-preserving"),
+    ({"num_inference_steps": 5000}, "5000 sampling steps given, 1 to 1000 allowed"),
+])  # fmt: skip
+def test_what_no_case_can_take_is_refused_before_any_is_read(inpainter, cases, tmp_path, monkeypatch, changes, told):
+    monkeypatch.setattr(Job, "read", lambda *_: pytest.fail("a case was read"))
+    with pytest.raises(ConfigError, match=told):
+        fill_cases(inpainter, cases[:2], settings(**changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("too large"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_case_that_does_not_fit_into_memory_stops_no_other(inpainter, cases, tmp_path, monkeypatch, error):
+    fill = Inpainter.fill
+
+    def fails_once(self, data, **how):
+        if data.case.key == cases[0].key:
+            raise error
+        return fill(self, data, **how)
+
+    monkeypatch.setattr(Inpainter, "fill", fails_once)
+    rows = fill_cases(inpainter, cases[:2], settings(), tmp_path)
+    assert statuses(rows) == [REFUSED, FILLED]
+    with pytest.raises(InputError, match="1 of 2 cases are not filled, the first"):
+        require_recorded(cases[:2], tmp_path)
+
+
+def test_a_reader_that_leaves_does_not_end_the_work(cohort_folder, tiny_model_folder, tmp_path, monkeypatch):
+    class Gone:
+        def write(self, _):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    arguments = ["inpaint", "--data", str(cohort_folder), "--output", str(tmp_path), "--steps", "1", "--model",
+                 str(tiny_model_folder), "--device", "cpu"]  # fmt: skip
+    assert main(arguments) == 0 and len(volumes(tmp_path)) == 6
+
+
+def test_the_lock_is_let_go_when_something_is_refused(cohort_folder, tiny_model_folder, tmp_path):
+    config = SamplingConfig(sampler="euler", device="cpu")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="'euler' given"):
+            inpaint_folder(cohort_folder, tmp_path, config, model=tiny_model_folder, **QUIET)
+    assert not FolderLock._held

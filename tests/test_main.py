@@ -18,7 +18,7 @@ from ldm_lib.__main__ import main
 from ldm_lib.config import STAGES, SamplingConfig
 from ldm_lib.errors import RunError
 from ldm_lib.metrics import brats_scores
-from ldm_lib.options import RATES
+from ldm_lib.options import RATES, joined
 from ldm_lib.runs import OUTPUTS_VARIABLE
 from ldm_lib.samplers import SAMPLERS
 
@@ -346,3 +346,10 @@ def test_the_rates_in_the_help_are_those_of_growth():
     from ldm_lib.growth import Rates
 
     assert tuple(RATES.values()) == tuple(vars(Rates()).values())
+
+
+def test_an_option_without_a_value_stays_one():
+    """`make` passes an empty --conditioning-dir when there is none."""
+    words = ["validate", "D", "--conditioning-dir", "", "--seed-mm", "-1,2,3"]
+    assert joined(words) == ["validate", "D", "--conditioning-dir", "", "--seed-mm=-1,2,3"]
+    assert joined(["--seed-mm"]) == ["--seed-mm"]

@@ -102,7 +102,7 @@ def test_a_hole_that_was_left_void_is_told(data, results):
     shutil.copy(case.t1n_voided, results / case.result_name)
     voxels = int((read_volume(case.mask).voxels > 0).sum())
     assert problems(data, results) == [
-        f"{case.key}: {case.result_name} has a void hole: all of its {voxels} voxels are 0"
+        f"{case.key}: {case.result_name} has a void hole: 0 of its {voxels} voxels are not 0"
     ]  # fmt: skip
 
 
