@@ -249,7 +249,7 @@ def test_nothing_of_other_settings_stays_beside_a_new_result(inpainter, cases, t
 def test_what_no_case_can_take_is_refused_before_any_is_read(inpainter, cases, tmp_path, monkeypatch, changes, told):
     monkeypatch.setattr(Job, "read", lambda *_: pytest.fail("a case was read"))
     with pytest.raises(ConfigError, match=told):
-        fill_cases(inpainter, cases[:2], settings(**changes), tmp_path)
+        fill_cases(inpainter, cases[:2], SamplingConfig(**changes), tmp_path)
 
 
 @pytest.mark.parametrize(
