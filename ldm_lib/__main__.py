@@ -204,8 +204,9 @@ def submission(options: argparse.Namespace) -> int:
 
 
 def score(options: argparse.Namespace) -> int:
+    from ldm_lib.maps import read_mask
     from ldm_lib.metrics import brats_scores
-    from ldm_lib.volumes import read_image, read_mask, require_same_grid
+    from ldm_lib.volumes import read_image, require_same_grid
 
     voided = read_image(options.voided)
     volumes = [read_image(path) for path in (options.prediction, options.target)]

@@ -1,30 +1,32 @@
 """One case: where its files are, and everything read from them through the gate."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
+from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.errors import InputError
+from ldm_lib.files import sha256
 from ldm_lib.geometry import Frame
+from ldm_lib.maps import read_labels, read_mask, read_unit_map
 from ldm_lib.nifti import stem
-from ldm_lib.volumes import (
-    Volume,
-    intensity_scale,
-    read_image,
-    read_labels,
-    read_mask,
-    read_unit_map,
-    require_same_grid,
-)
+from ldm_lib.plausibility import oddities, require_in_brain
+from ldm_lib.volumes import SPIKE, Volume, intensity_scale, read_image, require_same_grid, without_spikes
 
 TISSUE_LABELS = (0, 1, 2, 3)
-LARGEST_BRAIN_L = 2.5  # with its CSF; real ones measured 1.2 and 1.6, heads with skull and neck have 4 and more
 
 
 @dataclass(frozen=True)
 class Case:
-    """One hole of one patient, and where its files are (None: there is no such file)."""
+    """One hole of one patient, and where its files are (None: there is no such file).
+
+    Attributes:
+        allow: what may pass the gate.
+        notes: what is odd about how the files lie on the disk.
+        digests: role -> sha256 of files that may not change any more.
+    """
 
     id: str
     patient: str
@@ -36,6 +38,9 @@ class Case:
     mask_unhealthy: Path | None
     growth: Path | None
     tissue: Path | None
+    allow: Allowances = NOTHING
+    notes: tuple[str, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def key(self) -> str:
@@ -50,6 +55,26 @@ class Case:
     def files(self) -> dict[str, Path]:
         """Role -> path of every file there is."""
         return {f.name: path for f in fields(self) if isinstance(path := getattr(self, f.name), Path)}
+
+    def to_fill(self) -> "Case":
+        """What filling needs of it: no hidden truth, and no parts of the mask, which then cannot be wrong either."""
+        return replace(self, t1n=None, mask_healthy=None, mask_unhealthy=None) if self.t1n_voided else self
+
+    def sealed(self) -> "Case":
+        """The case with the digests of its files as they are now: `load_case` refuses them when they have changed."""
+        return replace(self, digests={role: sha256(path) for role, path in self.files().items()})
+
+    def with_maps(self, **maps: Path | None) -> "Case":
+        """The case with other maps in the place of those it has."""
+        return replace(self, **maps, digests={role: d for role, d in self.digests.items() if role not in maps})
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that is not any more what it was when the case was sealed."""
+        for role, path in self.files().items():
+            was = self.digests.get(role)
+            if was and path.is_file() and (now := sha256(path)) != was:
+                raise InputError(f"changed since it was checked (sha256 {was[:12]}, now {now[:12]})", where=path,
+                                 fix="put it back, or run 01_data_audit again")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,13 +135,19 @@ class CaseData:
 
 
 def case_of_files(
-    t1n_voided: str | Path, mask: str | Path, *, growth: str | Path | None = None, tissue: str | Path | None = None
+    t1n_voided: str | Path,
+    mask: str | Path,
+    *,
+    growth: str | Path | None = None,
+    tissue: str | Path | None = None,
+    allow: Allowances = NOTHING,
 ) -> Case:
     """A case made of named files, its id taken from the image's name as the layouts write it."""
     identity, _, index = stem(Path(t1n_voided)).partition("-t1n-voided")
     return Case(
         id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
         mask_healthy=None, mask_unhealthy=None, growth=growth and Path(growth), tissue=tissue and Path(tissue),
+        allow=allow,
     )  # fmt: skip
 
 
@@ -126,31 +157,40 @@ def load_case(case: Case) -> CaseData:
     Raises:
         InputError: a file is refused, or the files contradict each other.
     """
-    source = read_image(case.t1n_voided or case.t1n)
-    warnings = list(source.warnings)
-    mask = read_mask(case.mask, source, warnings=warnings)
-    voided, under = source.voxels.copy(), int(np.count_nonzero(source.voxels[mask]))
-    voided[mask] = 0
-    if case.t1n_voided and under:
-        warnings.append(f"{under} of {int(mask.sum())} voxels under the mask were not void; voided here")
+    case.require_unchanged()
+    source = read_image(case.t1n_voided or case.t1n, case.allow)
+    warnings = [*case.notes, *source.warnings]
+    mask = read_mask(case.mask, source, case.allow, warnings=warnings)
+    voided = _voided(case, source, mask, warnings)
     scale = intensity_scale(voided, mask, where=source.path)
     target = _read_target(case, source, mask, warnings)
-    healthy, unhealthy = (
-        read_mask(path, source, allow_empty=empty, warnings=warnings) if path else None
-        for path, empty in ((case.mask_healthy, False), (case.mask_unhealthy, True))
-    )
-    _check_parts(case, mask, healthy, unhealthy, warnings)
-    growth = read_unit_map(case.growth, source, warnings=warnings) if case.growth else None
-    tissue = read_labels(case.tissue, source, TISSUE_LABELS, warnings=warnings) if case.tissue else None
+    parts = _read_parts(case, source, mask, warnings)
+    require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
+    growth = read_unit_map(case.growth, source, case.allow, warnings=warnings) if case.growth else None
+    tissue = read_labels(case.tissue, source, TISSUE_LABELS, case.allow, warnings=warnings) if case.tissue else None
     warnings += [f"no {kind} map" for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
-    litres = float(np.count_nonzero(voided) * np.prod(source.spacing_mm)) / 1e6
-    if litres > LARGEST_BRAIN_L:
-        warnings.append(f"{litres:.1f} litres are not 0, more than a brain: not skull-stripped, out of training domain")
-    if (lowest := float(voided.min())) < 0:
-        warnings.append(f"{int((voided < 0).sum())} negative voxels, down to {lowest:g}; read as 0")
-    return CaseData(
-        case, source, voided, mask, scale, target, healthy, unhealthy, growth, tissue, tuple(warnings)
-    )  # fmt: skip
+    warnings += oddities(voided, source)
+    voided, spikes = without_spikes(voided, scale)
+    target = target if target is None else without_spikes(target, scale)[0]
+    if spikes:
+        warnings.append(f"{spikes} voxels above {SPIKE:g} times the 99.5th percentile ({scale:g}), up to "
+                        f"{source.voxels.max():g}, seen as the median of their neighbours")  # fmt: skip
+    return CaseData(case, source, voided, mask, scale, target, *parts, growth, tissue, tuple(warnings))
+
+
+def _voided(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray:
+    """The image with 0 under the mask; one that shows what it should hide is no use where the truth is known."""
+    under = source.voxels[mask]
+    hidden = np.isin(under, (0, source.intercept, source.voxels.min())) if under.any() else np.ones(under.size, bool)
+    if case.t1n_voided and (shown := int(np.count_nonzero(~hidden))):
+        cause = f"{shown} of {under.size} voxels under the mask were not void"
+        if case.t1n:
+            raise InputError(f"{cause}: it shows what is to be found", where=source.path,
+                             fix="void it under its own mask")  # fmt: skip
+        warnings.append(f"{cause}; voided here")
+    voided = source.voxels.copy()
+    voided[mask] = 0
+    return voided
 
 
 def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray | None:
@@ -158,7 +198,7 @@ def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[st
         return None
     if case.t1n_voided is None:
         return source.voxels
-    target = read_image(case.t1n)
+    target = read_image(case.t1n, case.allow)
     require_same_grid(target, source)
     warnings += target.named_warnings
     changed = int(np.count_nonzero((target.voxels != source.voxels) & ~mask))
@@ -167,16 +207,25 @@ def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[st
     return target.voxels
 
 
-def _check_parts(
-    case: Case, mask: np.ndarray, healthy: np.ndarray | None, unhealthy: np.ndarray | None, warnings: list[str]
-) -> None:
-    if healthy is not None and (outside := int((healthy & ~mask).sum())):
-        raise InputError(f"{outside} voxels of mask-healthy lie outside the mask", where=case.mask_healthy,
-                         fix="make the masks of one case together")  # fmt: skip
-    if healthy is None or unhealthy is None:
-        return
-    if both := int((healthy & unhealthy).sum()):
-        raise InputError(f"{both} voxels are both healthy and unhealthy", where=case.mask_healthy,
-                         fix="make the masks of one case together")  # fmt: skip
-    if wrong := int((mask != (healthy | unhealthy)).sum()):
-        warnings.append(f"mask differs from healthy + unhealthy in {wrong} voxels")
+def _read_parts(
+    case: Case, source: Volume, mask: np.ndarray, warnings: list[str]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The healthy and the unhealthy part of the mask, which are disjoint and together all of it."""
+    allow = replace(case.allow, mask_labels=())
+    healthy, unhealthy = (
+        read_mask(path, source, allow, allow_empty=empty, warnings=warnings) if path else None
+        for path, empty in ((case.mask_healthy, False), (case.mask_unhealthy, True))
+    )
+    none = np.zeros((1, 1, 1), bool)
+    first, second = (none if part is None else part for part in (healthy, unhealthy))
+    whole = mask if healthy is None or unhealthy is None else first | second
+    for what, voxels in (
+        ("of mask-healthy lie outside the mask", first & ~mask),
+        ("are both healthy and unhealthy", first & second),
+        ("differ between the mask and healthy + unhealthy", mask != whole),
+    ):
+        if wrong := int(np.count_nonzero(voxels)):
+            raise InputError(
+                f"{wrong} voxels {what}", where=case.mask_healthy, fix="make the masks of one case together"
+            )
+    return healthy, unhealthy

@@ -6,60 +6,40 @@ and so on: one hole, the last three digits are a time point of the same patient.
 `growth_model/<ID>.nii.gz` and `tissue_segmentation/<ID>.nii.gz` of the conditioning folder, for both layouts.
 """
 
+import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.errors import InputError
 from ldm_lib.files import fingerprint, sha256, write_json
-from ldm_lib.values import safe_name
-
-HOLE_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
-CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}
-DEFAULT_CONDITIONING = "conditioning_data"
-_TIME_POINT = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d{3}")
-_HOLE = re.compile(r"-(?:mask|t1n-voided)(-\d{4})?\.nii\.gz")
+from ldm_lib.layouts import Exclusion, listing, survey
 
 
-@dataclass(frozen=True)
-class Exclusion:
-    """A case that is not used, and why."""
-
-    case: str
-    reason: str
-
-
-def find_cases(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[list[Case], list[Exclusion]]:
+def find_cases(
+    data_dir: str | Path, conditioning_dir: str | Path = "", allow: Allowances = NOTHING
+) -> tuple[list[Case], list[Exclusion]]:
     """Every hole of every patient folder, in order of id, and what cannot be a case.
 
     Args:
         conditioning_dir: empty looks for `conditioning_data` inside and beside `data_dir`.
+        allow: what the gate is to let pass of these cases.
 
     Raises:
         InputError: the folder does not exist or holds no case at all.
     """
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise InputError("no such folder", where=root, fix="give the folder that holds one folder per patient")
-    conditioning = _conditioning_folder(root, conditioning_dir)
-    cases, exclusions = [], []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if folder.name == DEFAULT_CONDITIONING or (conditioning and folder.samefile(conditioning)):
-            continue
-        found, refused = _cases_of(folder, conditioning)
-        cases += found
-        exclusions += refused
+    cases, exclusions = survey(data_dir, conditioning_dir)
     if not cases:
         refusals = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
-        raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {_listing(root)}{refusals}",
-                         where=root, fix="see the README's table of layouts")  # fmt: skip
-    return cases, exclusions
+        raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{refusals}",
+                         where=data_dir, fix="see the README's table of layouts")  # fmt: skip
+    return [replace(case, allow=allow) for case in cases], exclusions
 
 
 def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: float) -> dict[str, list[str]]:
@@ -88,19 +68,24 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
         absolute = value.absolute()  # links stay links: what they point to may be renamed
         return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)
 
-    rows = [{k: told(v) for k, v in asdict(case).items()} for case in cases]
+    rows = [{k: told(v) for k, v in asdict(case).items() if k != "notes"} for case in cases]
     write_json(path, {"split": split, "cases": rows})
 
 
 def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
     """Training cases and validation cases of a run; of the latter the first hole of every patient comes first."""
-    content, plain = json.loads(path.read_text()), {"id", "patient", "index"}
-    cases = [
-        Case(**{k: v if k in plain or v is None else root / v for k, v in row.items()}) for row in content["cases"]
-    ]
+    content = json.loads(path.read_text())
+    cases = [_case_of_row(row, root) for row in content["cases"]]
     train, validation = (set(content["split"][side]) for side in ("train", "validation"))
     holes_in_turn = sorted((c for c in cases if c.patient in validation), key=lambda c: (c.index, c.id))
     return [c for c in cases if c.patient in train], holes_in_turn
+
+
+def _case_of_row(row: dict[str, Any], root: Path) -> Case:
+    plain = {name: row[name] for name in ("id", "patient", "index", "digests")}
+    allowed = Allowances(**row["allow"] | {"mask_labels": tuple(row["allow"]["mask_labels"])})
+    files = {name: value and root / value for name, value in row.items() if name not in plain and name != "allow"}
+    return Case(**plain, **files, allow=allowed)
 
 
 def with_target(cases: Sequence[Case]) -> list[Case]:
@@ -110,65 +95,6 @@ def with_target(cases: Sequence[Case]) -> list[Case]:
         raise InputError(f"none of {len(cases)} cases has a t1n beside its t1n-voided", where="training",
                          fix="give cases with their full image; `inpaint` needs none")  # fmt: skip
     return found
-
-
-def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
-    if given:
-        folder = Path(given).expanduser()
-        if not folder.is_dir():
-            raise InputError("no such folder", where=folder, fix="leave CONDITIONING_DIR empty if there are no maps")
-        return folder
-    return next((p for p in (root / DEFAULT_CONDITIONING, root.parent / DEFAULT_CONDITIONING) if p.is_dir()), None)
-
-
-def _cases_of(folder: Path, conditioning: Path | None) -> tuple[list[Case], list[Exclusion]]:
-    try:
-        identity, names = safe_name(folder.name), [p.name for p in folder.iterdir()]
-    except ValueError as error:
-        return [], [Exclusion(repr(folder.name), f"folder name is not a patient id: {error}")]
-    except OSError as error:
-        return [], [Exclusion(folder.name, f"cannot be listed ({error.strerror})")]
-    found = [_HOLE.fullmatch(name.removeprefix(identity)) for name in names if name.startswith(identity)]
-    holes = sorted({match.group(1) or "" for match in found if match})
-    if not holes:
-        return [], [Exclusion(identity, f"no mask file; present: {_listing(folder)}")]
-    cases, exclusions = [], []
-    for hole in holes:
-        case = _case(folder, identity, hole, conditioning)
-        if case.mask is None:
-            exclusions.append(Exclusion(case.key, "no mask file beside its t1n-voided"))
-        elif case.t1n is None and case.t1n_voided is None:
-            exclusions.append(Exclusion(case.key, "neither t1n nor t1n-voided beside its mask"))
-        else:
-            cases.append(case)
-    return cases, exclusions
-
-
-def _case(folder: Path, identity: str, hole: str, conditioning: Path | None) -> Case:
-    """The files of one hole ("-0000", or "" in the challenge's layout); a missing one is None."""
-    images = {role.replace("-", "_"): _existing(folder / f"{identity}-{role}{hole}.nii.gz") for role in HOLE_ROLES}
-    maps = {
-        role: _existing(conditioning / name / f"{identity}.nii.gz") if conditioning else None
-        for role, name in CONDITIONING_FOLDERS.items()
-    }
-    time_point = _TIME_POINT.fullmatch(identity)
-    return Case(
-        id=identity,
-        patient=time_point.group(1) if time_point else identity,
-        index=hole.removeprefix("-"),
-        t1n=_existing(folder / f"{identity}-t1n.nii.gz"),
-        **images,
-        **maps,
-    )
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.exists() or path.is_symlink() else None
 
 
 @dataclass(frozen=True)
@@ -186,21 +112,54 @@ class AuditRow:
         return {"case": self.key, "status": self.status, **self.facts, "reason": self.reason}
 
 
-def audit(data_dir: str | Path, conditioning_dir: str | Path = "") -> Iterator[AuditRow]:
-    """Read every case of a folder through the gate, one row each; no refusal stops the pass."""
-    cases, exclusions = find_cases(data_dir, conditioning_dir)
-    for exclusion in exclusions:
-        yield AuditRow(exclusion.case, "refused", exclusion.reason, None, {})
-    for case in cases:
-        try:
-            data = load_case(case)
-        except InputError as error:
-            yield AuditRow(case.key, "refused", str(error), case, {})
-        else:
-            unseen = () if case.t1n else ("no t1n: can be filled, but neither trained on nor scored",)
-            told = data.warnings + unseen
-            status = "warning" if told else "ok"
-            yield AuditRow(case.key, status, "; ".join(told), case, _facts(data))
+@dataclass(frozen=True)
+class Audit:
+    """Every case of a folder through the gate: how many there are is known at once, a row when its case is read."""
+
+    cases: Sequence[Case]
+    exclusions: Sequence[Exclusion]
+
+    def __len__(self) -> int:
+        return len(self.cases) + len(self.exclusions)
+
+    def __iter__(self) -> Iterator[AuditRow]:
+        """One row a case; no refusal stops the pass, and memory holds one case at a time."""
+        for exclusion in self.exclusions:
+            yield AuditRow(exclusion.case, "refused", exclusion.reason, None, {})
+        owners: dict[bytes, Case] = {}
+        for case in self.cases:
+            try:
+                data = load_case(case)
+                _require_new(data, owners)
+            except InputError as error:
+                yield AuditRow(case.key, "refused", str(error), case, {})
+            else:
+                unseen = () if case.t1n else ("no t1n: can be filled, but neither trained on nor scored",)
+                told = data.warnings + unseen
+                yield AuditRow(case.key, "warning" if told else "ok", "; ".join(told), case.sealed(), _facts(data))
+
+
+def audit(data_dir: str | Path, conditioning_dir: str | Path = "", allow: Allowances = NOTHING) -> Audit:
+    """The audit of a folder.
+
+    Raises:
+        InputError: the folder does not exist, or holds nothing that looks like a case.
+    """
+    cases, exclusions = survey(data_dir, conditioning_dir)
+    if not exclusions:
+        cases, _ = find_cases(data_dir, conditioning_dir)  # refused if there is none
+    return Audit([replace(case, allow=allow) for case in cases], exclusions)
+
+
+def _require_new(data: CaseData, owners: dict[bytes, Case]) -> None:
+    """Refuse the image of a patient that came before under another name: of the two one might train, one validate."""
+    if data.target is None:
+        return
+    digest = hashlib.sha256(np.ascontiguousarray(data.target.T)).digest()
+    owner = owners.setdefault(digest, data.case)
+    if owner.patient != data.case.patient:
+        raise InputError(f"holds the same voxels as the t1n of {owner.id}: one patient under two names",
+                         where=data.case.t1n, fix="remove one, or name both as time points of one patient")  # fmt: skip
 
 
 def _facts(data: CaseData) -> dict[str, Any]:
@@ -223,7 +182,7 @@ def source_digests(data_dir: str | Path, conditioning_dir: str | Path = "") -> d
     """ "data" -> digest over the bytes of every file of every case; empty for the synthetic cohort."""
     if not data_dir:
         return {}
-    cases, _ = find_cases(data_dir, conditioning_dir)
+    cases, _ = survey(data_dir, conditioning_dir)
     return {"data": fingerprint({c.key: {role: _digest(path) for role, path in c.files().items()} for c in cases})}
 
 

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 
 from ldm_lib.cases import TISSUE_LABELS, Case, CaseData, case_of_files, load_case
-from ldm_lib.cohort import CONDITIONING_FOLDERS
 from ldm_lib.errors import InputError
 from ldm_lib.files import now, sha256, write_json
 from ldm_lib.growth import GROWTH_THRESHOLD, MIDDLING, Rates, grow_in_labels
+from ldm_lib.layouts import CONDITIONING_FOLDERS
+from ldm_lib.maps import read_labels, read_mask
 from ldm_lib.masks import UNHEALTHY_MARGIN_MM, shrink_mm
 from ldm_lib.nifti import require_writable
 from ldm_lib.registration import Registration
 from ldm_lib.segmentation import tissue_from_scan
 from ldm_lib.sidecars import read_sidecar, sidecar_path
-from ldm_lib.volumes import read_labels, read_mask, write_map
+from ldm_lib.volumes import write_map
 
 log = logging.getLogger("ldm_lib")
 
@@ -146,7 +147,7 @@ def equip(case: Case, folder: Path, *, tissue: bool, growth: bool) -> tuple[Case
             maps["growth"] = made[-1].path
         except InputError as error:
             log.warning("%s: no growth map: %s", case.key, error)
-    return replace(case, **maps), made
+    return case.with_maps(**maps), made
 
 
 def make_priors(

@@ -1,11 +1,25 @@
 """What a parameter's value may be, and how lists that are written as text are read."""
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+
+
+def given_path(text: str | Path) -> Path:
+    """A path as people write it: `~` is their home, and $NAME what the environment says."""
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def _orientation(text: str) -> str:
+    """ "LPS" -> itself, when each letter names another axis."""
+    if text and sorted("RLAPSI".find(letter) // 2 for letter in text) != [0, 1, 2]:
+        raise ValueError('three letters, one of R and L, of A and P, of S and I, such as "LPS"')
+    return text
 
 
 def safe_name(text: str) -> str:
@@ -38,6 +52,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+Orientation = Annotated[str, AfterValidator(_orientation)]
 IntegerList = Annotated[str, AfterValidator(_integers)]
 NumberList = Annotated[str, AfterValidator(_numbers)]
 Name = Annotated[str, AfterValidator(safe_name)]

@@ -5,29 +5,31 @@ voxels of the hole and in nothing else: same header, extensions, byte order, slo
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 
+from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.errors import InputError
-from ldm_lib.nifti import (
+from ldm_lib.headers import (
+    AGAIN,
     header_affine,
     header_dtype,
     header_oddities,
     header_shape,
     parse_header,
-    read_bytes,
+    require_exact,
     scaling,
+    scrubbed,
     voxel_offset,
-    write_bytes,
 )
+from ldm_lib.nifti import read_bytes, write_bytes
 
 GRID_TOLERANCE_MM = 1e-3
-MASK_TOLERANCE = 1e-3
+SPIKE = 10.0  # times the scale; the brightest voxel of real brains has 1.2 to 1.7 times it
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Volume:
     Attributes:
         path: the file it came from.
         raw: stored voxels (x, y, z) in the file's own dtype and byte order, before slope and intercept.
-        preamble: header and extensions, exactly as read.
+        preamble: header and extensions, exactly as read, or as an output is to have them.
         affine: (4, 4) voxel indices to millimetres, RAS+ world.
         slope, intercept: voxel = raw * slope + intercept.
         warnings: what is odd about the file but does not forbid its use.
+        nan_as_zero: what is not a number counts as 0 in `voxels`.
     """
 
     path: Path
@@ -50,14 +53,19 @@ class Volume:
     slope: float
     intercept: float
     warnings: tuple[str, ...] = ()
+    nan_as_zero: bool = False
 
     @cached_property
     def voxels(self) -> np.ndarray:
         """(x, y, z) float32 in the file's scaled units."""
         with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
             if (self.slope, self.intercept) == (1.0, 0.0):
-                return self.raw.astype(np.float32)
-            return (self.raw * np.float64(self.slope) + self.intercept).astype(np.float32)
+                voxels = self.raw.astype(np.float32)
+            else:
+                voxels = (self.raw * np.float64(self.slope) + self.intercept).astype(np.float32)
+        if self.nan_as_zero:
+            voxels[np.isnan(voxels)] = 0
+        return voxels
 
     @property
     def named_warnings(self) -> list[str]:
@@ -78,7 +86,7 @@ class Volume:
         return "".join(nib.aff2axcodes(self.affine))
 
 
-def read_volume(path: str | Path) -> Volume:
+def read_volume(path: str | Path, allow: Allowances = NOTHING) -> Volume:
     """Read one 3D scalar NIfTI file (.nii or .nii.gz) through the gate.
 
     Raises:
@@ -89,26 +97,28 @@ def read_volume(path: str | Path) -> Volume:
     content, trailing = read_bytes(path)
     header = parse_header(content, path)
     shape, dtype = header_shape(header, path), header_dtype(header, path)
-    affine = header_affine(header, path)
+    affine = header_affine(header, path, allow.assume_orientation)
     warnings = header_oddities(header, affine, path)
-    offset, n_bytes = voxel_offset(header, content, path), math.prod(shape) * dtype.itemsize
+    if not (header["sform_code"] or header["qform_code"]):
+        warnings.append(f"says no orientation: {allow.assume_orientation} assumed")
+    offset, n_bytes = voxel_offset(header, content, path, warnings), math.prod(shape) * dtype.itemsize
     held = len(content) - offset
     if held < n_bytes:
-        raise InputError(
-            f"expected {n_bytes} bytes of voxels, got {held}", where=path, fix="download or export the file again"
-        )
+        raise InputError(f"expected {n_bytes} bytes of voxels, got {held}", where=path, fix=AGAIN)
     if surplus := held - n_bytes + trailing:
         warnings.append(f"{surplus} bytes after the last voxel are ignored")
     slope, intercept = scaling(header, path, warnings)
     raw = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
-    volume = Volume(path, raw, content[:offset], affine, slope, intercept, tuple(warnings))
-    _refuse_non_finite(volume)
-    return volume
+    raw.flags.writeable = False
+    require_exact(raw, path)
+    preamble = scrubbed(header) if allow.scrub_header else bytes(content[:offset])
+    volume = Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings))
+    return _finite(volume, allow)
 
 
-def read_image(path: str | Path) -> Volume:
+def read_image(path: str | Path, allow: Allowances = NOTHING) -> Volume:
     """`read_volume`, and refuse an image without contrast (all voxels equal, or none above zero)."""
-    volume = read_volume(path)
+    volume = read_volume(path, allow)
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     if low == high:
         cause = "the image is empty" if high == 0 else f"no contrast (min = max = {high:g})"
@@ -120,96 +130,6 @@ def read_image(path: str | Path) -> Volume:
     return volume
 
 
-def read_mask(
-    path: str | Path, like: Volume, *, allow_empty: bool = False, warnings: list[str] | None = None
-) -> np.ndarray:
-    """Read a binary mask on the grid of `like`: bool (x, y, z), True = fill this (0/1 or 0/255 on disk).
-
-    Args:
-        warnings: what is odd but usable is appended here.
-
-    Raises:
-        InputError: another grid, values that are not binary, or no voxel set.
-    """
-    volume = read_volume(path)
-    require_same_grid(volume, like)
-    if warnings is not None:
-        warnings += volume.named_warnings
-    values = np.unique(volume.voxels)
-    levels = np.rint(values)  # a tool that saves 0 and 1 as scaled integers returns 0.00001 and 0.99999
-    if np.abs(values - levels).max() > MASK_TOLERANCE or not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
-        shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if values.size > 6 else "")
-        kind = "looks like a segmentation" if values.size < 10 else "looks interpolated"
-        raise InputError(
-            f"not binary: {values.size} values ({shown}), {kind}",
-            where=path,
-            fix="store 0 outside the hole and 1 inside",
-        )
-    if levels[-1] == 255 and warnings is not None:
-        warnings.append(f"{volume.path.name}: 255 read as 1")
-    mask = volume.voxels > 0.5
-    if not mask.any() and not allow_empty:
-        raise InputError(
-            f"the mask is empty (0 of {mask.size} voxels)", where=path, fix="mark the voxels to fill with 1"
-        )
-    return mask
-
-
-def read_labels(
-    path: str | Path, like: Volume, allowed: tuple[int, ...], *, warnings: list[str] | None = None
-) -> np.ndarray:
-    """Read a label map: uint8 (x, y, z) on the grid of `like`, every value one of `allowed`.
-
-    A map on another grid is brought to it by its affine, nearest neighbour, with a warning.
-    """
-    volume = read_volume(path)
-    values, counts = np.unique(volume.voxels, return_counts=True)
-    strange = ~np.isin(values, allowed)
-    if strange.any():
-        shown = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[strange][:4], counts[strange][:4], strict=True))
-        raise InputError(f"labels {shown} are not among {allowed}", where=path, fix="relabel it: 1 CSF, 2 GM, 3 WM")
-    return _brought_to(volume, like, order=0, warnings=warnings).astype(np.uint8)
-
-
-def read_unit_map(path: str | Path, like: Volume, *, warnings: list[str] | None = None) -> np.ndarray:
-    """Read a map of concentrations: float32 (x, y, z) in [0, 1] on the grid of `like`.
-
-    A map on another grid is brought to it by its affine, linearly, with a warning.
-    """
-    volume = read_volume(path)
-    low, high = float(volume.voxels.min()), float(volume.voxels.max())
-    if low < -1e-6 or high > 1 + 1e-6:
-        raise InputError(f"values from {low:g} to {high:g}, must lie in [0, 1]", where=path, fix="give concentrations")
-    return np.clip(_brought_to(volume, like, order=1, warnings=warnings), 0, 1)
-
-
-def _brought_to(volume: Volume, like: Volume, *, order: int, warnings: list[str] | None) -> np.ndarray:
-    """A map's voxels on the grid of `like`, as both affines tell; 0 where the map does not reach."""
-    told = list(volume.named_warnings)
-    voxels = volume.voxels
-    if volume.shape != like.shape or _corner_distance_mm(volume, like) > GRID_TOLERANCE_MM:
-        to_map = np.linalg.solve(volume.affine, like.affine)
-        how = {"output_shape": like.shape, "mode": "constant", "prefilter": False}
-        reached = ndimage.affine_transform(np.ones(volume.shape, np.float32), to_map, order=0, **how).mean()
-        if not reached:
-            raise InputError(
-                f"does not overlap {like.path.name}: their centres lie {_apart_mm(volume, like):.0f} mm apart",
-                where=volume.path,
-                fix="check the map's affine, or register it first",
-            )
-        voxels = ndimage.affine_transform(voxels, to_map, order=order, **how)
-        told.append(f"{volume.path.name}: brought from its grid {volume.shape} {volume.orientation} to the image's by "
-                    f"its affine; it reaches {reached:.0%} of the image")  # fmt: skip
-    if warnings is not None:
-        warnings += told
-    return voxels
-
-
-def _apart_mm(volume: Volume, like: Volume) -> float:
-    centres = [v.affine @ [*((np.array(v.shape) - 1) / 2), 1] for v in (volume, like)]
-    return float(np.linalg.norm(centres[0] - centres[1]))
-
-
 def require_same_grid(volume: Volume, like: Volume) -> None:
     """Refuse two files whose shapes or corner positions (beyond 1e-3 mm) differ."""
     if volume.shape != like.shape:
@@ -218,7 +138,7 @@ def require_same_grid(volume: Volume, like: Volume) -> None:
             where=volume.path,
             fix="resample it onto the image's grid",
         )
-    distance = _corner_distance_mm(volume, like)
+    distance = corner_distance_mm(volume, like)
     if distance > GRID_TOLERANCE_MM:
         raise InputError(
             f"its corners lie {distance:.1f} mm from those of {like.path.name} "
@@ -228,11 +148,31 @@ def require_same_grid(volume: Volume, like: Volume) -> None:
         )
 
 
-def _corner_distance_mm(volume: Volume, like: Volume) -> float:
+def corner_distance_mm(volume: Volume, like: Volume) -> float:
     """How far the corners of one grid lie from where the other affine puts them."""
     corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
     corners[:, :3] *= np.array(volume.shape) - 1
     return float(np.linalg.norm(corners @ (volume.affine - like.affine).T, axis=1).max())
+
+
+def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
+    """The image with what no tissue can be replaced by the median of its neighbours, and how many voxels that were.
+
+    One such voxel, of a failed export or a bad sector, would otherwise fill its whole surroundings in the network.
+
+    Args:
+        voxels: x y z, source units; not changed.
+        scale: 99.5th percentile of the image; beyond `SPIKE` times it there is no tissue.
+    """
+    spikes = np.argwhere(voxels > SPIKE * scale)
+    if not len(spikes):
+        return voxels, 0
+    around = np.stack(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    places = np.clip(spikes[:, None] + around, 0, np.array(voxels.shape) - 1)
+    out = voxels.copy()
+    medians = np.median(voxels[tuple(np.moveaxis(places, -1, 0))], axis=1)
+    out[tuple(spikes.T)] = np.minimum(medians, SPIKE * scale)  # among many others of its kind
+    return out, len(spikes)
 
 
 def intensity_scale(voided: np.ndarray, mask: np.ndarray, *, where: object = "") -> float:
@@ -284,12 +224,17 @@ def write_map(path: str | Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
     return write_bytes(Path(path), image.to_bytes())
 
 
-def _refuse_non_finite(volume: Volume) -> None:
+def _finite(volume: Volume, allow: Allowances) -> Volume:
+    """The volume, if all its voxels are finite or may be read as 0."""
     bad = ~np.isfinite(volume.voxels)
-    if count := int(bad.sum()):
-        first = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise InputError(
-            f"{count} voxels are not finite (in float32), the first at {first}",
-            where=volume.path,
-            fix="set the background to 0",
-        )
+    count = int(np.count_nonzero(bad))
+    if not count:
+        return volume
+    if allow.nan_as_zero and (missing := int(np.isnan(volume.voxels).sum())) == count:
+        return replace(volume, nan_as_zero=True, warnings=(*volume.warnings, f"{missing} NaN voxels read as 0"))
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise InputError(
+        f"{count} voxels are not finite (in float32), the first at {first}",
+        where=volume.path,
+        fix="set the background to 0, or let NaN be read as 0 with --nan-as-zero",
+    )

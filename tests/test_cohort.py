@@ -36,6 +36,7 @@ VOXELS = {
     "mask-healthy": HEALTHY.astype(np.uint8),
     "mask-unhealthy": UNHEALTHY.astype(np.uint8),
 }
+FIELD = "12x11x10 voxels of 1x1x1 mm are not BraTS's field of view of 240x240x155 mm: out of training domain"
 CHALLENGE, SEED = "BraTS-GLI-00007-001", "BraTS2021_00000"
 
 
@@ -59,7 +60,9 @@ def data(tmp_path):
     """One patient of three holes in the seed layout, one in the challenge's, maps for both."""
     root = tmp_path / "data"
     _write(root / SEED, SEED, holes=("-0000", "-0001", "-0002"))
-    _write(root / CHALLENGE, CHALLENGE)
+    folder = _write(root / CHALLENGE, CHALLENGE)
+    write_map(folder / f"{CHALLENGE}-t1n.nii.gz", T1N + np.int16(1), LPS)  # or it were one patient under two names
+    write_map(folder / f"{CHALLENGE}-t1n-voided.nii.gz", np.where(MASK, 0, T1N + np.int16(1)), LPS)
     for identity in (SEED, CHALLENGE):
         _write_maps(root / "conditioning_data", identity)
     return root
@@ -105,7 +108,7 @@ def test_a_loaded_case_is_its_files(data):
     ):
         np.testing.assert_array_equal(found, expected)
     assert loaded.scale == pytest.approx(np.percentile(T1N[~MASK], 99.5))
-    assert loaded.warnings == ()
+    assert loaded.warnings == (FIELD,)
     assert loaded.lateral_axis == 0
 
 
@@ -113,7 +116,7 @@ def test_a_validation_case_has_only_the_voided_image_and_the_mask(tmp_path):
     _write(tmp_path / CHALLENGE, CHALLENGE, ("t1n-voided", "mask"))
     loaded = load_case(_only(tmp_path))
     assert loaded.target is loaded.healthy is loaded.unhealthy is loaded.growth is loaded.tissue is None
-    assert loaded.warnings == ("no growth map", "no tissue map")
+    assert loaded.warnings == ("no growth map", "no tissue map", FIELD)
 
 
 def test_without_a_voided_image_the_full_one_is_voided(tmp_path):
@@ -143,7 +146,6 @@ ODD = {
     "t1n": (T1N + np.eye(12, 11, dtype=np.int16)[:, :, None] * ~MASK, "voxels outside the mask differ between t1n"),
     "t1n-voided": (_with_negative(), "3 negative voxels, down to -40; read as 0"),
     "mask": (MASK.astype(np.uint8) * 255, f"{CHALLENGE}-mask.nii.gz: 255 read as 1"),
-    "mask-healthy": (HEALTHY & (np.arange(10) > 2), "mask differs from healthy + unhealthy in 9 voxels"),
 }
 
 
@@ -165,8 +167,9 @@ def test_stray_bytes_are_told_of_every_file(tmp_path, role):
 CONTRADICTIONS = {
     "healthy outside the mask": ("mask-healthy", np.roll(HEALTHY, 1, 0), r"9 voxels of mask-healthy lie outside"),
     "both": ("mask-unhealthy", MASK, r"27 voxels are both healthy and unhealthy"),
+    "not all": ("mask-healthy", HEALTHY & (np.arange(10) > 2), r"9 voxels differ between the mask and healthy \+ unh"),
     "empty mask": ("mask", MASK & False, r"the mask is empty \(0 of 1320 voxels\)"),
-    "mask of everything": ("mask", MASK | True, r"no voxel above 0 outside the mask"),
+    "mask of everything": ("mask", MASK | True, r"1266 of 1320 voxels under the mask were not void: it shows what"),
     "another shape": ("t1n", T1N[:-1], r"shape \(11, 11, 10\), but .*-t1n-voided\.nii\.gz has \(12, 11, 10\)"),
     "no contrast": ("t1n-voided", MASK * 0, r"the image is empty"),
 }
@@ -275,7 +278,7 @@ def test_no_case_at_all_is_refused_with_what_is_there(tmp_path):
         find_cases(tmp_path)
     _write(tmp_path / SEED, SEED, ("mask",))
     (tmp_path / SEED / f"{SEED}-mask.nii.gz").rename(tmp_path / SEED / f"{SEED}-mask.NII.GZ")
-    with pytest.raises(InputError, match=rf"; {SEED}: no mask file; present: {SEED}-mask\.NII\.GZ"):
+    with pytest.raises(InputError, match=rf"; {SEED}: neither t1n nor t1n-voided beside its mask"):
         find_cases(tmp_path)
     with pytest.raises(InputError, match=r"missing: no such folder"):
         find_cases(tmp_path / "missing")
@@ -318,18 +321,18 @@ def test_every_bad_case_is_told_in_one_pass(data):
     rows = [row.as_dict() for row in audit(data)]
     assert [(row["case"], row["status"]) for row in rows] == [
         ("empty", "refused"),
-        (CHALLENGE, "ok"),
+        (CHALLENGE, "warning"),
         (f"{SEED}-0000", "refused"),
         (f"{SEED}-0001", "refused"),
-        (f"{SEED}-0002", "ok"),
+        (f"{SEED}-0002", "warning"),
     ]
     assert "no mask file" in rows[0]["reason"]
     assert "empty (0 bytes)" in rows[2]["reason"]
     assert "broken link to nowhere" in rows[3]["reason"]
     assert rows[1] == {
-        "case": CHALLENGE, "status": "ok", "patient": "BraTS-GLI-00007", "shape": "12x11x10", "spacing_mm": 1.0,
+        "case": CHALLENGE, "status": "warning", "patient": "BraTS-GLI-00007", "shape": "12x11x10", "spacing_mm": 1.0,
         "orientation": "LPS", "dtype": "int16", "scale": rows[1]["scale"], "hole_ml": 0.1, "healthy_ml": 0.0,
-        "growth": True, "tissue": True, "reason": "",
+        "growth": True, "tissue": True, "reason": FIELD,
     }  # fmt: skip
 
 
@@ -337,7 +340,7 @@ def test_a_missing_map_is_a_warning_of_the_audit(data):
     shutil.rmtree(data / "conditioning_data" / "growth_model")
     rows = list(audit(data))
     assert {row.status for row in rows} == {"warning"}
-    assert {row.reason for row in rows} == {"no growth map"}
+    assert {row.reason for row in rows} == {f"no growth map; {FIELD}"}
 
 
 def test_the_split_depends_on_ids_and_seed_alone():

@@ -12,7 +12,21 @@ LIBRARY = ROOT / "ldm_lib"
 # Floors from the ground up; a module imports from floors below it, or from a neighbour named before it.
 FLOORS = [
     ["errors", "values", "files", "config", "presets", "runs"],
-    ["nifti", "sidecars", "volumes", "geometry", "cases", "cohort", "masks", "regridding"],
+    [
+        "allowances",
+        "headers",
+        "nifti",
+        "sidecars",
+        "volumes",
+        "maps",
+        "plausibility",
+        "geometry",
+        "cases",
+        "layouts",
+        "cohort",
+        "masks",
+        "regridding",
+    ],
     ["atlas", "registration", "tissue", "segmentation", "growth", "priors", "phantom", "conditioning", "augmentation"],
     [
         "schedule",

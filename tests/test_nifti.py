@@ -226,13 +226,15 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     (tmp_path / "broken.nii.gz").symlink_to("nowhere")
     (tmp_path / "loop.nii.gz").symlink_to("loop.nii.gz")
     os.mkfifo(tmp_path / "pipe.nii.gz")
-    (tmp_path / "a.hdr").write_bytes(RAW)
+    for name in ("a.hdr", "a.mgz"):
+        (tmp_path / name).write_bytes(RAW)
     for name, match in (
         ("folder.nii.gz", "is a directory, not a NIfTI file"),
         ("broken.nii.gz", "broken link to nowhere"),
         ("loop.nii.gz", r"broken link to loop\.nii\.gz"),
         ("pipe.nii.gz", "not a regular file"),
-        ("a.hdr", r"not named \.nii\.gz or \.nii"),
+        ("a.hdr", r"a pair of \.hdr and \.img, as Analyze has"),
+        ("a.mgz", r"not named \.nii\.gz or \.nii"),
         ("missing.nii.gz", "no such file"),
         ("x" * 300 + ".nii.gz", r"cannot be read \(File name too long\)"),
     ):
@@ -243,10 +245,10 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
 def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.nii").write_bytes(RAW)
 
-    def forbid(path):
+    def forbid(path, mode):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(type(tmp_path), "read_bytes", forbid)
+    monkeypatch.setattr(type(tmp_path), "open", forbid)
     with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
         read_volume(tmp_path / "a.nii")
 

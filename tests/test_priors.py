@@ -12,11 +12,12 @@ from ldm_lib import priors, registration
 from ldm_lib.cases import load_case
 from ldm_lib.cohort import find_cases
 from ldm_lib.errors import InputError
+from ldm_lib.maps import read_labels, read_unit_map
 from ldm_lib.masks import void
 from ldm_lib.phantom import write_cohort
 from ldm_lib.priors import equip, make_growth, make_priors, make_tissue, segmentation_of
 from ldm_lib.sidecars import made_by, read_sidecar, sidecar_path
-from ldm_lib.volumes import read_labels, read_unit_map, write_map
+from ldm_lib.volumes import write_map
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_a_map_is_made_once_and_then_found(case, tmp_path, by_atlas, made_tissue
 
 
 def test_a_change_of_anything_it_came_from_makes_it_anew(case, tmp_path, by_atlas, monkeypatch):
+    case = case.to_fill()
     path, data = tmp_path / "t.nii.gz", load_case(case)
     make_tissue(data, path)
     larger = ndimage.binary_dilation(data.mask).astype(np.uint8)

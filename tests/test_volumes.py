@@ -9,13 +9,11 @@ import pytest
 from nibabel.processing import resample_from_to
 
 from ldm_lib.errors import InputError
+from ldm_lib.maps import read_labels, read_mask, read_unit_map
 from ldm_lib.volumes import (
     intensity_scale,
     normalise,
     read_image,
-    read_labels,
-    read_mask,
-    read_unit_map,
     read_volume,
     require_same_grid,
     write_like,
@@ -156,10 +154,10 @@ REFUSED_MASKS = {
     "half": (BALL * np.float32(0.5), r"not binary: 2 values \(0, 0\.5\)"),
     "multi-label": (
         BALL * np.uint8([[[1], [2], [4]]])[:, np.arange(22) % 3],
-        r"4 values \(0, 1, 2, 4\), looks like a seg",
+        r"4 values \(0, 1, 2, 4\), labels \{1, 2, 4\}: looks like a tumour seg.*--mask-labels 1,2,4",
     ),
     "1 and 255": (np.where(BALL, 255, 1).astype("u1"), r"not binary: 2 values \(1, 255\)"),
-    "one label 2": (BALL * np.uint8(2), r"not binary: 2 values \(0, 2\), looks like a segmentation"),
+    "one label 2": (BALL * np.uint8(2), r"not binary: 2 values \(0, 2\), labels \{2\}: looks like a tumour segmentation"),
     "negative": (-BALL.astype("i2"), r"not binary: 2 values \(-1, 0\)"),
     "NaN": (_with_nan(BALL, (0, 0, 0)), r"1 voxels are not finite .*the first at \(0, 0, 0\)"),
     "shape": (BALL[:-2].astype("u1"), r"shape \(22, 22, 19\), but t1n\.nii\.gz has \(24, 22, 19\)"),

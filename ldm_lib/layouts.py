@@ -1,0 +1,164 @@
+"""Which files of a folder make a case: by their exact names, and never by a pattern that could take another's."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm_lib.cases import Case
+from ldm_lib.errors import InputError
+from ldm_lib.values import given_path, safe_name
+
+HOLE_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
+CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}
+DEFAULT_CONDITIONING = "conditioning_data"
+_TIME_POINT = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d{3}")
+_NIFTI = re.compile(r"\.nii(\.gz)?", re.IGNORECASE)
+_ROLE = re.compile(rf"-(?P<role>t1n|{'|'.join(HOLE_ROLES)})(?P<hole>-\d{{4}})?(?P<ending>\.nii(\.gz)?)", re.IGNORECASE)
+_LEFTOVER = re.compile(r".*(\.(part|partial|tmp|crdownload|download)| \(\d+\)(\.nii)?(\.gz)?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A case that is not used, and why."""
+
+    case: str
+    reason: str
+
+
+@dataclass
+class _Files:
+    """What lies in one patient's folder.
+
+    Attributes:
+        found: (role, hole) -> its files; more than one is one too many.
+        notes: what was passed over.
+    """
+
+    found: dict[tuple[str, str], list[Path]] = field(default_factory=lambda: defaultdict(list))
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def holes(self) -> list[str]:
+        """ "-0000", or "" in the challenge's layout, of every hole that has an image or a mask of its own."""
+        return sorted({hole for role, hole in self.found if role in ("mask", "t1n-voided")})
+
+
+def survey(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[list[Case], list[Exclusion]]:
+    """Every hole of every patient folder, in order of id, and what cannot be a case; both may be empty.
+
+    Raises:
+        InputError: a folder that does not exist.
+    """
+    root = given_path(data_dir)
+    if not root.is_dir():
+        raise InputError("no such folder", where=root, fix="give the folder that holds one folder per patient")
+    conditioning = _conditioning_folder(root, conditioning_dir)
+    maps = {role: _maps_in(conditioning / name) for role, name in CONDITIONING_FOLDERS.items()} if conditioning else {}
+    inside = tuple(os.path.realpath(folder) for folder in (root, conditioning) if folder)
+    cases, exclusions = [], []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if folder.name == DEFAULT_CONDITIONING or (conditioning and folder.samefile(conditioning)):
+            continue
+        found, refused = _cases_of(folder, maps, inside)
+        cases += found
+        exclusions += refused
+    return cases, exclusions
+
+
+def listing(folder: str | Path) -> str:
+    """The first few names in a folder."""
+    names = sorted(p.name for p in given_path(folder).iterdir())
+    return _told(names) or "nothing"
+
+
+def _told(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
+    if given:
+        folder = given_path(given)
+        if not folder.is_dir():
+            raise InputError("no such folder", where=folder, fix="leave CONDITIONING_DIR empty if there are no maps")
+        return folder
+    return next((p for p in (root / DEFAULT_CONDITIONING, root.parent / DEFAULT_CONDITIONING) if p.is_dir()), None)
+
+
+def _maps_in(folder: Path) -> dict[str, list[Path]]:
+    """Id -> its map in a conditioning folder."""
+    maps = defaultdict(list)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        identity, ending = path.name[: (path.name.lower().find(".nii"))], path.name[path.name.lower().find(".nii") :]
+        if _NIFTI.fullmatch(ending):
+            maps[identity].append(path)
+    return maps
+
+
+def _cases_of(
+    folder: Path, maps: dict[str, dict[str, list[Path]]], inside: tuple[str, ...]
+) -> tuple[list[Case], list[Exclusion]]:
+    try:
+        identity, files = safe_name(folder.name), _files_in(folder)
+    except ValueError as error:
+        return [], [Exclusion(repr(folder.name), f"folder name is not a patient id: {error}")]
+    except OSError as error:
+        return [], [Exclusion(folder.name, f"cannot be listed ({error.strerror})")]
+    if not files.holes:
+        told = "".join(f"; {note}" for note in files.notes)
+        return [], [Exclusion(identity, f"no mask file; present: {listing(folder)}{told}")]
+    cases, exclusions = [], []
+    for hole in files.holes:
+        chosen = {role: files.found.get((role, hole), []) for role in HOLE_ROLES}
+        chosen |= {"t1n": files.found.get(("t1n", ""), [])}
+        chosen |= {role: maps[role].get(identity, []) if maps else [] for role in CONDITIONING_FOLDERS}
+        key, doubled = f"{identity}{hole}", [paths for paths in chosen.values() if len(paths) > 1]
+        if doubled:
+            told = "; ".join(" and ".join(path.name for path in paths) for paths in doubled)
+            exclusions.append(Exclusion(key, f"ambiguous: {told}. Fix: keep one of each"))
+        elif not chosen["mask"]:
+            exclusions.append(Exclusion(key, "no mask file beside its t1n-voided"))
+        elif not (chosen["t1n"] or chosen["t1n-voided"]):
+            exclusions.append(Exclusion(key, "neither t1n nor t1n-voided beside its mask"))
+        else:
+            only = {role.replace("-", "_"): paths[0] if paths else None for role, paths in chosen.items()}
+            cases.append(_case(identity, hole, only, [*files.notes, *_leading_out(only, inside)]))
+    return cases, exclusions
+
+
+def _files_in(folder: Path) -> _Files:
+    """The files of the patient whose id is the folder's name, and what lies beside them that may be meant so."""
+    files, identity = _Files(), folder.name
+    unfinished, strange = [], []
+    for name in sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
+        match = _ROLE.fullmatch(name.removeprefix(identity)) if name.startswith(identity) else None
+        if match:
+            files.found[match["role"].lower(), match["hole"] or ""].append(folder / name)
+        elif _LEFTOVER.fullmatch(name):
+            unfinished.append(name)
+        elif _NIFTI.search(name) and not name.startswith(identity):
+            strange.append(name)
+    if unfinished:
+        files.notes.append(f"passed over, unfinished or a second copy: {_told(unfinished)}")
+    if strange:
+        files.notes.append(f"passed over, named after another case than {identity}: {_told(strange)}")
+    return files
+
+
+def _case(identity: str, hole: str, files: dict[str, Path | None], notes: list[str]) -> Case:
+    time_point = _TIME_POINT.fullmatch(identity)
+    patient = time_point.group(1) if time_point else identity
+    return Case(id=identity, patient=patient, index=hole.removeprefix("-"), **files, notes=tuple(notes))
+
+
+def _leading_out(files: dict[str, Path | None], inside: tuple[str, ...]) -> list[str]:
+    """Links out of the folders that were named: they are followed, and told."""
+    targets = {path.name: os.path.realpath(path) for path in files.values() if path}
+    return [
+        f"{name} is a link out of the data folder, to {os.path.relpath(target, inside[0])}"
+        for name, target in targets.items()
+        if not any(os.path.commonpath([target, folder]) == folder for folder in inside)
+    ]
