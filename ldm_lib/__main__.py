@@ -5,7 +5,6 @@ Heavy libraries are imported by the command that needs them, so that help, valid
 """
 
 import argparse
-import json
 import logging
 import signal
 import sys
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from ldm_lib.config import stage_name
 from ldm_lib.errors import InputError, InterruptionError, LdmError
-from ldm_lib.options import assignments, build_parser, joined, point
+from ldm_lib.files import write_json
+from ldm_lib.options import allowances, assignments, build_parser, joined, point
 from ldm_lib.runs import outputs_folder
 
 
@@ -104,6 +104,7 @@ def inpaint(options: argparse.Namespace) -> int:
         options.t1n_voided,
         output=options.output,
         **one_file,
+        allow=allowances(options),
         make_missing=options.make_missing,
         model=options.model,
         sampler=options.sampler,
@@ -129,6 +130,7 @@ def _inpaint_folder(options: argparse.Namespace) -> int:
         options.output,
         validated(SamplingConfig, asked | {"num_inference_steps": options.steps}),
         conditioning_dir=options.conditioning_dir,
+        allow=allowances(options),
         model=options.model,
         make_missing=options.make_missing,
         each=options.write_samples,
@@ -169,20 +171,25 @@ def prior(options: argparse.Namespace) -> int:
     return 0
 
 
+AUDIT_WORDS = {"ok": "OK", "warning": "WARNING", "refused": "ERROR"}
+
+
 def validate(options: argparse.Namespace) -> int:
     from ldm_lib.cohort import audit
 
     if options.json:
         _require_folder(options.json)
-    rows = []
-    for row in audit(options.data_dir, options.conditioning_dir):
+    rows, cases = [], audit(options.data_dir, options.conditioning_dir, allowances(options))
+    for number, row in enumerate(cases, start=1):
         rows.append(row.as_dict())
-        print(f"{row.status.upper():8}{row.key}{': ' if row.reason else ''}{row.reason}", flush=True)
-    refused = sum(row["status"] == "refused" for row in rows)
-    print(f"{len(rows)} cases: {len(rows) - refused} usable, {refused} refused")
+        told = f": {row.reason}" if row.reason else ""
+        print(f"[{number}/{len(cases)}] {AUDIT_WORDS[row.status]} {row.key}{told}", flush=True)
+    counts = Counter(row["status"] for row in rows)
+    usable = f"{len(rows) - counts['refused']} usable ({counts['warning']} with warnings)"
+    print(f"{len(rows)} cases: {usable}, {counts['refused']} refused")
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
-    return 1 if refused else 0
+        write_json(Path(options.json), rows)
+    return 1 if counts["refused"] else 0
 
 
 def submission(options: argparse.Namespace) -> int:

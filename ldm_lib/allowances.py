@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ldm_lib.values import integers
+
 
 @dataclass(frozen=True)
 class Allowances:
@@ -19,6 +21,11 @@ class Allowances:
     nan_as_zero: bool = False
     mask_labels: tuple[int, ...] = ()
     scrub_header: bool = False
+
+    @classmethod
+    def of(cls, *, assume_orientation: str = "", nan_as_zero: bool = False, mask_labels: str = "") -> "Allowances":
+        """From the parameters of notebook 01: `mask_labels` as text, "1,2,4"."""
+        return cls(assume_orientation, nan_as_zero, integers(mask_labels) if mask_labels else ())
 
 
 NOTHING = Allowances()

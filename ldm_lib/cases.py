@@ -56,6 +56,11 @@ class Case:
         """Role -> path of every file there is."""
         return {f.name: path for f in fields(self) if isinstance(path := getattr(self, f.name), Path)}
 
+    @property
+    def folders(self) -> set[Path]:
+        """The data folder, and that of the maps: where the paths that are told begin."""
+        return {path.parent.parent for path in self.files().values()}
+
     def to_fill(self) -> "Case":
         """What filling needs of it: no hidden truth, and no parts of the mask, which then cannot be wrong either."""
         return replace(self, t1n=None, mask_healthy=None, mask_unhealthy=None) if self.t1n_voided else self

@@ -132,7 +132,7 @@ class Audit:
                 data = load_case(case)
                 _require_new(data, owners)
             except InputError as error:
-                yield AuditRow(case.key, "refused", str(error), case, {})
+                yield AuditRow(case.key, "refused", error.within(*case.folders), case, {})
             else:
                 unseen = () if case.t1n else ("no t1n: can be filled, but neither trained on nor scored",)
                 told = data.warnings + unseen

@@ -13,7 +13,19 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ldm_lib.errors import ConfigError
-from ldm_lib.values import Count, Fraction, IntegerList, Name, NotNegative, NumberList, Positive, integers, names
+from ldm_lib.values import (
+    Count,
+    Fraction,
+    IntegerList,
+    Name,
+    NotNegative,
+    NumberList,
+    Orientation,
+    Positive,
+    SomeIntegers,
+    integers,
+    names,
+)
 
 ON_A_FLOW = {"ddpm": False, "euler": True, "midpoint": True}  # samplers of one path; the others walk on either
 FRONT_END_FACTORS = {"plain": 1, "haar": 4, "half": 2}  # voxels an axis that become one, see `front_ends`
@@ -43,6 +55,9 @@ class AuditConfig(StageConfig):
 
     data_dir: str = Field("", description="folder of cases; empty makes the synthetic cohort")
     conditioning_dir: str = Field("", description="folder of growth and tissue maps; empty looks beside data_dir")
+    assume_orientation: Orientation = Field("", description="of files that do not say theirs, such as LPS")
+    nan_as_zero: bool = Field(False, description="read voxels that are not a number as 0")
+    mask_labels: SomeIntegers = Field("", description="labels that are the hole, where masks are segmentations")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="of the patients")
     synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="size of the synthetic cohort")
     synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(8000, description="number of its first patient")

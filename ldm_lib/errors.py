@@ -14,6 +14,13 @@ class LdmError(Exception):
         self.cause, self.where, self.fix = cause, str(where), fix
         super().__init__(cause, self.where, fix)
 
+    def within(self, *folders: object) -> str:
+        """The line, what lies in one of these folders named from there."""
+        text = str(self)
+        for folder in folders:
+            text = text.replace(f"{folder}/", "")
+        return text
+
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         mend = f" Fix: {_sentence(self.fix)}" if self.fix else ""

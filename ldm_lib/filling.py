@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.canvas import Filled
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.cohort import find_cases
@@ -25,6 +26,7 @@ from ldm_lib.inpainting import make_ready, write_filled
 from ldm_lib.runs import read_record
 from ldm_lib.samplers import require_path
 from ldm_lib.schedule import spaced_timesteps
+from ldm_lib.values import given_path
 
 RECORDS, TABLE = "filled", "results.csv"
 FILLED, FOUND, REFUSED = "filled", "found", "refused"
@@ -39,6 +41,7 @@ def inpaint_folder(
     config: SamplingConfig,
     *,
     conditioning_dir: str | Path = "",
+    allow: Allowances = NOTHING,
     model: str | Path | None = None,
     make_missing: bool = False,
     each: bool = False,
@@ -51,6 +54,7 @@ def inpaint_folder(
     Args:
         output: takes `<ID>-t1n-inference.nii.gz`, and with several samples what `write_filled` writes beside it.
         config: samples, seed, sampler, steps, guidance, device and precision.
+        allow: what the gate is to let pass, and how it is read then.
         make_missing: make the tissue maps that cases lack from their scans.
         each: write every sample.
 
@@ -60,10 +64,10 @@ def inpaint_folder(
     Raises:
         LdmError: no case at all, no model, or an output folder that cannot be used.
     """
-    root, output = Path(data_dir).expanduser(), Path(output).expanduser()
+    root, output = given_path(data_dir), given_path(output)
     if output.resolve().is_relative_to(root.resolve()):
         raise ConfigError("lies inside the folder of cases", where=output, fix="name a folder outside it")
-    cases, exclusions = find_cases(root, conditioning_dir)
+    cases, exclusions = find_cases(root, conditioning_dir, allow)
     inpainter = Inpainter.load(model, device=config.device, precision=config.precision, blend_mm=config.blend_mm)
     lock = FolderLock(output)
     try:
@@ -71,6 +75,7 @@ def inpaint_folder(
         rows = [_refused(exclusion.case, exclusion.reason) for exclusion in exclusions]
         for row in rows:
             say(_told(row))
+        cases = [case.to_fill() for case in cases]
         rows += fill_cases(inpainter, cases, config, output, make_missing=make_missing, each=each, say=say)
         write_csv(output / TABLE, rows)
     finally:
@@ -210,6 +215,7 @@ class Job:
         model = {"cells": asdict(engine.settings), "crop": engine.crop, "box_margin": engine.box_margin,
                  "prediction": engine.prediction, "schedule": engine.denoiser.folder_config["schedule"]}  # fmt: skip
         weights = [network.folder_config["sha256"] for network in networks]
+        settings |= {"allow": asdict(case.allow)} if case.allow != NOTHING else {}
         files = {role: sha256(path) for role, path in case.files().items()}
         return fingerprint({"weights": weights, "model": model, "files": files, "settings": settings})
 
@@ -249,7 +255,8 @@ def _settled(case: Case, done: Future) -> Row:
     try:
         return done.result()
     except REFUSALS as error:
-        return _refused(case.key, str(error))
+        told = error.within(*case.folders) if isinstance(error, LdmError) else str(error)
+        return _refused(case.key, told)
 
 
 def _refused(key: str, reason: str) -> Row:

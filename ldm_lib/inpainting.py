@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.canvas import Filled
 from ldm_lib.cases import CaseData, case_of_files, load_case
 from ldm_lib.config import SamplingConfig, validated
@@ -49,6 +50,7 @@ def inpaint(
     *,
     growth: str | Path | None = None,
     tissue: str | Path | None = None,
+    allow: Allowances = NOTHING,
     make_missing: bool = False,
     model: str | Path | None = None,
     sampler: str = DEFAULT_SAMPLER,
@@ -68,6 +70,7 @@ def inpaint(
         output: .nii or .nii.gz; the mean when samples > 1, then `<output>-std` is written beside it.
         growth: tumour-cell concentration in [0, 1]; none means zero, healthy tissue.
         tissue: labels 1 CSF, 2 GM, 3 WM; none means unknown, unless `make_missing`.
+        allow: what the gate is to let pass, and how it is read then.
         make_missing: make the tissue map from the scan where none is given (`segmentation.tissue_from_scan`).
         model: folder with weights; none takes the newest finished training. A file of other voxel sizes than the
             model's is brought to them, and what fills the hole is brought back.
@@ -80,7 +83,7 @@ def inpaint(
     Raises:
         LdmError: an input, parameter, model or output path that cannot be used; nothing is written then.
     """
-    case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue)
+    case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, allow=allow)
     asked = {"sampler": sampler, "num_inference_steps": steps, "samples": samples, "seed": seed}
     validated(SamplingConfig, asked | {"guidance": guidance, "blend_mm": blend_mm, "device": device})
     for path in result_paths(Path(output), samples, each=write_samples).values():

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import get_args
 
-from ldm_lib.config import SamplingConfig
+from ldm_lib.allowances import Allowances
+from ldm_lib.config import AuditConfig, SamplingConfig, validated
 from ldm_lib.errors import ConfigError
 from ldm_lib.presets import DEFAULT_PRESET, PRESETS
 
@@ -36,11 +38,7 @@ def build_parser(functions: Sequence[Command]) -> argparse.ArgumentParser:
     _add_inpaint_options(command("inpaint", "fill the hole of one volume, or of every case of a folder"))
     _add_prior_options(command("prior", "make tissue and growth maps from a scan and its mask"))
 
-    sub = command("validate", "check every case of a folder in one pass")
-    sub.add_argument("data_dir")
-    sub.add_argument("--conditioning-dir", default="", help="growth and tissue maps (default: beside the data)")
-    sub.add_argument("--json", metavar="F", help="write the findings as JSON too")
-
+    _add_validate_options(command("validate", "check every case of a folder in one pass"))
     _add_submission_options(command("submission", "check results as the challenge would, and zip them"))
     sub = command("score", "the challenge's scores of one prediction")
     for name in ("prediction", "target", "voided", "mask-healthy"):
@@ -97,7 +95,35 @@ def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
     sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)
     sub.add_argument("--device", default=SAMPLING["device"].default, choices=get_args(SAMPLING["device"].annotation))
+    _add_allowances(sub)
+    sub.add_argument("--scrub-header", action="store_true", help="results without their source's free text, extensions")
     sub.set_defaults(misused=sub.error)
+
+
+def _add_validate_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data_dir")
+    sub.add_argument("--conditioning-dir", default="", help="growth and tissue maps (default: beside the data)")
+    sub.add_argument("--json", metavar="F", help="write the findings as JSON too")
+    _add_allowances(sub)
+
+
+def _add_allowances(sub: argparse.ArgumentParser) -> None:
+    """The parameters of notebook 01 that let pass what would be refused."""
+    for name, how in (("assume_orientation", {"metavar": "LPS"}), ("nan_as_zero", {"action": "store_true"}),
+                      ("mask_labels", {"metavar": "1,2,4"})):  # fmt: skip
+        field = AuditConfig.model_fields[name]
+        sub.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=field.description, **how)
+
+
+def allowances(options: argparse.Namespace) -> Allowances:
+    """What the options let pass.
+
+    Raises:
+        ConfigError: an orientation or labels that cannot be read.
+    """
+    asked = {name: getattr(options, name) for name in ("assume_orientation", "nan_as_zero", "mask_labels")}
+    validated(AuditConfig, asked)
+    return replace(Allowances.of(**asked), scrub_header=getattr(options, "scrub_header", False))
 
 
 def _add_prior_options(sub: argparse.ArgumentParser) -> None:

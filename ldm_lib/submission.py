@@ -77,7 +77,7 @@ def _problem(case: Case, folder: Path) -> str:
     if not path.exists():
         return f"no {path.name}. Fix: fill it"
     try:
-        return _difference(load_case(case), path)
+        return _difference(load_case(case.to_fill()), path)
     except LdmError as error:
         return str(error)
 

@@ -52,8 +52,14 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _some_integers(text: str) -> str:
+    """As `_integers`, or nothing."""
+    return text and _integers(text)
+
+
 Orientation = Annotated[str, AfterValidator(_orientation)]
 IntegerList = Annotated[str, AfterValidator(_integers)]
+SomeIntegers = Annotated[str, AfterValidator(_some_integers)]
 NumberList = Annotated[str, AfterValidator(_numbers)]
 Name = Annotated[str, AfterValidator(safe_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -90,9 +90,9 @@ def test_other_settings_are_other_results(inpainter, cases, tmp_path, changes):
 def test_a_changed_source_is_filled_anew(inpainter, cases, cohort_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(cohort_folder / cases[0].id, folder / cases[0].id)
-    case = find_cases(folder)[0][0]
+    case = find_cases(folder)[0][0].to_fill()
     fill_cases(inpainter, [case], settings(), tmp_path)
-    shutil.copy(case.t1n, case.t1n_voided)
+    shutil.copy(folder / case.id / f"{case.id}-t1n.nii.gz", case.t1n_voided)
     assert statuses(fill_cases(inpainter, [case], settings(), tmp_path)) == [FILLED]
 
 

@@ -11,9 +11,8 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "ldm_lib"
 # Floors from the ground up; a module imports from floors below it, or from a neighbour named before it.
 FLOORS = [
-    ["errors", "values", "files", "config", "presets", "runs"],
+    ["errors", "values", "allowances", "files", "config", "presets", "runs"],
     [
-        "allowances",
         "headers",
         "nifti",
         "sidecars",

@@ -222,8 +222,8 @@ def test_samplers_and_defaults_are_those_of_the_notebook(capsys, monkeypatch):
 def test_validate_accepts_good_cases(cases, tmp_path, capsys):
     assert main(["validate", str(tmp_path / "data")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1].rstrip(":") for line in lines[:-1]] == ["P0-0000", "P1-0000", "P2-0000"]
-    assert lines[-1] == "3 cases: 3 usable, 0 refused"
+    assert [line.split()[2].rstrip(":") for line in lines[:-1]] == ["P0-0000", "P1-0000", "P2-0000"]
+    assert lines[-1] == "3 cases: 3 usable (3 with warnings), 0 refused"
 
 
 def test_validate_reports_every_bad_case_in_one_pass(cases, tmp_path, capsys):
@@ -234,13 +234,15 @@ def test_validate_reports_every_bad_case_in_one_pass(cases, tmp_path, capsys):
     findings = tmp_path / "findings.json"
     assert main(["validate", str(tmp_path / "data"), "--json", str(findings)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split()[0] for line in lines[:-1]) == ["REFUSED", "REFUSED", "REFUSED", "WARNING"]
-    assert lines[-1] == "4 cases: 1 usable, 3 refused"
+    assert [line.split()[0] for line in lines[:-1]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert sorted(line.split()[1] for line in lines[:-1]) == ["ERROR", "ERROR", "ERROR", "WARNING"]
+    assert lines[-1] == "4 cases: 1 usable (1 with warnings), 3 refused"
     rows = {row["case"]: row for row in json.loads(findings.read_text())}
     assert {key: row["status"] for key, row in rows.items()} == {
         "'bad id'": "refused", "P0-0000": "refused", "P1-0000": "warning", "P2-0000": "refused"
     }  # fmt: skip
-    assert "P0-t1n-voided-0000.nii.gz" in rows["P0-0000"]["reason"] and "empty" in rows["P0-0000"]["reason"]
+    empty = "P0/P0-t1n-voided-0000.nii.gz: empty (0 bytes). Fix: download it again."
+    assert rows["P0-0000"]["reason"] == empty, "told from the data folder on"
     assert "P2-mask-0000.nii.gz" in rows["P2-0000"]["reason"]
 
 

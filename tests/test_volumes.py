@@ -157,7 +157,10 @@ REFUSED_MASKS = {
         r"4 values \(0, 1, 2, 4\), labels \{1, 2, 4\}: looks like a tumour seg.*--mask-labels 1,2,4",
     ),
     "1 and 255": (np.where(BALL, 255, 1).astype("u1"), r"not binary: 2 values \(1, 255\)"),
-    "one label 2": (BALL * np.uint8(2), r"not binary: 2 values \(0, 2\), labels \{2\}: looks like a tumour segmentation"),
+    "one label 2": (
+        BALL * np.uint8(2),
+        r"2 values \(0, 2\), labels \{2\}: looks like a tumour segmentation",
+    ),
     "negative": (-BALL.astype("i2"), r"not binary: 2 values \(-1, 0\)"),
     "NaN": (_with_nan(BALL, (0, 0, 0)), r"1 voxels are not finite .*the first at \(0, 0, 0\)"),
     "shape": (BALL[:-2].astype("u1"), r"shape \(22, 22, 19\), but t1n\.nii\.gz has \(24, 22, 19\)"),
