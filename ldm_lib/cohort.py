@@ -8,13 +8,14 @@ and so on: one hole, the last three digits are a time point of the same patient.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldm_lib import places
 from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.errors import InputError
@@ -59,14 +60,16 @@ def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: f
 
 
 def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]], root: Path) -> None:
-    """Cases and split as JSON; files that lie under `root` are written relative to it."""
+    """Cases and split as JSON, the path of each file relative to `root` or to a place of the run that has a name."""
     root = root.absolute()
 
     def told(value: object) -> object:
         if not isinstance(value, Path):
             return value
         absolute = value.absolute()  # links stay links: what they point to may be renamed
-        return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)
+        if absolute.is_relative_to(root):
+            return absolute.relative_to(root).as_posix()
+        return places.told(absolute, path.absolute().parents[1])
 
     rows = [{k: told(v) for k, v in asdict(case).items() if k != "notes"} for case in cases]
     write_json(path, {"split": split, "cases": rows})
@@ -75,16 +78,17 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
 def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
     """Training cases and validation cases of a run; of the latter the first hole of every patient comes first."""
     content = json.loads(path.read_text())
-    cases = [_case_of_row(row, root) for row in content["cases"]]
+    run_folder = path.absolute().parents[1]
+    cases = [_case_of_row(row, lambda text: root / places.found(text, run_folder)) for row in content["cases"]]
     train, validation = (set(content["split"][side]) for side in ("train", "validation"))
     holes_in_turn = sorted((c for c in cases if c.patient in validation), key=lambda c: (c.index, c.id))
     return [c for c in cases if c.patient in train], holes_in_turn
 
 
-def _case_of_row(row: dict[str, Any], root: Path) -> Case:
+def _case_of_row(row: dict[str, Any], find: Callable[[str], Path]) -> Case:
     plain = {name: row[name] for name in ("id", "patient", "index", "digests")}
     allowed = Allowances(**row["allow"] | {"mask_labels": tuple(row["allow"]["mask_labels"])})
-    files = {name: value and root / value for name, value in row.items() if name not in plain and name != "allow"}
+    files = {name: value and find(value) for name, value in row.items() if name not in plain and name != "allow"}
     return Case(**plain, **files, allow=allowed)
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ldm_lib.config import JUDGED_CROP_VOX
 from ldm_lib.errors import InputError, WeightsError
+from ldm_lib.values import given_path
 from ldm_lib.weights import read_checkpoint
 
 HEADS = ("fc.", "conv_seg.")  # what follows the features in a classifier or in MedicalNet's segmentation
@@ -86,7 +87,7 @@ class PerceptualDistance(nn.Module):
         Raises:
             WeightsError: no such file, not the tensors of a 3D ResNet for one channel, non-finite or unsafe.
         """
-        path = Path(path)
+        path = given_path(path)
         if not path.is_file():
             raise WeightsError("no such file", where=path, fix=OTHER_FILE)
         try:

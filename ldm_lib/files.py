@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from ldm_lib.errors import RunError
+from ldm_lib.values import given_path
 
 OWNER_VARIABLE = "LDM_RUN_OWNER"  # process id of the runner that holds the lock for its kernels
 
@@ -57,7 +58,7 @@ def digests(*given: str) -> dict[str, str]:
 
     What is empty or absent is left out.
     """
-    places = [Path(path).expanduser() for path in given if path]
+    places = [given_path(path) for path in given if path]
     files = [place for place in places if place.is_file()]
     files += [file for place in files for file in place.parent.glob("*.json")]
     files += [file for place in places for file in place.glob("*")]

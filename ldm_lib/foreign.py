@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ldm_lib.autoencoder import NETWORKS, Autoencoder
 from ldm_lib.errors import ConfigError, WeightsError
 from ldm_lib.files import sha256
+from ldm_lib.values import given_path
 from ldm_lib.weights import CONFIG, WEIGHTS, load_model, read_checkpoint, read_json, read_tensors, require_finite
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -71,7 +72,7 @@ def load_autoencoder(path: str | Path, *, spacing_mm: float) -> Found:
         WeightsError: nothing there, something else than an autoencoder of 3D images of one channel, damaged, unsafe,
             or a JSON that does not fit.
     """
-    path = Path(path)
+    path = given_path(path)
     folder = path.parent if path.name == WEIGHTS else path
     if (folder / CONFIG).is_file() and _is_ours(read_json(folder / CONFIG)):
         autoencoder = load_model(folder, "autoencoder")

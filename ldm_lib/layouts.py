@@ -52,7 +52,7 @@ def survey(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[lis
     Raises:
         InputError: a folder that does not exist.
     """
-    root = given_path(data_dir)
+    root = given_path(data_dir).resolve()
     if not root.is_dir():
         raise InputError("no such folder", where=root, fix="give the folder that holds one folder per patient")
     conditioning = _conditioning_folder(root, conditioning_dir)
@@ -81,7 +81,7 @@ def _told(names: Iterable[str]) -> str:
 
 def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
     if given:
-        folder = given_path(given)
+        folder = given_path(given).resolve()
         if not folder.is_dir():
             raise InputError("no such folder", where=folder, fix="leave CONDITIONING_DIR empty if there are no maps")
         return folder

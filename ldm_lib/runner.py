@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_lib import places
 from ldm_lib.cohort import source_digests
 from ldm_lib.config import (
     STAGES,
@@ -36,6 +37,7 @@ from ldm_lib.runs import (
     upstream_digests,
 )
 from ldm_lib.signals import HandedOn
+from ldm_lib.values import given_path
 
 PROCESSES_LOG = "processes.txt"  # in the run's folder: what the processes of a training said
 
@@ -69,9 +71,10 @@ def run(
     lock = FolderLock(folder)
     os.environ[OWNER_VARIABLE] = str(os.getpid())
     try:
+        places.settle(folder, *(config.model_dump() for config in configs.values()))
         for stage in stages or STAGES:
             if _is_needed(stage, configs[stage], folder):
-                testify(folder, preset=preset, configs=configs, command=list(command))
+                testify(folder, preset=preset, configs=configs, command=[_told(word) for word in command])
                 say(f"{stage}: running, told in {folder / 'log.txt'}")
                 say(_make(stage, configs[stage], folder / stage, say))
             else:
@@ -128,6 +131,7 @@ def _share_out(stage: str, devices: int, run_folder: Path) -> None:
         # In a group of its own, or Ctrl-C would reach it beside us.
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0)
         status = launcher.wait()
+    places.hide(told, run_folder)
     if status:
         words = [line for line in told.read_text(errors="replace").splitlines() if line.startswith("ERROR ")]
         cause = words[0].removeprefix("ERROR ") if words else f"one of {devices} processes died"
@@ -139,8 +143,11 @@ def _execute(stage: str, config: StageConfig, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "notebook.partial.ipynb"
-    with HandedOn(PrivateKernelManager.pid, where=stage):
-        _run_notebook(stage, config, partial)
+    try:
+        with HandedOn(PrivateKernelManager.pid, where=stage):
+            _run_notebook(stage, config, partial)
+    finally:
+        places.hide(partial, folder.parent)
     if not (folder / "pending.json").exists():
         raise RunError("the notebook ended without closing its stage", where=stage, fix=f"see {partial}")
     partial.replace(folder / "notebook.ipynb")
@@ -157,7 +164,7 @@ def _run_notebook(stage: str, config: StageConfig, written: Path) -> None:
         papermill.execute_notebook(
             NOTEBOOKS / f"{stage}.ipynb",
             written,
-            parameters=config.model_dump(),
+            parameters=places.named(config.model_dump()),
             kernel_name="python3",
             kernel_manager_class=PrivateKernelManager,
             progress_bar=False,
@@ -198,8 +205,13 @@ def _write_index(run_folder: Path) -> None:
 
 def absolute(overrides: dict[str, Any]) -> dict[str, Any]:
     """Paths given on the command line are meant from where it was typed, not from where a kernel starts."""
-    paths = {"data_dir", "conditioning_dir", "autoencoder_dir", "perceptual_file"}
-    return {k: str(Path(v).expanduser().resolve()) if k in paths and v else v for k, v in overrides.items()}
+    return {k: str(given_path(v).resolve()) if k in places.NAMES and v else v for k, v in overrides.items()}
+
+
+def _told(word: str) -> str:
+    """A word of the command line, a path in it by its name."""
+    name, equals, value = word.partition("=")
+    return f"{name}=${places.NAMES[name]}" if equals and value and name in places.NAMES else word
 
 
 def describe(stage: str, preset: str) -> str:

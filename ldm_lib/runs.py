@@ -23,6 +23,7 @@ from typing import Any
 from ldm_lib.config import STAGES, StageConfig, validated
 from ldm_lib.errors import RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, sha256, write_csv, write_json
+from ldm_lib.places import HidingFormatter, named, settle
 from ldm_lib.values import names
 
 log = logging.getLogger("ldm_lib")
@@ -141,6 +142,7 @@ def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] 
     with ExitStack() as refused:
         refused.callback(lock.release)
         _log_to(run_folder / "log.txt")
+        settle(run_folder, config.model_dump())
         inputs = {**upstream_digests(run_folder, name), **(inputs or {})}
         _make_room(folder, config, inputs)
         write_json(folder / "parameters.json", {"parameters": tracked(config), "inputs": inputs})
@@ -169,7 +171,7 @@ def require_unchanged(folder: Path, config: StageConfig, inputs: dict[str, str],
 
 def tracked(config: StageConfig) -> dict[str, Any]:
     """The parameters that decide a stage's result."""
-    return {k: v for k, v in config.model_dump().items() if k not in UNTRACKED_PARAMETERS | config.aside}
+    return named({k: v for k, v in config.model_dump().items() if k not in UNTRACKED_PARAMETERS | config.aside})
 
 
 def changes(folder: Path, config: StageConfig, inputs: dict[str, str], *, allowed: Sequence[str] = ()) -> list[str]:
@@ -232,7 +234,7 @@ def _results_digest(folder: Path) -> str:
 def testify(run_folder: Path, *, preset: str, configs: dict[str, StageConfig], command: list[str]) -> None:
     """Write run.json (code, versions, machine, command) and config.json (every parameter of every stage)."""
     write_json(run_folder / "run.json", {"command": command, "created": now(), **provenance()})
-    write_json(run_folder / "config.json", {"preset": preset, **{k: v.model_dump() for k, v in configs.items()}})
+    write_json(run_folder / "config.json", {"preset": preset, **{k: named(v.model_dump()) for k, v in configs.items()}})
     _log_to(run_folder / "log.txt")
 
 
@@ -270,6 +272,6 @@ def _log_to(path: Path) -> None:
             log.removeHandler(handler)
             handler.close()
         handler = logging.FileHandler(path)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(HidingFormatter(path.parent))
         log.addHandler(handler)
         log.setLevel(logging.INFO)

