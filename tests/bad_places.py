@@ -22,6 +22,7 @@ COMPLETE = ("t1n", IMAGE, MASK, "mask-healthy", "mask-unhealthy")
 BRATS_SHAPE, BRATS_SPACING = (30, 30, 20), (8.0, 8.0, 8.0)  # 240 x 240 x 160 mm: 155 mm and a part of a cell
 BRAIN_CENTRE_MM, BRAIN_RADII_MM = np.array([120.0, 126.0, 76.0]), np.array([68.0, 85.0, 62.0])
 STATUS = {"refuse": "refused", "warn": "warning", "accept": "ok"}
+WORD = {"refused": "ERROR", "warning": "WARNING", "ok": "OK"}
 BRIGHTEST = 643  # times 60 is 38,580: beyond int16, within uint16
 
 
