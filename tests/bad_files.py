@@ -17,8 +17,9 @@ SECRET = "DOE^JOHN 1950"
 
 
 def _flip_a_stored_bit(place: Place) -> None:
+    """One voxel of air becomes 16384: an upper byte, at an even place, since the stored voxels begin at an odd one."""
     content = bytearray(packed(place.raw, level=0))
-    content[len(content) // 2] ^= 0x40
+    content[len(content) // 4 * 2] ^= 0x40
     place.P.write_bytes(content)
 
 

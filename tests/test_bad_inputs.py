@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_inputs import ROWS, spoilt
-from bad_places import WORD, Place
+from bad_places import COMPLETE, WORD, Place
 from bad_volumes import BRAIN_VOXEL
 
 from ldm_lib.__main__ import main
@@ -182,6 +182,15 @@ def test_every_bad_case_of_the_catalogue_is_told_in_one_pass(tmp_path, usual, va
         if place.id == identity:  # those renamed are told by another key
             row = told.rows[identity]
             require_told(name, row["status"], row["reason"], usual[ROWS[name].complete])
+
+
+@pytest.mark.parametrize("role", COMPLETE)
+def test_every_file_of_a_case_passes_the_same_gate(role, tmp_path, validate):
+    place = Place(tmp_path / "data", CASE, complete=True)
+    path = place.paths[role]
+    path.write_bytes(path.read_bytes()[:-8])
+    word, text = validate(place.root).lines[CASE]
+    assert word == "ERROR" and re.match(rf"{CASE}/{re.escape(path.name)}: gzip ends early", text)
 
 
 # ---- the same case, used on demand
