@@ -66,8 +66,9 @@ class Case:
         return replace(self, t1n=None, mask_healthy=None, mask_unhealthy=None) if self.t1n_voided else self
 
     def sealed(self) -> "Case":
-        """The case with the digests of its files as they are now: `load_case` refuses them when they have changed."""
-        return replace(self, digests={role: sha256(path) for role, path in self.files().items()})
+        """The case with a digest of each file, as it is now if it has none: `load_case` refuses what has changed."""
+        files = {role: path for role, path in self.files().items() if path.is_file()}
+        return replace(self, digests={role: self.digests.get(role) or sha256(path) for role, path in files.items()})
 
     def with_maps(self, **maps: Path | None) -> "Case":
         """The case with other maps in the place of those it has."""

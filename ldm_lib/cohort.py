@@ -71,7 +71,7 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
             return absolute.relative_to(root).as_posix()
         return places.told(absolute, path.absolute().parents[1])
 
-    rows = [{k: told(v) for k, v in asdict(case).items() if k != "notes"} for case in cases]
+    rows = [{k: told(v) for k, v in asdict(case.sealed()).items() if k != "notes"} for case in cases]
     write_json(path, {"split": split, "cases": rows})
 
 

@@ -22,7 +22,12 @@ def parse_header(content: bytes, path: Path) -> nib.Nifti1Header:
     """The NIfTI-1 or NIfTI-2 header at the start of the content, in its own byte order, unchecked."""
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(content[:LONGEST]):
-            return kind(content[: kind.sizeof_hdr], check=False)
+            size = kind.sizeof_hdr
+            orders = {"<": size.to_bytes(4, "little"), ">": size.to_bytes(4, "big")}
+            order = next(
+                (order for order, start in orders.items() if content[:4] == start), None
+            )  # None: it is guessed
+            return kind(bytes(content[:size]), endianness=order, check=False)
     raise InputError("no NIfTI header", where=path, fix="convert it to single-file NIfTI (.nii.gz)")
 
 
@@ -48,7 +53,9 @@ def header_dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
     except (KeyError, nib.spatialimages.HeaderDataError) as error:
         raise InputError(f"unknown datatype code {int(header['datatype'])}", where=path, fix=AGAIN) from error
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise InputError(f"voxels of type {dtype}, need one real number each", where=path)
+        kind = "RGB" if dtype.names else dtype
+        raise InputError(f"voxels of type {kind}, need a scalar, one real number each", where=path,
+                         fix="export the intensities")  # fmt: skip
     return dtype
 
 
@@ -74,6 +81,8 @@ def header_affine(header: nib.Nifti1Header, path: Path, assume: str = "") -> np.
     lengths = np.linalg.norm(axes, axis=0)
     if not np.isfinite(affine).all() or lengths.min() < 1e-3 or abs(np.linalg.det(axes)) < 1e-6:
         raise InputError("its affine is not finite and invertible", where=path, fix=export)
+    if lengths.max() > 1e3:
+        raise InputError(f"voxels of {_triple(lengths)} mm, at most 1000 along an axis", where=path, fix=export)
     cosines = np.abs(axes.T @ axes / np.outer(lengths, lengths) - np.eye(3)).max()
     if cosines > 1e-2:
         raise InputError(f"sheared axes (cosine {cosines:.2f})", where=path, fix="resample it first")
@@ -84,7 +93,8 @@ def _assumed_affine(header: nib.Nifti1Header, path: Path, orientation: str) -> n
     """Axes as told, voxels of pixdim, the volume's centre at the world's origin."""
     spacing = np.abs(header["pixdim"][1:4].astype(float))
     if not np.isfinite(spacing).all() or spacing.min() < 1e-3:
-        raise InputError(f"pixdim {_triple(spacing)}: no voxel size to go with the orientation assumed", where=path)
+        raise InputError(f"pixdim {_triple(spacing)}: no voxel size to go with the orientation assumed", where=path,
+                         fix="export it with its scanner orientation")  # fmt: skip
     affine = np.diag([0.0, 0, 0, 1])
     for column, (axis, sign) in enumerate(nib.orientations.axcodes2ornt(orientation)):
         affine[int(axis), column] = sign * spacing[column]
@@ -137,7 +147,7 @@ def voxel_offset(header: nib.Nifti1Header, content: bytes, path: Path, warnings:
                              fix=AGAIN)  # fmt: skip
         start += size
     if start > first:
-        warnings.append(f"header extensions of {start - first} bytes may name the patient; outputs keep them, "
+        warnings.append(f"free text in the header (extensions of {start - first} bytes) may name the patient; outputs keep it, "
                         "unless --scrub-header")  # fmt: skip
     return int(offset)
 

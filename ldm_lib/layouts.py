@@ -16,7 +16,7 @@ CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation
 DEFAULT_CONDITIONING = "conditioning_data"
 _TIME_POINT = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d{3}")
 _NIFTI = re.compile(r"\.nii(\.gz)?", re.IGNORECASE)
-_ROLE = re.compile(rf"-(?P<role>t1n|{'|'.join(HOLE_ROLES)})(?P<hole>-\d{{4}})?(?P<ending>\.nii(\.gz)?)", re.IGNORECASE)
+_ROLE = re.compile(rf"-(?P<role>t1n|{'|'.join(HOLE_ROLES)})(?P<hole>-\d{{4}})?(\.nii(\.gz)?|\.hdr)", re.IGNORECASE)
 _LEFTOVER = re.compile(r".*(\.(part|partial|tmp|crdownload|download)| \(\d+\)(\.nii)?(\.gz)?)", re.IGNORECASE)
 
 
@@ -104,7 +104,7 @@ def _cases_of(
     try:
         identity, files = safe_name(folder.name), _files_in(folder)
     except ValueError as error:
-        return [], [Exclusion(repr(folder.name), f"folder name is not a patient id: {error}")]
+        return [], [Exclusion(repr(folder.name), f"folder name is not a patient id: {error}. Fix: rename it.")]
     except OSError as error:
         return [], [Exclusion(folder.name, f"cannot be listed ({error.strerror})")]
     if not files.holes:
@@ -118,7 +118,7 @@ def _cases_of(
         key, doubled = f"{identity}{hole}", [paths for paths in chosen.values() if len(paths) > 1]
         if doubled:
             told = "; ".join(" and ".join(path.name for path in paths) for paths in doubled)
-            exclusions.append(Exclusion(key, f"ambiguous: {told}. Fix: keep one of each"))
+            exclusions.append(Exclusion(key, f"ambiguous: {told}. Fix: keep one of each."))
         elif not chosen["mask"]:
             exclusions.append(Exclusion(key, "no mask file beside its t1n-voided"))
         elif not (chosen["t1n"] or chosen["t1n-voided"]):
@@ -139,7 +139,7 @@ def _files_in(folder: Path) -> _Files:
             files.found[match["role"].lower(), match["hole"] or ""].append(folder / name)
         elif _LEFTOVER.fullmatch(name):
             unfinished.append(name)
-        elif _NIFTI.search(name) and not name.startswith(identity):
+        elif _ROLE.search(name) and not name.startswith(identity):
             strange.append(name)
     if unfinished:
         files.notes.append(f"passed over, unfinished or a second copy: {_told(unfinished)}")

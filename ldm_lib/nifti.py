@@ -31,7 +31,7 @@ def require_writable(path: str | Path) -> None:
     """Refuse an output path early: wrong ending, no such folder, or a folder that takes no file."""
     path = Path(path)
     if not path.name.lower().endswith(SUFFIXES):
-        raise InputError(f"an output must end in {' or '.join(SUFFIXES)}", where=path)
+        raise InputError(f"an output must end in {' or '.join(SUFFIXES)}", where=path, fix="name it so")
     probe = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if path.is_dir():
@@ -85,16 +85,17 @@ def _require_file(path: Path) -> None:
     if not path.exists():
         raise InputError("no such file", where=path, fix="check the path and the case's name")
     if path.is_dir():
-        raise InputError("is a directory, not a NIfTI file", where=path)
+        raise InputError("is a directory, not a NIfTI file", where=path, fix="put the file itself there")
     if not path.is_file():  # a pipe would be waited for
-        raise InputError("not a regular file", where=path)
+        raise InputError("not a regular file", where=path, fix="put a file there")
     if path.suffix.lower() in (".hdr", ".img"):
         raise InputError("a pair of .hdr and .img, as Analyze has, may lack its orientation", where=path,
                          fix="convert it to single-file NIfTI (.nii.gz)")  # fmt: skip
     if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"not named {' or '.join(SUFFIXES)}", where=path, fix="convert it to NIfTI")
     if (size := path.stat().st_size) > MAX_BYTES + _SLACK:
-        raise InputError(f"holds {size / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.1f} GB are read", where=path)
+        raise InputError(f"holds {size / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.1f} GB are read", where=path,
+                         fix="give one volume of a head")  # fmt: skip
 
 
 def _first_bytes(head: bytes) -> bytes:

@@ -141,11 +141,12 @@ def test_a_path_may_have_a_tilde_spaces_brackets_and_a_slash_at_its_end(tmp_path
         assert [FIRST in line for line in lines[:-1]] == [True], "never a glob"
 
 
-def test_a_variable_in_a_path_is_taken_as_written_and_refused(tmp_path, monkeypatch, capsys):
+def test_a_variable_in_a_path_is_what_the_environment_says(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATA", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    Place(tmp_path, FIRST)
-    assert "$DATA: no such folder" in refusal(Path("$DATA"), capsys)
+    Place(tmp_path / "cases", FIRST, complete=True)
+    assert main(["validate", "$DATA/cases"]) == 0
+    assert FIRST in capsys.readouterr().out
+    assert "$ABSENT: no such folder" in refusal(Path("$ABSENT"), capsys)
 
 
 def test_nothing_is_written_beside_the_data(tmp_path):

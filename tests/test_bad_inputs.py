@@ -206,7 +206,7 @@ def test_what_is_refused_can_be_used_on_demand(name, tmp_path, validate):
 
 
 @pytest.mark.parametrize("words", [("--assume-orientation", "LXS"), ("--assume-orientation", "LLS"),
-                                   ("--mask-labels", "1,x"), ("--mask-labels", "")])  # fmt: skip
+                                   ("--mask-labels", "1,x"), ("--mask-labels", "-1")])  # fmt: skip
 def test_an_option_that_says_nothing_is_refused(tmp_path, words, capsys):
     Place(tmp_path / "data", CASE)
     try:

@@ -82,7 +82,7 @@ HEADERS = {
     "one slice": (_patched(46, "h", 1), r"shape \(24, 22, 1\) is not 3D"),
     "2D": (_patched(40, "h", 2), r"shape \(24, 22\) is not 3D"),
     "unknown datatype": (_patched(70, "h", 9999), r"unknown datatype code 9999"),
-    "bits": (_patched(70, "h", 1), r"need one real number each"),
+    "bits": (_patched(70, "h", 1), r"need a scalar, one real number each"),
     "no orientation": (_patched(252, "2h", 0, 0), r"no orientation: sform and qform codes are both 0"),
     "orientation codes of no kind": (_patched(252, "2h", 77, 77), r"orientation codes outside 0\.\.5"),
     "singular affine": (_patched(280, "4f", 0, 0, 0, 0), r"affine is not finite and invertible"),
@@ -190,8 +190,8 @@ COLOUR = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
     ("content", "match"),
     [
         (_image(np.stack([VOXELS] * 3, -1)), r"3 volumes, need 1\. Fix: split the series"),
-        (_image(COLOUR), r"voxels of type .*'R'.*, need one real number each"),
-        (_image(VOXELS.astype(np.complex64)), r"voxels of type complex64, need one real number each"),
+        (_image(COLOUR), r"voxels of type RGB, need a scalar"),
+        (_image(VOXELS.astype(np.complex64)), r"voxels of type complex64, need a scalar"),
     ],
     ids=["4D", "RGB", "complex"],
 )
