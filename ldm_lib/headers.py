@@ -24,10 +24,8 @@ def parse_header(content: bytes, path: Path) -> nib.Nifti1Header:
         if kind.may_contain_header(content[:LONGEST]):
             size = kind.sizeof_hdr
             orders = {"<": size.to_bytes(4, "little"), ">": size.to_bytes(4, "big")}
-            order = next(
-                (order for order, start in orders.items() if content[:4] == start), None
-            )  # None: it is guessed
-            return kind(bytes(content[:size]), endianness=order, check=False)
+            told = [order for order, start in orders.items() if content[:4] == start]
+            return kind(bytes(content[:size]), endianness=told[0] if told else None, check=False)  # None: guessed
     raise InputError("no NIfTI header", where=path, fix="convert it to single-file NIfTI (.nii.gz)")
 
 
@@ -147,8 +145,8 @@ def voxel_offset(header: nib.Nifti1Header, content: bytes, path: Path, warnings:
                              fix=AGAIN)  # fmt: skip
         start += size
     if start > first:
-        warnings.append(f"free text in the header (extensions of {start - first} bytes) may name the patient; outputs keep it, "
-                        "unless --scrub-header")  # fmt: skip
+        warnings.append(f"free text in the header (extensions of {start - first} bytes) may name the patient; "
+                        "outputs keep it, unless --scrub-header")  # fmt: skip
     return int(offset)
 
 
