@@ -62,7 +62,7 @@ test-all: .venv/ready ## every test
 	@$(VENV_PYTHON) -m pytest
 
 lab: .venv/ready ## JupyterLab on the notebooks, on 127.0.0.1 with a token
-	@.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb
+	@umask 077; .venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb
 
 params: .venv/ready ## parameters of a stage: make params NB=04 PRESET=full
 	@exec $(LDM) params "$$NB" --preset "$$PRESET"
@@ -83,7 +83,7 @@ bench: .venv/ready ## a case, autoencoder and training step beside what is commo
 	@exec $(LDM) bench $$(case "$$FULL" in ''|0) ;; *) echo --full ;; esac)
 
 mlflow: .venv/ready ## browse tracked figures and panels on 127.0.0.1:5000
-	@MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \
+	@umask 077; MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \
 	  --backend-store-uri "sqlite:///$$PWD/outputs/mlflow.db" --serve-artifacts --artifacts-destination "$$PWD/outputs/mlflow"
 
 lint: .venv/ready ## ruff, and notebooks without outputs
