@@ -240,9 +240,9 @@ def test_an_address_is_a_file_that_is_not_there(url, asked, outputs, capsys):
 
 
 FORBIDDEN_WORDS = (
-    "--allow-" + "root", "token=''", "token=" + '""', "allow_" + "origin", "disable_check_" + "xsrf", "0.0." + "0.0",
-    "--disable-security-" + "middleware", "--extra-" + "index-url", "--trusted-" + "host", "weights_only=" + "False",
-    "allow_pickle=" + "True",
+    "--allow-" + "root", "token=" + "''", "token=" + '""', "allow_" + "origin", "disable_check_" + "xsrf",
+    "0.0." + "0.0", "--disable-security-" + "middleware", "--extra-" + "index-url", "--trusted-" + "host",
+    "weights_only=" + "False", "allow_pickle=" + "True",
 )  # fmt: skip
 
 
