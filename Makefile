@@ -1,41 +1,45 @@
 # `make` alone prints this help. Values reach the shell through the environment, never spliced into a command.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run 01 02 03 04 05 06 train sweep test test-all lab params doctor validate submission bench mlflow lint clean
+.PHONY: help setup run 01 02 03 04 05 06 train sweep test test-all lab params doctor validate submission bench mlflow lint lock audit clean
 
 PRESET ?= demo
-RUN ?= $(PRESET)
 NB ?= 04
-export PRESET RUN NB
+export PRESET NB
 
 VENV_PYTHON := .venv/bin/python
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 LDM := $(VENV_PYTHON) -m ldm_lib
 # RUN, PRESET, DATA_DIR, CONDITIONING_DIR, OVERWRITE=1 and SET="key=value key=value" apply to run, 01 to 06 and train.
 define STAGES
-set --; \
+set -f --; \
 for pair in $$SET; do set -- "$$@" --set "$$pair"; done; \
 for name in DATA_DIR CONDITIONING_DIR BATCH_SIZE LEARNING_RATE MAX_EPOCHS ACCUMULATE_GRAD_BATCHES DEVICES; do \
   eval "value=\$${$$name:-}"; key=$$(printf %s "$$name" | tr A-Z a-z); \
   if [ -n "$$value" ]; then set -- "$$@" --set "$$key=$$value"; fi; \
 done; \
 if [ -n "$$OVERWRITE" ]; then set -- "$$@" --overwrite; fi; \
-exec $(LDM) run $(1) --run "$$RUN" --preset "$$PRESET" "$$@"
+exec $(LDM) run $(1) --run "$${RUN:-$$PRESET}" --preset "$$PRESET" "$$@"
 endef
 
 help: ## this list
 	@echo "make TARGET [PRESET=smoke|demo|full] [RUN=name] [DATA_DIR=...] [CONDITIONING_DIR=...] [SET=\"key=value ...\"] [OVERWRITE=1]"
 	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {printf "  %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/ready ## create .venv and install everything (done by the others when needed)
+setup: .venv/ready ## create .venv and install everything (done by the others when needed); LOCKED=1 as requirements.lock says
 
 .venv/ready: pyproject.toml
-	@set -e; for python in $$PYTHON python3.11 python3.12 python3.13 python3; do \
+	@set -e; for python in "$$PYTHON" python3.11 python3.12 python3.13 python3; do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then echo "ERROR no Python 3.11 or newer found. Fix: install one, or make PYTHON=/path/to/python3" >&2; exit 1; fi; \
-	echo "setting up .venv with $$($$found --version); this takes a few minutes once"; \
+	echo "setting up .venv with $$("$$found" --version); this takes a few minutes once"; \
 	"$$found" -m venv .venv; \
-	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	case "$$LOCKED" in \
+	  ''|0) $(PIP_INSTALL) --editable '.[dev]' ;; \
+	  *) $(PIP_INSTALL) --require-hashes --requirement requirements.lock; \
+	     $(PIP_INSTALL) --no-deps --no-build-isolation --editable . ;; \
+	esac
 	@touch $@
 
 run: .venv/ready ## all six notebooks: synthetic cohort, or DATA_DIR=... (PRESET=demo by default)
@@ -58,7 +62,7 @@ test-all: .venv/ready ## every test
 	@$(VENV_PYTHON) -m pytest
 
 lab: .venv/ready ## JupyterLab on the notebooks, on 127.0.0.1 with a token
-	@.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb
+	@umask 077; .venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb
 
 params: .venv/ready ## parameters of a stage: make params NB=04 PRESET=full
 	@exec $(LDM) params "$$NB" --preset "$$PRESET"
@@ -79,13 +83,37 @@ bench: .venv/ready ## a case, autoencoder and training step beside what is commo
 	@exec $(LDM) bench $$(case "$$FULL" in ''|0) ;; *) echo --full ;; esac)
 
 mlflow: .venv/ready ## browse tracked figures and panels on 127.0.0.1:5000
-	@MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \
+	@umask 077; MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \
 	  --backend-store-uri "sqlite:///$$PWD/outputs/mlflow.db" --serve-artifacts --artifacts-destination "$$PWD/outputs/mlflow"
 
 lint: .venv/ready ## ruff, and notebooks without outputs
 	@$(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
 	@.venv/bin/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
+define LOCK_HEAD
+# Every package of the tested set with its sha256, for Linux x86-64 (glibc 2.28 or newer) and CPython 3.11; by `make lock`.
+#   make setup LOCKED=1                                   or, in a virtual environment of your own:
+#   pip install --require-hashes -r requirements.lock && pip install --no-deps --no-build-isolation -e .
+# torch is the build on PyPI, for CUDA 13, and brings its libraries (nvidia-*, cuda-*, triton) to machines without a GPU
+# too. Where the set was tested with torch's CPU build, this is the same version of it; all else is what was tested.
+endef
+
+lock: export HEAD = $(LOCK_HEAD)
+lock: .venv/ready ## write requirements.lock: what .venv holds, with hashes, for Linux x86-64 and CPython 3.11
+	@$(VENV_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "ERROR the lock is for CPython 3.11. Fix: rm -rf .venv && make PYTHON=python3.11 lock" >&2; exit 1; }
+	@$(VENV_PYTHON) -m pip list --exclude-editable --format freeze | sed 's/+.*//' > .venv/tested.txt
+	@$(PIP_INSTALL) --editable '.[lock]'
+	@printf '%s\n' "$$HEAD" > .venv/requirements.lock
+	@.venv/bin/uv pip compile pyproject.toml --extra dev --constraints .venv/tested.txt --generate-hashes --quiet \
+	  --only-binary :all: --emit-build-options --no-emit-index-url --no-config --no-header --no-annotate \
+	  --python $(VENV_PYTHON) --python-platform x86_64-manylinux_2_28 >> .venv/requirements.lock
+	@mv .venv/requirements.lock requirements.lock
+
+audit: .venv/ready ## ask PyPI for known vulnerabilities of what requirements.lock names; needs the network
+	@$(PIP_INSTALL) --editable '.[audit]'
+	@.venv/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
+
 clean: ## remove caches; never outputs, never data
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info
-	find ldm_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find ldm_lib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ Heavy libraries are imported by the command that needs them, so that help, valid
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from ldm_lib.runs import outputs_folder
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn a refusal into one line."""
+    os.umask(0o077)  # what is made from patients' data is its owner's alone; kernels and other processes inherit it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = build_parser(COMMANDS).parse_args(joined(sys.argv[1:] if arguments is None else arguments))
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ldm_lib.errors import ConfigError
 from ldm_lib.values import (
     Count,
+    Devices,
     Fraction,
     IntegerList,
     Name,
@@ -22,7 +23,9 @@ from ldm_lib.values import (
     NumberList,
     Orientation,
     Positive,
+    Samples,
     SomeIntegers,
+    Workers,
     integers,
     names,
 )
@@ -137,11 +140,11 @@ class TrainingConfig(DeviceConfig):
     accumulate_grad_batches: Positive = Field(1, description="batches per optimiser step")
     gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are kept")
-    devices: Positive = Field(1, description="in all; a notebook trains on one, `make train` on several")
+    devices: Devices = Field(1, description="in all; a notebook trains on one, `make train` on several")
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp", description="of several devices: replicas, or shards of the weights"
     )
-    num_workers: Count = Field(0, description="loader processes; cached latents need none")
+    num_workers: Workers = Field(0, description="loader processes; cached latents need none")
     checkpoint_every: Positive = Field(100, description="optimiser steps between checkpoints to go on from")
     log_every: Positive = Field(10, description="optimiser steps between logged figures")
     allow_change: str = Field("", description="parameters that may differ from those of what is resumed")
@@ -229,9 +232,9 @@ class SamplingConfig(DeviceConfig):
     blend_mm: Annotated[float, Field(ge=0, le=1000)] = Field(
         16.0, description="reach of the fit at the hole's edge, mm; 0 is off"
     )
-    samples: Positive = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
+    samples: Samples = Field(4, description="K: samples per case; the mean of K is the output when K > 1")
     max_cases: Count = Field(6, description="validation cases to fill; 0 for all")
-    devices: Positive = Field(1, description="that share out the cases")
+    devices: Devices = Field(1, description="that share out the cases")
     compare_cases: Count = Field(2, description="cases filled by every sampler in several numbers of steps; 0 for none")
     compare_steps: IntegerList = Field("4,8,10,20", description="numbers of steps to compare")
     obedience_cases: Count = Field(3, description="cases filled again with other conditioning; 0 for none")

@@ -23,6 +23,7 @@ def launched(work: Callable[[str], None], module: str, arguments: Sequence[str] 
     Returns:
         0, 128 and a signal's number if asked to end by one, or 1 after an `ERROR` line.
     """
+    os.umask(0o077)  # as the command line does
     parser = argparse.ArgumentParser(prog=f"python -m ldm_lib.{module}", description=work.__doc__)
     parser.add_argument("--run", required=True, help="run folder under outputs/, its earlier stages done")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")

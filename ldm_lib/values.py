@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+MOST = 10**8  # of anything that is counted; a larger number is a slip, and would end in days or without memory
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
@@ -63,8 +64,11 @@ SomeIntegers = Annotated[str, AfterValidator(_some_integers)]
 NumberList = Annotated[str, AfterValidator(_numbers)]
 Name = Annotated[str, AfterValidator(safe_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Devices = Annotated[int, Field(ge=1, le=4096)]  # each a process
+Workers = Annotated[int, Field(ge=0, le=256)]  # likewise
+Samples = Annotated[int, Field(ge=1, le=10_000)]  # of one case, each held until the last is drawn
 NotNegative = Annotated[float, Field(ge=0)]
 
 

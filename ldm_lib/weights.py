@@ -24,6 +24,7 @@ REFUSED = (  # what torch raises instead of executing, and where bytes are missi
     torch.serialization.pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError, LookupError,
     OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
+BUILDERS = {"_instantiator", "_class_path", "_target_"}  # keys by which other libraries name code to call
 KINDS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder, "adm": ADM}
 
 
@@ -77,13 +78,17 @@ def load_model(folder: str | Path, kind: str) -> nn.Module:
 
 
 def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train anew") -> Any:
-    """A checkpoint as torch.save wrote it, its tensors on the CPU; nothing in it is executed."""
+    """A checkpoint as torch.save wrote it, its tensors on the CPU; nothing in it is executed, nor asks to be."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except REFUSED as error:
         unsafe = "Weights only load failed" in str(error)
         cause = "unsafe checkpoint, holds more than tensors" if unsafe else "damaged, not as torch.save writes it"
         raise WeightsError(cause, where=path, fix=fix) from error
+    named = content.get("hyper_parameters") if isinstance(content, dict) else None
+    if isinstance(named, dict) and (builders := sorted(BUILDERS & set(named))):
+        raise WeightsError(f"unsafe checkpoint, names code to build it ({', '.join(builders)})", where=path, fix=fix)
+    return content
 
 
 def read_json(path: Path) -> Any:

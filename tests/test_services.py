@@ -15,6 +15,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from listening import LOOPBACK, addresses
 from PIL import Image
 
 from ldm_lib import tracking
@@ -246,6 +247,7 @@ def served(folder):
                     break
             except OSError:
                 time.sleep(0.5)
+        assert addresses(server.pid) == {LOOPBACK}
         yield ask
     finally:
         os.killpg(server.pid, signal.SIGKILL)
