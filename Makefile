@@ -115,5 +115,5 @@ audit: .venv/ready ## ask PyPI for known vulnerabilities of what requirements.lo
 	@.venv/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
 clean: ## remove caches; never outputs, never data
-	rm -rf .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find ldm_lib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

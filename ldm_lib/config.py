@@ -65,9 +65,7 @@ class AuditConfig(StageConfig):
     synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="size of the synthetic cohort")
     synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(8000, description="number of its first patient")
     spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size of the synthetic cohort, mm")
-    deformation: Annotated[float, Field(ge=0, le=4)] = Field(
-        1.0, description="of synthetic brains; from 2 on they fold"
-    )
+    deformation: Annotated[float, Field(ge=0, le=4)] = Field(1.0, description="of synthetic brains; 2 folds them")
     masks_per_patient: Annotated[int, Field(ge=1, le=3)] = Field(3, description="holes per synthetic patient")
 
 
@@ -141,9 +139,7 @@ class TrainingConfig(DeviceConfig):
     gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are kept")
     devices: Devices = Field(1, description="in all; a notebook trains on one, `make train` on several")
-    strategy: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="of several devices: replicas, or shards of the weights"
-    )
+    strategy: Literal["ddp", "fsdp"] = Field("ddp", description="of several devices: replicas, or weights in shards")
     num_workers: Workers = Field(0, description="loader processes; cached latents need none")
     checkpoint_every: Positive = Field(100, description="optimiser steps between checkpoints to go on from")
     log_every: Positive = Field(10, description="optimiser steps between logged figures")
@@ -159,9 +155,7 @@ class TrainingConfig(DeviceConfig):
     multipliers: IntegerList = Field("1,2,4", description="width of each level over base_width")
     blocks_per_level: Positive = Field(1, description="residual blocks per level")
     attention_rates: IntegerList = Field("4", description="downsampling rates with attention")
-    keep_weights: Literal["last", "best"] = Field(
-        "last", description="EMA weights to keep: of the end or best val_loss"
-    )
+    keep_weights: Literal["last", "best"] = Field("last", description="EMA weights: of the end or best val_loss")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="inside residual blocks")
     conditioning_dropout: Fraction = Field(0.1, description="share of the samples that are told nothing; for guidance")
     prediction: Literal["noise", "x0", "velocity", "flow"] = Field("velocity", description="what the network predicts")

@@ -52,9 +52,10 @@ def survey(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[lis
     Raises:
         InputError: a folder that does not exist.
     """
-    root = given_path(data_dir).resolve()
+    root = given_path(data_dir)
     if not root.is_dir():
         raise InputError("no such folder", where=root, fix="give the folder that holds one folder per patient")
+    root = root.resolve()
     conditioning = _conditioning_folder(root, conditioning_dir)
     maps = {role: _maps_in(conditioning / name) for role, name in CONDITIONING_FOLDERS.items()} if conditioning else {}
     inside = tuple(os.path.realpath(folder) for folder in (root, conditioning) if folder)
@@ -81,10 +82,10 @@ def _told(names: Iterable[str]) -> str:
 
 def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
     if given:
-        folder = given_path(given).resolve()
+        folder = given_path(given)
         if not folder.is_dir():
             raise InputError("no such folder", where=folder, fix="leave CONDITIONING_DIR empty if there are no maps")
-        return folder
+        return folder.resolve()
     return next((p for p in (root / DEFAULT_CONDITIONING, root.parent / DEFAULT_CONDITIONING) if p.is_dir()), None)
 
 

@@ -7,12 +7,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from ldm_lib.errors import ConfigError
+
 MOST = 10**8  # of anything that is counted; a larger number is a slip, and would end in days or without memory
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
 def given_path(text: str | Path) -> Path:
     """A path as people write it: `~` is their home, and $NAME what the environment says."""
+    if "\0" in str(text):
+        raise ConfigError("holds a zero byte, which no path may", where=repr(str(text)), fix="write the path anew")
     return Path(os.path.expandvars(text)).expanduser()
 
 

@@ -143,11 +143,13 @@ def test_papermill_writes_a_value_as_the_literal_it_is(stage, value):
 
 
 def test_a_kernel_gets_the_very_text(outputs, tmp_path, monkeypatch):
-    """All values at once, one of them a folder's name, through the runner and a real kernel."""
+    """All values at once, as folders' names, through the runner, the environment and a real kernel."""
     value = "\n".join(text.replace("\x00", "") for text in VALUES.values())
     first = nbf.new_code_cell(parameters_cell(STAGES[AUDIT]), metadata={"tags": ["parameters"]})
-    then = f"import json, pathlib\nfrom ldm_lib.runs import open_stage\nstage = open_stage('{AUDIT}', globals())\n"
-    then += "pathlib.Path('found.json').write_text(json.dumps([data_dir, conditioning_dir]))\nstage.close({})"
+    then = "import json, pathlib\nfrom ldm_lib.runs import open_stage\nfrom ldm_lib.values import given_path\n"
+    then += f"stage = open_stage('{AUDIT}', globals())\n"
+    then += "found = [str(given_path(path)) for path in (data_dir, conditioning_dir)]\n"
+    then += "pathlib.Path('found.json').write_text(json.dumps(found))\nstage.close({})"
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     notebook = nbf.new_notebook(cells=[first, nbf.new_code_cell(then)], metadata=kernel)
     nbformat.write(notebook, tmp_path / f"{AUDIT}.ipynb")
@@ -157,7 +159,7 @@ def test_a_kernel_gets_the_very_text(outputs, tmp_path, monkeypatch):
     runner.run([AUDIT], name="lab", preset="smoke", overrides=given, command=[], say=print)
     meant = runner.absolute(given)
     assert json.loads((tmp_path / "found.json").read_text()) == [meant["data_dir"], meant["conditioning_dir"]]
-    assert meant["data_dir"] == f"{tmp_path}/{value}"
+    assert meant["data_dir"] == f"{tmp_path}/{os.path.expandvars(value)}", "variables are all that is put in"
 
 
 # ---- numbers without end
