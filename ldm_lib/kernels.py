@@ -1,5 +1,6 @@
 """Jupyter kernels of the runner: they talk through sockets in the file system, not through the network."""
 
+import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ class PrivateKernelManager(AsyncKernelManager):
     """
 
     latest: ClassVar["PrivateKernelManager | None"] = None
+    status: int | None = None  # with which the kernel ended: minus the signal's number if one killed it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -29,6 +31,21 @@ class PrivateKernelManager(AsyncKernelManager):
         """The process of the kernel that was started last, if it runs."""
         provisioner = cls.latest and cls.latest.provisioner
         return getattr(provisioner, "pid", None) if provisioner and provisioner.has_process else None
+
+    async def is_alive(self) -> bool:
+        """Whether the kernel runs; how it ended is noted, for it is forgotten with the kernel."""
+        alive, process = await super().is_alive(), getattr(self.provisioner, "process", None)
+        if not alive and process is not None:
+            self.status = process.returncode
+        return alive
+
+    @classmethod
+    def told_end(cls) -> str:
+        """How the latest kernel ended."""
+        status = cls.latest and cls.latest.status
+        if status is None or status >= 0:
+            return f"the kernel ended with status {status}"
+        return f"the kernel was killed (signal {-status}{', most likely out of memory' if status == -9 else ''})"
 
     @default("transport")
     def _default_transport(self) -> str:
@@ -42,7 +59,8 @@ class PrivateKernelManager(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         """The command that starts the kernel; what a cell raises reaches its notebook whatever the log's level."""
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
+        command = [sys.executable, "-m", "ldm_lib.leash", str(os.getpid()), "ipykernel_launcher"]
+        command += ["-f", "{connection_file}", "--log-level=CRITICAL"]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
     def cleanup_ipc_files(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from ldm_lib.config import AuditConfig, validated
 from ldm_lib.errors import InterruptionError, LdmError, TrainingError
 from ldm_lib.files import write_json
+from ldm_lib.leash import tie
 from ldm_lib.processes import is_first, local_rank, world_size
 from ldm_lib.runs import SHARED_OUT
 
@@ -24,6 +25,8 @@ def launched(work: Callable[[str], None], module: str, arguments: Sequence[str] 
         0, 128 and a signal's number if asked to end by one, or 1 after an `ERROR` line.
     """
     os.umask(0o077)  # as the command line does
+    if world_size() > 1:
+        tie(os.getppid())
     parser = argparse.ArgumentParser(prog=f"python -m ldm_lib.{module}", description=work.__doc__)
     parser.add_argument("--run", required=True, help="run folder under outputs/, its earlier stages done")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")

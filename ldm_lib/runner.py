@@ -123,8 +123,8 @@ def _make(stage: str, config: StageConfig, folder: Path, say: Callable[[str], No
 
 def _share_out(stage: str, devices: int, run_folder: Path) -> None:
     """Do a stage's work in one process a device; its notebook then finds it done, looks at it and closes the stage."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}",
-               "-m", f"ldm_lib.{stage[3:]}", "--", "--run", run_folder.name]  # fmt: skip
+    command = [sys.executable, "-m", "ldm_lib.leash", str(os.getpid()), "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={devices}", "-m", f"ldm_lib.{stage[3:]}", "--", "--run", run_folder.name]  # fmt: skip
     where, told = f"{run_folder.name}/{stage}", run_folder / PROCESSES_LOG
     launcher = None
     with told.open("w") as stream, HandedOn(lambda: launcher and launcher.pid, where=where):
@@ -173,7 +173,7 @@ def _run_notebook(stage: str, config: StageConfig, written: Path) -> None:
     except PapermillExecutionError as error:
         raise _failure(error, stage, written) from error
     except DeadKernelError as error:
-        raise RunError("the kernel was killed, most likely out of memory", where=stage,
+        raise RunError(PrivateKernelManager.told_end(), where=stage,
                        fix="take a smaller preset or crop, or a machine with more memory") from error  # fmt: skip
     except RuntimeError as error:
         raise RunError(f"the kernel did not start ({error})", where=stage, fix="run `make doctor`") from error

@@ -71,6 +71,7 @@ FLOORS = [
         "validation",
         "checkpoints",
         "signals",
+        "leash",
         "processes",
         "launched",
         "sampling",

@@ -212,7 +212,9 @@ def test_a_killed_kernel_is_told_and_never_done(outputs, notebook, monkeypatch):
     sockets = tempfile.mkdtemp()
     monkeypatch.setattr(tempfile, "tempdir", sockets)
     notebook(OPEN, "stage.close({})", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel was killed, most likely out of memory. Fix: "):
+    with pytest.raises(
+        RunError, match=rf"^{AUDIT}: the kernel was killed \(signal 9, most likely out of memory\). Fix: "
+    ):
         run(AUDIT)
     folder = outputs / "lab" / AUDIT
     assert not (folder / "done.json").exists() and not (folder / "notebook.ipynb").exists()
@@ -274,8 +276,8 @@ SLEEPY = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid
 
 
 @pytest.mark.pipeline
-def test_sigterm_ends_the_kernel_too(outputs, notebook, tmp_path):
-    notebook(OPEN, SLEEPY)
+def started(tmp_path):
+    """The runner as a process of its own, once the kernel is at work, and the kernel's process id."""
     script = (
         "import sys\nfrom pathlib import Path\nfrom ldm_lib import runner\nfrom ldm_lib.__main__ import main\n"
         "runner.NOTEBOOKS = Path(sys.argv[1])\nsys.exit(main(['run', '01', '--run', 'lab', '--preset', 'smoke']))"
@@ -283,13 +285,30 @@ def test_sigterm_ends_the_kernel_too(outputs, notebook, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "notebooks")], stderr=subprocess.PIPE)
     pid_file = tmp_path / "notebooks" / "pid"
     until(lambda: pid_file.exists() and pid_file.read_text(), 60)
-    kernel = int(pid_file.read_text())
+    return process, int(pid_file.read_text())
+
+
+def test_sigterm_ends_the_kernel_too(outputs, notebook, tmp_path):
+    notebook(OPEN, SLEEPY)
+    process, kernel = started(tmp_path)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 143, told.decode()
     assert b"Traceback" not in told, told.decode()
     until(lambda: not Path(f"/proc/{kernel}").exists(), 5)
     assert not (outputs / "lab" / AUDIT / "done.json").exists()
+    FolderLock(outputs / "lab").release()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the leash is Linux's")
+def test_a_kernel_does_not_outlive_a_killed_runner_even_if_a_cell_holds_the_interpreter(outputs, notebook, tmp_path):
+    """So that the same command, given at once, has the run's folder to itself."""
+    notebook(OPEN, SLEEPY.partition("\n")[0], "import re; re.match('(a+)+b', 'a' * 60)")
+    process, kernel = started(tmp_path)
+    time.sleep(0.5)  # the next cell begins, and never lets another thread run
+    process.kill()
+    process.communicate()
+    until(lambda: not Path(f"/proc/{kernel}").exists(), 5)
     FolderLock(outputs / "lab").release()
 
 
