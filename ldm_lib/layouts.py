@@ -119,7 +119,7 @@ def _cases_of(
         key, doubled = f"{identity}{hole}", [paths for paths in chosen.values() if len(paths) > 1]
         if doubled:
             told = "; ".join(" and ".join(path.name for path in paths) for paths in doubled)
-            exclusions.append(Exclusion(key, f"ambiguous: {told}. Fix: keep one of each."))
+            exclusions.append(Exclusion(key, f"{identity}: ambiguous: {told}. Fix: keep one of each."))
         elif not chosen["mask"]:
             exclusions.append(Exclusion(key, "no mask file beside its t1n-voided"))
         elif not (chosen["t1n"] or chosen["t1n-voided"]):

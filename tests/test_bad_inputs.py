@@ -97,9 +97,11 @@ def as_a_user() -> Iterator[None]:
 @pytest.fixture
 def spacious(tmp_path) -> Iterator[Path]:
     """A folder that any user may enter."""
+    before = os.umask(0o022)  # the command line has set another
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         yield Path(folder)
+    os.umask(before)
 
 
 def other_than_the_neighbour(names):

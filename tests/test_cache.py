@@ -254,12 +254,15 @@ def test_other_source_bytes_are_encoded_anew(sources, autoencoder, tmp_path, rol
     filled(tmp_path / "c", autoencoder, cases=[case])
     path = getattr(case, role)
     volume = read_volume(path)
-    changed = volume.raw.copy()
-    hole = tuple(np.argwhere(load_case(case).unhealthy)[0])
-    changed[hole] = 0 if role in ("mask", "mask_unhealthy") else 1
-    if role == "growth":
-        changed[hole] = 0.123
+    changed, data = volume.raw.copy(), load_case(case)
+    hole, brain = (tuple(np.argwhere(where)[0]) for where in (data.unhealthy, ~data.mask & (data.voided > 0)))
+    changed[brain if role == "t1n_voided" else hole] = {"growth": 0.123, "mask": 0, "mask_unhealthy": 0}.get(role, 1)
     write_map(path, changed, volume.affine)
+    if "mask" in role:  # the parts are the whole
+        other = {"mask": case.mask_unhealthy, "mask_unhealthy": case.mask_healthy}[role]
+        part = read_volume(other).raw.copy()
+        part[hole] = role == "mask_unhealthy"
+        write_map(other, part, volume.affine)
     with_change = filled(tmp_path / "c", autoencoder, cases=[case])
     assert autoencoder.calls == 4
     assert same(with_change[0], filled(tmp_path / "d", autoencoder, cases=[case])[0])

@@ -272,7 +272,8 @@ def test_describe_names_each_parameter_with_its_value_and_meaning():
     assert any(line.split()[:2] == ["max_epochs", "2"] for line in lines), "the preset's value"
 
 
-SLEEPY = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(120)"
+TELL = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))"
+SLEEPY = f"{TELL}\ntime.sleep(120)"
 
 
 @pytest.mark.pipeline
@@ -303,7 +304,7 @@ def test_sigterm_ends_the_kernel_too(outputs, notebook, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the leash is Linux's")
 def test_a_kernel_does_not_outlive_a_killed_runner_even_if_a_cell_holds_the_interpreter(outputs, notebook, tmp_path):
     """So that the same command, given at once, has the run's folder to itself."""
-    notebook(OPEN, SLEEPY.partition("\n")[0], "import re; re.match('(a+)+b', 'a' * 60)")
+    notebook(OPEN, TELL, "import re; re.match('(a+)+b', 'a' * 60)")
     process, kernel = started(tmp_path)
     time.sleep(0.5)  # the next cell begins, and never lets another thread run
     process.kill()

@@ -253,7 +253,7 @@ def test_a_run_is_called_as_a_user_would_call_it(calls, seeds, tmp_path, monkeyp
         "--set", "data_dir=a=b c", "--set", "seed=3",
     ]  # fmt: skip
     assert event["threads"] == "7" and event["cwd"] == str(tmp_path), "as the user has decided; where it was typed"
-    assert (sweep_folder("seeds") / "grid.yaml").read_text() == SEEDS
+    assert (sweep_folder("seeds") / "grid.yaml").read_text() == SEEDS.replace("a=b c", "$LDM_DATA_DIR")
     assert not (sweep_folder("seeds") / "table.csv").exists(), "tasks of an array do not write the table of all"
 
 
