@@ -1,7 +1,7 @@
 # `make` alone prints this help. Values reach the shell through the environment, never spliced into a command.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run 01 02 03 04 05 06 train sweep test test-all lab params doctor validate submission bench mlflow lint lock audit clean
+.PHONY: help setup run 01 02 03 04 05 06 train sweep test test-all soak lab params doctor validate submission bench mlflow lint lock audit clean
 
 PRESET ?= demo
 NB ?= 04
@@ -60,6 +60,9 @@ test: .venv/ready ## fast tests and one tiny pipeline, under 8 minutes
 
 test-all: .venv/ready ## every test
 	@$(VENV_PYTHON) -m pytest
+
+soak: .venv/ready ## 200 mixed cases, one in five bad, and a pipeline killed at 30 moments; an hour or two, prints the figures
+	@exec $(VENV_PYTHON) tests/soak.py all
 
 lab: .venv/ready ## JupyterLab on the notebooks, on 127.0.0.1 with a token
 	@umask 077; .venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb

@@ -11,10 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import soak_cases
 import soak_faults
 from soak_runs import ROOT
 
-PARTS: dict[str, tuple[Callable[..., bool], int]] = {"faults": (soak_faults.sweep, 30)}  # and how many by default
+PARTS: dict[str, tuple[Callable[..., bool], int]] = {  # and how many by default
+    "cases": (soak_cases.soak, 200),
+    "faults": (soak_faults.sweep, 30),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
