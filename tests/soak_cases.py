@@ -185,7 +185,6 @@ def _fill_killed(words: list[object], place: Path, say: Callable[[str], None]) -
     resumed = watched(words, place, "resumed", half)
     one, two = ({p.name: p.read_bytes() for p in (place / n).glob("*.nii.gz")} for n in ("filled", "again"))
     alike = sum(one.get(name) == content for name, content in two.items())
-    say(
-        f"killed half-way and resumed: {resumed.said.count(': found')} found, {alike} of {len(one)} files as undisturbed"
-    )
+    kept = resumed.said.count(": found")
+    say(f"killed half-way and resumed: {kept} found, {alike} of {len(one)} files as undisturbed")
     return [f"differs after a kill: {name}" for name in sorted({*one, *two}) if one.get(name) != two.get(name)]
