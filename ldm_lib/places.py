@@ -51,10 +51,13 @@ def places_of(run_folder: Path) -> dict[str, str]:
 
 def told(path: Path, run_folder: Path) -> str:
     """A file's path from the nearest place that has a name; absolute if there is none."""
-    for name, place in sorted(places_of(run_folder).items(), key=lambda item: -len(item[1])):
-        for root, up in ((Path(place), ""), (Path(place).parent, "../")):
-            if path.is_relative_to(root):
-                return f"${name}/{up}{path.relative_to(root).as_posix()}"
+    places = places_of(run_folder)
+    roots = {Path(place): f"${name}" for name, place in places.items()}
+    if data := places.get(NAMES["data_dir"]):
+        roots.setdefault(Path(data).parent, f"${NAMES['data_dir']}/..")  # where maps lie, if not inside
+    for root in sorted(roots, key=lambda root: -len(root.parts)):
+        if path.is_relative_to(root):
+            return f"{roots[root]}/{path.relative_to(root).as_posix()}"
     return str(path)
 
 

@@ -1,0 +1,114 @@
+"""Paths are told by names in all that a run keeps, and found again by them."""
+
+import os
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm_lib import places, runner
+from ldm_lib.cohort import find_cases, read_cohort, split_patients, write_cohort
+from ldm_lib.errors import RunError
+from ldm_lib.runs import read_record
+
+PERSON = "JOHN_DOE 1950"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Names that a test settles are forgotten after it."""
+    for name in places.NAMES.values():
+        monkeypatch.setenv(name, "")
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "outputs" / "lab"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_only_paths_that_are_given_get_a_name():
+    given = {"data_dir": "/data/x", "conditioning_dir": "", "seed": 3, "run": "lab"}
+    assert places.named(given) == {"data_dir": "$LDM_DATA_DIR", "conditioning_dir": "", "seed": 3, "run": "lab"}
+
+
+def test_what_is_settled_is_known_to_the_owner_and_the_environment_alone(run_folder, tmp_path):
+    places.settle(run_folder, {"data_dir": str(tmp_path / PERSON), "seed": 1}, {"autoencoder_dir": ""})
+    assert places.places_of(run_folder) == {"LDM_DATA_DIR": str(tmp_path / PERSON)}
+    assert os.environ["LDM_DATA_DIR"] == str(tmp_path / PERSON)
+    assert stat.S_IMODE((run_folder / places.FILE).stat().st_mode) == 0o600
+    places.settle(run_folder, {"data_dir": "$LDM_DATA_DIR"})
+    assert places.places_of(run_folder) == {"LDM_DATA_DIR": str(tmp_path / PERSON)}, "a name is not settled again"
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("data/a/a.nii.gz", "$LDM_DATA_DIR/a/a.nii.gz"),
+        ("conditioning_data/x.nii.gz", "$LDM_DATA_DIR/../conditioning_data/x.nii.gz"),
+        ("maps/x.nii.gz", "$LDM_CONDITIONING_DIR/x.nii.gz"),
+    ],
+)
+def test_a_file_is_told_from_its_place_and_found_again(run_folder, tmp_path, file, told):
+    root = tmp_path / PERSON
+    places.settle(run_folder, {"data_dir": str(root / "data"), "conditioning_dir": str(root / "maps")})
+    assert places.told(root / file, run_folder) == told
+    assert Path(os.path.normpath(places.found(told, run_folder))) == root / file
+
+
+def test_a_place_that_is_not_known_here_is_asked_for(run_folder):
+    with pytest.raises(RunError, match=r"^lab: its data lie in \$LDM_DATA_DIR, which is not known here\. Fix: set"):
+        places.found("$LDM_DATA_DIR/a.nii.gz", run_folder)
+    assert places.found("/x/a.nii.gz", run_folder) == Path("/x/a.nii.gz")
+
+
+def test_a_text_tells_the_longest_place_first_and_nothing_that_only_begins_alike(run_folder, tmp_path):
+    root = tmp_path / PERSON
+    places.settle(run_folder, {"data_dir": str(root), "conditioning_dir": str(root / "maps")})
+    text = f"{root}/a.nii {root}/maps/b.nii {root}2/c.nii {run_folder}/d {sys.prefix}/bin {Path.home()}"
+    told = places.hidden(text, run_folder)
+    assert told.startswith("$LDM_DATA_DIR/a.nii $LDM_CONDITIONING_DIR/maps/b.nii".replace("/maps", ""))
+    assert told.split()[-3:] == ["lab/d", "$PYTHON/bin", "$HOME"] and f"{PERSON}2/c.nii" in told
+
+
+def test_a_cohort_is_read_back_wherever_its_data_have_moved(run_folder, cohort_folder, tmp_path):
+    data = shutil.copytree(cohort_folder.parent, tmp_path / PERSON) / "data"
+    places.settle(run_folder, {"data_dir": str(data)})
+    cases, path = find_cases(data)[0], run_folder / "01_data_audit" / "cohort.json"
+    path.parent.mkdir()
+    split = split_patients([case.patient for case in cases], seed=0, validation_fraction=0.4)
+    write_cohort(path, cases, split, path.parent)
+    assert PERSON not in path.read_text() and str(tmp_path) not in path.read_text()
+    assert [c.mask for side in read_cohort(path, path.parent) for c in side if c.id == cases[0].id][0] == cases[0].mask
+    moved = (tmp_path / PERSON).rename(tmp_path / "elsewhere") / "data"
+    places.settle(run_folder, {"data_dir": str(moved)})
+    again = [c for side in read_cohort(path, path.parent) for c in side]
+    assert {c.mask.parent.parent for c in again} == {moved} and all(c.mask.is_file() for c in again)
+
+
+@pytest.mark.pipeline
+def test_no_file_of_a_run_but_one_names_a_place_or_the_person_in_it(outputs, cohort_folder, tmp_path):
+    """A stage that ends and one that fails, with its traceback, of data in a folder with a patient's name."""
+    data = shutil.copytree(cohort_folder.parent, tmp_path / PERSON) / "data"
+    given = {"data_dir": str(data), "autoencoder_dir": str(tmp_path / PERSON / "weights")}
+    words = [f"{name}={value}" for name, value in given.items()]
+    for stages, ends in ((["01_data_audit"], True), (["02_autoencoder_check"], False)):
+        try:
+            runner.run(stages, name="lab", preset="smoke", overrides=given, command=words, say=print)
+        except RunError as error:
+            assert not ends and "no such file" in str(error)
+    kept = [path for path in outputs.rglob("*") if path.is_file() and path.name != places.FILE]
+    assert {"notebook.ipynb", "notebook.partial.ipynb", "log.txt", "run.json", "report.html"} <= {p.name for p in kept}
+    words = [
+        PERSON.encode(),
+        str(tmp_path).encode(),
+        sys.prefix.encode(),
+        str(Path(places.__file__).parents[1]).encode(),
+    ]
+    assert not [(path.name, word) for path in kept for word in words if word in path.read_bytes()]
+    assert read_record(outputs / "lab" / "run.json")["command"] == [
+        "data_dir=$LDM_DATA_DIR", "autoencoder_dir=$LDM_AUTOENCODER_DIR"
+    ]  # fmt: skip
