@@ -187,8 +187,8 @@ def load_case(case: Case) -> CaseData:
 def _voided(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray:
     """The image with 0 under the mask; one that shows what it should hide is no use where the truth is known."""
     under = source.voxels[mask]
-    hidden = np.isin(under, (0, source.intercept, source.voxels.min())) if under.any() else np.ones(under.size, bool)
-    if case.t1n_voided and (shown := int(np.count_nonzero(~hidden))):
+    void = (0, source.intercept, source.voxels.min()) if under.any() else (0,)
+    if case.t1n_voided and (shown := int(np.count_nonzero(~np.isin(under, void)))):
         cause = f"{shown} of {under.size} voxels under the mask were not void"
         if case.t1n:
             raise InputError(f"{cause}: it shows what is to be found", where=source.path,

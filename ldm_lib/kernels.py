@@ -11,6 +11,16 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import default
 
+SOCKETS = "ldm-"  # then the process that made the folder
+
+
+def _clear_dead() -> None:
+    """Remove the folders of sockets whose makers were killed; another user's stay."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SOCKETS}[0-9]*-*"):
+        owner = folder.name.removeprefix(SOCKETS).partition("-")[0]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
 
 class PrivateKernelManager(AsyncKernelManager):
     """A kernel of this Python that only this user can reach, and that needs no network interface, not even loopback.
@@ -54,7 +64,13 @@ class PrivateKernelManager(AsyncKernelManager):
     @default("ip")
     def _ip_default(self) -> str:
         """Not an address here: the path that each socket's begins with."""
-        return str(Path(tempfile.mkdtemp(prefix="ldm-")) / "kernel")
+        _clear_dead()
+        return str(Path(tempfile.mkdtemp(prefix=f"{SOCKETS}{os.getpid()}-")) / "kernel")
+
+    @default("connection_file")
+    def _default_connection_file(self) -> str:
+        """Beside the sockets, so that it goes with them."""
+        return f"{self.ip}.json"
 
     @property
     def kernel_spec(self) -> KernelSpec:

@@ -33,11 +33,11 @@ def read_mask(
     require_same_grid(volume, like)
     told = volume.named_warnings
     if allow.mask_labels:
-        mask, labels = np.isin(volume.voxels, allow.mask_labels), ", ".join(map(str, allow.mask_labels))
+        mask, labels = np.isin(volume.values, allow.mask_labels), ", ".join(map(str, allow.mask_labels))
         told.append(f"{volume.path.name}: the labels {labels} are the mask")
     else:
-        mask = volume.voxels == 1
-        if not (mask | (volume.voxels == 0)).all():
+        mask = volume.values == 1
+        if np.count_nonzero(volume.values) != np.count_nonzero(mask):
             mask = _as_binary(volume, told)
     if warnings is not None:
         warnings += told

@@ -24,7 +24,8 @@ def require_in_brain(
         voided: x y z, 0 under the mask.
         target: the full image, or None.
     """
-    box = tuple(slice(max(b.start - 1, 0), b.stop + 1) for b in ndimage.find_objects(mask.astype(np.uint8))[0])
+    along = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    box = tuple(slice(max(places[0] - 1, 0), places[-1] + 2) for places in along)
     around = ndimage.binary_dilation(mask[box]) & ~mask[box]
     if target is not None and not (target[mask] > 0).any():
         raise InputError(f"0 % of its {int(mask.sum())} voxels lie in the brain: there is nothing to learn or to score",

@@ -68,6 +68,12 @@ class Volume:
         return voxels
 
     @property
+    def values(self) -> np.ndarray:
+        """What `voxels` holds, as it is stored where that is whole numbers without slope and intercept."""
+        plain = self.raw.dtype.kind in "iu" and (self.slope, self.intercept) == (1.0, 0.0)
+        return self.raw if plain else self.voxels
+
+    @property
     def named_warnings(self) -> list[str]:
         """`warnings`, each with the file's name."""
         return [f"{self.path.name}: {warning}" for warning in self.warnings]
@@ -164,9 +170,9 @@ def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
         voxels: x y z, source units; not changed.
         scale: 99.5th percentile of the image; beyond `SPIKE` times it there is no tissue.
     """
-    spikes = np.argwhere(voxels > SPIKE * scale)
-    if not len(spikes):
+    if voxels.max() <= SPIKE * scale:
         return voxels, 0
+    spikes = np.argwhere(voxels > SPIKE * scale)
     around = np.stack(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij"), -1).reshape(-1, 3)
     places = np.clip(spikes[:, None] + around, 0, np.array(voxels.shape) - 1)
     out = voxels.copy()
@@ -226,7 +232,7 @@ def write_map(path: str | Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
 
 def _finite(volume: Volume, allow: Allowances) -> Volume:
     """The volume, if all its voxels are finite or may be read as 0."""
-    bad = ~np.isfinite(volume.voxels)
+    bad = ~np.isfinite(volume.values)
     count = int(np.count_nonzero(bad))
     if not count:
         return volume

@@ -103,7 +103,7 @@ def try_out(trial: Trial, known: Reference, folder: Path) -> Outcome:
             _finish(field, _hit(field, outcome), outcome)
         finally:
             kill(field.processes(), signal.SIGKILL)
-        if left := sorted(path.name for path in Path(sockets).iterdir()):
+        if left := sorted(path.name for path in Path(sockets).iterdir() if path.name.startswith(("ldm-", "tmp"))):
             outcome.found.append(f"left among temporary files: {', '.join(left)}")
     outcome.found += unsound(run) + [f"left: {name}" for name in leftovers(run)]
     there, wanted = results(run), results(known.outputs / RUN)

@@ -210,6 +210,7 @@ def test_a_cell_that_fails_is_told_in_one_line_and_its_notebook_is_kept(outputs,
 
 def test_a_killed_kernel_is_told_and_never_done(outputs, notebook, monkeypatch):
     sockets = tempfile.mkdtemp()
+    (Path(sockets) / f"ldm-{2**31}-x").mkdir()  # of a runner that was killed
     monkeypatch.setattr(tempfile, "tempdir", sockets)
     notebook(OPEN, "stage.close({})", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(
@@ -218,7 +219,7 @@ def test_a_killed_kernel_is_told_and_never_done(outputs, notebook, monkeypatch):
         run(AUDIT)
     folder = outputs / "lab" / AUDIT
     assert not (folder / "done.json").exists() and not (folder / "notebook.ipynb").exists()
-    Path(sockets).rmdir()  # fails while the folder of the kernel's sockets is in it
+    Path(sockets).rmdir()  # fails while a folder of a kernel's sockets is in it
 
 
 class CellError(Exception):
