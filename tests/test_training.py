@@ -38,7 +38,8 @@ LEVELS = validation.LEVELS  # in earnest
 def settings(**changes):
     small = {"base_width": 8, "multipliers": "1", "attention_rates": "1", "precision": "32", "device": "cpu",
              "max_epochs": 4, "val_every": 2, "num_inference_steps": 2, "save_samples_every": 0, "warmup_steps": 2,
-             "latent_crop": 5, "ema_decay": 0.9, "batch_size": 2, "learning_rate": 1e-3}  # fmt: skip
+             "latent_crop": 5, "ema_decay": 0.9, "batch_size": 2, "learning_rate": 1e-3,
+             "checkpoint_every": 100}  # fmt: skip
     return resolve("smoke", small | changes)["04_training"]
 
 
@@ -144,12 +145,12 @@ def interrupt(monkeypatch, step):
 
 
 @pytest.mark.parametrize(("changes", "step"), [
-    ({}, 3),
+    ({"checkpoint_every": 2}, 3),
     ({"checkpoint_every": 3}, 5),
     ({"accumulate_grad_batches": 2, "latent_flip_probability": 0.5, "latent_noise": 0.1, "checkpoint_every": 1}, 3),
     ({"dropout": 0.3, "val_every": 1, "max_epochs": 3} | TWO_LEVELS, 3),
-    ({"overfit_batches": 1, "log_every": 3, "max_epochs": 2}, 5),
-    ({"prediction": "flow", "schedule": "flow", "outside_weight": 0.1}, 4),
+    ({"overfit_batches": 1, "log_every": 3, "max_epochs": 2, "checkpoint_every": 2}, 5),
+    ({"prediction": "flow", "schedule": "flow", "outside_weight": 0.1, "checkpoint_every": 3}, 4),
 ], ids=["plain", "rarely saved", "accumulate", "dropout", "debug", "flow"])  # fmt: skip
 def test_a_resumed_training_equals_the_uninterrupted_one(study, tmp_path, monkeypatch, changes, step):
     monkeypatch.setattr(batches, "DEBUG_PAIRS", 4)
@@ -191,7 +192,7 @@ def test_an_epoch_whose_validation_was_cut_off_is_validated_on_resume(study, str
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_after_the_step_in_hand_and_saves_it(study, straight, tmp_path, monkeypatch, number):
-    config, broken, advance = settings(checkpoint_every=1000), place(tmp_path, "broken"), learner.Learner.advance
+    config, broken, advance = settings(), place(tmp_path, "broken"), learner.Learner.advance
     whole, folder = straight
 
     def signalled(self, data):
@@ -210,7 +211,7 @@ def test_a_signal_ends_after_the_step_in_hand_and_saves_it(study, straight, tmp_
 
 
 def test_loader_processes_change_nothing_and_can_be_resumed(study, straight, tmp_path, monkeypatch):
-    broken, config = place(tmp_path, "broken"), settings(num_workers=2)
+    broken, config = place(tmp_path, "broken"), settings(num_workers=2, checkpoint_every=5)
     with monkeypatch.context() as patch:
         interrupt(patch, 5)
         with pytest.raises(SystemExit, match="9"):
