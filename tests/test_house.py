@@ -44,6 +44,7 @@ FLOORS = [
     [
         "devices",
         "stopwatch",
+        "monai_networks",
         "front_ends",
         "autoencoder",
         "blocks",
