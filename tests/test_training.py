@@ -146,7 +146,7 @@ def interrupt(monkeypatch, step):
 
 @pytest.mark.parametrize(("changes", "step"), [
     ({"checkpoint_every": 2}, 3),
-    ({"checkpoint_every": 3}, 5),
+    pytest.param({"checkpoint_every": 3}, 5, marks=pytest.mark.slow),
     ({"accumulate_grad_batches": 2, "latent_flip_probability": 0.5, "latent_noise": 0.1, "checkpoint_every": 1}, 3),
     ({"dropout": 0.3, "val_every": 1, "max_epochs": 3} | TWO_LEVELS, 3),
     ({"overfit_batches": 1, "log_every": 3, "max_epochs": 2, "checkpoint_every": 2}, 5),
@@ -500,6 +500,7 @@ def test_concat_is_trained_saved_and_sampled(concat, cases, tmp_path):
 
 FLOW = {"prediction": "flow", "schedule": "flow"}
 OBJECTIVES = [{"prediction": "noise"}, {"prediction": "velocity"}, {"prediction": "x0"}, FLOW]
+TRAINED = [pytest.param(o, marks=[pytest.mark.slow] * (o["prediction"] in ("noise", "x0"))) for o in OBJECTIVES]
 
 
 def batch_at(study, t):
@@ -647,7 +648,7 @@ def test_the_weights_that_are_kept(study, tmp_path, monkeypatch, keep):
     assert same(load_model(folder / "model", "adm").state_dict(), state)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
+@pytest.mark.parametrize("objective", TRAINED, ids=lambda o: o["prediction"])
 def test_what_was_trained_fills_files(study, cases, tmp_path, objective):
     folder = place(tmp_path)
     trained = study.train(folder, settings(max_epochs=1, schedule_shift=1.5, **TWO_LEVELS, **objective))
