@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
-from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.front_ends import FRONT_ENDS
+from ldm_lib.monai_networks import AutoencoderKL, AutoencoderKlMaisi
 
 NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlMaisi}
 NORMS = ("local", "group")

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from monai.networks.nets import PatchDiscriminator, ResNet
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from ldm_lib.config import JUDGED_CROP_VOX
 from ldm_lib.errors import InputError, WeightsError
+from ldm_lib.monai_networks import PatchDiscriminator, ResNet
 from ldm_lib.values import given_path
 from ldm_lib.weights import read_checkpoint
 

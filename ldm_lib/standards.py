@@ -6,10 +6,10 @@ volume (b 1 x y z) => latent (b 6 x/8 y/8 z/8); the denoiser answers what ours d
 from collections.abc import Sequence
 
 import torch
-from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from torch import Tensor, nn
 
 from ldm_lib.adm import ADM
+from ldm_lib.monai_networks import AutoencoderKL, DiffusionModelUNet
 from ldm_lib.schedule import NoiseSchedule
 
 AUTOENCODER = {"spatial_dims": 3, "num_res_blocks": (2,) * 4, "channels": (32, 64, 128, 128), "latent_channels": 6,

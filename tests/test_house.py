@@ -1,6 +1,7 @@
 """The house rules of the library, read from its syntax trees."""
 
 import ast
+import os
 import re
 from itertools import chain
 from pathlib import Path
@@ -43,6 +44,7 @@ FLOORS = [
     [
         "devices",
         "stopwatch",
+        "monai_networks",
         "front_ends",
         "autoencoder",
         "blocks",
@@ -285,6 +287,9 @@ def test_no_path_of_a_machine_in_the_tree():
     pattern = re.compile(r"/(?:home|Users|root|wor[k]|mnt)/\w")
     suffixes = {".py", ".md", ".toml", ".yml", ".yaml", ".ipynb", ".cff", ""}
     skipped = {".git", ".venv", ".hypothesis", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache"}
-    paths = [p for p in ROOT.rglob("*") if p.is_file() and p.suffix in suffixes and not skipped & set(p.parts)]
+    paths = []
+    for folder, inner, files in os.walk(ROOT):
+        inner[:] = set(inner) - skipped  # never entered: an environment holds more files than all else
+        paths += [Path(folder, name) for name in files if Path(name).suffix in suffixes]
     told = [str(p.relative_to(ROOT)) for p in paths if pattern.search(p.read_text(errors="ignore"))]
-    assert not told
+    assert len(paths) > 100 and not told

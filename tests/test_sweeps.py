@@ -365,8 +365,9 @@ def adopted(grid, place, outputs):
 
 @pytest.mark.parametrize(
     ("parameter", "values", "shared"),
-    [("masks_per_patient", "1, 2", 0), ("pooling", "area, nearest", 2), ("prediction", "noise, velocity", 3),
-     ("samples", "2, 3", 4), ("baselines", "yes, no", 5), ("device", "auto, cpu", 6)],
+    [("masks_per_patient", "1, 2", 0), pytest.param("pooling", "area, nearest", 2, marks=pytest.mark.slow),
+     ("prediction", "noise, velocity", 3), pytest.param("samples", "2, 3", 4, marks=pytest.mark.slow),
+     ("baselines", "yes, no", 5), ("device", "auto, cpu", 6)],
 )  # fmt: skip
 def test_what_two_runs_would_make_alike_is_made_once(grid_of, executed, outputs, parameter, values, shared):
     grid = grid_of(f"name: s\npreset: smoke\ngrid: {{{parameter}: [{values}]}}\n")

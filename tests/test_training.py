@@ -2,13 +2,14 @@
 
 import csv
 import math
+import os
 import signal
 
 import numpy as np
 import pytest
 import torch
 
-from ldm_lib import batches, checkpoints, learner
+from ldm_lib import batches, checkpoints, learner, validation
 from ldm_lib.autoencoding import build_autoencoder, train_autoencoder
 from ldm_lib.batches import Plan, TrainingSamples
 from ldm_lib.cache import LatentCache
@@ -30,12 +31,15 @@ from ldm_lib.weights import load_model, save_model
 
 CPU = torch.device("cpu")
 TIMED = {"samples_per_s"}  # what differs from run to run
+TWO_LEVELS = {"multipliers": "1,2", "attention_rates": "2"}  # what halves and doubles, at twice the time
+LEVELS = validation.LEVELS  # in earnest
 
 
 def settings(**changes):
-    small = {"base_width": 8, "multipliers": "1,2", "attention_rates": "2", "precision": "32", "device": "cpu",
+    small = {"base_width": 8, "multipliers": "1", "attention_rates": "1", "precision": "32", "device": "cpu",
              "max_epochs": 4, "val_every": 2, "num_inference_steps": 2, "save_samples_every": 0, "warmup_steps": 2,
-             "latent_crop": 5, "ema_decay": 0.9, "batch_size": 2, "learning_rate": 1e-3}  # fmt: skip
+             "latent_crop": 5, "ema_decay": 0.9, "batch_size": 2, "learning_rate": 1e-3,
+             "checkpoint_every": 100}  # fmt: skip
     return resolve("smoke", small | changes)["04_training"]
 
 
@@ -61,12 +65,18 @@ class Study:
         return train(self.inpainter(config), variants, self.watched, self.watched_latents, config, folder)
 
 
-@pytest.fixture(autouse=True)
-def unseen(monkeypatch):
-    """Pictures of validations take longer than these trainings; one test draws them in earnest."""
+@pytest.fixture(scope="module", autouse=True)
+def unseen():
+    """Validations take longer than these trainings: no picture, one noise level of five; one test has all in earnest.
+
+    And nothing here asks what a power cut leaves, so nothing waits for the disk.
+    """
     draw = Validation._draw
-    monkeypatch.setattr(Validation, "_draw", lambda self, data, filled, epoch: None)
-    return draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "_draw", lambda self, data, filled, epoch: None)
+        patch.setattr(validation, "LEVELS", 1)
+        patch.setattr(os, "fsync", lambda stream: None)
+        yield draw
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +87,13 @@ def study(cases, coarse):
 @pytest.fixture(scope="module")
 def concat(cases, coarse):
     return Study(cases, coarse, "concat")
+
+
+@pytest.fixture(scope="module")
+def straight(study, tmp_path_factory):
+    """The training of `settings()` that nothing disturbed, and its folder; how often it saves changes nothing."""
+    folder = place(tmp_path_factory.mktemp("straight"))
+    return study.train(folder, settings()), folder
 
 
 def place(tmp_path, name="run"):
@@ -128,12 +145,12 @@ def interrupt(monkeypatch, step):
 
 
 @pytest.mark.parametrize(("changes", "step"), [
-    ({}, 3),
-    ({"checkpoint_every": 3}, 5),
+    ({"checkpoint_every": 2}, 3),
+    pytest.param({"checkpoint_every": 3}, 5, marks=pytest.mark.slow),
     ({"accumulate_grad_batches": 2, "latent_flip_probability": 0.5, "latent_noise": 0.1, "checkpoint_every": 1}, 3),
-    ({"dropout": 0.3, "val_every": 1}, 5),
-    ({"overfit_batches": 1, "log_every": 3}, 13),
-    ({"prediction": "flow", "schedule": "flow", "outside_weight": 0.1}, 4),
+    ({"dropout": 0.3, "val_every": 1, "max_epochs": 3} | TWO_LEVELS, 3),
+    ({"overfit_batches": 1, "log_every": 3, "max_epochs": 2, "checkpoint_every": 2}, 5),
+    ({"prediction": "flow", "schedule": "flow", "outside_weight": 0.1, "checkpoint_every": 3}, 4),
 ], ids=["plain", "rarely saved", "accumulate", "dropout", "debug", "flow"])  # fmt: skip
 def test_a_resumed_training_equals_the_uninterrupted_one(study, tmp_path, monkeypatch, changes, step):
     monkeypatch.setattr(batches, "DEBUG_PAIRS", 4)
@@ -154,10 +171,10 @@ def test_a_resumed_training_equals_the_uninterrupted_one(study, tmp_path, monkey
     assert (whole / "model" / "config.json").read_bytes() == (broken / "model" / "config.json").read_bytes()
 
 
-def test_an_epoch_whose_validation_was_cut_off_is_validated_on_resume(study, tmp_path, monkeypatch):
+def test_an_epoch_whose_validation_was_cut_off_is_validated_on_resume(study, straight, tmp_path, monkeypatch):
     """Killed between the checkpoint at an epoch's end and its validation: nothing is left out, none twice."""
-    config, whole, broken = settings(checkpoint_every=1), place(tmp_path, "whole"), place(tmp_path, "broken")
-    straight, scores = study.train(whole, config), Validation.scores
+    config, broken, scores = settings(checkpoint_every=1), place(tmp_path, "broken"), Validation.scores
+    whole, folder = straight
     for step in (4, 8):  # in the middle, and at the very end, where nothing is left to train
 
         def cut_off(self, *args, epoch, step=step, **rest):
@@ -170,13 +187,13 @@ def test_an_epoch_whose_validation_was_cut_off_is_validated_on_resume(study, tmp
             with pytest.raises(SystemExit):
                 study.train(broken, config)
         assert checkpoints.resumable(broken / "checkpoints")[0].name == f"last-0000000{step}.ckpt"
-    assert equal(state(straight), state(study.train(broken, config))) and rows(broken) == rows(whole)
+    assert equal(state(whole), state(study.train(broken, config))) and rows(broken) == rows(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_after_the_step_in_hand_and_saves_it(study, tmp_path, monkeypatch, number):
-    config, whole, broken = settings(checkpoint_every=1000), place(tmp_path, "whole"), place(tmp_path, "broken")
-    straight, advance = study.train(whole, config), learner.Learner.advance
+def test_a_signal_ends_after_the_step_in_hand_and_saves_it(study, straight, tmp_path, monkeypatch, number):
+    config, broken, advance = settings(), place(tmp_path, "broken"), learner.Learner.advance
+    whole, folder = straight
 
     def signalled(self, data):
         if self.step == 4:
@@ -190,17 +207,16 @@ def test_a_signal_ends_after_the_step_in_hand_and_saves_it(study, tmp_path, monk
             study.train(broken, config)
     assert told.value.status == 128 + number and signal.getsignal(number) is before
     assert checkpoints.resumable(broken / "checkpoints")[0].name == "last-00000005.ckpt"
-    assert equal(state(straight), state(study.train(broken, config))) and rows(broken) == rows(whole)
+    assert equal(state(whole), state(study.train(broken, config))) and rows(broken) == rows(folder)
 
 
-def test_loader_processes_change_nothing_and_can_be_resumed(study, tmp_path, monkeypatch):
-    straight = study.train(place(tmp_path, "whole"), settings())
-    broken, config = place(tmp_path, "broken"), settings(num_workers=2)
+def test_loader_processes_change_nothing_and_can_be_resumed(study, straight, tmp_path, monkeypatch):
+    broken, config = place(tmp_path, "broken"), settings(num_workers=2, checkpoint_every=5)
     with monkeypatch.context() as patch:
         interrupt(patch, 5)
         with pytest.raises(SystemExit, match="9"):
             study.train(broken, config)
-    assert equal(state(straight), state(study.train(broken, config)))
+    assert equal(state(straight[0]), state(study.train(broken, config)))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -298,15 +314,15 @@ def test_another_split_or_autoencoder_is_refused_by_name(study, cases, tmp_path)
 
 
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(study, tmp_path, caplog):
-    config, folder = settings(checkpoint_every=1), place(tmp_path)
-    straight = study.train(folder, config)
+    config, folder = settings(checkpoint_every=1, max_epochs=2), place(tmp_path)
+    whole = study.train(folder, config)
     newest = checkpoints.resumable(folder / "checkpoints")[0]
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     resumed = study.train(folder, config)
     assert f"{newest.name}: is not what its sha256 says" in caplog.text
-    assert equal(state(straight), state(resumed)) and checkpoints.read_verified(newest)
+    assert equal(state(whole), state(resumed)) and checkpoints.read_verified(newest)
 
 
 def test_without_a_whole_checkpoint_nothing_is_begun_anew(study, tmp_path):
@@ -484,6 +500,7 @@ def test_concat_is_trained_saved_and_sampled(concat, cases, tmp_path):
 
 FLOW = {"prediction": "flow", "schedule": "flow"}
 OBJECTIVES = [{"prediction": "noise"}, {"prediction": "velocity"}, {"prediction": "x0"}, FLOW]
+TRAINED = [pytest.param(o, marks=[pytest.mark.slow] * (o["prediction"] in ("noise", "x0"))) for o in OBJECTIVES]
 
 
 def batch_at(study, t):
@@ -528,6 +545,7 @@ def test_known_cells_are_asked_for_what_they_are_clean_and_without_noise(study, 
 
 def test_validation_scores_the_averaged_weights_in_image_space(study, tmp_path, monkeypatch, unseen):
     monkeypatch.setattr(Validation, "_draw", unseen)
+    monkeypatch.setattr(validation, "LEVELS", LEVELS)
     folder, config = place(tmp_path), settings(max_epochs=2, seed=3)
     trained = study.train(folder, config)
     data, found = study.watched[0], rows(folder)[-1]
@@ -554,18 +572,18 @@ def unlucky(monkeypatch, losses=None):
 @pytest.mark.parametrize(("patience", "val_every", "epochs"), [(4, 2, 6), (3, 2, 6), (2, 1, 3), (1, 3, 6)])
 def test_early_stopping_counts_validations(study, tmp_path, monkeypatch, patience, val_every, epochs):
     unlucky(monkeypatch)
-    config = settings(max_epochs=20, patience=patience, val_every=val_every)
+    config = settings(max_epochs=20, patience=patience, val_every=val_every, batch_size=3)
     assert study.train(place(tmp_path), config).epoch == epochs
 
 
 def test_a_better_validation_begins_the_count_anew(study, tmp_path, monkeypatch):
     unlucky(monkeypatch, [5.0, 6.0, 4.0, 4.0, 7.0, 1.0])
-    assert study.train(place(tmp_path), settings(max_epochs=20, patience=2, val_every=1)).epoch == 5
+    assert study.train(place(tmp_path), settings(max_epochs=20, patience=2, val_every=1, batch_size=3)).epoch == 5
 
 
 def test_what_stopped_early_stays_stopped(study, tmp_path, monkeypatch):
     unlucky(monkeypatch)
-    folder, config = place(tmp_path), settings(max_epochs=20, patience=2, val_every=1)
+    folder, config = place(tmp_path), settings(max_epochs=20, patience=2, val_every=1, batch_size=3)
     first = study.train(folder, config)
     again = study.train(folder, config)
     assert again.epoch == first.epoch == 3
@@ -574,9 +592,10 @@ def test_what_stopped_early_stays_stopped(study, tmp_path, monkeypatch):
 
 def test_debug_mode_never_stops_early(study, tmp_path, monkeypatch):
     unlucky(monkeypatch)
+    monkeypatch.setattr(batches, "DEBUG_PAIRS", 2)
     config = settings(max_epochs=3, patience=1, val_every=1, overfit_batches=1, batch_size=1)
     trained = study.train(place(tmp_path), config)
-    assert trained.epoch == 3 and trained.step == 3 * 16
+    assert trained.epoch == 3 and trained.step == 3 * 2
 
 
 def test_checkpoints_are_named_plain_and_whole(study, tmp_path):
@@ -595,7 +614,7 @@ def test_checkpoints_are_named_plain_and_whole(study, tmp_path):
 
 def test_samples_are_written_as_volumes(study, tmp_path, cases):
     folder = place(tmp_path)
-    trained = study.train(folder, settings(max_epochs=4, val_every=1, save_samples_every=2))
+    trained = study.train(folder, settings(max_epochs=4, val_every=1, save_samples_every=2, batch_size=3))
     data = study.watched[0]
     found = sorted(path.relative_to(folder).as_posix() for path in (folder / "samples").rglob("*.nii.gz"))
     assert found == [f"samples/epoch_{e:03d}/{cases[4].id}_0000_{what}.nii.gz"
@@ -610,7 +629,7 @@ def test_samples_are_written_as_volumes(study, tmp_path, cases):
 @pytest.mark.parametrize(("every", "val_every", "epochs"), [(0, 3, []), (3, 2, [4, 6])])
 def test_samples_are_written_at_the_first_validation_that_is_due(study, tmp_path, every, val_every, epochs):
     folder = place(tmp_path)
-    study.train(folder, settings(max_epochs=6, val_every=val_every, save_samples_every=every))
+    study.train(folder, settings(max_epochs=6, val_every=val_every, save_samples_every=every, batch_size=3))
     assert sorted(p.name for p in folder.glob("samples/*")) == [f"epoch_{e:03d}" for e in epochs]
 
 
@@ -629,10 +648,10 @@ def test_the_weights_that_are_kept(study, tmp_path, monkeypatch, keep):
     assert same(load_model(folder / "model", "adm").state_dict(), state)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
+@pytest.mark.parametrize("objective", TRAINED, ids=lambda o: o["prediction"])
 def test_what_was_trained_fills_files(study, cases, tmp_path, objective):
     folder = place(tmp_path)
-    trained = study.train(folder, settings(max_epochs=1, schedule_shift=1.5, **objective))
+    trained = study.train(folder, settings(max_epochs=1, schedule_shift=1.5, **TWO_LEVELS, **objective))
     digest = save(trained, study, folder)
     loaded = Inpainter.load(folder / "model", device="cpu", precision="32")
     assert loaded.denoiser.folder_config["sha256"] == digest and loaded.prediction == objective["prediction"]
