@@ -109,7 +109,7 @@ def test_no_path_of_this_machine_in_what_is_kept(outputs):
 def test_a_second_call_skips_everything_within_seconds(outputs):
     start = time.monotonic()
     told = run_tiny(outputs)
-    assert told.returncode == 0 and time.monotonic() - start < 20
+    assert told.returncode == 0 and time.monotonic() - start < 60
     assert told.stdout.splitlines()[:-1] == [f"{stage}: done already, skipped" for stage in STAGES]
 
 
