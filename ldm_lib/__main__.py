@@ -15,15 +15,16 @@ from pathlib import Path
 
 from ldm_lib.config import stage_name
 from ldm_lib.errors import InputError, InterruptionError, LdmError
-from ldm_lib.files import write_json
+from ldm_lib.files import require_writable, write_json
 from ldm_lib.options import allowances, assignments, build_parser, joined, point
 from ldm_lib.runs import outputs_folder
+from ldm_lib.values import given_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn a refusal into one line."""
     os.umask(0o077)  # what is made from patients' data is its owner's alone; kernels and other processes inherit it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
     options = build_parser(COMMANDS).parse_args(joined(sys.argv[1:] if arguments is None else arguments))
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ERROR {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
+        print(f"ERROR {STOPPED}", file=sys.stderr)
         return 130
     except LdmError as error:
         if options.debug:
@@ -40,11 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has left
         sys.stdout = None
         return 0
+    except MemoryError:
+        print(f"ERROR {InputError('not enough memory', fix='take a smaller input or fewer samples')}", file=sys.stderr)
     except OSError as error:  # a full disk, a folder without rights
         if options.debug:
             raise
         print(f"ERROR {InputError(error.strerror or str(error), where=error.filename or '')}", file=sys.stderr)
     return 1
+
+
+STOPPED = InterruptionError("stopped", fix="give the same command: what is done is not done again")
+
+
+def _stop(number: int, frame: object) -> None:  # noqa: ARG001
+    print(f"ERROR {STOPPED}", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -180,7 +192,9 @@ def validate(options: argparse.Namespace) -> int:
     from ldm_lib.cohort import audit
 
     if options.json:
-        _require_folder(options.json)
+        require_writable(options.json)
+        if Path(options.json).resolve().is_relative_to(given_path(options.data_dir).resolve()):
+            raise InputError("lies inside the folder of cases", where=options.json, fix="name a file outside it")
     rows, cases = [], audit(options.data_dir, options.conditioning_dir, allowances(options))
     for number, row in enumerate(cases, start=1):
         rows.append(row.as_dict())
@@ -199,7 +213,7 @@ def submission(options: argparse.Namespace) -> int:
 
     output, findings = Path(options.output or f"{options.results}/submission.zip").expanduser(), []
     if options.output:
-        _require_folder(output)
+        require_writable(output)
     for finding in check(options.data, options.results):
         findings.append(finding)
         print(finding, flush=True)
@@ -262,11 +276,6 @@ def _say(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         sys.stdout = None
-
-
-def _require_folder(path: str | Path) -> None:
-    if not Path(path).parent.is_dir():
-        raise InputError("its folder does not exist", where=path, fix="make it first")
 
 
 COMMANDS = (run, sweep, compare, inpaint, submission, prior, validate, score, params, doctor, bench)

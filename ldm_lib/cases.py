@@ -11,7 +11,7 @@ from ldm_lib.errors import InputError
 from ldm_lib.files import sha256
 from ldm_lib.geometry import Frame
 from ldm_lib.maps import read_labels, read_mask, read_unit_map
-from ldm_lib.nifti import stem
+from ldm_lib.nifti import require_file, stem
 from ldm_lib.plausibility import oddities, require_in_brain
 from ldm_lib.volumes import SPIKE, Volume, intensity_scale, read_image, require_same_grid, without_spikes
 
@@ -66,9 +66,16 @@ class Case:
         return replace(self, t1n=None, mask_healthy=None, mask_unhealthy=None) if self.t1n_voided else self
 
     def sealed(self) -> "Case":
-        """The case with a digest of each file, as it is now if it has none: `load_case` refuses what has changed."""
-        files = {role: path for role, path in self.files().items() if path.is_file()}
-        return replace(self, digests={role: self.digests.get(role) or sha256(path) for role, path in files.items()})
+        """The case with a digest of each file, as it is now if it has none: `load_case` refuses what has changed.
+
+        Raises:
+            InputError: what should be a file is none.
+        """
+        for path in self.files().values():
+            require_file(path)
+        return replace(
+            self, digests={role: self.digests.get(role) or sha256(path) for role, path in self.files().items()}
+        )
 
     def with_maps(self, **maps: Path | None) -> "Case":
         """The case with other maps in the place of those it has."""
@@ -78,7 +85,7 @@ class Case:
         """Refuse a file that is not any more what it was when the case was sealed."""
         for role, path in self.files().items():
             was = self.digests.get(role)
-            if was and path.is_file() and (now := sha256(path)) != was:
+            if was and path.is_file() and (now := sha256(path)) != was:  # what is no file any more is refused as such
                 raise InputError(f"changed since it was checked (sha256 {was[:12]}, now {now[:12]})", where=path,
                                  fix="put it back, or run 01_data_audit again")  # fmt: skip
 

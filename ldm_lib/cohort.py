@@ -21,6 +21,7 @@ from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.errors import InputError
 from ldm_lib.files import fingerprint, sha256, write_json
 from ldm_lib.layouts import Exclusion, listing, survey
+from ldm_lib.nifti import require_file
 
 
 def find_cases(
@@ -137,6 +138,10 @@ class Audit:
                 _require_new(data, owners)
             except InputError as error:
                 yield AuditRow(case.key, "refused", error.within(*case.folders), case, {})
+            except (OSError, MemoryError) as error:
+                refusal = InputError(f"could not be read ({type(error).__name__})", where=case.key,
+                                     fix="check the disk and the memory")  # fmt: skip
+                yield AuditRow(case.key, "refused", str(refusal), case, {})
             else:
                 unseen = () if case.t1n else ("no t1n: can be filled, but neither trained on nor scored",)
                 told = data.warnings + unseen
@@ -192,6 +197,7 @@ def source_digests(data_dir: str | Path, conditioning_dir: str | Path = "") -> d
 
 def _digest(path: Path) -> str:
     try:
+        require_file(path)
         return sha256(path)
-    except OSError as error:  # a broken link or a folder: the gate refuses it later, with its reason
-        return f"unreadable: {error.strerror}"
+    except (InputError, OSError) as error:  # the gate refuses it later, with its reason
+        return f"unreadable: {type(error).__name__}"

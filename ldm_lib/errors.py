@@ -1,6 +1,11 @@
 """The refusals of this project: each is one line that says where, what, with which numbers, and what to do."""
 
 
+def printable(text: str) -> str:
+    """The text in one line: whatever a terminal would act upon, or no encoding has, is written as Python writes it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class LdmError(Exception):
     """Something the user can mend; the command line prints it without a traceback.
 
@@ -24,7 +29,7 @@ class LdmError(Exception):
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         mend = f" Fix: {_sentence(self.fix)}" if self.fix else ""
-        return f"{place}{_sentence(self.cause)}{mend}"
+        return printable(f"{place}{_sentence(self.cause)}{mend}")
 
 
 def _sentence(text: str) -> str:

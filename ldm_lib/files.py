@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, folders that belong to one process, and digests that tell files apart."""
 
 import csv
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,17 +12,40 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ldm_lib.errors import RunError
+from ldm_lib.errors import InputError, RunError
 from ldm_lib.values import given_path
 
 OWNER_VARIABLE = "LDM_RUN_OWNER"  # process id of the runner that holds the lock for its kernels
+
+
+def require_writable(path: str | Path) -> None:
+    """Refuse the path of a file to be written early: a folder, in none, or in one that takes no file."""
+    path = Path(path)
+    probe = _beside(path)
+    try:
+        if path.is_dir():
+            raise InputError("is a directory", where=path, fix="name a file")
+        if not path.parent.is_dir():
+            raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
+        probe.unlink(missing_ok=True)  # left by a crash, or a link that someone planted
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror})", where=path, fix="choose a folder you may write to"
+        ) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to, then flush it to disk and rename it; on failure the old file stays."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = _beside(path)
+    partial.unlink(missing_ok=True)  # a link that someone planted there would be followed
     try:
         yield partial
         with partial.open("rb") as stream:
@@ -92,8 +116,12 @@ class FolderLock:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stream = self.path.open("a+")
+            no_link = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            stream = os.fdopen(os.open(self.path, no_link, 0o600), "a+")
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise RunError("is a link, and what it leads to would be overwritten", where=self.path,
+                               fix="remove it") from error  # fmt: skip
             raise RunError(
                 f"cannot be written ({error.strerror})", where=folder, fix="choose another outputs folder"
             ) from error

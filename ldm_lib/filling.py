@@ -23,6 +23,7 @@ from ldm_lib.errors import ConfigError, InputError, LdmError, RunError
 from ldm_lib.files import FolderLock, fingerprint, sha256, write_csv, write_json
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import make_ready, write_filled
+from ldm_lib.nifti import stem
 from ldm_lib.runs import read_record
 from ldm_lib.samplers import require_path
 from ldm_lib.schedule import spaced_timesteps
@@ -160,7 +161,8 @@ class Job:
 
     def read(self, case: Case) -> tuple[Row | None, CaseData | None, str, float]:
         """The row of a case that is filled already, or its data; digest of what it is made from; seconds."""
-        started, made_from = time.monotonic(), self._made_from(case)
+        started, case = time.monotonic(), case.sealed()
+        made_from = self._made_from(case)
         row = self._found(case, made_from)
         data = None if row else make_ready(load_case(case), self.inpainter, make_missing=self.make_missing)
         return row, data, made_from, time.monotonic() - started
@@ -205,7 +207,8 @@ class Job:
             record = read_record(record_path(case, self.folder))
         except RunError:
             return nothing
-        return record if isinstance(record, dict) and nothing.keys() <= record.keys() else nothing
+        known = isinstance(record, dict) and all(isinstance(record.get(k), type(v)) for k, v in nothing.items())
+        return record if known and all(_is_result(name, case) for name in record["outputs"]) else nothing
 
     def _made_from(self, case: Case) -> str:
         asked = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")
@@ -216,8 +219,12 @@ class Job:
                  "prediction": engine.prediction, "schedule": engine.denoiser.folder_config["schedule"]}  # fmt: skip
         weights = [network.folder_config["sha256"] for network in networks]
         settings |= {"allow": asdict(case.allow)} if case.allow != NOTHING else {}
-        files = {role: sha256(path) for role, path in case.files().items()}
-        return fingerprint({"weights": weights, "model": model, "files": files, "settings": settings})
+        return fingerprint({"weights": weights, "model": model, "files": dict(case.digests), "settings": settings})
+
+
+def _is_result(name: str, case: Case) -> bool:
+    """Whether a file of this name may have been written for a case: never one of another folder's."""
+    return Path(name).name == name and name.startswith(stem(Path(case.result_name)))
 
 
 def _in_turn(job: Job, cases: Sequence[Case]) -> Iterator[Row]:
@@ -255,8 +262,15 @@ def _settled(case: Case, done: Future) -> Row:
     try:
         return done.result()
     except REFUSALS as error:
-        told = error.within(*case.folders) if isinstance(error, LdmError) else str(error)
-        return _refused(case.key, told)
+        return _refused(case.key, _why(error, case))
+
+
+def _why(error: Exception, case: Case) -> str:
+    """One line, with no path of this machine."""
+    if isinstance(error, LdmError):
+        return error.within(*case.folders)
+    cause = getattr(error, "strerror", "") or "not enough memory"
+    return str(InputError(cause, where=case.key, fix="check the disk and the memory"))
 
 
 def _refused(key: str, reason: str) -> Row:

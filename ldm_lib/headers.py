@@ -11,6 +11,7 @@ import numpy as np
 from ldm_lib.errors import InputError
 
 LONGEST = nib.Nifti2Header.sizeof_hdr  # of the two kinds of header
+FARTHEST_MM = 1e5  # of an origin; beyond it float32 does not resolve the millimetres by which grids are compared
 AGAIN = "download or export the file again"
 FREE_TEXT = ("descrip", "db_name", "aux_file", "intent_name", "data_type")
 SOFTWARE = re.compile(  # what programs sign with; anything else may name a patient
@@ -79,6 +80,9 @@ def header_affine(header: nib.Nifti1Header, path: Path, assume: str = "") -> np.
     lengths = np.linalg.norm(axes, axis=0)
     if not np.isfinite(affine).all() or lengths.min() < 1e-3 or abs(np.linalg.det(axes)) < 1e-6:
         raise InputError("its affine is not finite and invertible", where=path, fix=export)
+    if np.abs(affine[:3, 3]).max() > FARTHEST_MM:
+        raise InputError(f"its origin lies at {_triple(affine[:3, 3])} mm, farther than {FARTHEST_MM:g}", where=path,
+                         fix=export)  # fmt: skip
     if lengths.max() > 1e3:
         raise InputError(f"voxels of {_triple(lengths)} mm, at most 1000 along an axis", where=path, fix=export)
     cosines = np.abs(axes.T @ axes / np.outer(lengths, lengths) - np.eye(3)).max()
@@ -116,9 +120,30 @@ def header_oddities(header: nib.Nifti1Header, affine: np.ndarray, path: Path) ->
     if told := [name for name in FREE_TEXT if name in header and not _is_signature(header[name].tobytes())]:
         warnings.append(f"free text in the header ({', '.join(told)}) may name the patient; outputs keep it, "
                         "unless --scrub-header")  # fmt: skip
+    if int(header["xyzt_units"]) & 7 > 3:
+        warnings.append(f"unit of length {int(header['xyzt_units']) & 7} is none; millimetres assumed")
+    warnings += _second_opinion(header, affine)
     if not np.allclose(found, spacing, rtol=1e-3):
         warnings.append(f"pixdim {_triple(found)} contradicts the affine's {_triple(spacing)} mm, which are used")
     return warnings
+
+
+def _second_opinion(header: nib.Nifti1Header, affine: np.ndarray) -> list[str]:
+    """What the qform says where the sform is used: programs that read it would see the volume elsewhere."""
+    if not (header["sform_code"] and header["qform_code"]):
+        return []
+    try:
+        other = header.get_qform()
+    except (nib.spatialimages.HeaderDataError, ValueError):
+        return ["qform quaternion invalid; the sform is used"]
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+    corners[:, :3] *= np.abs(header["dim"][1:4]) - 1.0
+    apart = float(np.linalg.norm(corners @ (affine - other).T, axis=1).max())
+    mirrored = np.linalg.det(affine[:3, :3]) * np.linalg.det(other[:3, :3]) < 0
+    alike = header["sform_code"] == header["qform_code"]
+    if mirrored or (alike and not apart <= 1):
+        return [f"sform and qform lie {apart:.0f} mm apart{', mirrored' if mirrored else ''}; the sform is used"]
+    return []
 
 
 def _is_signature(text: bytes) -> bool:

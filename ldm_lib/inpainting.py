@@ -11,7 +11,7 @@ from ldm_lib.cases import CaseData, case_of_files, load_case
 from ldm_lib.config import SamplingConfig, validated
 from ldm_lib.errors import InputError
 from ldm_lib.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
-from ldm_lib.nifti import require_writable, stem
+from ldm_lib.nifti import require_volume_writable, stem
 from ldm_lib.regridding import regridding
 from ldm_lib.volumes import write_like, write_map
 
@@ -87,7 +87,7 @@ def inpaint(
     asked = {"sampler": sampler, "num_inference_steps": steps, "samples": samples, "seed": seed}
     validated(SamplingConfig, asked | {"guidance": guidance, "blend_mm": blend_mm, "device": device})
     for path in result_paths(Path(output), samples, each=write_samples).values():
-        require_writable(path)
+        require_volume_writable(path)
         if path.resolve() in {given.resolve() for given in case.files().values()}:
             raise InputError("is one of the inputs", where=path, fix="name another output")
     data, inpainter = load_case(case), Inpainter.load(model, device=device, blend_mm=blend_mm)

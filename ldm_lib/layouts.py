@@ -4,11 +4,11 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldm_lib.cases import Case
-from ldm_lib.errors import InputError
+from ldm_lib.errors import InputError, printable
 from ldm_lib.values import given_path, safe_name
 
 HOLE_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
@@ -17,6 +17,7 @@ DEFAULT_CONDITIONING = "conditioning_data"
 _TIME_POINT = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d{3}")
 _NIFTI = re.compile(r"\.nii(\.gz)?", re.IGNORECASE)
 _ROLE = re.compile(rf"-(?P<role>t1n|{'|'.join(HOLE_ROLES)})(?P<hole>-\d{{4}})?(\.nii(\.gz)?|\.hdr)", re.IGNORECASE)
+_NEARLY = re.compile(r"t1n|mask|void|healthy", re.IGNORECASE)
 _LEFTOVER = re.compile(r".*(\.(part|partial|tmp|crdownload|download)| \(\d+\)(\.nii)?(\.gz)?)", re.IGNORECASE)
 
 
@@ -52,9 +53,11 @@ def survey(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[lis
     Raises:
         InputError: a folder that does not exist.
     """
-    root = given_path(data_dir)
+    root, fix = given_path(data_dir), "give the folder that holds one folder per patient"
+    if not str(data_dir):
+        raise InputError("no folder of cases is given", fix=fix)
     if not root.is_dir():
-        raise InputError("no such folder", where=root, fix="give the folder that holds one folder per patient")
+        raise InputError("is a file" if root.is_file() else "no such folder", where=root, fix=fix)
     root = root.resolve()
     conditioning = _conditioning_folder(root, conditioning_dir)
     maps = {role: _maps_in(conditioning / name) for role, name in CONDITIONING_FOLDERS.items()} if conditioning else {}
@@ -66,6 +69,10 @@ def survey(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[lis
         found, refused = _cases_of(folder, maps, inside)
         cases += found
         exclusions += refused
+    astray = [path.name for path in root.iterdir() if _ROLE.search(path.name) and not path.is_dir()]
+    if astray and cases:
+        note = f"passed over, beside the folders of cases: {_told(astray)}"
+        cases[0] = replace(cases[0], notes=(*cases[0].notes, note))
     return cases, exclusions
 
 
@@ -76,7 +83,7 @@ def listing(folder: str | Path) -> str:
 
 
 def _told(names: Iterable[str]) -> str:
-    names = sorted(names)
+    names = sorted(map(printable, names))
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -107,10 +114,12 @@ def _cases_of(
     except ValueError as error:
         return [], [Exclusion(repr(folder.name), f"folder name is not a patient id: {error}. Fix: rename it.")]
     except OSError as error:
-        return [], [Exclusion(folder.name, f"cannot be listed ({error.strerror})")]
+        told = f"cannot be listed ({error.strerror}). Fix: check the rights of its folder."
+        return [], [Exclusion(folder.name, told)]
     if not files.holes:
         told = "".join(f"; {note}" for note in files.notes)
-        return [], [Exclusion(identity, f"no mask file; present: {listing(folder)}{told}")]
+        names = f"Fix: name it {identity}-mask.nii.gz, or {identity}-mask-0000.nii.gz and so on."
+        return [], [Exclusion(identity, f"{identity}: no mask file; present: {listing(folder)}{told}. {names}")]
     cases, exclusions = [], []
     for hole in files.holes:
         chosen = {role: files.found.get((role, hole), []) for role in HOLE_ROLES}
@@ -121,9 +130,11 @@ def _cases_of(
             told = "; ".join(" and ".join(path.name for path in paths) for paths in doubled)
             exclusions.append(Exclusion(key, f"{identity}: ambiguous: {told}. Fix: keep one of each."))
         elif not chosen["mask"]:
-            exclusions.append(Exclusion(key, "no mask file beside its t1n-voided"))
+            told = f"{identity}: no mask file beside its t1n-voided."
+            exclusions.append(Exclusion(key, f"{told} Fix: put {identity}-mask{hole}.nii.gz there."))
         elif not (chosen["t1n"] or chosen["t1n-voided"]):
-            exclusions.append(Exclusion(key, "neither t1n nor t1n-voided beside its mask"))
+            told = f"{identity}: neither t1n nor t1n-voided beside its mask."
+            exclusions.append(Exclusion(key, f"{told} Fix: put {identity}-t1n-voided{hole}.nii.gz there."))
         else:
             only = {role.replace("-", "_"): paths[0] if paths else None for role, paths in chosen.items()}
             cases.append(_case(identity, hole, only, [*files.notes, *_leading_out(only, inside)]))
@@ -140,12 +151,19 @@ def _files_in(folder: Path) -> _Files:
             files.found[match["role"].lower(), match["hole"] or ""].append(folder / name)
         elif _LEFTOVER.fullmatch(name):
             unfinished.append(name)
-        elif _ROLE.search(name) and not name.startswith(identity):
+        elif _NIFTI.search(name) and (_NEARLY if name.startswith(identity) else _ROLE).search(name):
             strange.append(name)
+    holes = set(files.holes)
+    strange += [
+        path.name
+        for (role, hole), paths in files.found.items()
+        for path in paths
+        if (hole and role == "t1n") or (role != "t1n" and hole not in holes)
+    ]
     if unfinished:
         files.notes.append(f"passed over, unfinished or a second copy: {_told(unfinished)}")
     if strange:
-        files.notes.append(f"passed over, named after another case than {identity}: {_told(strange)}")
+        files.notes.append(f"passed over, their names are not of this case and its holes: {_told(strange)}")
     return files
 
 

@@ -54,7 +54,8 @@ def _as_binary(volume: Volume, warnings: list[str]) -> np.ndarray:
     levels = np.rint(values)  # a tool that saves 0 and 1 as scaled integers returns 0.00001 and 0.99999
     if np.abs(values - levels).max() > MASK_TOLERANCE or not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
         shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if values.size > 6 else "")
-        kind, fix = "looks interpolated", "store 0 outside the hole and 1 inside"
+        kind = "looks interpolated" if values[-1] <= 1 else "looks like an image"
+        fix = "store 0 outside the hole and 1 inside"
         if values.size < 10 and (values == levels).all():
             kind = f"labels {{{', '.join(f'{v:g}' for v in values if v)}}}: looks like a tumour segmentation"
             fix += f", or say which labels to fill: --mask-labels {','.join(f'{v:g}' for v in values if v > 0)}"

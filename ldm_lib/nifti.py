@@ -6,19 +6,20 @@ the stream reach its end with the right checksum. Nothing is allocated on a head
 
 import gzip
 import math
-import os
 import re
 import zlib
 from pathlib import Path
 
 from ldm_lib.errors import InputError
-from ldm_lib.files import replacing
+from ldm_lib.files import replacing, require_writable
 from ldm_lib.headers import AGAIN, LONGEST, header_dtype, header_shape, parse_header
 
 SUFFIXES = (".nii.gz", ".nii")
-MAX_BYTES = 2 << 30  # a 1 mm float64 head takes 70 MB; what claims thirty times as much is not one
+MAX_VOXELS = 1 << 27  # a head at half a millimetre has 72 million; each takes tens of bytes while it is looked at
+MAX_BYTES = 8 * MAX_VOXELS
+MAX_MEMBERS = 50_000  # of a gzip file; bgzip makes a few hundred of a head
 _SLACK = MAX_BYTES // 64  # headers, extensions, stray bytes behind the voxels
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _GZIP = b"\x1f\x8b"
 
 
@@ -27,32 +28,19 @@ def stem(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
-def require_writable(path: str | Path) -> None:
-    """Refuse an output path early: wrong ending, no such folder, or a folder that takes no file."""
-    path = Path(path)
-    if not path.name.lower().endswith(SUFFIXES):
+def require_volume_writable(path: str | Path) -> None:
+    """Refuse an output path early: wrong ending, or as `require_writable`."""
+    if not str(path).lower().endswith(SUFFIXES):
         raise InputError(f"an output must end in {' or '.join(SUFFIXES)}", where=path, fix="name it so")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.is_dir():
-            raise InputError("is a directory", where=path, fix="name a file")
-        if not path.parent.is_dir():
-            raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
-        probe.unlink(missing_ok=True)  # left by a crash, or a link that someone planted
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot be written ({error.strerror})", where=path, fix="choose a folder you may write to"
-        ) from error
+    require_writable(path)
 
 
 def read_bytes(path: Path) -> tuple[bytes | bytearray, int]:
     """The unpacked content, and how many packed bytes follow the last gzip member."""
     try:
-        _require_file(path)
+        require_file(path)
         with path.open("rb") as stream:
-            head = stream.read(_CHUNK)
+            head = stream.read(_SLACK // 8)
             _require_kind(head, path)
             claimed, size = _claimed_bytes(_first_bytes(head), path), path.stat().st_size
             if claimed is not None and size > claimed + _SLACK:
@@ -79,9 +67,10 @@ def _require_kind(head: bytes, path: Path) -> None:
         raise InputError("not gzip", where=path, fix="rename it to .nii, or download it again")
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Refuse what is no file of a size that can be read, before anything of it is."""
     if path.is_symlink() and not path.exists():
-        raise InputError(f"broken link to {path.readlink()}", where=path, fix="restore its target")
+        raise InputError(f"broken link to {path.readlink().name}", where=path, fix="restore its target")
     if not path.exists():
         raise InputError("no such file", where=path, fix="check the path and the case's name")
     if path.is_dir():
@@ -102,10 +91,15 @@ def _first_bytes(head: bytes) -> bytes:
     """As many unpacked bytes as the longest header has, or fewer where the stream is damaged or short."""
     if not head.startswith(_GZIP):
         return head[:LONGEST]
+    start = b""
     try:
-        return zlib.decompressobj(31).decompress(head, LONGEST)
+        while head.startswith(_GZIP) and len(start) < LONGEST:
+            stream = zlib.decompressobj(31)
+            start += stream.decompress(head, LONGEST - len(start))
+            head = stream.unused_data
     except zlib.error:
-        return b""
+        pass
+    return start
 
 
 def _claimed_bytes(start: bytes, path: Path) -> int | None:
@@ -113,37 +107,47 @@ def _claimed_bytes(start: bytes, path: Path) -> int | None:
     if len(start) < LONGEST:
         return None
     header = parse_header(start, path)
-    claimed = math.prod(header_shape(header, path)) * header_dtype(header, path).itemsize
-    if claimed > MAX_BYTES:
+    voxels = math.prod(header_shape(header, path))
+    claimed = voxels * header_dtype(header, path).itemsize
+    if voxels > MAX_VOXELS:
         raise InputError(
-            f"claims {claimed / 1e9:.1f} GB of voxels; at most {MAX_BYTES / 1e9:.1f} GB are read", where=path, fix=AGAIN
+            f"claims {claimed / 1e9:.1f} GB: {voxels} voxels; at most {MAX_VOXELS} are read", where=path, fix=AGAIN
         )
     return claimed
 
 
 def _gunzip(packed: bytes, claimed: int | None, path: Path) -> tuple[bytearray, int]:
     """Unpack to the stream's end, so that its checksum is read, and never beyond what the header claims."""
-    content, waiting, stream = bytearray(), packed, zlib.decompressobj(31)
+    content, stream, members, trailing = bytearray(), zlib.decompressobj(31), 1, 0
     try:
-        while waiting:
-            content += stream.decompress(waiting, _CHUNK)
-            waiting = stream.unconsumed_tail
-            if stream.eof and stream.unused_data.startswith(_GZIP):  # written in blocks, as bgzip does
-                waiting, stream = stream.unused_data, zlib.decompressobj(31)
-            if len(content) > (claimed or 0) + _SLACK:
-                raise InputError(f"unpacks to far more than the {claimed} bytes it claims", where=path, fix=AGAIN)
+        for start in range(0, len(packed), _CHUNK):  # in small pieces: what waits is copied at every step
+            waiting = packed[start : start + _CHUNK]
+            end = start + len(waiting)
+            while waiting:
+                if stream.eof and trailing == 0 and packed.startswith(_GZIP, end - len(waiting)):
+                    stream, members = zlib.decompressobj(31), members + 1  # written in blocks, as bgzip does
+                elif stream.eof:
+                    trailing += len(waiting)
+                    break
+                content += stream.decompress(waiting, _CHUNK)
+                waiting = stream.unused_data if stream.eof else stream.unconsumed_tail
+                if len(content) > (claimed or 0) + _SLACK:
+                    raise InputError(f"unpacks to far more than the {claimed} bytes it claims", where=path, fix=AGAIN)
+            if members > MAX_MEMBERS:
+                raise InputError(f"more than {MAX_MEMBERS} gzip members", where=path, fix="pack it again")
     except zlib.error as error:
         cause = "checksum mismatch" if "check" in str(error) else "damaged gzip stream"
         raise InputError(f"{cause} ({error})", where=path, fix=AGAIN) from error
     if not stream.eof:
         of = "" if claimed is None else f" of {claimed} and a header"
+        of += "; its checksum is missing" if claimed is not None and len(content) > claimed else ""
         raise InputError(f"gzip ends early (got {len(content)} bytes{of})", where=path, fix=AGAIN)
-    return content, len(stream.unused_data)
+    return content, trailing
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write a packed or plain file whole or not at all, and read it back before it takes its name."""
-    require_writable(path)
+    require_volume_writable(path)
     packed = gzip.compress(content, 6, mtime=0) if path.name.lower().endswith(".gz") else content
     try:
         with replacing(path) as partial:

@@ -71,6 +71,9 @@ def found(text: str, run_folder: Path) -> Path:
     if not match:
         return Path(text)
     place = places_of(run_folder).get(match[1]) or os.environ.get(match[1])
+    if place and not Path(place).exists():
+        raise RunError(f"its folder ${match[1]} is not there any more", where=run_folder.name,
+                       fix=f"put it back, or: make 01 RUN={run_folder.name} DATA_DIR=/new/place")  # fmt: skip
     if not place:
         raise RunError(f"its data lie in ${match[1]}, which is not known here", where=run_folder.name,
                        fix=f"set {match[1]} to the folder, or run 01_data_audit again with it")  # fmt: skip

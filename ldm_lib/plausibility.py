@@ -11,6 +11,7 @@ from ldm_lib.volumes import Volume
 LARGEST_BRAIN_L = 2.5  # with its CSF; real ones measured 1.2 and 1.6, heads with skull and neck have 4 and more
 BRATS_MM = (240, 240, 155)  # field of view along the axes of LPS
 LARGEST_ANISOTROPY = 1.5  # longest over shortest edge of a voxel
+LARGEST_HOLE = 0.5  # share of the head; the challenge's largest have a fifth
 CENTRED = 0.1  # share of negative voxels beyond which intensities have been centred
 
 
@@ -30,6 +31,8 @@ def require_in_brain(
     if target is not None and not (target[mask] > 0).any():
         raise InputError(f"0 % of its {int(mask.sum())} voxels lie in the brain: there is nothing to learn or to score",
                          where=where, fix="check that mask and image belong together")  # fmt: skip
+    if (share := np.count_nonzero(mask) / (np.count_nonzero(mask) + np.count_nonzero(voided))) > LARGEST_HOLE:
+        warnings.append(f"the mask covers {share:.0%} of what is not air: little is left to tell how it was")
     if not (voided[box][around] > 0).any():
         warnings.append(f"0 % of the voxels around the mask ({int(mask.sum())} voxels) lie in the brain")
 

@@ -23,7 +23,7 @@ from ldm_lib.growth import GROWTH_THRESHOLD, MIDDLING, Rates, grow_in_labels
 from ldm_lib.layouts import CONDITIONING_FOLDERS
 from ldm_lib.maps import read_labels, read_mask
 from ldm_lib.masks import UNHEALTHY_MARGIN_MM, shrink_mm
-from ldm_lib.nifti import require_writable
+from ldm_lib.nifti import require_volume_writable
 from ldm_lib.registration import Registration
 from ldm_lib.segmentation import tissue_from_scan
 from ldm_lib.sidecars import read_sidecar, sidecar_path
@@ -237,7 +237,7 @@ class _Sidecar:
     def keep(self, voxels: np.ndarray | None, found: dict[str, float], affine: np.ndarray, refused: str = "") -> Prior:
         """Write the map, unless it was refused, and then its sidecar."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        require_writable(self.path)
+        require_volume_writable(self.path)
         if voxels is None:
             self.path.unlink(missing_ok=True)
         else:

@@ -128,6 +128,8 @@ def read_image(path: str | Path, allow: Allowances = NOTHING) -> Volume:
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     if low == high:
         cause = "the image is empty" if high == 0 else f"no contrast (min = max = {high:g})"
+        if high == 0 and volume.raw.any() and volume.raw.dtype.kind == "f":
+            cause += f" in float32 (voxels up to {np.abs(volume.raw).max():g})"
         raise InputError(cause, where=path, fix="give a skull-stripped T1n volume")
     if high <= 0:
         raise InputError(
@@ -236,11 +238,12 @@ def _finite(volume: Volume, allow: Allowances) -> Volume:
     count = int(np.count_nonzero(bad))
     if not count:
         return volume
-    if allow.nan_as_zero and (missing := int(np.isnan(volume.voxels).sum())) == count:
+    missing = int(np.isnan(volume.voxels).sum())
+    if allow.nan_as_zero and missing == count:
         return replace(volume, nan_as_zero=True, warnings=(*volume.warnings, f"{missing} NaN voxels read as 0"))
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     raise InputError(
         f"{count} voxels are not finite (in float32), the first at {first}",
         where=volume.path,
-        fix="set the background to 0, or let NaN be read as 0 with --nan-as-zero",
+        fix="set the background to 0" + (", or let NaN be read as 0 with --nan-as-zero" if missing == count else ""),
     )

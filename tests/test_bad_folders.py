@@ -20,7 +20,7 @@ FIRST, SECOND = "BraTS-GLI-00001-000", "BraTS-GLI-00002-000"
 pytestmark = pytest.mark.usefixtures("outputs")
 
 
-def refusal(root: Path, capsys) -> str:
+def refusal(root: Path | str, capsys) -> str:
     """What `validate` says, in one line, of a folder that it cannot work on at all."""
     assert main(["validate", str(root)]) == 1
     out, err = capsys.readouterr()
@@ -40,8 +40,54 @@ def test_no_case_is_told_with_what_was_looked_for_and_what_is_there(tmp_path, ca
 
 def test_no_folder_and_a_file_for_a_folder_are_told(tmp_path, capsys):
     (tmp_path / "file").touch()
-    for name in ("absent", "file"):
-        assert "no such folder" in refusal(tmp_path / name, capsys)
+    assert "absent: no such folder" in refusal(tmp_path / "absent", capsys)
+    assert "file: is a file" in refusal(tmp_path / "file", capsys)
+    assert "no folder of cases is given" in refusal("", capsys)
+
+
+def test_findings_are_never_written_among_the_cases(tmp_path, capsys):
+    place = Place(tmp_path / "data", FIRST)
+    before = place.K.read_bytes()
+    assert main(["validate", str(place.root), "--json", str(place.K)]) == 1
+    assert "lies inside the folder of cases" in capsys.readouterr().err and place.K.read_bytes() == before
+    assert main(["validate", str(place.root), "--json", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "", "told before the first case is read"
+
+
+def test_names_that_a_terminal_would_obey_or_no_encoding_has_are_told_as_python_writes_them(tmp_path, capsys):
+    place = Place(tmp_path, FIRST)
+    for name in (b"x\xff-mask.nii.gz", b"evil\x1b[2J\nOK all fine-mask.nii.gz"):
+        Path(os.fsdecode(os.fsencode(place.folder) + b"/" + name)).touch()
+    assert main(["validate", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    out.encode("utf-8", "strict")
+    assert len(out.splitlines()) == 2 and "\x1b" not in out
+    assert "x\\udcff-mask.nii.gz" in out and "evil\\x1b[2J\\nOK all fine-mask.nii.gz" in out
+
+
+def test_names_that_nearly_fit_are_told(tmp_path):
+    place = Place(tmp_path, FIRST, complete=True)
+    place.move("mask-healthy", f"{FIRST}-mask_healthy.nii.gz")
+    place.move("mask-unhealthy", f"{FIRST}-mask-unhealthy-0000.nii.gz")
+    (tmp_path / f"{SECOND}-t1n-voided.nii.gz").touch()
+    (row,) = audit(tmp_path)
+    assert all(name in row.reason for name in (f"{FIRST}-mask_healthy.nii.gz", f"{FIRST}-mask-unhealthy-0000.nii.gz"))
+    assert f"beside the folders of cases: {SECOND}-t1n-voided.nii.gz" in row.reason
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_what_fails_below_the_gate_refuses_its_case_alone(tmp_path, monkeypatch, error):
+    for identity in (FIRST, SECOND):
+        Place(tmp_path, identity)
+
+    def fails(case):
+        if case.id == FIRST:
+            raise error
+        return load_case(case)
+
+    monkeypatch.setattr("ldm_lib.cohort.load_case", fails)
+    first, second = audit(tmp_path)
+    assert first.status == "refused" and type(error).__name__ in first.reason and second.status != "refused"
 
 
 def test_a_case_alone_is_a_cohort(tmp_path, capsys):

@@ -243,7 +243,8 @@ def test_an_incomplete_case_is_excluded_with_its_reason(tmp_path, roles, key, re
     _write(tmp_path / SEED, SEED, roles, holes=("-0000",))
     cases, exclusions = find_cases(tmp_path)
     assert [c.key for c in cases] == [CHALLENGE]
-    assert [(e.case, e.reason) for e in exclusions] == [(key, reason)]
+    (told,) = exclusions
+    assert told.case == key and told.reason.startswith(f"{SEED}: {reason}. Fix: ")
 
 
 def test_one_hole_without_its_mask_is_told_and_the_others_stay(data):
@@ -278,7 +279,7 @@ def test_no_case_at_all_is_refused_with_what_is_there(tmp_path):
         find_cases(tmp_path)
     _write(tmp_path / SEED, SEED, ("mask",))
     (tmp_path / SEED / f"{SEED}-mask.nii.gz").rename(tmp_path / SEED / f"{SEED}-mask.NII.GZ")
-    with pytest.raises(InputError, match=rf"; {SEED}: neither t1n nor t1n-voided beside its mask"):
+    with pytest.raises(InputError, match=rf"; {SEED}: {SEED}: neither t1n nor t1n-voided beside its mask"):
         find_cases(tmp_path)
     with pytest.raises(InputError, match=r"missing: no such folder"):
         find_cases(tmp_path / "missing")
@@ -296,7 +297,8 @@ def test_an_unreadable_folder_is_excluded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "iterdir", forbid)
     _, exclusions = find_cases(tmp_path)
-    assert [(e.case, e.reason) for e in exclusions] == [(SEED, "cannot be listed (Permission denied)")]
+    told = "cannot be listed (Permission denied). Fix: check the rights of its folder."
+    assert [(e.case, e.reason) for e in exclusions] == [(SEED, told)]
 
 
 def test_maps_are_looked_for_inside_beside_and_where_told(data, tmp_path):

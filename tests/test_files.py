@@ -193,6 +193,24 @@ def test_two_folders_have_two_locks(tmp_path, holder):
     FolderLock(tmp_path / "other").release()
 
 
+def test_a_link_in_the_locks_place_is_refused_and_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to("precious")
+    with pytest.raises(
+        RunError, match=r"\.lock: is a link, and what it leads to would be overwritten\. Fix: remove it"
+    ):
+        FolderLock(tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("write", [write_json, lambda path, _: write_csv(path, [{"a": 1}])])
+def test_a_link_in_the_place_of_what_is_half_written_is_not_followed(tmp_path, write):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / f".a.json.{os.getpid()}.part").symlink_to("precious")
+    write(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.json").is_symlink()
+
+
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"file/run: cannot be written \(Not a directory\)\. Fix: choose another"):

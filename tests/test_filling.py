@@ -110,6 +110,37 @@ def spoil(folder, case):
     path.write_bytes(path.read_bytes()[:50])
 
 
+@pytest.mark.parametrize(
+    ("spoil_mask", "told"),
+    [
+        (os.mkfifo, "not a regular file"),
+        (lambda path: path.symlink_to("/data/JOHN_DOE/m.nii.gz"), "broken link to m.nii.gz"),
+        (lambda path: path.mkdir(), "is a directory, not a NIfTI file"),
+    ],
+    ids=["pipe", "broken link", "folder"],
+)
+def test_what_is_no_file_is_refused_by_the_gate_and_waited_for_by_nobody(inpainter, cohort, tmp_path, spoil_mask, told):
+    cases = [case.to_fill() for case in find_cases(cohort)[0][:2]]
+    cases[0].mask.unlink()
+    spoil_mask(cases[0].mask)
+    rows = fill_cases(inpainter, cases, settings(samples=1), tmp_path / "out", **QUIET)
+    assert statuses(rows) == [REFUSED, FILLED]
+    assert rows[0]["reason"].startswith(f"{cases[0].id}/{cases[0].mask.name}: {told}"), "told from the data folder on"
+
+
+@pytest.mark.parametrize("outputs", [{"../victim.nii.gz": "00"}, {"victim.nii.gz": "00"}, ["a"], {"a": 3}])
+def test_a_record_never_has_another_file_removed(inpainter, cases, tmp_path, outputs):
+    """Whoever wrote it; one that names what is not the case's is as none."""
+    victims = [tmp_path / "victim.nii.gz", tmp_path / "out" / "victim.nii.gz"]
+    record = tmp_path / "out" / "filled" / f"{cases[0].key}.json"
+    record.parent.mkdir(parents=True)
+    for victim in victims:
+        victim.write_text("precious")
+    record.write_text(json.dumps({"made_from": "x", "outputs": outputs, "row": {}}))
+    rows = fill_cases(inpainter, cases[:1], settings(samples=1), tmp_path / "out", **QUIET)
+    assert statuses(rows) == [FILLED] and all(victim.read_text() == "precious" for victim in victims)
+
+
 def test_a_bad_case_stops_no_other_and_is_told(cohort, cases, tiny_model_folder, tmp_path, capsys):
     spoil(cohort, cases[1])
     (cohort / "empty").mkdir()
@@ -117,7 +148,7 @@ def test_a_bad_case_stops_no_other_and_is_told(cohort, cases, tiny_model_folder,
                  str(tiny_model_folder), "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("empty: refused: no mask file; present: nothing")
+    assert lines[0].startswith("empty: refused: empty: no mask file; present: nothing")
     assert f"[2/6] {cases[1].key}: refused: " in lines[2] and "gzip ends early" in lines[2]
     assert lines[-1] == "7 cases: 2 refused, 5 filled"
     assert ", 0:00:0" in lines[1] and "left" not in lines[-2]

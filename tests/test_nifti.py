@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.errors import InputError
-from ldm_lib.nifti import require_writable, write_bytes
+from ldm_lib.nifti import require_volume_writable, write_bytes
 from ldm_lib.volumes import read_volume
 
 SHAPE = (24, 22, 20)
@@ -138,8 +138,10 @@ def test_bytes_behind_the_gzip_stream_are_counted(tmp_path, tail):
     assert read_volume(tmp_path / "a.nii.gz").warnings == ("7 bytes after the last voxel are ignored",)
 
 
-def test_gzip_in_several_members_is_one_file(tmp_path):
-    members = [gzip.compress(RAW[start : start + 5000]) for start in range(0, len(RAW), 5000)]
+@pytest.mark.parametrize("size", [5000, 352, 100])
+def test_gzip_in_several_members_is_one_file(tmp_path, size):
+    """Whatever of the header the first of them holds; also where one ends at the end of a piece that is read."""
+    members = [gzip.compress(RAW[start : start + size]) for start in range(0, len(RAW), size)]
     (tmp_path / "a.nii.gz").write_bytes(b"".join(members))
     volume = read_volume(tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(volume.raw, VOXELS)
@@ -149,11 +151,41 @@ def test_gzip_in_several_members_is_one_file(tmp_path):
         read_volume(tmp_path / "a.nii.gz")
 
 
+def test_a_file_of_endless_members_is_refused_in_time(tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(PACKED + gzip.compress(b"") * 250_000)
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=r"more than 50000 gzip members\. Fix: pack it again"):
+        read_volume(tmp_path / "a.nii.gz")
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("qfac", "quaternion", "offset", "told"),
+    [
+        (-1.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), "mirrored; the sform is used"),
+        (1.0, (0.0, 0.0, 1.0), (10.0, 0.0, 0.0), "sform and qform lie 10 mm apart; the sform is used"),
+    ],
+)
+def test_a_second_opinion_on_orientation_is_told(tmp_path, qfac, quaternion, offset, told):
+    """The qform mirrored, or ten millimetres away; the sform is what is used."""
+    content = bytearray(_image(VOXELS))
+    struct.pack_into("<f", content, 76, qfac)
+    struct.pack_into("<h", content, 252, 2)  # qform_code
+    struct.pack_into("<6f", content, 256, *quaternion, *offset)
+    (tmp_path / "a.nii").write_bytes(content)
+    volume = read_volume(tmp_path / "a.nii")
+    np.testing.assert_array_equal(volume.affine, LPS)
+    assert any(told in warning for warning in volume.warnings), volume.warnings
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (_patched(40, "8h", 3, 32767, 32767, 32767, 1, 1, 1, 1), r"claims 70362\.3 GB of voxels; at most 2\.1 GB"),
-        (_patched(40, "8h", 3, 1290, 1290, 1290, 1, 1, 1, 1), r"claims 4\.3 GB of voxels"),
+        (
+            _patched(40, "8h", 3, 32767, 32767, 32767, 1, 1, 1, 1),
+            r"claims 70362\.3 GB: 35181150961663 voxels; at most 134217728",
+        ),
+        (_patched(40, "8h", 3, 1290, 1290, 1290, 1, 1, 1, 1), r"claims 4\.3 GB: 2146689000 voxels"),
         (RAW + bytes(80 << 20), rf"unpacks to far more than the {N_BYTES} bytes it claims"),
     ],
     ids=["70 TB", "4 GB", "bomb"],
@@ -175,7 +207,7 @@ def test_a_plain_file_larger_than_any_head_is_not_read(tmp_path):
     with (tmp_path / "a.nii").open("wb") as stream:
         stream.write(RAW)
         stream.truncate(3 << 30)  # sparse
-    with pytest.raises(InputError, match=r"holds 3\.2 GB; at most 2\.1 GB are read"):
+    with pytest.raises(InputError, match=r"holds 3\.2 GB; at most 1\.1 GB are read"):
         read_volume(tmp_path / "a.nii")
 
 
@@ -308,8 +340,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
         ("x" * 250 + ".nii.gz", r"cannot be written \(File name too long\)"),
     ):
         with pytest.raises(InputError, match=match):
-            require_writable(tmp_path / name)
-    require_writable(tmp_path / "good.nii.gz")
+            require_volume_writable(tmp_path / name)
+    require_volume_writable(tmp_path / "good.nii.gz")
     assert [p.name for p in tmp_path.iterdir()] == ["folder.nii.gz"], "the probe is gone"
 
     def forbid(path, exist_ok):
@@ -317,4 +349,4 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
 
     monkeypatch.setattr(type(tmp_path), "touch", forbid)
     with pytest.raises(InputError, match=r"good\.nii\.gz: cannot be written \(Permission denied\)"):
-        require_writable(tmp_path / "good.nii.gz")
+        require_volume_writable(tmp_path / "good.nii.gz")

@@ -54,6 +54,8 @@ def test_what_is_settled_is_known_to_the_owner_and_the_environment_alone(run_fol
 )
 def test_a_file_is_told_from_its_place_and_found_again(run_folder, tmp_path, file, told):
     root = tmp_path / PERSON
+    for folder in ("data", "maps"):
+        (root / folder).mkdir(parents=True)
     places.settle(run_folder, {"data_dir": str(root / "data"), "conditioning_dir": str(root / "maps")})
     assert places.told(root / file, run_folder) == told
     assert Path(os.path.normpath(places.found(told, run_folder))) == root / file
@@ -63,6 +65,9 @@ def test_a_place_that_is_not_known_here_is_asked_for(run_folder):
     with pytest.raises(RunError, match=r"^lab: its data lie in \$LDM_DATA_DIR, which is not known here\. Fix: set"):
         places.found("$LDM_DATA_DIR/a.nii.gz", run_folder)
     assert places.found("/x/a.nii.gz", run_folder) == Path("/x/a.nii.gz")
+    places.settle(run_folder, {"data_dir": str(run_folder / "gone")})
+    with pytest.raises(RunError, match=r"^lab: its folder \$LDM_DATA_DIR is not there any more\. Fix: put it back"):
+        places.found("$LDM_DATA_DIR/a.nii.gz", run_folder)
 
 
 def test_a_text_tells_the_longest_place_first_and_nothing_that_only_begins_alike(run_folder, tmp_path):
