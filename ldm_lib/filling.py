@@ -239,9 +239,9 @@ def _in_turn(job: Job, cases: Sequence[Case]) -> Iterator[Row]:
             reading = ahead.pop()
             ahead += [reader.submit(job.read, later) for later in cases[k + 1 : k + 2]]
             done = _begun(job, writer, reading)
-            yield from (_settled(*last) for last in behind)
+            yield from (_settled(*last, job.folder) for last in behind)
             behind = [(case, done)]
-        yield from (_settled(*last) for last in behind)
+        yield from (_settled(*last, job.folder) for last in behind)
 
 
 def _begun(job: Job, writer: ThreadPoolExecutor, reading: Future) -> Future:
@@ -258,17 +258,17 @@ def _begun(job: Job, writer: ThreadPoolExecutor, reading: Future) -> Future:
     return done
 
 
-def _settled(case: Case, done: Future) -> Row:
+def _settled(case: Case, done: Future, folder: Path) -> Row:
     try:
         return done.result()
     except REFUSALS as error:
-        return _refused(case.key, _why(error, case))
+        return _refused(case.key, _why(error, case, folder))
 
 
-def _why(error: Exception, case: Case) -> str:
+def _why(error: Exception, case: Case, folder: Path) -> str:
     """One line, with no path of this machine."""
     if isinstance(error, LdmError):
-        return error.within(*case.folders)
+        return error.within(*case.folders, folder)
     cause = getattr(error, "strerror", "") or "not enough memory"
     return str(InputError(cause, where=case.key, fix="check the disk and the memory"))
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from soak_runs import (
@@ -40,6 +40,7 @@ WAYS = {"runner killed": -9, "kernel killed": 1, "SIGTERM": 143, "all killed": -
 KERNEL_KILLED = "the kernel was killed (signal 9, most likely out of memory)"
 LEFT_BEHIND_S = 10.0  # within which every process of a run that ended must be gone
 KERNEL_START_S = 30.0
+SOONEST_S = 1.0  # a blow that comes too late is tried again at half its time, down to this
 CACHES = {"maps": "03_conditioning", "latents": "04_training"}  # beside the stages, and made by one of them
 
 
@@ -63,6 +64,7 @@ class Outcome:
     gone_s: float | None = None  # until the last process of the run was gone
     again_s: float = 0.0  # what the same command took to finish
     late: bool = False  # the kernel was hit after its work, which the runner may not even notice
+    missed: bool = False  # the run had ended before: the machine is faster than when the undisturbed run was made
     found: list[str] = field(default_factory=list)
 
     def told(self, count: int) -> str:
@@ -139,6 +141,7 @@ def _hit(field: Field, outcome: Outcome) -> set[Process]:
     over = until(lambda: runner.poll() is not None, trial.after_s)
     lived = field.processes()
     if over:
+        outcome.missed = runner.returncode == 0
         outcome.found.append(f"ended with {runner.returncode} before it was struck")
         return lived
     stage = max(folder.name for folder in (field.folder / "outputs" / RUN).glob("0*"))
@@ -217,10 +220,13 @@ def sweep(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> bo
     kept = folder / f"trials-{count}-{seed}.jsonl"
     outcomes = [_read(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     for trial in plan(known.seconds, count, seed):
-        if any(outcome.trial == trial for outcome in outcomes):
+        if any(outcome.trial.number == trial.number for outcome in outcomes):
             continue
         place = folder / f"trial-{trial.number:02d}"
-        outcomes.append(try_out(trial, known, place))
+        outcome = try_out(trial, known, place)
+        while outcome.missed and outcome.trial.after_s > SOONEST_S:
+            outcome = try_out(replace(outcome.trial, after_s=round(outcome.trial.after_s / 2, 2)), known, place)
+        outcomes.append(outcome)
         say(outcomes[-1].told(count))
         with kept.open("a") as stream:
             stream.write(json.dumps(asdict(outcomes[-1])) + "\n")

@@ -167,7 +167,9 @@ def test_a_bad_case_stops_no_other_and_is_told(cohort, cases, tiny_model_folder,
 def test_a_result_that_cannot_be_written_is_told_of_its_case(inpainter, cases, tmp_path):
     (tmp_path / cases[0].result_name).mkdir()
     rows = fill_cases(inpainter, cases[:2], settings(), tmp_path)
-    assert statuses(rows) == [REFUSED, FILLED] and "is a directory" in rows[0]["reason"]
+    assert statuses(rows) == [REFUSED, FILLED] and rows[0]["reason"].startswith(
+        f"{cases[0].result_name}: is a directory"
+    )
     with pytest.raises(InputError, match=r"1 of 2 cases could not be filled; .*is a directory"):
         require_all(rows)
     require_all(rows[1:])
