@@ -10,6 +10,7 @@ export PRESET NB
 VENV_PYTHON := .venv/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 LDM := $(VENV_PYTHON) -m ldm_lib
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 # RUN, PRESET, DATA_DIR, CONDITIONING_DIR, OVERWRITE=1 and SET="key=value key=value" apply to run, 01 to 06 and train.
 define STAGES
 set -f --; \
@@ -56,10 +57,10 @@ sweep: .venv/ready ## many runs, one table: make sweep GRID=docs/sweep.yaml JOBS
 	@exec $(LDM) sweep "$$GRID" --jobs "$${JOBS:-1}"
 
 test: .venv/ready ## fast tests and one tiny pipeline, under 8 minutes
-	@$(VENV_PYTHON) -m pytest -m "not slow"
+	@$(VENV_PYTHON) -m pytest -m "not slow" $(TWO_AT_ONCE)
 
 test-all: .venv/ready ## every test
-	@$(VENV_PYTHON) -m pytest
+	@$(VENV_PYTHON) -m pytest $(TWO_AT_ONCE)
 
 soak: .venv/ready ## 200 mixed cases, one in five bad, and a pipeline killed at 30 moments; an hour or two, prints the figures
 	@exec $(VENV_PYTHON) tests/soak.py all

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ldm_lib import gathering, runner, runs, sweeps
-from ldm_lib.__main__ import main
+from ldm_lib.__main__ import STOPPED, main
 from ldm_lib.adoption import adopt
 from ldm_lib.config import STAGES
 from ldm_lib.errors import ConfigError, InputError, LdmError, RunError
@@ -289,7 +289,7 @@ def test_told_to_end_it_ends_its_runs_first(calls, seeds, tmp_path, sent, status
         time.sleep(0.05)
     process.send_signal(sent)
     _, told = process.communicate(timeout=30)
-    assert process.returncode == status and told == ""
+    assert process.returncode == status and told == f"ERROR {STOPPED}\n"
     events = calls()
     assert sorted(e["event"] for e in events) == ["started"] * 2 + ["terminated"] * 2, "and no other was started"
     assert not [e for e in events if Path(f"/proc/{e['pid']}").exists()]
