@@ -320,11 +320,11 @@ def test_a_write_that_does_not_read_back_is_refused(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("planted", ["a.nii.gz", f".a.nii.gz.{os.getpid()}.part"])
+@pytest.mark.parametrize("planted", ["a.nii.gz", ".a.nii.gz.{pid}.part"])
 def test_a_planted_link_is_replaced_not_followed(tmp_path, planted):
     precious = tmp_path / "precious"
     precious.write_bytes(b"precious")
-    (tmp_path / planted).symlink_to(precious)
+    (tmp_path / planted.format(pid=os.getpid())).symlink_to(precious)
     path = write_bytes(tmp_path / "a.nii.gz", RAW)
     assert precious.read_bytes() == b"precious"
     assert not path.is_symlink()
