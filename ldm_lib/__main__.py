@@ -190,11 +190,11 @@ AUDIT_WORDS = {"ok": "OK", "warning": "WARNING", "refused": "ERROR"}
 
 def validate(options: argparse.Namespace) -> int:
     from ldm_lib.cohort import audit
+    from ldm_lib.layouts import require_outside
 
     if options.json:
         require_writable(options.json)
-        if Path(options.json).resolve().is_relative_to(given_path(options.data_dir).resolve()):
-            raise InputError("lies inside the folder of cases", where=options.json, fix="name a file outside it")
+        require_outside(given_path(options.json), options.data_dir)
     rows, cases = [], audit(options.data_dir, options.conditioning_dir, allowances(options))
     for number, row in enumerate(cases, start=1):
         rows.append(row.as_dict())
@@ -204,16 +204,16 @@ def validate(options: argparse.Namespace) -> int:
     usable = f"{len(rows) - counts['refused']} usable ({counts['warning']} with warnings)"
     print(f"{len(rows)} cases: {usable}, {counts['refused']} refused")
     if options.json:
-        write_json(Path(options.json), rows)
+        write_json(given_path(options.json), rows)
     return 1 if counts["refused"] else 0
 
 
 def submission(options: argparse.Namespace) -> int:
-    from ldm_lib.submission import check, pack, several_holes
+    from ldm_lib.submission import check, pack, require_archive, several_holes
 
-    output, findings = Path(options.output or f"{options.results}/submission.zip").expanduser(), []
+    output, findings = given_path(options.output or f"{options.results}/submission.zip"), []
     if options.output:
-        require_writable(output)
+        require_archive(output, options.data)
     for finding in check(options.data, options.results):
         findings.append(finding)
         print(finding, flush=True)

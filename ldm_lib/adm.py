@@ -206,9 +206,9 @@ def _check(config: dict[str, Any]) -> None:
     fits = {
         "in_channels": (config["in_channels"] >= 1, "1 or more"),
         "out_channels": (config["out_channels"] >= 1, "1 or more"),
-        "base_width": (config["base_width"] >= 2 and config["base_width"] % 2 == 0, "even numbers"),
-        "multipliers": (levels and min(config["multipliers"]) >= 1, "one or more, 1 or more each"),
-        "blocks_per_level": (config["blocks_per_level"] >= 1, "1 or more"),
+        "base_width": (2 <= config["base_width"] <= 4096 and config["base_width"] % 2 == 0, "even numbers to 4096"),
+        "multipliers": (1 <= levels <= 8 and min(config["multipliers"]) >= 1, "one to eight, 1 or more each"),
+        "blocks_per_level": (1 <= config["blocks_per_level"] <= 64, "1 to 64"),
         "attention_rates": (set(config["attention_rates"]) <= set(rates), f"some of {rates}"),
         "head_channels": (
             config["head_channels"] >= 1
@@ -223,4 +223,6 @@ def _check(config: dict[str, Any]) -> None:
     }
     for name, (fit, allowed) in fits.items():
         if not fit:
-            raise ConfigError(f"{config[name]} given, {allowed} allowed", where=name)
+            raise ConfigError(
+                f"{config[name]} given, {allowed} allowed", where=f"ADM, {name}", fix="see `make params NB=04`"
+            )

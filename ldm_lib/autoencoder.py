@@ -20,6 +20,7 @@ NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlM
 NORMS = ("local", "group")
 LEARNED = ("both", "decoder", "none")
 QUIET_LOG_VARIANCE = -6.0
+LEAST_MM, MOST_MM = 0.1, 100.0  # edge of a voxel
 
 
 class Autoencoder(nn.Module):
@@ -269,10 +270,12 @@ def _require_known(config: Mapping[str, Any]) -> None:
     wrong = [f"{name} {config[name]!r}" for name, choices in known.items() if config[name] not in choices]
     if (name := config["network"].get("class")) not in NETWORKS:
         wrong.append(f"class {name!r}")
+    if not LEAST_MM <= config["spacing_mm"] <= MOST_MM:
+        wrong.append(f"voxels of {config['spacing_mm']:g} mm")
     if config["learned"] != "both" and not config["linear_start"]:
         wrong.append(f"learned {config['learned']!r} without linear_start")
     if wrong:
-        raise ConfigError(f"no autoencoder with {', '.join(wrong)}")
+        raise ConfigError(f"no autoencoder with {', '.join(wrong)}", where="autoencoder", fix="copy its folder again")
 
 
 def _localise(network: nn.Module) -> None:

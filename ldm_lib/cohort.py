@@ -7,7 +7,6 @@ and so on: one hole, the last three digits are a time point of the same patient.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from ldm_lib import places
 from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.errors import InputError
-from ldm_lib.files import fingerprint, sha256, write_json
+from ldm_lib.files import fingerprint, read_json, sha256, write_json
 from ldm_lib.layouts import Exclusion, listing, survey
 from ldm_lib.nifti import require_file
 
@@ -78,10 +77,14 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
 
 def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
     """Training cases and validation cases of a run; of the latter the first hole of every patient comes first."""
-    content = json.loads(path.read_text())
     run_folder = path.absolute().parents[1]
-    cases = [_case_of_row(row, lambda text: root / places.found(text, run_folder)) for row in content["cases"]]
-    train, validation = (set(content["split"][side]) for side in ("train", "validation"))
+    try:
+        content = read_json(path)
+        cases = [_case_of_row(row, lambda text: root / places.found(text, run_folder)) for row in content["cases"]]
+        train, validation = (set(content["split"][side]) for side in ("train", "validation"))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"is damaged ({type(error).__name__}: {error})", where=path.name,
+                         fix="run 01_data_audit again") from error  # fmt: skip
     holes_in_turn = sorted((c for c in cases if c.patient in validation), key=lambda c: (c.index, c.id))
     return [c for c in cases if c.patient in train], holes_in_turn
 

@@ -16,24 +16,34 @@ from ldm_lib.errors import InputError, RunError
 from ldm_lib.values import given_path
 
 OWNER_VARIABLE = "LDM_RUN_OWNER"  # process id of the runner that holds the lock for its kernels
+MOST_JSON_BYTES = 64 << 20  # of any JSON that is read; a cohort of 10,000 cases has a tenth of it
 
 
 def require_writable(path: str | Path) -> None:
-    """Refuse the path of a file to be written early: a folder, in none, or in one that takes no file."""
-    path = Path(path)
+    """Refuse the path of a file to be written early: no place for a file, or a folder that takes none."""
+    path = given_path(path)
     probe = _beside(path)
     try:
-        if path.is_dir():
-            raise InputError("is a directory", where=path, fix="name a file")
         if not path.parent.is_dir():
             raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
+        _require_replaceable(path)
         probe.unlink(missing_ok=True)  # left by a crash, or a link that someone planted
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError("its name is too long", where=path, fix="shorten it") from error
         raise InputError(
             f"cannot be written ({error.strerror})", where=path, fix="choose a folder you may write to"
         ) from error
+
+
+def _require_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of what is none: as root, a rename would replace /dev/null."""
+    if path.is_dir() and not path.is_symlink():
+        raise InputError("is a directory", where=path, fix="name a file")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError("is a device, a pipe or a socket", where=path, fix="name a file")
 
 
 def _beside(path: Path) -> Path:
@@ -44,6 +54,7 @@ def _beside(path: Path) -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to, then flush it to disk and rename it; on failure the old file stays."""
     path = Path(path)
+    _require_replaceable(path)
     partial = _beside(path)
     partial.unlink(missing_ok=True)  # a link that someone planted there would be followed
     try:
@@ -59,6 +70,27 @@ def write_json(path: Path, content: Any) -> None:
     """Sorted, readable JSON, written whole."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON file holds.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("is no file")
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"is larger than {MOST_JSON_BYTES} bytes")
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"holds no mapping but {type(content).__name__}")
+    return content
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -19,10 +19,11 @@ from ldm_lib.canvas import Filled
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.cohort import find_cases
 from ldm_lib.config import SamplingConfig
-from ldm_lib.errors import ConfigError, InputError, LdmError, RunError
-from ldm_lib.files import FolderLock, fingerprint, sha256, write_csv, write_json
+from ldm_lib.errors import InputError, LdmError, RunError
+from ldm_lib.files import FolderLock, fingerprint, require_writable, sha256, write_csv, write_json
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import make_ready, write_filled
+from ldm_lib.layouts import require_outside
 from ldm_lib.nifti import stem
 from ldm_lib.runs import read_record
 from ldm_lib.samplers import require_path
@@ -66,12 +67,12 @@ def inpaint_folder(
         LdmError: no case at all, no model, or an output folder that cannot be used.
     """
     root, output = given_path(data_dir), given_path(output)
-    if output.resolve().is_relative_to(root.resolve()):
-        raise ConfigError("lies inside the folder of cases", where=output, fix="name a folder outside it")
+    require_outside(output, root)
     cases, exclusions = find_cases(root, conditioning_dir, allow)
     inpainter = Inpainter.load(model, device=config.device, precision=config.precision, blend_mm=config.blend_mm)
     lock = FolderLock(output)
     try:
+        require_writable(output / TABLE)
         _clear(output)
         rows = [_refused(exclusion.case, exclusion.reason) for exclusion in exclusions]
         for row in rows:
@@ -117,7 +118,7 @@ def fill_cases(
     """
     require_path(config.sampler, inpainter.schedule)
     spaced_timesteps(inpainter.schedule, config.num_inference_steps)  # refused now, not once a case
-    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    _make_room(folder / RECORDS)
     job = Job(inpainter, config, folder, make_missing, each)
     rows, started, filled = [], time.monotonic(), 0
     for k, row in enumerate(_in_turn(job, cases), start=1):
@@ -128,6 +129,12 @@ def fill_cases(
         told = f", {left} left" if filled and behind >= 0 else ""
         say(f"[{k}/{len(cases)}] {_told(row)}{told}")
     return rows
+
+
+def _make_room(records: Path) -> None:
+    if records.is_symlink() or (records.exists() and not records.is_dir()):
+        raise InputError("is no folder of this one's own", where=records, fix="remove it, or name another output")
+    records.mkdir(parents=True, exist_ok=True)
 
 
 def require_all(rows: Sequence[Row]) -> None:
@@ -197,8 +204,12 @@ class Job:
     def _found(self, case: Case, made_from: str) -> Row | None:
         """The row of a case filled from the same files, weights and settings, if its results are still whole."""
         record, folder = self._recorded(case), self.folder
-        whole = all((folder / n).exists() and sha256(folder / n) == d for n, d in record["outputs"].items())
-        return record["row"] | {"status": FOUND} if whole and record["made_from"] == made_from else None
+        if record["made_from"] != made_from or case.result_name not in record["outputs"]:
+            return None
+        if not all((folder / n).is_file() and sha256(folder / n) == d for n, d in record["outputs"].items()):
+            return None
+        figures = {name: _number(record["row"].get(name)) for name in ("spread", "seconds")}
+        return {"case": case.key, "status": FOUND, "result": case.result_name, **figures, "reason": ""}
 
     def _recorded(self, case: Case) -> dict[str, Any]:
         """The record of a case; one that is not there, or is damaged, is as none."""
@@ -207,7 +218,7 @@ class Job:
             record = read_record(record_path(case, self.folder))
         except RunError:
             return nothing
-        known = isinstance(record, dict) and all(isinstance(record.get(k), type(v)) for k, v in nothing.items())
+        known = all(isinstance(record.get(name), type(value)) for name, value in nothing.items())
         return record if known and all(_is_result(name, case) for name in record["outputs"]) else nothing
 
     def _made_from(self, case: Case) -> str:
@@ -220,6 +231,10 @@ class Job:
         weights = [network.folder_config["sha256"] for network in networks]
         settings |= {"allow": asdict(case.allow)} if case.allow != NOTHING else {}
         return fingerprint({"weights": weights, "model": model, "files": dict(case.digests), "settings": settings})
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) else None
 
 
 def _is_result(name: str, case: Case) -> bool:

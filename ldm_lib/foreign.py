@@ -109,7 +109,7 @@ def core_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_ours(content: Any) -> bool:
-    return isinstance(content, dict) and {"kind", "build"} <= set(content)
+    return {"kind", "build"} <= set(content)
 
 
 def _weights_file(path: Path) -> Path:
@@ -171,8 +171,6 @@ def _kind(tensors: Mapping[str, Tensor], where: Path) -> str:
 def _block(path: Path) -> dict[str, Any]:
     """The arguments of the network in a JSON, "_target_" among them."""
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise WeightsError("is not a JSON object", where=path, fix="write the arguments of the network's class")
     block = next((content[name] for name in BLOCKS if isinstance(content.get(name), dict)), content)
     given = {name: value for name, value in block.items() if name == "_target_" or not name.startswith("_")}
     return {name: _literal(name, value, content, path) for name, value in given.items()}

@@ -28,7 +28,7 @@ from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.files import fingerprint
 from ldm_lib.presets import DEFAULT_PRESET, resolve
 from ldm_lib.runner import absolute
-from ldm_lib.values import safe_name
+from ldm_lib.values import given_path, safe_name
 
 KEYS = ("name", "preset", "stages", "set", "grid", "runs")
 MOST_BYTES, MOST_RUNS, MOST_LETTERS = 64 * 1024, 1000, 128
@@ -78,7 +78,7 @@ def read_grid(path: str | Path) -> Grid:
         InputError: the file cannot be read or is too large.
         ConfigError: it is no plain YAML, or any run of it would be refused.
     """
-    text = _text(Path(path))
+    text = _text(given_path(path))
     try:
         return _grid(_content(text), text)
     except ConfigError as error:
@@ -88,6 +88,8 @@ def read_grid(path: str | Path) -> Grid:
 
 def _text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise InputError("is no file", where=path, fix="name a grid file")
         with path.open("rb") as stream:
             content = stream.read(MOST_BYTES + 1)
         text = content.decode()

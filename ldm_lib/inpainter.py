@@ -6,8 +6,8 @@ what does not depend on their noise, and only the cells around the hole are samp
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.canvas import Canvas, Filled
 from ldm_lib.cases import Case, CaseData
-from ldm_lib.config import SamplingConfig
+from ldm_lib.config import AutoencoderConfig, ConditioningConfig, SamplingConfig, TrainingConfig, validated
 from ldm_lib.devices import autocast, pick_device, pick_precision, total_memory
-from ldm_lib.errors import WeightsError
+from ldm_lib.errors import ConfigError, WeightsError
 from ldm_lib.latents import CellSettings, Latents, context_box, denoiser_input, encode_case, keep_known, on_device
-from ldm_lib.objectives import PREDICTIONS, meaning
+from ldm_lib.objectives import meaning
 from ldm_lib.reconstruction import decode_box
 from ldm_lib.runs import outputs_folder, read_record
 from ldm_lib.samplers import SAMPLERS, Callback
@@ -36,6 +36,7 @@ DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_BLEND_MM = (
 BYTES_AT_WORK = 400  # of a denoiser, a cell and channel of its first level: 70 to 190 measured, twice that when guided
 MEMORY_SHARE = 0.25  # of all memory, for the denoiser at work on a batch
 MOST_AT_ONCE = {"cpu": 4, "cuda": 32}
+PARAMETERS = {"steps": "diffusion_steps", "shift": "schedule_shift"}  # what a model's schedule calls otherwise
 AUTOENCODER_FOLDER = "autoencoder"  # inside a model folder
 
 
@@ -85,19 +86,19 @@ class Inpainter:
         autoencoder = load_model(folder / AUTOENCODER_FOLDER, "autoencoder")
         facts = denoiser.folder_config
         try:
-            trained_on, settings = facts["autoencoder_sha256"], CellSettings(**facts["settings"])
-            schedule, prediction = noise_schedule(**facts["schedule"]), facts["prediction"]
-        except (KeyError, TypeError) as error:
-            raise WeightsError(f"its config does not say how it was trained ({error})", where=folder) from error
-        if prediction not in PREDICTIONS:
-            raise WeightsError(f"predicts {prediction!r}, not one of {', '.join(PREDICTIONS)}", where=folder)
+            settings, training = _trained_with(facts)
+            trained_on, margin = facts["autoencoder_sha256"], box_margin(autoencoder)
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            told = error.cause if isinstance(error, ConfigError) else error
+            raise WeightsError(f"its config does not say how it was trained ({told})", where=folder,
+                               fix="copy the model folder again") from error  # fmt: skip
         if trained_on != autoencoder.folder_config["sha256"]:
             raise WeightsError("was trained on latents of another autoencoder", where=folder,
                                fix="copy the whole model folder, its autoencoder included")  # fmt: skip
-        how = where, pick_precision(precision, where)
-        margin = box_margin(autoencoder)
-        networks, crop = (autoencoder.to(where), denoiser.to(where)), facts.get("latent_crop", 0)
-        return cls(*networks, schedule, settings, *how, prediction, margin, crop, blend_mm)
+        how = where, pick_precision(precision, where), training.prediction, margin, training.latent_crop
+        return cls(
+            autoencoder.to(where), denoiser.to(where), noise_schedule(**training.process), settings, *how, blend_mm
+        )
 
     def encode(self, data: CaseData) -> Latents:
         """The latents, conditioning and cells of one case."""
@@ -228,7 +229,17 @@ class Inpainter:
 
 def box_margin(autoencoder: Autoencoder) -> int | None:
     """The margin with which notebook 02 found box decoding good enough for these weights; None where it did not."""
-    return autoencoder.folder_config.get("box_margin")
+    margin = autoencoder.folder_config.get("box_margin")
+    return None if margin is None else validated(AutoencoderConfig, {"box_margin": margin}).box_margin
+
+
+def _trained_with(facts: Mapping[str, Any]) -> tuple[CellSettings, TrainingConfig]:
+    """How a model's config says that it was trained, every value within its parameter's range."""
+    cells = validated(ConditioningConfig, facts["settings"])
+    process = {PARAMETERS.get(name, name): value for name, value in facts["schedule"].items()}
+    told = {"prediction": facts["prediction"], "latent_crop": facts.get("latent_crop", 0), "num_inference_steps": 1}
+    settings = CellSettings(**{field.name: getattr(cells, field.name) for field in fields(CellSettings)})
+    return settings, validated(TrainingConfig, process | told)
 
 
 def sample_name(case: Case, k: int) -> str:

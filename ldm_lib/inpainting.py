@@ -9,10 +9,10 @@ from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.canvas import Filled
 from ldm_lib.cases import CaseData, case_of_files, load_case
 from ldm_lib.config import SamplingConfig, validated
-from ldm_lib.errors import InputError
 from ldm_lib.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
-from ldm_lib.nifti import require_volume_writable, stem
+from ldm_lib.nifti import require_results_writable, stem
 from ldm_lib.regridding import regridding
+from ldm_lib.values import given_path
 from ldm_lib.volumes import write_like, write_map
 
 log = logging.getLogger("ldm_lib")
@@ -86,14 +86,12 @@ def inpaint(
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, allow=allow)
     asked = {"sampler": sampler, "num_inference_steps": steps, "samples": samples, "seed": seed}
     validated(SamplingConfig, asked | {"guidance": guidance, "blend_mm": blend_mm, "device": device})
-    for path in result_paths(Path(output), samples, each=write_samples).values():
-        require_volume_writable(path)
-        if path.resolve() in {given.resolve() for given in case.files().values()}:
-            raise InputError("is one of the inputs", where=path, fix="name another output")
+    results = result_paths(given_path(output), samples, each=write_samples)
+    require_results_writable(results.values(), case.files().values())
     data, inpainter = load_case(case), Inpainter.load(model, device=device, blend_mm=blend_mm)
     data = make_ready(data, inpainter, make_missing=make_missing)
     filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps, guidance=guidance)
-    return write_filled(filled, data, Path(output), samples=write_samples)
+    return write_filled(filled, data, results[""], samples=write_samples)
 
 
 def make_ready(data: CaseData, inpainter: Inpainter, *, make_missing: bool) -> CaseData:

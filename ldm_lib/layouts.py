@@ -69,11 +69,28 @@ def survey(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[lis
         found, refused = _cases_of(folder, maps, inside)
         cases += found
         exclusions += refused
-    astray = [path.name for path in root.iterdir() if _ROLE.search(path.name) and not path.is_dir()]
-    if astray and cases:
-        note = f"passed over, beside the folders of cases: {_told(astray)}"
-        cases[0] = replace(cases[0], notes=(*cases[0].notes, note))
+    if cases:
+        cases[0] = replace(cases[0], notes=(*cases[0].notes, *_astray(root, conditioning)))
     return cases, exclusions
+
+
+def _astray(root: Path, conditioning: Path | None) -> list[str]:
+    """What belongs to no case, and may be meant to."""
+    beside = [path.name for path in root.iterdir() if _ROLE.search(path.name) and not path.is_dir()]
+    notes = [f"passed over, beside the folders of cases: {_told(beside)}"] if beside else []
+    for folder in [conditioning / name for name in CONDITIONING_FOLDERS.values()] if conditioning else []:
+        if not folder.is_dir() and os.path.lexists(folder):
+            notes.append(f"passed over, no folder: {folder.name}")
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        if unfinished := [name for name in names if _LEFTOVER.fullmatch(name) and not name.startswith(".")]:
+            notes.append(f"passed over in {folder.name}, unfinished or a second copy: {_told(unfinished)}")
+    return notes
+
+
+def require_outside(output: Path, data_dir: str | Path) -> None:
+    """Refuse to write among the cases, where the next look would find it."""
+    if output.resolve().is_relative_to(given_path(data_dir).resolve()):
+        raise InputError("lies inside the folder of cases", where=output, fix="name one outside it")
 
 
 def listing(folder: str | Path) -> str:
@@ -101,7 +118,7 @@ def _maps_in(folder: Path) -> dict[str, list[Path]]:
     maps = defaultdict(list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         identity, ending = path.name[: (path.name.lower().find(".nii"))], path.name[path.name.lower().find(".nii") :]
-        if _NIFTI.fullmatch(ending):
+        if _NIFTI.fullmatch(ending) and not _LEFTOVER.fullmatch(path.name):
             maps[identity].append(path)
     return maps
 
@@ -175,9 +192,14 @@ def _case(identity: str, hole: str, files: dict[str, Path | None], notes: list[s
 
 def _leading_out(files: dict[str, Path | None], inside: tuple[str, ...]) -> list[str]:
     """Links out of the folders that were named: they are followed, and told."""
-    targets = {path.name: os.path.realpath(path) for path in files.values() if path}
+    targets = {role: os.path.realpath(path) for role, path in files.items() if path}
     return [
-        f"{name} is a link out of the data folder, to {os.path.relpath(target, inside[0])}"
-        for name, target in targets.items()
+        f"{_name_of(role, files[role])} is a link out of the data folder, to {os.path.relpath(target, inside[0])}"
+        for role, target in targets.items()
         if not any(os.path.commonpath([target, folder]) == folder for folder in inside)
     ]
+
+
+def _name_of(role: str, path: Path) -> str:
+    """A file's name, of a map with its folder: both of a case are called alike."""
+    return f"{CONDITIONING_FOLDERS[role]}/{path.name}" if role in CONDITIONING_FOLDERS else path.name

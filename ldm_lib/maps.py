@@ -115,8 +115,9 @@ def _brought_to(volume: Volume, like: Volume, *, order: int, warnings: list[str]
                 fix="check the map's affine, or register it first",
             )
         voxels = ndimage.affine_transform(voxels, to_map, order=order, **how)
-        told.append(f"{volume.path.name}: brought from its grid {volume.shape} {volume.orientation} to the image's by "
-                    f"its affine; it reaches {reached:.0%} of the image")  # fmt: skip
+        name = "/".join(volume.path.parts[-2:])  # the maps of a case are called alike, but for their folder
+        told.append(f"{name}: brought from its grid {volume.shape} {volume.orientation} to the image's by its affine; "
+                    f"it reaches {reached:.0%} of the image")  # fmt: skip
     if warnings is not None:
         warnings += told
     return voxels

@@ -8,6 +8,7 @@ import gzip
 import math
 import re
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from ldm_lib.errors import InputError
@@ -33,6 +34,15 @@ def require_volume_writable(path: str | Path) -> None:
     if not str(path).lower().endswith(SUFFIXES):
         raise InputError(f"an output must end in {' or '.join(SUFFIXES)}", where=path, fix="name it so")
     require_writable(path)
+
+
+def require_results_writable(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse results that cannot be written, or that would take the place of what they are made from."""
+    given = {path.resolve() for path in inputs}
+    for path in outputs:
+        require_volume_writable(path)
+        if path.resolve() in given:
+            raise InputError("is one of the inputs", where=path, fix="name another output")
 
 
 def read_bytes(path: Path) -> tuple[bytes | bytearray, int]:

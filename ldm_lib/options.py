@@ -1,6 +1,7 @@
 """What the command line understands: commands, their options, and how their values are read."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import get_args
@@ -158,6 +159,8 @@ def point(text: str) -> tuple[float, ...]:
     """ "x,y,z" -> three numbers."""
     try:
         x, y, z = (float(part) for part in text.split(","))
+        if not all(map(math.isfinite, (x, y, z))):
+            raise ValueError
     except ValueError:
         raise ConfigError(f"--seed-mm {text}: not three numbers", fix="write for example --seed-mm=-30,12,45") from None
     return x, y, z

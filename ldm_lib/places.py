@@ -4,7 +4,6 @@ A run knows its places from `.places.json`, which only its owner can read; its o
 and the like. A run folder without that one file gives no path away, and goes on where the variables are set.
 """
 
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lib.errors import RunError
-from ldm_lib.files import replacing, write_json
+from ldm_lib.files import read_json, replacing, write_json
 from ldm_lib.values import given_path
 
 FILE = ".places.json"
@@ -43,8 +42,8 @@ def settle(run_folder: Path, *parameters: Mapping[str, Any]) -> None:
 def places_of(run_folder: Path) -> dict[str, str]:
     """Name -> path, as settled for this run."""
     try:
-        found = json.loads((run_folder / FILE).read_text())
-    except (OSError, ValueError):
+        found = read_json(run_folder / FILE)
+    except ValueError:
         return {}
     return {name: found[name] for name in NAMES.values() if isinstance(found.get(name), str)}
 

@@ -23,10 +23,11 @@ from ldm_lib.growth import GROWTH_THRESHOLD, MIDDLING, Rates, grow_in_labels
 from ldm_lib.layouts import CONDITIONING_FOLDERS
 from ldm_lib.maps import read_labels, read_mask
 from ldm_lib.masks import UNHEALTHY_MARGIN_MM, shrink_mm
-from ldm_lib.nifti import require_volume_writable
+from ldm_lib.nifti import require_results_writable, require_volume_writable
 from ldm_lib.registration import Registration
 from ldm_lib.segmentation import tissue_from_scan
 from ldm_lib.sidecars import read_sidecar, sidecar_path
+from ldm_lib.values import given_path
 from ldm_lib.volumes import write_map
 
 log = logging.getLogger("ldm_lib")
@@ -181,7 +182,15 @@ def make_priors(
     if (growth is not None) != ((seed_mm is None) != (segmentation is None)):
         raise InputError("a growth map needs an output and one start", where="growth",
                          fix="give growth with either a seed point or a segmentation")  # fmt: skip
-    data = load_case(case_of_files(t1n_voided, mask))
+    case = case_of_files(t1n_voided, mask)
+    wanted = [given_path(path) for path in (tissue, growth) if path is not None]
+    others = [given_path(path) for path in (lesion, segmentation) if path is not None]
+    for path in wanted:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    require_results_writable(wanted, [*case.files().values(), *others])
+    if len(set(wanted)) < len(wanted):
+        raise InputError("is to hold both maps", where=wanted[0], fix="name two files")
+    data = load_case(case)
     seen = {name: None if path is None else read_mask(path, data.source)
             for name, path in (("lesion", lesion), ("segmentation", segmentation))}  # fmt: skip
     made = [make_tissue(data, tissue, lesion=seen["lesion"], refine=refine)]

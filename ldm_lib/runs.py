@@ -4,7 +4,6 @@
 the same inputs and parameters need not run again; with different ones it is refused until it is told to overwrite.
 """
 
-import json
 import logging
 import os
 import platform
@@ -22,7 +21,7 @@ from typing import Any
 
 from ldm_lib.config import STAGES, StageConfig, validated
 from ldm_lib.errors import RunError
-from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, sha256, write_csv, write_json
+from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, read_json, sha256, write_csv, write_json
 from ldm_lib.places import HidingFormatter, named, settle
 from ldm_lib.values import names
 
@@ -34,6 +33,13 @@ UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers", "wandb_mode
                         "accept_anyway"}  # fmt: skip
 # What a stage only shows or times; the stages after it are not made from these.
 SHOWN_ONLY = re.compile(r"stacks-.*|(figures|checkpoints|samples|panels|wandb)/.*|.*\.csv|summary\.json")
+NUMBER = (int, float)
+# What the records of a stage hold at least.
+RECORDS = {
+    "done.json": {"parameters": dict, "outputs": dict, "checks": list, "seconds": NUMBER, "peak_memory_mb": NUMBER,
+                  "finished": str},
+    "parameters.json": {"parameters": dict, "inputs": dict},
+}  # fmt: skip
 SHARED_OUT = "shared_out.json"  # in a stage's folder: several processes have done its work, its notebook is to close it
 UNTRACKED_OUTPUTS = (SHARED_OUT, "notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
                      "parameters.json")  # fmt: skip
@@ -194,9 +200,13 @@ def read_record(path: Path) -> dict[str, Any]:
         RunError: it cannot be read as what it was written as.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        record = read_json(path)
+        for name, kind in RECORDS.get(path.name, {}).items():
+            if not isinstance(record.get(name), kind):
+                raise ValueError(f"{name} is {record.get(name)!r:.40}")
+    except ValueError as error:
         raise RunError(f"is damaged ({error})", where=path, fix="remove its folder and run the stage again") from error
+    return record
 
 
 def is_done(folder: Path, config: StageConfig, inputs: dict[str, str]) -> bool:

@@ -1,10 +1,9 @@
 """The JSON beside a map that this library made: by whom, from what, with which settings, and the sha256 of the map."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ldm_lib.files import sha256
+from ldm_lib.files import read_json, sha256
 from ldm_lib.nifti import stem
 
 NO_MAP, GIVEN = "none", "given"
@@ -18,10 +17,10 @@ def sidecar_path(path: Path) -> Path:
 def read_sidecar(path: Path) -> dict[str, Any] | None:
     """The sidecar of a map, or None where there is none, or somebody else's."""
     try:
-        record = json.loads(sidecar_path(path).read_text())
-    except (OSError, ValueError):
+        record = read_json(sidecar_path(path))
+    except ValueError:
         return None
-    return record if isinstance(record, dict) and {"made_by", "sha256"} <= set(record) else None
+    return record if {"made_by", "sha256"} <= set(record) else None
 
 
 def made_by(path: Path | None) -> str:

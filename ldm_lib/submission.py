@@ -10,7 +10,8 @@ import numpy as np
 from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.cohort import find_cases
 from ldm_lib.errors import InputError, LdmError
-from ldm_lib.files import replacing
+from ldm_lib.files import replacing, require_writable
+from ldm_lib.layouts import require_outside
 from ldm_lib.values import given_path
 from ldm_lib.volumes import GRID_TOLERANCE_MM, read_volume
 
@@ -48,6 +49,14 @@ def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
     for path in sorted(folder.glob(PATTERN)):
         if path.name not in known and not _stands_beside(path):
             yield Finding(path.name, "belongs to no case of the data. Fix: remove it, or give the whole data folder")
+
+
+def require_archive(output: Path, data_dir: str | Path) -> None:
+    """Refuse early where the archive may not go: among the cases, or in the place of a result."""
+    if output.suffix.lower() != ".zip":
+        raise InputError("must end in .zip", where=output, fix="name it so")
+    require_outside(output, data_dir)
+    require_writable(output)
 
 
 def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:

@@ -17,7 +17,10 @@ def given_path(text: str | Path) -> Path:
     """A path as people write it: `~` is their home, and $NAME what the environment says."""
     if "\0" in str(text):
         raise ConfigError("holds a zero byte, which no path may", where=repr(str(text)), fix="write the path anew")
-    return Path(os.path.expandvars(text)).expanduser()
+    try:
+        return Path(os.path.expandvars(text)).expanduser()
+    except RuntimeError as error:
+        raise ConfigError("nobody of this name has a home here", where=str(text), fix="write the path out") from error
 
 
 def _orientation(text: str) -> str:

@@ -3,7 +3,6 @@
 Loading reads tensors and JSON, and never executes what it reads.
 """
 
-import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import nn
 
+from ldm_lib import files
 from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.errors import WeightsError
-from ldm_lib.files import replacing, sha256, write_json
+from ldm_lib.errors import LdmError, WeightsError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 REFUSED = (  # what torch raises instead of executing, and where bytes are missing or changed
@@ -36,11 +35,11 @@ def save_model(folder: Path, model: nn.Module, **facts: Any) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with replacing(folder / WEIGHTS) as partial:
+    with files.replacing(folder / WEIGHTS) as partial:
         save_file(tensors, partial)
-    digest = sha256(folder / WEIGHTS)
+    digest = files.sha256(folder / WEIGHTS)
     kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
-    write_json(folder / CONFIG, {"kind": kind, "build": model.config, "sha256": digest, **facts})
+    files.write_json(folder / CONFIG, {"kind": kind, "build": model.config, "sha256": digest, **facts})
     return digest
 
 
@@ -50,8 +49,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise WeightsError("no such model folder", where=path, fix="name a folder with config.json and weights")
     config = read_json(path)
-    if not isinstance(config, dict) or not {"build", "sha256"} <= set(config) or config.get("kind") not in list(KINDS):
-        raise WeightsError("not a model's config: kind, build or sha256 is missing or unknown", where=path)
+    if not {"build", "sha256"} <= set(config) or config.get("kind") not in list(KINDS):
+        raise WeightsError("not a model's config: kind, build or sha256 is missing or unknown", where=path,
+                           fix="name a folder that a training wrote")  # fmt: skip
     return config
 
 
@@ -67,14 +67,32 @@ def load_model(folder: str | Path, kind: str) -> nn.Module:
         cause = f"holds a model of kind {config['kind']!r}, need {kind!r}"
         raise WeightsError(cause, where=folder, fix=f"name a folder of kind {kind!r}")
     tensors = _verified_tensors(folder / WEIGHTS, config["sha256"])
-    try:
-        model = KINDS[kind](**config["build"])
-        model.load_state_dict(tensors)
-    except (TypeError, ValueError, LookupError, RuntimeError) as error:
-        cause = f"its weights do not fit its config: {str(error).partition(':')[0]}"
-        raise WeightsError(cause, where=folder) from error
+    _require_fit(config, tensors, folder)
+    model = KINDS[kind](**config["build"])
+    model.load_state_dict(tensors)
     model.folder_config = config
     return model.eval().requires_grad_(False)
+
+
+def _require_fit(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Refuse weights that are not those of the network a config describes, before any memory is taken for it."""
+    cause = "its weights do not fit its config"
+    try:
+        with torch.device("meta"):
+            expected = KINDS[config["kind"]](**config["build"]).state_dict()
+    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError, LdmError) as error:
+        told = f"{cause}, from which nothing can be built ({str(error).splitlines()[0]})"
+        raise WeightsError(told, where=folder, fix="copy the model folder again") from error
+    given, wanted = ({name: _form(t) for name, t in some.items()} for some in (tensors, expected))
+    if wrong := sorted(name for name in {*given, *wanted} if given.get(name) != wanted.get(name)):
+        told = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, needed is {wanted.get(wrong[0], 'none')}"
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise WeightsError(f"{cause}: {told}{more}", where=folder, fix="copy the model folder again")
+
+
+def _form(tensor: torch.Tensor) -> str:
+    """What may not differ: real numbers of any length, or whole ones, and the shape."""
+    return f"{'real' if tensor.is_floating_point() else 'whole'} {tuple(tensor.shape)}"
 
 
 def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train anew") -> Any:
@@ -91,11 +109,11 @@ def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train anew
     return content
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file says."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON file beside weights holds."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_json(path)
+    except ValueError as error:
         raise WeightsError(f"not readable as JSON ({error})", where=path, fix="copy it again") from error
 
 
@@ -117,7 +135,7 @@ def require_finite(tensors: Mapping[str, torch.Tensor], *, where: Path, fix: str
 def _verified_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise WeightsError("no such file", where=path, fix="copy the whole model folder")
-    if sha256(path) != digest:
+    if files.sha256(path) != digest:
         raise WeightsError("sha256 differs from its config's", where=path, fix="copy the model folder again")
     tensors = read_tensors(path)
     require_finite(tensors, where=path, fix="train again")

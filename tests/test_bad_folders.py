@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,29 @@ def test_names_that_nearly_fit_are_told(tmp_path):
     (row,) = audit(tmp_path)
     assert all(name in row.reason for name in (f"{FIRST}-mask_healthy.nii.gz", f"{FIRST}-mask-unhealthy-0000.nii.gz"))
     assert f"beside the folders of cases: {SECOND}-t1n-voided.nii.gz" in row.reason
+
+
+def test_maps_are_told_apart_by_their_folders(tmp_path, cohort_folder):
+    """Both of a case have one name; each link out of the data is told, and so is what is no map."""
+    data = shutil.copytree(cohort_folder, tmp_path / "in" / "data")
+    maps = shutil.copytree(cohort_folder.parent / "conditioning_data", tmp_path / "in" / "conditioning_data")
+    identity = find_cases(data)[0][0].id
+    for folder in ("growth_model", "tissue_segmentation"):
+        (maps / folder / f"{identity}.nii.gz").rename(tmp_path / f"{folder}.nii.gz")
+        (maps / folder / f"{identity}.nii.gz").symlink_to(tmp_path / f"{folder}.nii.gz")
+    (maps / "growth_model" / f"{identity} (1).nii.gz").touch()
+    (maps / "tissue_segmentation" / f"{identity}.nii.gz.part").touch()
+    first = next(iter(audit(data)))
+    for told in (
+        f"growth_model/{identity}.nii.gz is a link out of the data folder",
+        f"tissue_segmentation/{identity}.nii.gz is a link out of the data folder",
+        f"passed over in growth_model, unfinished or a second copy: {identity} (1).nii.gz",
+        f"passed over in tissue_segmentation, unfinished or a second copy: {identity}.nii.gz.part",
+    ):
+        assert told in first.reason
+    shutil.rmtree(maps / "growth_model")
+    (maps / "growth_model").touch()
+    assert "passed over, no folder: growth_model" in next(iter(audit(data))).reason
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])

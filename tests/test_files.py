@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_lib.errors import RunError
+from ldm_lib.errors import ConfigError, InputError, RunError
 from ldm_lib.files import (
     OWNER_VARIABLE,
     FolderLock,
@@ -24,6 +24,7 @@ from ldm_lib.files import (
     fingerprint,
     now,
     replacing,
+    require_writable,
     sha256,
     write_csv,
     write_json,
@@ -209,6 +210,22 @@ def test_a_link_in_the_place_of_what_is_half_written_is_not_followed(tmp_path, w
     (tmp_path / f".a.json.{os.getpid()}.part").symlink_to("precious")
     write(tmp_path / "a.json", {"a": 1})
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.json").is_symlink()
+
+
+def test_what_is_no_file_is_never_replaced_by_one(tmp_path):
+    """A rename as root would put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    for refuse in (lambda path: write_json(path, {}), require_writable):
+        with pytest.raises(InputError, match=r"pipe: is a device, a pipe or a socket\. Fix: name a file"):
+            refuse(tmp_path / "pipe")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_path_that_no_system_has_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="holds a zero byte"):
+        require_writable("a\0b")
+    with pytest.raises(ConfigError, match=r"nobody-here/a: nobody of this name has a home here"):
+        require_writable("~nobody-here/a")
 
 
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path):

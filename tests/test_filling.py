@@ -233,7 +233,7 @@ def test_two_processes_do_not_fill_one_folder(cohort_folder, tiny_model_folder, 
 
 @pytest.mark.parametrize("inside", ["", "results"])
 def test_results_among_the_cases_are_refused(cohort_folder, tiny_model_folder, inside):
-    with pytest.raises(ConfigError, match=r"lies inside the folder of cases\. Fix: name a folder outside it"):
+    with pytest.raises(InputError, match=r"lies inside the folder of cases\. Fix: name one outside it"):
         inpaint_folder(cohort_folder, cohort_folder / inside, SamplingConfig(), model=tiny_model_folder, **QUIET)
 
 
@@ -260,12 +260,50 @@ def test_at_most_three_cases_are_held_at_once(inpainter, cases, tmp_path, monkey
     assert 2 <= max(most) <= 4  # a fourth is being read while the third waits for its predecessor to be written
 
 
-@pytest.mark.parametrize("content", ["garbage", "{}", "[1]"])
+@pytest.mark.parametrize("content", ["garbage", "{}", "[1]", "[" * 100_000])
 def test_a_damaged_record_is_as_none(inpainter, cases, tmp_path, content):
     fill_cases(inpainter, cases[:1], settings(), tmp_path)
     (tmp_path / "filled" / f"{cases[0].key}.json").write_text(content)
     assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
     assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FOUND]
+
+
+@pytest.mark.parametrize("row", [{}, {"case": "x\x1b[31m", "result": "/etc/passwd", "spread": "much", "seconds": []}])
+def test_a_rows_words_are_the_cases_own_whatever_its_record_says(inpainter, cases, tmp_path, row):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    record = tmp_path / "filled" / f"{cases[0].key}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"row": row}))
+    (found,) = fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    assert found == {"case": cases[0].key, "status": FOUND, "result": cases[0].result_name, "spread": None,
+                     "seconds": None, "reason": ""}  # fmt: skip
+
+
+def test_a_record_without_its_result_is_no_result(inpainter, cases, tmp_path):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    record = tmp_path / "filled" / f"{cases[0].key}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"outputs": {}}))
+    (tmp_path / cases[0].result_name).unlink()
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
+    assert (tmp_path / cases[0].result_name).exists()
+
+
+def test_a_pipe_in_the_place_of_a_record_or_a_result_is_waited_for_by_nobody(inpainter, cases, tmp_path):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    record, result = tmp_path / "filled" / f"{cases[0].key}.json", tmp_path / cases[0].result_name
+    result.unlink()
+    os.mkfifo(result)
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED] and result.is_file()
+    record.unlink()
+    os.mkfifo(record)
+    (row,) = fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    assert row["status"] == REFUSED and "is a device, a pipe or a socket" in row["reason"]
+
+
+@pytest.mark.parametrize("plant", [lambda path: path.symlink_to("/nowhere"), lambda path: path.touch()])
+def test_a_folder_of_records_that_is_none_is_refused(inpainter, cases, tmp_path, plant):
+    plant(tmp_path / "filled")
+    with pytest.raises(InputError, match=r"filled: is no folder of this one's own\. Fix: remove it"):
+        fill_cases(inpainter, cases[:1], settings(), tmp_path)
 
 
 def test_nothing_of_other_settings_stays_beside_a_new_result(inpainter, cases, tmp_path):

@@ -371,7 +371,7 @@ def test_descriptions_that_do_not_fit_are_refused(tmp_path, kind, change, reason
 
 @pytest.mark.parametrize(("text", "reason"), [
     ("{", "not readable as JSON"), ("\x00\xff", "not readable as JSON"), ("[" * 100000, "not readable as JSON"),
-    ("[1]", "is not a JSON object"), ("null", "is not a JSON object"), ("{}", "spatial_dims = None"),
+    ("[1]", "holds no mapping but list"), ("null", "holds no mapping but NoneType"), ("{}", "spatial_dims = None"),
 ], ids=["cut", "bytes", "deep", "list", "null", "empty"])  # fmt: skip
 def test_broken_json_is_refused(tmp_path, text, reason):
     (saved(tmp_path) / "arguments.json").write_bytes(text.encode("latin-1"))

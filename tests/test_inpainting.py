@@ -19,6 +19,7 @@ from ldm_lib import inpainting
 from ldm_lib.cases import case_of_files, load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import ConfigError, InputError, WeightsError
+from ldm_lib.files import write_json
 from ldm_lib.inpainter import CaseNoise, Filled, Inpainter
 from ldm_lib.inpainting import inpaint, write_filled
 from ldm_lib.latents import CellSettings, context_box, encode_case
@@ -552,7 +553,8 @@ def test_without_a_model_the_training_that_finished_last_serves(pair, tmp_path, 
     for run, when in (("a", "2030-01-02T00:00:00+00:00"), ("b", "2030-01-01T00:00:00+00:00")):
         folder = tmp_path / "outputs" / run / "04_training"
         folder.mkdir(parents=True)
-        (folder / "done.json").write_text(f'{{"finished": "{when}"}}')
+        record = {"parameters": {}, "outputs": {}, "checks": [], "seconds": 1, "peak_memory_mb": 1, "finished": when}
+        write_json(folder / "done.json", record)
     shutil.copytree(tiny_model_folder, tmp_path / "outputs" / "a" / "04_training" / "model")
     (tmp_path / "outputs" / "c" / "04_training").mkdir(parents=True)  # begun, not finished
     assert ldm_lib.inpaint(*pair, tmp_path / "out.nii.gz", **FAST) == [tmp_path / "out.nii.gz"]

@@ -337,7 +337,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
         ("a.png", r"an output must end in \.nii\.gz or \.nii"),
         ("folder.nii.gz", r"is a directory\. Fix: name a file"),
         ("missing/a.nii.gz", r"its folder does not exist\. Fix: mkdir -p '.*missing'"),
-        ("x" * 250 + ".nii.gz", r"cannot be written \(File name too long\)"),
+        ("x" * 250 + ".nii.gz", r"its name is too long. Fix: shorten it"),
     ):
         with pytest.raises(InputError, match=match):
             require_volume_writable(tmp_path / name)

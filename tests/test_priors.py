@@ -146,6 +146,19 @@ def test_maps_of_one_scan(case, tmp_path, by_atlas):
     assert made[1].record["settings"]["seed_mm"] == [float(v) for v in seed_mm]
 
 
+@pytest.mark.parametrize("role", ["t1n_voided", "mask", "segmentation"])
+def test_a_map_never_takes_the_place_of_what_it_is_made_from(case, tmp_path, by_atlas, role):
+    files = {"t1n_voided": case.t1n_voided, "mask": case.mask, "segmentation": case.mask_unhealthy}
+    before = {name: path.read_bytes() for name, path in files.items()}
+    with pytest.raises(InputError, match=r"is one of the inputs\. Fix: name another output"):
+        make_priors(case.t1n_voided, case.mask, tissue=tmp_path / "t.nii.gz", growth=files[role],
+                    segmentation=files["segmentation"])  # fmt: skip
+    with pytest.raises(InputError, match=r"is to hold both maps\. Fix: name two files"):
+        make_priors(case.t1n_voided, case.mask, tissue=tmp_path / "t.nii.gz", growth=tmp_path / "t.nii.gz",
+                    segmentation=files["segmentation"])  # fmt: skip
+    assert {name: path.read_bytes() for name, path in files.items()} == before and not by_atlas
+
+
 def by_atlas_labels(data, folder):
     return read_labels(make_tissue(data, folder / "start.nii.gz").path, data.source, (0, 1, 2, 3))
 

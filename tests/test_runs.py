@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from ldm_lib import runs
+from ldm_lib import places, runs
 from ldm_lib.config import STAGES
 from ldm_lib.errors import ConfigError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock
@@ -214,6 +214,21 @@ def test_a_damaged_record_is_refused_by_name(outputs, name):
     (folder / name).write_text((folder / name).read_text()[:20])
     with pytest.raises(RunError, match=rf"{name}: is damaged .* Fix: remove its folder"):
         is_done(folder, config(AUDIT), {})
+
+
+@pytest.mark.parametrize("name", ["done.json", "parameters.json"])
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "5", "[" * 100_000, '{"parameters": [], "outputs": []}'])
+def test_a_record_of_another_form_is_refused_by_name(outputs, name, content):
+    folder = done(AUDIT)
+    (folder / name).write_text(content)
+    with pytest.raises(RunError, match=rf"{name}: is damaged .* Fix: remove its folder"):
+        is_done(folder, config(AUDIT), {})
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "5", "[" * 100_000])
+def test_places_of_another_form_are_none(tmp_path, content):
+    (tmp_path / places.FILE).write_text(content)
+    assert places.places_of(tmp_path) == {}
 
 
 def test_a_required_check_that_failed_keeps_the_stage_open(outputs):

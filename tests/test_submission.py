@@ -97,6 +97,19 @@ def test_each_fault_is_told_of_its_case_and_nothing_is_sent(data, results, fault
     assert not (results / "submission.zip").exists()
 
 
+@pytest.mark.parametrize(("name", "told"), [
+    ("results/BraTS-GLI-00000-000-t1n-inference.nii.gz", r"must end in \.zip"),
+    ("data/x.zip", "lies inside the folder of cases"),
+    ("nowhere/x.zip", "its folder does not exist"),
+])  # fmt: skip
+def test_the_archive_takes_the_place_of_nothing_else(data, results, tmp_path, capsys, name, told):
+    before = {path: path.read_bytes() for path in (*results.iterdir(), *data.rglob("*.gz"))}
+    words = ["submission", "--data", str(data), "--results", str(results), "--output", str(tmp_path / name)]
+    assert main(words) == 1
+    assert re.search(told, capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in (*results.iterdir(), *data.rglob("*.gz"))} == before
+
+
 def test_a_hole_that_was_left_void_is_told(data, results):
     case = find_cases(data)[0][0]
     shutil.copy(case.t1n_voided, results / case.result_name)

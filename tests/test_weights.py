@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 
 import pytest
 import torch
@@ -75,11 +76,16 @@ def stranger(tensors):
     tensors["backdoor"] = torch.zeros(1)
 
 
+def whole_numbers(tensors):
+    tensors["scale_factor"] = tensors["scale_factor"].view(torch.int32).clone()
+
+
 @pytest.mark.parametrize(("change", "reason"), [
+    (whole_numbers, r"scale_factor is whole \(3,\), needed is real \(3,\)"),
     (nan, "non-finite weights in scale_factor"),
-    (short, "do not fit its config"),
-    (missing, "do not fit its config"),
-    (stranger, "do not fit its config"),
+    (short, r"do not fit its config: scale_factor is real \(2,\), needed is real \(3,\)"),
+    (missing, "do not fit its config: latent_mean is missing, needed is real"),
+    (stranger, "do not fit its config: backdoor is real .*, needed is none"),
 ])  # fmt: skip
 def test_wrong_tensors_are_refused(folder, change, reason):
     rewrite(folder, change)
@@ -124,8 +130,9 @@ def test_the_wrong_kind_is_refused(folder):
 @pytest.mark.parametrize(("text", "reason"), [
     ("{", "not readable as JSON"),
     ("\x00\xff", "not readable as JSON"),
-    ("7", "not a model's config"),
-    ("[]", "not a model's config"),
+    ("7", "holds no mapping but int"),
+    ("[]", "holds no mapping but list"),
+    ("[" * 100_000, "nested too deeply"),
     ("{}", "not a model's config"),
     ('{"kind": ["adm"], "build": {}, "sha256": ""}', "not a model's config"),
     ('{"kind": "os.system", "build": {}, "sha256": ""}', "not a model's config"),
@@ -134,6 +141,37 @@ def test_a_corrupt_config_is_refused(folder, text, reason):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(WeightsError, match=reason):
         read_config(folder)
+
+
+def test_a_pipe_in_a_configs_place_is_waited_for_by_nobody(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(WeightsError, match=r"config\.json: not readable as JSON \(is no file\)"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"spacing_mm": 1e9}, {"spacing_mm": 0}, {"spacing_mm": -1}, {"spacing_mm": "nan"}, {"front_end": ["haar"]},
+])  # fmt: skip
+def test_an_autoencoder_that_cannot_be_is_refused_at_once(folder, change):
+    edit(folder, build=json.loads((folder / "config.json").read_text())["build"] | change)
+    started = time.monotonic()
+    with pytest.raises(WeightsError, match=r"do not fit its config.*Fix: copy"):
+        load_model(folder, "autoencoder")
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("change", [
+    {"blocks_per_level": 1_000_000}, {"base_width": 4096}, {"multipliers": [1] * 64}, {"base_width": 10**9},
+    {"attention_rates": [3]}, {"in_channels": 9}, {"dropout": "0.1"},
+])  # fmt: skip
+def test_a_denoiser_that_cannot_be_is_refused_before_memory_is_taken_for_it(tiny_model_folder, tmp_path, change):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "adm")
+    edit(folder, build=json.loads((folder / "config.json").read_text())["build"] | change)
+    started = time.monotonic()
+    with pytest.raises(WeightsError, match=r"do not fit its config.*Fix: copy"):
+        load_model(folder, "adm")
+    assert time.monotonic() - started < 20
 
 
 class Bomb:
@@ -184,7 +222,13 @@ def test_a_model_and_another_autoencoder_do_not_go_together(tiny_model_folder, t
         Inpainter.load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("facts", [{"settings": {"mood": 1}}, {"settings": None}, {"schedule": {"steps": "many"}}])
+@pytest.mark.parametrize("facts", [
+    {"settings": {"mood": 1}}, {"settings": None}, {"settings": []}, {"settings": {"pooling": "nonsense"}},
+    {"settings": {"growth_threshold": [1]}}, {"settings": {"mask_dilation": 1.5}}, {"settings": {"mask_dilation": -1}},
+    {"settings": {"mask_dilation": 10**9}}, {"settings": {"context": "bad"}}, {"latent_crop": -3},
+    {"latent_crop": None}, {"latent_crop": 10**12}, {"schedule": {"steps": "many"}}, {"schedule": {"steps": 10**12}}, {"schedule": [1]},
+    {"schedule": {"steps": 1.5}}, {"schedule": {"mood": 1}}, {"prediction": "mood"}, {"prediction": ["noise"]},
+], ids=str)  # fmt: skip
 def test_a_model_that_does_not_say_how_it_was_trained_is_refused(tiny_model_folder, tmp_path, facts):
     folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
     edit(folder, **facts)
