@@ -226,7 +226,8 @@ def test_a_model_and_another_autoencoder_do_not_go_together(tiny_model_folder, t
     {"settings": {"mood": 1}}, {"settings": None}, {"settings": []}, {"settings": {"pooling": "nonsense"}},
     {"settings": {"growth_threshold": [1]}}, {"settings": {"mask_dilation": 1.5}}, {"settings": {"mask_dilation": -1}},
     {"settings": {"mask_dilation": 10**9}}, {"settings": {"context": "bad"}}, {"latent_crop": -3},
-    {"latent_crop": None}, {"latent_crop": 10**12}, {"schedule": {"steps": "many"}}, {"schedule": {"steps": 10**12}}, {"schedule": [1]},
+    {"latent_crop": None}, {"latent_crop": 10**12}, {"schedule": {"steps": "many"}}, {"schedule": {"steps": 10**12}},
+    {"schedule": [1]},
     {"schedule": {"steps": 1.5}}, {"schedule": {"mood": 1}}, {"prediction": "mood"}, {"prediction": ["noise"]},
 ], ids=str)  # fmt: skip
 def test_a_model_that_does_not_say_how_it_was_trained_is_refused(tiny_model_folder, tmp_path, facts):
