@@ -26,6 +26,8 @@ def require_writable(path: str | Path) -> None:
     try:
         if not path.parent.is_dir():
             raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
+        if path.is_dir():
+            raise InputError("is a directory", where=path, fix="name a file")
         _require_replaceable(path)
         probe.unlink(missing_ok=True)  # left by a crash, or a link that someone planted
         probe.touch(exist_ok=False)
@@ -40,8 +42,6 @@ def require_writable(path: str | Path) -> None:
 
 def _require_replaceable(path: Path) -> None:
     """Refuse to put a file in the place of what is none: as root, a rename would replace /dev/null."""
-    if path.is_dir() and not path.is_symlink():
-        raise InputError("is a directory", where=path, fix="name a file")
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError("is a device, a pipe or a socket", where=path, fix="name a file")
 

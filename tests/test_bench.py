@@ -79,6 +79,7 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, hurried):
     assert all(f"{name} {value:.2f}" in said[-1] for name, value in found["ratios"].items())
 
 
+@pytest.mark.slow
 def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, hurried):
     found = bench(tmp_path / "bench.json", only="training", **TINY, say=lambda _: None)
     assert "autoencoders" not in found and set(found["seconds"]) == {"training"}
@@ -156,6 +157,7 @@ def test_both_have_as_many_parameters_and_flops_at_full_size():
     assert counter.get_total_flops() == pytest.approx(count_flops(ours, (30, 30, 20)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_plain_loop_learns_a_batch_by_heart():
     torch.manual_seed(0)
     settings = config(learning_rate=1e-3)
@@ -170,7 +172,7 @@ def test_the_plain_loop_learns_a_batch_by_heart():
     assert any(moved)
 
 
-@pytest.mark.parametrize("grid", [(8, 8, 4), (5, 6, 3)])
+@pytest.mark.parametrize("grid", [(5, 6, 3), pytest.param((8, 8, 4), marks=pytest.mark.slow)])
 def test_levels_are_all_of_a_step(grid):
     network = ADM(in_channels=11, out_channels=6, base_width=32, attention_rates=(2, 4))
     rows = level_rows(network, torch.randn(2, 11, *grid), torch.tensor([3, 700]), "32")

@@ -222,6 +222,13 @@ def test_a_killed_kernel_is_told_and_never_done(outputs, notebook, monkeypatch):
     Path(sockets).rmdir()  # fails while a folder of a kernel's sockets is in it
 
 
+def test_without_a_folder_for_temporary_files_a_stage_runs(outputs, notebook, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    monkeypatch.setattr(tempfile, "tempdir", None)  # so that it is looked for anew
+    notebook(OPEN, "stage.close({})")
+    assert "done in" in run(AUDIT)[1] and (outputs / "lab" / AUDIT / "done.json").exists()
+
+
 class CellError(Exception):
     """What papermill raises for a cell that failed."""
 
