@@ -166,6 +166,8 @@ def _make_room(folder: Path, config: StageConfig, inputs: dict[str, str]) -> Non
     folder.mkdir(exist_ok=True)
     for marker in ("done.json", "pending.json"):
         (folder / marker).unlink(missing_ok=True)
+    for left in folder.rglob(".*.part"):  # half-written by a process that was killed; the run is ours alone
+        left.unlink()
 
 
 def require_unchanged(folder: Path, config: StageConfig, inputs: dict[str, str], *, fix: str) -> None:

@@ -107,6 +107,15 @@ def test_overwrite_replaces_the_whole_stage(outputs):
     assert is_done(folder, config(AUDIT, seed=1), {}) and not is_done(folder, config(AUDIT), {})
 
 
+def test_what_a_killed_process_left_half_written_goes(outputs):
+    folder = done(AUDIT)
+    (folder / "synthetic" / "data").mkdir(parents=True)
+    (folder / "synthetic" / "data" / ".a.nii.gz.4711.part").write_bytes(b"half")
+    (folder / "synthetic" / "data" / "a.nii.gz").write_bytes(b"whole")
+    open_stage(AUDIT, {})
+    assert [path.name for path in (folder / "synthetic" / "data").iterdir()] == ["a.nii.gz"]
+
+
 def test_the_same_settings_are_accepted_again_and_keep_what_is_there(outputs):
     folder = done(AUDIT)
     for overwrite in (False, True):
