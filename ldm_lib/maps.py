@@ -42,9 +42,11 @@ def read_mask(
     if warnings is not None:
         warnings += told
     if not mask.any() and not allow_empty:
-        raise InputError(
-            f"the mask is empty (0 of {mask.size} voxels)", where=path, fix="mark the voxels to fill with 1"
-        )
+        fix = "mark the voxels to fill with 1"
+        if allow.mask_labels and volume.values.any():
+            held = ", ".join(f"{value:g}" for value in np.unique(volume.values)[:6] if value)
+            fix = f"name labels that it holds ({held}), not {', '.join(map(str, allow.mask_labels))}"
+        raise InputError(f"the mask is empty (0 of {mask.size} voxels)", where=path, fix=fix)
     return mask
 
 

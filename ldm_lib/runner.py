@@ -4,6 +4,7 @@ The runner holds the run's lock for its kernels, skips what is done, refuses wha
 `done.json` in place last, after the executed notebook and its report.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -160,6 +161,7 @@ def _run_notebook(stage: str, config: StageConfig, written: Path) -> None:
 
     from ldm_lib.kernels import PrivateKernelManager
 
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # of a kernel's end it would tell a second time
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{stage}.ipynb",

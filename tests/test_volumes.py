@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from nibabel.processing import resample_from_to
 
+from ldm_lib.allowances import Allowances
 from ldm_lib.errors import InputError
 from ldm_lib.maps import read_labels, read_mask, read_unit_map
 from ldm_lib.volumes import (
@@ -146,6 +147,12 @@ def test_an_empty_mask_needs_leave(tmp_path, like):
     with pytest.raises(InputError, match=rf"the mask is empty \(0 of {BALL.size} voxels\)"):
         read_mask(path, like)
     assert not read_mask(path, like, allow_empty=True).any()
+
+
+def test_labels_that_a_mask_does_not_hold_are_told_with_those_it_does(tmp_path, like):
+    path = _save(tmp_path / "m.nii", BALL * np.uint8(4))
+    with pytest.raises(InputError, match=r"is empty .*Fix: name labels that it holds \(4\), not 1, 9"):
+        read_mask(path, like, Allowances(mask_labels=(1, 9)))
 
 
 SOFT = np.clip(BALL + np.roll(BALL, 1, 0) * 0.51, 0, 1) * np.linspace(0.9, 1, SHAPE[1])[None, :, None]
