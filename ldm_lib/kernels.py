@@ -50,10 +50,16 @@ class PrivateKernelManager(AsyncKernelManager):
         return alive
 
     @classmethod
+    def was_killed(cls) -> bool:
+        """Whether a signal ended the latest kernel, be it while it started."""
+        status = cls.latest and cls.latest.status
+        return status is not None and status < 0
+
+    @classmethod
     def told_end(cls) -> str:
         """How the latest kernel ended."""
         status = cls.latest and cls.latest.status
-        if status is None or status >= 0:
+        if not cls.was_killed():
             return f"the kernel ended with status {status}"
         return f"the kernel was killed (signal {-status}{', most likely out of memory' if status == -9 else ''})"
 

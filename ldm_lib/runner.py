@@ -174,10 +174,10 @@ def _run_notebook(stage: str, config: StageConfig, written: Path) -> None:
         )
     except PapermillExecutionError as error:
         raise _failure(error, stage, written) from error
-    except DeadKernelError as error:
-        raise RunError(PrivateKernelManager.told_end(), where=stage,
-                       fix="take a smaller preset or crop, or a machine with more memory") from error  # fmt: skip
     except RuntimeError as error:
+        if isinstance(error, DeadKernelError) or PrivateKernelManager.was_killed():
+            raise RunError(PrivateKernelManager.told_end(), where=stage,
+                           fix="take a smaller preset or crop, or a machine with more memory") from error  # fmt: skip
         raise RunError(f"the kernel did not start ({error})", where=stage, fix="run `make doctor`") from error
 
 

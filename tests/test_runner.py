@@ -222,6 +222,17 @@ def test_a_killed_kernel_is_told_and_never_done(outputs, notebook, monkeypatch):
     Path(sockets).rmdir()  # fails while a folder of a kernel's sockets is in it
 
 
+def test_a_kernel_that_is_killed_before_it_answers_is_told_likewise(outputs, notebook, monkeypatch):
+    from ldm_lib import kernels
+
+    killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    spec = kernels.KernelSpec(argv=killed, display_name="Python 3", language="python")
+    monkeypatch.setattr(kernels.PrivateKernelManager, "kernel_spec", spec)
+    notebook(OPEN, "stage.close({})")
+    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel was killed \(signal 9, most likely out of memory\)"):
+        run(AUDIT)
+
+
 def test_without_a_folder_for_temporary_files_a_stage_runs(outputs, notebook, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     monkeypatch.setattr(tempfile, "tempdir", None)  # so that it is looked for anew
