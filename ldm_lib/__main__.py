@@ -35,20 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"ERROR {STOPPED}", file=sys.stderr)
         return 130
-    except LdmError as error:
-        if options.debug:
-            raise
-        print(f"ERROR {error}", file=sys.stderr)
     except BrokenPipeError:  # the reader, such as `head`, has left
         sys.stdout = None
         return 0
-    except MemoryError:
-        print(f"ERROR {InputError('not enough memory', fix='take a smaller input or fewer samples')}", file=sys.stderr)
-    except OSError as error:  # a full disk, a folder without rights
+    except (LdmError, MemoryError, OSError) as error:
         if options.debug:
             raise
-        print(f"ERROR {InputError(error.strerror or str(error), where=error.filename or '')}", file=sys.stderr)
+        print(f"ERROR {_refusal(error)}", file=sys.stderr)
     return 1
+
+
+def _refusal(error: LdmError | MemoryError | OSError) -> LdmError:
+    """What is told of an error; below our own refusals lie a full memory, a full disk, a folder without rights."""
+    if isinstance(error, MemoryError):
+        return InputError("not enough memory", fix="take a smaller input or fewer samples")
+    if isinstance(error, OSError):
+        return InputError(error.strerror or str(error), where=error.filename or "")
+    return error
 
 
 STOPPED = InterruptionError("stopped", fix="give the same command: what is done is not done again")
@@ -192,9 +195,10 @@ def validate(options: argparse.Namespace) -> int:
     from ldm_lib.cohort import audit
     from ldm_lib.layouts import require_outside
 
-    if options.json:
-        require_writable(options.json)
-        require_outside(given_path(options.json), options.data_dir)
+    findings = given_path(options.json) if options.json else None
+    if findings:
+        require_writable(findings)
+        require_outside(findings, options.data_dir)
     rows, cases = [], audit(options.data_dir, options.conditioning_dir, allowances(options))
     for number, row in enumerate(cases, start=1):
         rows.append(row.as_dict())
@@ -203,8 +207,8 @@ def validate(options: argparse.Namespace) -> int:
     counts = Counter(row["status"] for row in rows)
     usable = f"{len(rows) - counts['refused']} usable ({counts['warning']} with warnings)"
     print(f"{len(rows)} cases: {usable}, {counts['refused']} refused")
-    if options.json:
-        write_json(given_path(options.json), rows)
+    if findings:
+        write_json(findings, rows)
     return 1 if counts["refused"] else 0
 
 

@@ -21,7 +21,7 @@ MOST_JSON_BYTES = 64 << 20  # of any JSON that is read; a cohort of 10,000 cases
 
 def require_writable(path: str | Path) -> None:
     """Refuse the path of a file to be written early: no place for a file, or a folder that takes none."""
-    path = given_path(path)
+    path = Path(path)
     probe = _beside(path)
     try:
         if not path.parent.is_dir():

@@ -108,7 +108,7 @@ def core_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {OLD_ATTENTION.sub(r"\1.attn.\2.", name): value for name, value in kept.items()}
 
 
-def _is_ours(content: Any) -> bool:
+def _is_ours(content: Mapping[str, Any]) -> bool:
     return {"kind", "build"} <= set(content)
 
 

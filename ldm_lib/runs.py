@@ -35,7 +35,7 @@ UNTRACKED_PARAMETERS = {"run", "overwrite", "device", "num_workers", "wandb_mode
 SHOWN_ONLY = re.compile(r"stacks-.*|(figures|checkpoints|samples|panels|wandb)/.*|.*\.csv|summary\.json")
 NUMBER = (int, float)
 # What the records of a stage hold at least.
-RECORDS = {
+RECORD_FIELDS = {
     "done.json": {"parameters": dict, "outputs": dict, "checks": list, "seconds": NUMBER, "peak_memory_mb": NUMBER,
                   "finished": str},
     "parameters.json": {"parameters": dict, "inputs": dict},
@@ -203,7 +203,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         record = read_json(path)
-        for name, kind in RECORDS.get(path.name, {}).items():
+        for name, kind in RECORD_FIELDS.get(path.name, {}).items():
             if not isinstance(record.get(name), kind):
                 raise ValueError(f"{name} is {record.get(name)!r:.40}")
     except ValueError as error:

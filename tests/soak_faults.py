@@ -227,10 +227,10 @@ def sweep(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> bo
         while outcome.missed and outcome.trial.after_s > SOONEST_S:
             outcome = try_out(replace(outcome.trial, after_s=round(outcome.trial.after_s / 2, 2)), known, place)
         outcomes.append(outcome)
-        say(outcomes[-1].told(count))
+        say(outcome.told(count))
         with kept.open("a") as stream:
-            stream.write(json.dumps(asdict(outcomes[-1])) + "\n")
-        if not outcomes[-1].found:
+            stream.write(json.dumps(asdict(outcome)) + "\n")
+        if not outcome.found:
             shutil.rmtree(place)  # of a trial that found something all is kept
     for line in summary(outcomes):
         say(line)

@@ -29,6 +29,7 @@ from ldm_lib.files import (
     write_csv,
     write_json,
 )
+from ldm_lib.values import given_path
 
 HOLD = """
 import sys, time
@@ -191,7 +192,9 @@ def test_letting_go_works_while_a_forked_child_lives(folder):
 
 
 def test_two_folders_have_two_locks(tmp_path, holder):
-    FolderLock(tmp_path / "other").release()
+    lock = FolderLock(tmp_path / "other")
+    assert "locked by" in another_process_tries(tmp_path / "other")
+    lock.release()
 
 
 def test_a_link_in_the_locks_place_is_refused_and_not_followed(tmp_path):
@@ -212,6 +215,14 @@ def test_a_link_in_the_place_of_what_is_half_written_is_not_followed(tmp_path, w
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.json").is_symlink()
 
 
+def test_a_file_is_flushed_to_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"old": 1})
+    held = []
+    monkeypatch.setattr(os, "fsync", lambda stream: held.append((tmp_path / "a.json").read_text()))
+    write_json(tmp_path / "a.json", {"new": 1})
+    assert len(held) == 1 and "old" in held[0] and "new" in (tmp_path / "a.json").read_text()
+
+
 def test_what_is_no_file_is_never_replaced_by_one(tmp_path):
     """A rename as root would put a file in the place of /dev/null."""
     os.mkfifo(tmp_path / "pipe")
@@ -223,9 +234,9 @@ def test_what_is_no_file_is_never_replaced_by_one(tmp_path):
 
 def test_a_path_that_no_system_has_is_told(tmp_path):
     with pytest.raises(ConfigError, match="holds a zero byte"):
-        require_writable("a\0b")
+        require_writable(given_path("a\0b"))
     with pytest.raises(ConfigError, match=r"nobody-here/a: nobody of this name has a home here"):
-        require_writable("~nobody-here/a")
+        require_writable(given_path("~nobody-here/a"))
 
 
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path):
