@@ -121,7 +121,9 @@ class ConditioningConfig(StageConfig):
     growth_threshold: Fraction = Field(0.2, description="tumour-cell concentration below which there is no tumour")
     pooling: Literal["area", "nearest"] = Field("area", description="voxels to cells: occupancy or centre voxel")
     mask_dilation: Annotated[int, Field(ge=0, le=4)] = Field(1, description="cells by which the latent mask grows")
-    context: Literal["composite", "concat"] = Field("composite", description="concat also shows the undilated latent")
+    context: Literal["composite", "concat", "draft"] = Field(
+        "composite", description="concat also shows the undilated latent, draft a first guess to mend"
+    )
     make_missing: bool = Field(True, description="make the tissue and growth maps that cases lack from their scans")
     tissue_source: Literal["atlas", "given"] = Field("atlas", description="of the cases to fill; given may have peeked")
     max_cases: Count = Field(6, description="validation cases to prepare for filling; 0 for all")

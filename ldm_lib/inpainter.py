@@ -22,7 +22,7 @@ from ldm_lib.cases import Case, CaseData
 from ldm_lib.config import AutoencoderConfig, ConditioningConfig, SamplingConfig, TrainingConfig, validated
 from ldm_lib.devices import autocast, pick_device, pick_precision, total_memory
 from ldm_lib.errors import ConfigError, WeightsError
-from ldm_lib.latents import CellSettings, Latents, context_box, denoiser_input, encode_case, keep_known, on_device
+from ldm_lib.latents import CellSettings, Latents, context_box, denoiser_input, encode_case, generated, keep_known, on_device
 from ldm_lib.objectives import meaning
 from ldm_lib.reconstruction import decode_box
 from ldm_lib.runs import outputs_folder, read_record
@@ -141,7 +141,7 @@ class Inpainter:
         def placed(x: Tensor) -> Tensor:
             filled = whole.expand(len(names), -1, -1, -1, -1).clone()
             filled[box] = x.to(filled)
-            return filled
+            return generated(filled, latents, self.settings)
 
         def tell(state: dict[str, Any]) -> None:
             callback(state | {name: placed(state[name]) for name in ("x", "x0")})
@@ -235,10 +235,15 @@ def box_margin(autoencoder: Autoencoder) -> int | None:
 
 def _trained_with(facts: Mapping[str, Any]) -> tuple[CellSettings, TrainingConfig]:
     """How a model's config says that it was trained, every value within its parameter's range."""
-    cells = validated(ConditioningConfig, facts["settings"])
+    given = dict(facts["settings"])
+    scale = tuple(float(std) for std in given.pop("residual_std", ()))
+    if not all(0 < std < math.inf for std in scale) or len(scale) not in (0, facts["build"]["out_channels"]):
+        raise ConfigError(f"residual_std = {scale}: one number above 0 for each latent channel, or none")
+    cells = validated(ConditioningConfig, given)
     process = {PARAMETERS.get(name, name): value for name, value in facts["schedule"].items()}
     told = {"prediction": facts["prediction"], "latent_crop": facts.get("latent_crop", 0), "num_inference_steps": 1}
-    settings = CellSettings(**{field.name: getattr(cells, field.name) for field in fields(CellSettings)})
+    plain = {field.name: getattr(cells, field.name) for field in fields(CellSettings) if field.name != "residual_std"}
+    settings = CellSettings(**plain, residual_std=scale)
     return settings, validated(TrainingConfig, process | told)
 
 

@@ -1,10 +1,14 @@
 """Cases as latents, and what the denoiser is shown of them.
 
 ModelCase => voided, target (c x y z), conditioning (4 x y z), hole, loss, share (1 x y z)
+
+With the context "draft" a first guess fills the hole (`draft`), and what is generated is the residual of its latent:
+
+draft (c x y z);   target = (z_target - draft) / residual_std;   voided = 0, as known cells have no residual
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,8 +18,10 @@ from torch import Tensor
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.conditioning import CONDITIONING_CHANNELS, ModelCase, conditioning, loss_cells
 from ldm_lib.devices import autocast
+from ldm_lib.draft import draft_fill
 from ldm_lib.geometry import cell_share, latent_mask
 
+SHOWN = {"concat": "voided", "draft": "draft"}  # context -> the latent that is shown beside the noisy one
 MARGIN = 1  # cells around the hole that the denoiser sees at least
 
 Latents = dict[str, Tensor]
@@ -29,13 +35,24 @@ class CellSettings:
         growth_threshold: concentrations below it become 0.
         pooling: "area" or "nearest".
         mask_dilation: cells by which the latent mask grows.
-        context: "composite", or "concat" to show the undilated latent and each cell's share of hole as well.
+        context: "composite", or "concat" to show the undilated latent and each cell's share of hole as well, or "draft"
+            to show the latent of a first guess instead, and to generate what it lacks.
+        residual_std: of what a draft lacks, one a latent channel; 1 of each where there are none.
     """
 
     growth_threshold: float = 0.2
     pooling: str = "area"
     mask_dilation: int = 1
     context: str = "composite"
+    residual_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """JSON knows no tuples."""
+        object.__setattr__(self, "residual_std", tuple(self.residual_std))
+
+    def residual_scale(self, latent: Tensor) -> Tensor | float:
+        """`residual_std` where it can be multiplied with latents (... c x y z)."""
+        return torch.tensor(self.residual_std, device=latent.device).view(-1, 1, 1, 1) if self.residual_std else 1.0
 
 
 def encode_case(
@@ -44,11 +61,18 @@ def encode_case(
     """Encode one case; "target" is there only if the case has one. All float32, on the CPU."""
     factor = autoencoder.factor
     images = {"voided": case.voided} | ({} if case.target is None else {"target": case.target})
+    if settings.context == "draft":
+        images["draft"] = draft_fill(case.voided, case.mask, case.tissue, spacing_mm=autoencoder.spacing_mm)
+        del images["voided"]
     latents = {}
     for name, image in images.items():
         volume = torch.from_numpy(image)[None, None].to(device)
         with torch.inference_mode(), autocast(device, precision):
             latents[name] = autoencoder.encode(volume)[0].float().cpu().contiguous()
+    if settings.context == "draft":
+        latents["voided"] = torch.zeros_like(latents["draft"])
+        if "target" in latents:
+            latents["target"] = (latents["target"] - latents["draft"]) / settings.residual_scale(latents["draft"])
     cells = {
         "conditioning": conditioning(
             case.growth, case.tissue, factor=factor, threshold=settings.growth_threshold, pooling=settings.pooling
@@ -60,22 +84,40 @@ def encode_case(
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in cells.items()}
 
 
+def residual_std(
+    cases: Iterable[ModelCase],
+    autoencoder: Autoencoder,
+    settings: CellSettings,
+    *,
+    device: torch.device,
+    precision: str,
+) -> tuple[float, ...]:
+    """Root mean square of what a draft lacks in the cells that are generated, one a latent channel; with a target."""
+    total, count = torch.zeros(autoencoder.latent_channels, dtype=torch.float64), 0
+    unscaled = replace(settings, residual_std=())
+    for case in cases:
+        latents = encode_case(case, autoencoder, unscaled, device=device, precision=precision)
+        residual = latents["target"][:, latents["loss"][0] > 0].double()
+        total, count = total + residual.square().sum(dim=1), count + residual.shape[1]
+    return tuple((total / max(count, 1)).sqrt().clamp(min=1e-6).tolist())
+
+
 def denoiser_input(noisy: Tensor, batch: Latents, settings: CellSettings) -> Tensor:
     """What the denoiser sees: known cells clean, holes noisy, then conditioning, mask and, by `context`, more.
 
     Args:
         noisy: (b c x y z) latents at some noise level; only its holes are used.
-        batch: voided, conditioning, hole, share, each (b . x y z).
+        batch: voided, conditioning, hole, share and, with the context "draft", draft, each (b . x y z).
     """
     channels = [keep_known(noisy, batch), batch["conditioning"], batch["hole"]]
-    if settings.context == "concat":
-        channels += [batch["voided"], batch["share"]]
+    if settings.context in SHOWN:
+        channels += [batch[SHOWN[settings.context]], batch["share"]]
     return torch.cat(channels, dim=1)
 
 
 def input_channels(latent_channels: int, settings: CellSettings) -> int:
     """Channels of `denoiser_input`."""
-    return latent_channels + 5 + (latent_channels + 1 if settings.context == "concat" else 0)
+    return latent_channels + 5 + (latent_channels + 1 if settings.context in SHOWN else 0)
 
 
 def conditioning_channels(latent_channels: int) -> tuple[int, int]:
@@ -88,6 +130,13 @@ def with_conditioning_of(latents: Latents, other: Latents) -> Latents:
     missing = [n - have for n, have in zip(latents["voided"].shape[1:], other["conditioning"].shape[1:], strict=True)]
     sides = [side for m in reversed(missing) for side in (0, m)]
     return latents | {"conditioning": torch.nn.functional.pad(other["conditioning"], sides)}
+
+
+def generated(sampled: Tensor, latents: Latents, settings: CellSettings) -> Tensor:
+    """The latent of a case, standardised (... c x y z), from what was sampled: that itself, or a draft's residual."""
+    if settings.context != "draft":
+        return sampled
+    return latents["draft"].to(sampled) + sampled * settings.residual_scale(sampled)
 
 
 def keep_known(latent: Tensor, batch: Latents) -> Tensor:
