@@ -56,6 +56,8 @@ class DeviceConfig(StageConfig):
 class AuditConfig(StageConfig):
     """01_data_audit: which cases are there, which may be used, who trains and who validates."""
 
+    aside: ClassVar[frozenset[str]] = frozenset({"workers"})
+
     data_dir: str = Field("", description="folder of cases; empty makes the synthetic cohort")
     conditioning_dir: str = Field("", description="folder of growth and tissue maps; empty looks beside data_dir")
     assume_orientation: Orientation = Field("", description="of files that do not say theirs, such as LPS")
@@ -67,6 +69,9 @@ class AuditConfig(StageConfig):
     spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size of the synthetic cohort, mm")
     deformation: Annotated[float, Field(ge=0, le=4)] = Field(1.0, description="of synthetic brains; 2 folds them")
     masks_per_patient: Annotated[int, Field(ge=1, le=3)] = Field(3, description="holes per synthetic patient")
+    variety: Literal["usual", "wide"] = Field("usual", description="of scanners, brains and holes; wide to train for real")
+    tissue_map: Literal["true", "registered"] = Field("true", description="synthetic one; registered is off as atlases are")
+    workers: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that make the synthetic cohort")
 
 
 class AutoencoderConfig(DeviceConfig):

@@ -26,6 +26,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "obedience_cases": 20, "keep_weights": "best",
         "checkpoint_every": 500, "compare_cases": 8, "compare_steps": "4,8,10,20,50,250",
     },
+    "weights": {
+        "synthetic_patients": 300, "synthetic_first": 0, "spacing_mm": 1.0, "variety": "wide",
+        "tissue_map": "registered", "workers": 2, "validation_fraction": 0.04,
+    },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"
 
