@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm_lib.config import stage_name
 from ldm_lib.errors import InputError, InterruptionError, LdmError
 from ldm_lib.files import require_writable, write_json
 from ldm_lib.options import allowances, assignments, build_parser, joined, point
+from ldm_lib.parameters import stage_name
 from ldm_lib.runs import outputs_folder
 from ldm_lib.values import given_path
 
@@ -104,7 +104,6 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def inpaint(options: argparse.Namespace) -> int:
-    from ldm_lib.inpainter import newest_model
     from ldm_lib.inpainting import inpaint as fill
 
     one_file = {name: getattr(options, name) for name in ("mask", "growth", "tissue")}
@@ -112,9 +111,6 @@ def inpaint(options: argparse.Namespace) -> int:
         options.misused("--mask, --growth and --tissue go with --t1n-voided; with --data goes --conditioning-dir")
     if not options.data and (not options.mask or options.conditioning_dir):
         options.misused("--t1n-voided needs --mask, and takes no --conditioning-dir")
-    if not options.model:
-        options.model = newest_model()
-        print(f"model: {options.model}", file=sys.stderr)
     if options.data:
         return _inpaint_folder(options)
     written = fill(
@@ -128,6 +124,7 @@ def inpaint(options: argparse.Namespace) -> int:
         steps=options.steps,
         guidance=options.guidance,
         blend_mm=options.blend_mm,
+        temperature=options.temperature,
         samples=options.samples,
         write_samples=options.write_samples,
         seed=options.seed,
@@ -138,10 +135,12 @@ def inpaint(options: argparse.Namespace) -> int:
 
 
 def _inpaint_folder(options: argparse.Namespace) -> int:
-    from ldm_lib.config import SamplingConfig, validated
+    from ldm_lib.config import SamplingConfig
     from ldm_lib.filling import REFUSED, inpaint_folder
+    from ldm_lib.parameters import validated
 
-    asked = {name: getattr(options, name) for name in ("sampler", "guidance", "blend_mm", "samples", "seed", "device")}
+    names = ("sampler", "guidance", "blend_mm", "temperature", "samples", "seed", "device")
+    asked = {name: getattr(options, name) for name in names}
     rows = inpaint_folder(
         options.data,
         options.output,

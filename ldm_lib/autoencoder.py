@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.front_ends import FRONT_ENDS
+from ldm_lib.linear_code import QUIET_LOG_VARIANCE, LinearCode, per_channel
 from ldm_lib.monai_networks import AutoencoderKL, AutoencoderKlMaisi
 
 NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlMaisi}
 NORMS = ("local", "group")
 LEARNED = ("both", "decoder", "none")
-QUIET_LOG_VARIANCE = -6.0
 LEAST_MM, MOST_MM = 0.1, 100.0  # edge of a voxel
 
 
@@ -129,6 +128,11 @@ class Autoencoder(nn.Module):
     def spacing_mm(self) -> float:
         return self.config["spacing_mm"]
 
+    @property
+    def mirror(self) -> Tensor | None:
+        """Signs (c,) that turn a flipped latent into that of the mirror image; None where a network encodes."""
+        return self.linear.mirror if self.config["learned"] != "both" else None
+
     def moments(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, before standardisation."""
         self._require_divisible(volume)
@@ -148,16 +152,19 @@ class Autoencoder(nn.Module):
     def encode(self, volume: Tensor) -> Tensor:
         """Normalised volume (b 1 x y z) -> standardised posterior mean (b c x/f y/f z/f), float32."""
         mean, _ = self.moments(volume)
-        return (mean.float() - _per_channel(self.latent_mean)) * _per_channel(self.scale_factor)
+        return (mean.float() - per_channel(self.latent_mean)) * per_channel(self.scale_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Standardised latent (b c x y z) -> normalised volume (b 1 fx fy fz), float32."""
-        raw = latent / _per_channel(self.scale_factor) + _per_channel(self.latent_mean)
+        raw = latent / per_channel(self.scale_factor) + per_channel(self.latent_mean)
         return self.rebuild(raw).float()
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
-        """Set shift and scale (c,) from latents' statistics before standardisation; scale factor = 1 / std."""
-        self.latent_mean.copy_(mean)
+        """Set shift and scale (c,) from latents' statistics before standardisation; scale factor = 1 / std.
+
+        What a mirror image turns the sign of has mean 0, whatever was found.
+        """
+        self.latent_mean.copy_(mean if self.mirror is None else torch.where(self.mirror < 0, 0, mean.to(self.mirror)))
         self.scale_factor.copy_(1 / std.clamp(min=1e-6))
 
     def freeze(self) -> "Autoencoder":
@@ -188,75 +195,6 @@ class LocalNorm(nn.Module):
         """(b c x y z), each voxel by itself."""
         normed = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.to(x.dtype).movedim(-1, 1)
-
-
-class LinearCode(nn.Module):
-    """A linear code of blocks of f x f x f voxels, c numbers each: where a network beside it starts from.
-
-    A block is projected on principal components. It is rebuilt from its own code and the codes of the 26 blocks around
-    it, by least squares, as lapped transforms do (Malvar & Staelin, IEEE Trans. ASSP 37 (1989) 553): no edges show
-    between blocks, and much that a block's own code leaves out is told by the others'. Air is 0 both ways.
-
-    Args:
-        latent_channels: numbers per block.
-        factor: edge of a block, voxels.
-    """
-
-    def __init__(self, latent_channels: int, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
-        self.project = nn.Conv3d(1, latent_channels, factor, stride=factor, bias=False)
-        self.air = nn.Parameter(torch.zeros(latent_channels))  # the code of air, so that codes have mean 0
-        self.estimate = nn.Conv3d(latent_channels, factor**3, 3, padding=1, bias=False)
-
-    def encode(self, volume: Tensor) -> Tensor:
-        """(b 1 x y z) -> (b c x/f y/f z/f), float32 whatever the caller's precision."""
-        with torch.autocast(volume.device.type, enabled=False):
-            return self.project(volume.float()) + _per_channel(self.air)
-
-    def decode(self, code: Tensor) -> Tensor:
-        """(b c x y z) -> (b 1 fx fy fz), float32 whatever the caller's precision."""
-        with torch.autocast(code.device.type, enabled=False):
-            blocks, f = self.estimate(code.float() - _per_channel(self.air)), self.factor
-            return rearrange(blocks, "b (i j k) x y z -> b 1 (x i) (y j) (z k)", i=f, j=f, k=f)
-
-    @torch.no_grad()
-    def fit(self, mean: Tensor, covariance: Tensor) -> None:
-        """Set both ways from the mean (f^3,) and covariance (f^3, f^3) of blocks; each is rebuilt by itself.
-
-        Without an offset the best axes are those of the second moment. Codes have mean 0 and unit variance.
-        """
-        mean, covariance = mean.double(), covariance.double()
-        _, axes = torch.linalg.eigh(covariance + torch.outer(mean, mean))
-        axes = axes[:, [-1 - k % len(mean) for k in range(self.project.out_channels)]].T
-        deviation = torch.einsum("ki,ij,kj->k", axes, covariance, axes).clamp(min=1e-8).sqrt()[:, None]
-        self.project.weight.copy_((axes / deviation).view_as(self.project.weight))
-        self.air.copy_(-(axes / deviation) @ mean)
-        self.forget_neighbours()
-
-    @torch.no_grad()
-    def forget_neighbours(self) -> "LinearCode":
-        """Rebuild each block by itself from here on."""
-        self.estimate.weight.zero_()
-        self.estimate.weight[:, :, 1, 1, 1] = torch.linalg.pinv(self.project.weight.flatten(1).double()).float()
-        return self
-
-    @torch.no_grad()
-    def fit_estimate(self, codes: Tensor, blocks: Tensor) -> None:
-        """Set the way back by least squares, in the presence of the posterior's noise.
-
-        Args:
-            codes: (27 c, 27 c) mean products of `surroundings` with themselves.
-            blocks: (27 c, f^3) mean products of `surroundings` with the voxels of the block they surround.
-        """
-        noise = math.exp(QUIET_LOG_VARIANCE) * torch.eye(len(codes), dtype=torch.float64)
-        weight = torch.linalg.solve(codes.double() + noise, blocks.double())
-        self.estimate.weight.copy_(weight.T.view_as(self.estimate.weight))
-
-    def surroundings(self, volume: Tensor) -> Tensor:
-        """(1 1 x y z) -> (x/f y/f z/f, 27 c): the codes less that of air of each block and its neighbours, float64."""
-        code = F.pad(self.encode(volume)[0] - self.air.view(-1, 1, 1, 1), (1,) * 6).double()
-        return rearrange(code.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1), "c x y z i j k -> (x y z) (c i j k)")
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
@@ -292,7 +230,3 @@ def _silence(network: nn.Module) -> None:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     nn.init.constant_(log_variance.bias, QUIET_LOG_VARIANCE)
-
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1, 1)

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.ndimage import gaussian_filter
-from scipy.sparse import csr_array
 from scipy.sparse.linalg import cg
 
+from ldm_lib.draft import draft_fill
 from ldm_lib.errors import InputError
+from ldm_lib.laplace import laplace_system
 
 RELATIVE_RESIDUAL = 5e-7  # with room for rounding the solution to float32
 
@@ -120,28 +121,6 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
     return filled
 
 
-def laplace_system(known: np.ndarray, mask: np.ndarray) -> tuple[csr_array, np.ndarray]:
-    """The 6-neighbour Laplacian of the masked voxels, in C order, and the sum of their known neighbours."""
-    count = int(mask.sum())
-    number = np.full(mask.shape, -1)
-    number[mask] = np.arange(count)
-    degree, edge_sum = np.zeros(count), np.zeros(count)
-    rows, columns = [], []
-    for axis in range(3):
-        lower, upper = np.s_[:-1], np.s_[1:]
-        for here, there in ((lower, upper), (upper, lower)):
-            a, b = (np.moveaxis(number, axis, 0)[part] for part in (here, there))
-            value = np.moveaxis(known, axis, 0)[there]
-            inside, edge = (a >= 0) & (b >= 0), (a >= 0) & (b < 0)
-            rows.append(a[inside])
-            columns.append(b[inside])
-            degree[a[a >= 0]] += 1
-            edge_sum[a[edge]] += value[edge]
-    rows, columns = np.concatenate([*rows, range(count)]), np.concatenate([*columns, range(count)])
-    values = np.concatenate([np.full(rows.size - count, -1.0), degree])
-    return csr_array((values, (rows, columns)), shape=(count, count)), edge_sum
-
-
 def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma_vox: float = 1.0) -> np.ndarray:
     """Fill with each tissue's mean outside the mask, painted by the tissue map and smoothed.
 
@@ -173,13 +152,27 @@ def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma
     return _pasted(known, mask, gaussian_filter(painted, sigma_vox))
 
 
-# One signature for all: f(voided, mask, tissue=labels, lateral_axis=axis); each takes what it needs.
+def draft_baseline(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, spacing_mm: float) -> np.ndarray:
+    """Fill with the first guess that the network is shown (`draft.draft_fill`), in any units.
+
+    Raises:
+        InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask.
+    """
+    known, mask = _known(voided, mask)
+    return draft_fill(known, mask, np.asarray(tissue), spacing_mm=spacing_mm)
+
+
+# One signature for all: f(voided, mask, tissue=labels, lateral_axis=axis, spacing_mm=edge); each takes what it needs.
 BASELINES: dict[str, Callable[..., np.ndarray]] = {
     "mean": lambda voided, mask, **_: mean_fill(voided, mask),
     "mirror": lambda voided, mask, *, lateral_axis, **_: mirror_fill(voided, mask, lateral_axis=lateral_axis),
     "harmonic": lambda voided, mask, **_: harmonic_fill(voided, mask),
     "tissue paint": lambda voided, mask, *, tissue, **_: tissue_paint(voided, mask, tissue),
+    "draft": lambda voided, mask, *, tissue, spacing_mm, **_: draft_baseline(
+        voided, mask, tissue, spacing_mm=spacing_mm
+    ),
 }
+OF_TISSUE = ("tissue paint", "draft")  # those that cannot do without a tissue map
 
 
 def _known(voided: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

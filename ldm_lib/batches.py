@@ -20,6 +20,7 @@ from ldm_lib.latents import Latents
 
 DEBUG_PAIRS = 16  # fixed (t, noise) pairs of the overfitting test; t from a tenth of the schedule to its end
 LEFT_RIGHT = 1  # axis of a latent (c x y z) in LPS
+LATENTS = ("voided", "target", "draft")  # what of a sample a mirror image changes the signs of
 
 Place = tuple[int, int, int]  # optimiser step, index in its global batch, case
 
@@ -87,12 +88,20 @@ class TrainingSamples(Dataset):
         variants: per case, its encodings; one is asked for when a sample is made of it.
         steps: of the noise schedule.
         global_batch: samples of one optimiser step.
+        mirror: signs (c,) with which flipped latents are those of the mirror image (`LinearCode.mirror`).
     """
 
     def __init__(
-        self, variants: Sequence[Sequence[Latents]], config: TrainingConfig, steps: int, *, global_batch: int
+        self,
+        variants: Sequence[Sequence[Latents]],
+        config: TrainingConfig,
+        steps: int,
+        *,
+        global_batch: int,
+        mirror: Tensor | None = None,
     ) -> None:
         self.variants, self.config, self.steps, self.global_batch = list(variants), config, steps, global_batch
+        self.signs = {} if mirror is None else dict.fromkeys(LATENTS, mirror.cpu().view(-1, 1, 1, 1))
 
     def __getitem__(self, place: Place) -> Latents:
         step, index, case = place
@@ -119,7 +128,7 @@ class TrainingSamples(Dataset):
 
     def _changed(self, sample: Latents, rng: np.random.Generator) -> Latents:
         if rng.random() < self.config.latent_flip_probability:
-            sample = {name: tensor.flip(LEFT_RIGHT) for name, tensor in sample.items()}
+            sample = {n: tensor.flip(LEFT_RIGHT) * self.signs.get(n, 1) for n, tensor in sample.items()}
         if self.config.latent_crop:
             sample = crop_around_hole(sample, self.config.latent_crop, rng)
         return sample

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import cg
 
-from ldm_lib.baselines import laplace_system
+from ldm_lib.laplace import laplace_system
 
 RELATIVE_RESIDUAL = 1e-4  # of a correction, which is itself small
 FACES = ndimage.generate_binary_structure(3, 1)

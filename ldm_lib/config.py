@@ -5,14 +5,11 @@ writes the cell from the model, and a test compares. Defaults are the `demo` pre
 and run from top to bottom ends on a laptop; `full` holds the numbers of the design.
 """
 
-import difflib
-import json
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ldm_lib.errors import ConfigError
 from ldm_lib.values import (
     Count,
     Devices,
@@ -31,6 +28,8 @@ from ldm_lib.values import (
 )
 
 ON_A_FLOW = {"ddpm": False, "euler": True, "midpoint": True}  # samplers of one path; the others walk on either
+SHIPPED = Path(__file__).with_name("weights")  # the model folder that comes with the library
+AUTOENCODER_FOLDER = "autoencoder"  # inside a model folder
 FRONT_END_FACTORS = {"plain": 1, "haar": 4, "half": 2}  # voxels an axis that become one, see `front_ends`
 JUDGED_CROP_VOX = 20  # an axis of the smallest crop that the discriminator of `critics` judges
 
@@ -69,15 +68,16 @@ class AuditConfig(StageConfig):
     spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size of the synthetic cohort, mm")
     deformation: Annotated[float, Field(ge=0, le=4)] = Field(1.0, description="of synthetic brains; 2 folds them")
     masks_per_patient: Annotated[int, Field(ge=1, le=3)] = Field(3, description="holes per synthetic patient")
-    variety: Literal["usual", "wide"] = Field("usual", description="of scanners, brains and holes; wide to train for real")
-    tissue_map: Literal["true", "registered"] = Field("true", description="synthetic one; registered is off as atlases are")
+    variety: Literal["usual", "wide"] = Field("usual", description="of scanners, brains, holes; wide to train for real")
+    tissue_map: Literal["true", "registered"] = Field("true", description="true, or off as registered atlases are")
     workers: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that make the synthetic cohort")
 
 
 class AutoencoderConfig(DeviceConfig):
     """02_autoencoder_check: what is lost by going latent."""
 
-    autoencoder_dir: str = Field("", description="weights to take, ours or others'; empty trains them here")
+    shipped_weights: bool = Field(False, description="start from the weights that come with the library")
+    autoencoder_dir: str = Field("", description="weights to take instead, ours or others'; without either it trains")
     front_end: Literal["plain", "haar", "half"] = Field("plain", description="fixed transform around the network")
     latent_channels: Positive = Field(6, description="numbers per latent cell")
     channels: IntegerList = Field("16,32", description="width of each level; one halving less than levels")
@@ -105,6 +105,11 @@ class AutoencoderConfig(DeviceConfig):
     min_gain_over_pca: NotNegative = Field(0.2, description="dB above principal components of blocks, likewise")
     accept_anyway: bool = Field(False, description="close the stage below these gates")
 
+    @property
+    def given_weights(self) -> str:
+        """Folder or file of the weights that are taken; empty if they are trained here."""
+        return self.autoencoder_dir or (str(SHIPPED / AUTOENCODER_FOLDER) if self.shipped_weights else "")
+
     @model_validator(mode="after")
     def _crops_fit(self) -> Self:
         """A crop of few cells has no middle, and convolutions in bfloat16 fail on axes of two."""
@@ -127,10 +132,11 @@ class ConditioningConfig(StageConfig):
     pooling: Literal["area", "nearest"] = Field("area", description="voxels to cells: occupancy or centre voxel")
     mask_dilation: Annotated[int, Field(ge=0, le=4)] = Field(1, description="cells by which the latent mask grows")
     context: Literal["composite", "concat", "draft"] = Field(
-        "composite", description="concat also shows the undilated latent, draft a first guess to mend"
+        "composite", description="concat adds the undilated latent, draft a first guess"
     )
     make_missing: bool = Field(True, description="make the tissue and growth maps that cases lack from their scans")
     tissue_source: Literal["atlas", "given"] = Field("atlas", description="of the cases to fill; given may have peeked")
+    training_tissue: Literal["atlas", "given"] = Field("given", description="of those to train on; a draft wants atlas")
     max_cases: Count = Field(6, description="validation cases to prepare for filling; 0 for all")
     show_case: str = Field("", description="case to draw; empty takes the first validation case")
 
@@ -138,6 +144,8 @@ class ConditioningConfig(StageConfig):
 class TrainingConfig(DeviceConfig):
     """04_training: the denoiser, on cached latents."""
 
+    shipped_weights: bool = Field(False, description="start from the weights that come with the library")
+    start_dir: str = Field("", description="a model folder to start from instead; without either, from noise")
     batch_size: Positive = Field(2, description="samples per device and step")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="of AdamW, constant after warm-up")
     warmup_steps: Count = Field(50, description="optimiser steps of linear warm-up")
@@ -180,7 +188,7 @@ class TrainingConfig(DeviceConfig):
     rotation_degrees: Annotated[float, Field(ge=0, le=45)] = Field(8.0, description="largest rotation about each axis")
     intensity_shift: Annotated[float, Field(ge=0, le=0.5)] = Field(0.1, description="largest change of gain and gamma")
     latent_noise: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="std of noise added to known latents")
-    latent_flip_probability: Fraction = Field(0.0, description="flip of latents; not exact, see notebook 02")
+    latent_flip_probability: Fraction = Field(0.0, description="flip of latents; exact for linear ones only, see 02")
     tissue_deformation_mm: Annotated[float, Field(ge=0, le=20)] = Field(4.0, description="largest, of the tissue map")
     wandb_mode: Literal["off", "offline", "online"] = Field("offline", description="Weights & Biases tracker")
     use_mlflow: bool = Field(True, description="MLflow tracker, sqlite beside the runs")
@@ -214,6 +222,11 @@ class TrainingConfig(DeviceConfig):
         return self
 
     @property
+    def start(self) -> str:
+        """The model folder that training starts from; empty if from noise."""
+        return self.start_dir or (str(SHIPPED) if self.shipped_weights else "")
+
+    @property
     def process(self) -> dict[str, Any]:
         """The arguments of `schedule.noise_schedule`, as they stand in a model's config."""
         shape = {"schedule": self.schedule, "steps": self.diffusion_steps, "shift": self.schedule_shift}
@@ -230,6 +243,9 @@ class SamplingConfig(DeviceConfig):
     )
     num_inference_steps: Positive = Field(8, description="denoiser calls per sample")
     guidance: NotNegative = Field(1.0, description="how far to go from told nothing (0) to told all (1) and beyond")
+    temperature: Annotated[float, Field(ge=0, le=2)] = Field(
+        0.0, description="of the noise that sampling starts from, below 1 nearer to the mean; 0: the model's own"
+    )
     blend_mm: Annotated[float, Field(ge=0, le=1000)] = Field(
         16.0, description="reach of the fit at the hole's edge, mm; 0 is off"
     )
@@ -258,47 +274,3 @@ STAGES: dict[str, type[StageConfig]] = {
     "05_sampling": SamplingConfig,
     "06_evaluation": EvaluationConfig,
 }
-
-
-def stage_name(text: str) -> str:
-    """ "4", "04" or "04_training" -> "04_training"."""
-    found = [name for name in STAGES if name == text or name[:2] == text.zfill(2)]
-    if not found:
-        raise ConfigError(f"no stage {text!r}; there are {', '.join(STAGES)}", fix=nearest(text, STAGES))
-    return found[0]
-
-
-def validated(model: type[StageConfig], values: dict[str, Any]) -> StageConfig:
-    """Build a configuration, or say in one line what was expected."""
-    try:
-        return model(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-    name = ".".join(str(part) for part in problem["loc"])
-    given = f"{name} = {problem['input']!r}: " if name else ""
-    fix = f"see `make params NB={_number(model)}`"
-    if problem["type"] == "extra_forbidden":
-        fix = nearest(name, model.model_fields)
-    raise ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=fix)
-
-
-def parameters_cell(model: type[StageConfig]) -> str:
-    """The source of a notebook's parameters cell: one `name: type = literal  # meaning` a line."""
-    lines = []
-    for name, field in model.model_fields.items():
-        kind = type(field.default).__name__
-        literal = json.dumps(field.default) if kind == "str" else repr(field.default)
-        choices = getattr(field.annotation, "__args__", ())
-        among = f" ({', '.join(choices)})" if choices and all(isinstance(c, str) for c in choices) else ""
-        lines.append(f"{name}: {kind} = {literal}  # {field.description}{among}")
-    return "\n".join(lines)
-
-
-def _number(model: type[StageConfig]) -> str:
-    return next(name[:2] for name, known in STAGES.items() if known is model)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What was most likely meant, as the mend of a refusal."""
-    match = difflib.get_close_matches(name, list(known), 1, 0.4)
-    return f"did you mean {match[0]!r}?" if match else "see `make params NB=01` to 06"

@@ -5,7 +5,9 @@ weight(t) (ADM(composite of x_t, conditioning, mask, t) - what was asked for)^2 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from ldm_lib.adm import ADM
 from ldm_lib.batches import masked_loss
 from ldm_lib.config import TrainingConfig
 from ldm_lib.devices import pick_device, pick_precision
+from ldm_lib.errors import ConfigError
 from ldm_lib.inpainter import Inpainter, box_margin
 from ldm_lib.latents import (
     CellSettings,
@@ -48,15 +51,42 @@ def build_denoiser(config: TrainingConfig, *, in_channels: int, out_channels: in
 
 
 def new_inpainter(autoencoder_folder: Path, config: TrainingConfig, settings: CellSettings) -> Inpainter:
-    """The frozen autoencoder of a folder beside an untrained denoiser."""
+    """The frozen autoencoder of a folder beside a denoiser that is untrained, or is that of the model to start from.
+
+    A model brings its own scale of what drafts lack.
+
+    Raises:
+        ConfigError: a model to start from that is not as the parameters say, with all that differs.
+    """
     device = pick_device(config.device)
     autoencoder = load_model(autoencoder_folder, "autoencoder")
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, settings), out_channels=channels)
     crop = 0 if config.overfit_batches else config.latent_crop
     how = device, pick_precision(config.precision, device), config.prediction, box_margin(autoencoder), crop
-    schedule = noise_schedule(**config.process)
-    return Inpainter(autoencoder.to(device), denoiser.to(device), schedule, settings, *how)
+    fresh = Inpainter(autoencoder.to(device), denoiser.to(device), noise_schedule(**config.process), settings, *how)
+    return _taken_over(fresh, Inpainter.load(config.start, device=config.device), config) if config.start else fresh
+
+
+def _taken_over(fresh: Inpainter, model: Inpainter, config: TrainingConfig) -> Inpainter:
+    """The weights of a model in the place of untrained ones, if all else is the same."""
+    wanted = replace(fresh.settings, residual_std=model.settings.residual_std)
+    weights = [m.autoencoder.folder_config["sha256"][:12] for m in (model, fresh)]
+    pairs = {
+        "autoencoder": weights,
+        "prediction": (model.prediction, fresh.prediction),
+        **_both(model.denoiser.config, fresh.denoiser.config),
+        **_both(asdict(model.settings), asdict(wanted)),
+        **_both(model.denoiser.folder_config["schedule"], config.process),
+    }
+    if told := [f"{name} is {was!r}, not {now!r}" for name, (was, now) in pairs.items() if was != now]:
+        raise ConfigError("; ".join(told), where="the model to start from", fix="set them alike, or start from noise")
+    fresh.denoiser.load_state_dict(model.denoiser.state_dict())
+    return replace(fresh, settings=wanted, temperature=model.temperature)
+
+
+def _both(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (theirs.get(name), value) for name, value in ours.items() if name != "dropout"}
 
 
 def training_loss(network: nn.Module, batch: Latents, inpainter: Inpainter, config: TrainingConfig) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.sparse.linalg import cg
 
-from ldm_lib.baselines import laplace_system
+from ldm_lib.laplace import laplace_system
 from ldm_lib.tissue import TISSUES
 
 TRUST = 0.5  # a: the other half of the regression's contrast is left to the edge
@@ -60,7 +60,10 @@ def _regressed(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing_
         for label in present
         for width in WIDTHS_MM
     ]
-    regressors, weights = np.stack([s[seen] for s in shares], axis=1).astype(np.float64), np.exp(-distance_mm[seen] / NEAR_MM)
+    regressors, weights = (
+        np.stack([s[seen] for s in shares], axis=1).astype(np.float64),
+        np.exp(-distance_mm[seen] / NEAR_MM),
+    )
     weights /= weights.sum()
     values, centre = image[seen].astype(np.float64), weights @ regressors
     apart = regressors - centre

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_lib.baselines import BASELINES
+from ldm_lib.baselines import BASELINES, OF_TISSUE
 from ldm_lib.cases import CaseData
 from ldm_lib.metrics import brats_scores, hole_size_class, scores_by_tissue
 from ldm_lib.obedience import growth_response, tissue_by_intensity, tissue_dice
@@ -66,13 +66,14 @@ def candidates(
     volumes = {name: read_volume(path).voxels for name, path in files.items()}
     if not baselines:
         return volumes
-    usable = [name for name in BASELINES if name != TISSUE_PAINT or data.tissue is not None]
+    usable = [name for name in BASELINES if name not in OF_TISSUE or data.tissue is not None]
     volumes |= {name: _baseline(name, data, data.tissue) for name in usable}
     return volumes | ({} if given is None else {f"{TISSUE_PAINT}{WITH_GIVEN}": _baseline(TISSUE_PAINT, data, given)})
 
 
 def _baseline(name: str, data: CaseData, tissue: np.ndarray | None) -> np.ndarray:
-    return BASELINES[name](data.voided, data.mask, tissue=tissue, lateral_axis=data.lateral_axis)
+    how = {"lateral_axis": data.lateral_axis, "spacing_mm": float(np.prod(data.source.spacing_mm)) ** (1 / 3)}
+    return BASELINES[name](data.voided, data.mask, tissue=tissue, **how)
 
 
 def obedience_row(data: CaseData, volume: np.ndarray, *, asked: CaseData, threshold: float) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def inpaint_folder(
     conditioning_dir: str | Path = "",
     allow: Allowances = NOTHING,
     model: str | Path | None = None,
-    make_missing: bool = False,
+    make_missing: bool | None = None,
     each: bool = False,
     say: Callable[[str], None] = _print,
 ) -> list[Row]:
@@ -57,7 +57,7 @@ def inpaint_folder(
         output: takes `<ID>-t1n-inference.nii.gz`, and with several samples what `write_filled` writes beside it.
         config: samples, seed, sampler, steps, guidance, device and precision.
         allow: what the gate is to let pass, and how it is read then.
-        make_missing: make the tissue maps that cases lack from their scans.
+        make_missing: make the tissue maps that cases lack from their scans; None: if the model needs them.
         each: write every sample.
 
     Returns:
@@ -69,7 +69,8 @@ def inpaint_folder(
     root, output = given_path(data_dir), given_path(output)
     require_outside(output, root)
     cases, exclusions = find_cases(root, conditioning_dir, allow)
-    inpainter = Inpainter.load(model, device=config.device, precision=config.precision, blend_mm=config.blend_mm)
+    how = {name: getattr(config, name) for name in ("device", "precision", "blend_mm", "temperature")}
+    inpainter = Inpainter.load(model, **how)
     lock = FolderLock(output)
     try:
         require_writable(output / TABLE)
@@ -98,7 +99,7 @@ def fill_cases(
     config: SamplingConfig,
     folder: Path,
     *,
-    make_missing: bool = False,
+    make_missing: bool | None = None,
     each: bool = True,
     say: Callable[[str], None] = _print,
 ) -> list[Row]:
@@ -119,8 +120,8 @@ def fill_cases(
     require_path(config.sampler, inpainter.schedule)
     spaced_timesteps(inpainter.schedule, config.num_inference_steps)  # refused now, not once a case
     _make_room(folder / RECORDS)
-    job = Job(inpainter, config, folder, make_missing, each)
     rows, started, filled = [], time.monotonic(), 0
+    job = Job(inpainter, config, folder, inpainter.makes_maps(make_missing), each)
     for k, row in enumerate(_in_turn(job, cases), start=1):
         rows.append(row)
         filled += row["status"] == FILLED
@@ -224,8 +225,8 @@ class Job:
     def _made_from(self, case: Case) -> str:
         asked = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")
         engine, networks = self.inpainter, (self.inpainter.denoiser, self.inpainter.autoencoder)
-        settings = {name: getattr(self.config, name) for name in asked}
-        settings |= {"make_missing": self.make_missing, "each": self.each, "precision": engine.precision}
+        settings = {"make_missing": self.make_missing, "each": self.each, "precision": engine.precision}
+        settings |= {name: getattr(self.config, name) for name in asked} | {"temperature": engine.temperature}
         model = {"cells": asdict(engine.settings), "crop": engine.crop, "box_margin": engine.box_margin,
                  "prediction": engine.prediction, "schedule": engine.denoiser.folder_config["schedule"]}  # fmt: skip
         weights = [network.folder_config["sha256"] for network in networks]

@@ -11,12 +11,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm_lib.autoencoder import Autoencoder, LinearCode
+from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.cases import Case, load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.devices import autocast
 from ldm_lib.errors import TrainingError
 from ldm_lib.geometry import cell_share
+from ldm_lib.linear_code import LinearCode
 
 PATIENTS = 24  # are enough: at 1 mm and 8 voxels a cell more than 100,000 blocks
 

@@ -23,9 +23,10 @@ from typing import Any
 
 import yaml
 
-from ldm_lib.config import STAGES, StageConfig, nearest, stage_name
+from ldm_lib.config import STAGES, StageConfig
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.files import fingerprint
+from ldm_lib.parameters import nearest, stage_name
 from ldm_lib.presets import DEFAULT_PRESET, resolve
 from ldm_lib.runner import absolute
 from ldm_lib.values import given_path, safe_name

@@ -19,13 +19,29 @@ from ldm_lib.adm import ADM
 from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.canvas import Canvas, Filled
 from ldm_lib.cases import Case, CaseData
-from ldm_lib.config import AutoencoderConfig, ConditioningConfig, SamplingConfig, TrainingConfig, validated
+from ldm_lib.config import (
+    AUTOENCODER_FOLDER,
+    SHIPPED,
+    AutoencoderConfig,
+    ConditioningConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from ldm_lib.devices import autocast, pick_device, pick_precision, total_memory
 from ldm_lib.errors import ConfigError, WeightsError
-from ldm_lib.latents import CellSettings, Latents, context_box, denoiser_input, encode_case, generated, keep_known, on_device
+from ldm_lib.latents import (
+    CellSettings,
+    Latents,
+    context_box,
+    denoiser_input,
+    encode_case,
+    generated,
+    keep_known,
+    on_device,
+)
 from ldm_lib.objectives import meaning
+from ldm_lib.parameters import validated
 from ldm_lib.reconstruction import decode_box
-from ldm_lib.runs import outputs_folder, read_record
 from ldm_lib.samplers import SAMPLERS, Callback
 from ldm_lib.schedule import NoiseSchedule, noise_schedule
 from ldm_lib.weights import load_model
@@ -37,7 +53,6 @@ BYTES_AT_WORK = 400  # of a denoiser, a cell and channel of its first level: 70 
 MEMORY_SHARE = 0.25  # of all memory, for the denoiser at work on a batch
 MOST_AT_ONCE = {"cpu": 4, "cuda": 32}
 PARAMETERS = {"steps": "diffusion_steps", "shift": "schedule_shift"}  # what a model's schedule calls otherwise
-AUTOENCODER_FOLDER = "autoencoder"  # inside a model folder
 
 
 class CaseNoise:
@@ -69,6 +84,7 @@ class Inpainter:
     box_margin: int | None = None  # cells decoded around the hole's box; None decodes the whole volume
     crop: int = 0  # edge of the latents it was trained on, cells; 0: whole ones
     blend_mm: float = DEFAULT_BLEND_MM
+    temperature: float = 1.0  # of the noise that sampling starts from, over that of training
 
     @classmethod
     def load(
@@ -78,9 +94,10 @@ class Inpainter:
         device: str = "auto",
         precision: str = "auto",
         blend_mm: float = DEFAULT_BLEND_MM,
+        temperature: float = 0.0,
     ) -> "Inpainter":
-        """Load a model folder; without one, the newest finished training under outputs/."""
-        folder = Path(folder) if folder else newest_model()
+        """Load a model folder; without one, the shipped weights. A temperature of 0 is the model's own."""
+        folder = Path(folder) if folder else SHIPPED
         where = pick_device(device)
         denoiser = load_model(folder, "adm")
         autoencoder = load_model(folder / AUTOENCODER_FOLDER, "autoencoder")
@@ -88,6 +105,7 @@ class Inpainter:
         try:
             settings, training = _trained_with(facts)
             trained_on, margin = facts["autoencoder_sha256"], box_margin(autoencoder)
+            own = validated(SamplingConfig, {"temperature": facts.get("temperature", 0.0)}).temperature or 1.0
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             told = error.cause if isinstance(error, ConfigError) else error
             raise WeightsError(f"its config does not say how it was trained ({told})", where=folder,
@@ -96,9 +114,12 @@ class Inpainter:
             raise WeightsError("was trained on latents of another autoencoder", where=folder,
                                fix="copy the whole model folder, its autoencoder included")  # fmt: skip
         how = where, pick_precision(precision, where), training.prediction, margin, training.latent_crop
-        return cls(
-            autoencoder.to(where), denoiser.to(where), noise_schedule(**training.process), settings, *how, blend_mm
-        )
+        networks = autoencoder.to(where), denoiser.to(where)
+        return cls(*networks, noise_schedule(**training.process), settings, *how, blend_mm, temperature or own)
+
+    def makes_maps(self, asked: bool | None) -> bool:
+        """Whether tissue maps that cases lack are to be made from their scans: as asked, or if the model needs them."""
+        return self.settings.context == "draft" if asked is None else asked
 
     def encode(self, data: CaseData) -> Latents:
         """The latents, conditioning and cells of one case."""
@@ -148,7 +169,7 @@ class Inpainter:
 
         with torch.inference_mode():
             return placed(SAMPLERS[sampler](
-                denoise, noise(-1), self.schedule, steps=steps, noise=noise,
+                denoise, self.temperature * noise(-1), self.schedule, steps=steps, noise=noise,
                 keep=lambda z: keep_known(z, batch), callback=tell if callback else None,
             ))  # fmt: skip
 
@@ -250,12 +271,3 @@ def _trained_with(facts: Mapping[str, Any]) -> tuple[CellSettings, TrainingConfi
 def sample_name(case: Case, k: int) -> str:
     """Names the k-th sample of a case; with the seed it determines the noise."""
     return f"{case.key}/{k}"
-
-
-def newest_model() -> Path:
-    """The model folder of the training that finished last under outputs/."""
-    done = {path: read_record(path)["finished"] for path in outputs_folder().glob("*/04_training/done.json")}
-    if not done:
-        raise WeightsError("no weights: no finished training", where=outputs_folder().name,
-                           fix="name a model folder with --model, or `make run` first")  # fmt: skip
-    return max(done, key=done.get).parent / "model"

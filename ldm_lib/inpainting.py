@@ -8,9 +8,10 @@ from pathlib import Path
 from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.canvas import Filled
 from ldm_lib.cases import CaseData, case_of_files, load_case
-from ldm_lib.config import SamplingConfig, validated
+from ldm_lib.config import SamplingConfig
 from ldm_lib.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.nifti import require_results_writable, stem
+from ldm_lib.parameters import validated
 from ldm_lib.regridding import regridding
 from ldm_lib.values import given_path
 from ldm_lib.volumes import write_like, write_map
@@ -51,12 +52,13 @@ def inpaint(
     growth: str | Path | None = None,
     tissue: str | Path | None = None,
     allow: Allowances = NOTHING,
-    make_missing: bool = False,
+    make_missing: bool | None = None,
     model: str | Path | None = None,
     sampler: str = DEFAULT_SAMPLER,
     steps: int = DEFAULT_STEPS,
     guidance: float = 1.0,
     blend_mm: float = DEFAULT_BLEND_MM,
+    temperature: float = 0.0,
     samples: int = 1,
     write_samples: bool = False,
     seed: int = 0,
@@ -69,13 +71,15 @@ def inpaint(
         mask: binary, on the same grid, 1 = fill this.
         output: .nii or .nii.gz; the mean when samples > 1, then `<output>-std` is written beside it.
         growth: tumour-cell concentration in [0, 1]; none means zero, healthy tissue.
-        tissue: labels 1 CSF, 2 GM, 3 WM; none means unknown, unless `make_missing`.
+        tissue: labels 1 CSF, 2 GM, 3 WM, of one method inside and outside the hole; none: unknown, unless it is made.
         allow: what the gate is to let pass, and how it is read then.
-        make_missing: make the tissue map from the scan where none is given (`segmentation.tissue_from_scan`).
-        model: folder with weights; none takes the newest finished training. A file of other voxel sizes than the
+        make_missing: make the tissue map from the scan where none is given (`segmentation.tissue_from_scan`); None does
+            so if the model needs one.
+        model: folder with weights; none takes the shipped ones. A file of other voxel sizes than the
             model's is brought to them, and what fills the hole is brought back.
         guidance: how far to go from being told nothing (0) to being told all (1) and beyond.
         blend_mm: reach of the correction that makes the hole's edge fit; 0 leaves it as it was sampled.
+        temperature: of the noise that sampling starts from; 0 takes the model's own.
 
     Returns:
         the files written.
@@ -85,11 +89,12 @@ def inpaint(
     """
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, allow=allow)
     asked = {"sampler": sampler, "num_inference_steps": steps, "samples": samples, "seed": seed}
-    validated(SamplingConfig, asked | {"guidance": guidance, "blend_mm": blend_mm, "device": device})
+    how = {"blend_mm": blend_mm, "temperature": temperature, "device": device}
+    validated(SamplingConfig, asked | {"guidance": guidance} | how)
     results = result_paths(given_path(output), samples, each=write_samples)
     require_results_writable(results.values(), case.files().values())
-    data, inpainter = load_case(case), Inpainter.load(model, device=device, blend_mm=blend_mm)
-    data = make_ready(data, inpainter, make_missing=make_missing)
+    data, inpainter = load_case(case), Inpainter.load(model, **how)
+    data = make_ready(data, inpainter, make_missing=inpainter.makes_maps(make_missing))
     filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps, guidance=guidance)
     return write_filled(filled, data, results[""], samples=write_samples)
 
@@ -100,14 +105,14 @@ def make_ready(data: CaseData, inpainter: Inpainter, *, make_missing: bool) -> C
     resampled = f"voxels of {data.source.spacing_mm} mm; the hole is filled in the model's of {trained_mm:g} mm"
     for warning in [*data.warnings, *([resampled] if regridding(data, trained_mm) else [])]:
         log.warning("%s: %s", data.case.t1n_voided or data.case.t1n, warning)
-    return _with_tissue(data) if make_missing and data.tissue is None else data
+    return _with_tissue(data, inpainter.settings.refinement) if make_missing and data.tissue is None else data
 
 
-def _with_tissue(data: CaseData) -> CaseData:
+def _with_tissue(data: CaseData, refine: str) -> CaseData:
     """The case with a tissue map made from its scan, or as it is where that failed."""
     from ldm_lib.segmentation import tissue_from_scan  # seconds to load, and seldom needed
 
-    made = tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask)
+    made = tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask, refine=refine)
     if made.registration.flaw:
         log.warning("%s: no tissue map: %s; filled without", data.case.t1n_voided, made.registration.flaw)
         return data

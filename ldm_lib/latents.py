@@ -9,6 +9,7 @@ draft (c x y z);   target = (z_target - draft) / residual_std;   voided = 0, as 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,12 +17,16 @@ from scipy import ndimage
 from torch import Tensor
 
 from ldm_lib.autoencoder import Autoencoder
-from ldm_lib.conditioning import CONDITIONING_CHANNELS, ModelCase, conditioning, loss_cells
+from ldm_lib.cases import CaseData
+from ldm_lib.conditioning import CONDITIONING_CHANNELS, ModelCase, conditioning, loss_cells, model_case
 from ldm_lib.devices import autocast
 from ldm_lib.draft import draft_fill
 from ldm_lib.geometry import cell_share, latent_mask
 
 SHOWN = {"concat": "voided", "draft": "draft"}  # context -> the latent that is shown beside the noisy one
+MEASURED = 48  # training cases that say how much a draft lacks
+LEAST_STD = 1e-3  # of a channel, in latents of standard deviation 1
+CPU = torch.device("cpu")
 MARGIN = 1  # cells around the hole that the denoiser sees at least
 
 Latents = dict[str, Tensor]
@@ -49,6 +54,11 @@ class CellSettings:
     def __post_init__(self) -> None:
         """JSON knows no tuples."""
         object.__setattr__(self, "residual_std", tuple(self.residual_std))
+
+    @property
+    def refinement(self) -> str:
+        """How an atlas map is to be made for it (`segmentation.tissue_from_scan`): a draft reads one method's alone."""
+        return "none" if self.context == "draft" else "mixture"
 
     def residual_scale(self, latent: Tensor) -> Tensor | float:
         """`residual_std` where it can be multiplied with latents (... c x y z)."""
@@ -84,22 +94,17 @@ def encode_case(
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in cells.items()}
 
 
-def residual_std(
-    cases: Iterable[ModelCase],
-    autoencoder: Autoencoder,
-    settings: CellSettings,
-    *,
-    device: torch.device,
-    precision: str,
-) -> tuple[float, ...]:
-    """Root mean square of what a draft lacks in the cells that are generated, one a latent channel; with a target."""
-    total, count = torch.zeros(autoencoder.latent_channels, dtype=torch.float64), 0
-    unscaled = replace(settings, residual_std=())
-    for case in cases:
-        latents = encode_case(case, autoencoder, unscaled, device=device, precision=precision)
+def measured(settings: CellSettings, cases: Iterable[CaseData], autoencoder: Autoencoder) -> CellSettings:
+    """The settings with what drafts lack in the cells that are generated, on the first `MEASURED` cases with a target.
+
+    Runs on the processor in float32. Means are over cells: a large hole counts for more.
+    """
+    total, count, how = torch.zeros(autoencoder.latent_channels).double(), 0, {"device": CPU, "precision": "32"}
+    for data in islice(cases, MEASURED):
+        latents = encode_case(model_case(data, autoencoder.factor), autoencoder, settings, **how)
         residual = latents["target"][:, latents["loss"][0] > 0].double()
         total, count = total + residual.square().sum(dim=1), count + residual.shape[1]
-    return tuple((total / max(count, 1)).sqrt().clamp(min=1e-6).tolist())
+    return replace(settings, residual_std=(total / max(count, 1)).sqrt().clamp(min=LEAST_STD).tolist())
 
 
 def denoiser_input(noisy: Tensor, batch: Latents, settings: CellSettings) -> Tensor:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ldm_lib.config import AuditConfig, validated
+from ldm_lib.config import AuditConfig
 from ldm_lib.errors import InterruptionError, LdmError, TrainingError
 from ldm_lib.files import write_json
 from ldm_lib.leash import tie
+from ldm_lib.parameters import validated
 from ldm_lib.processes import is_first, local_rank, world_size
 from ldm_lib.runs import SHARED_OUT
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import get_args
 
 from ldm_lib.allowances import Allowances
-from ldm_lib.config import AuditConfig, SamplingConfig, validated
+from ldm_lib.config import AuditConfig, SamplingConfig
 from ldm_lib.errors import ConfigError
+from ldm_lib.parameters import validated
 from ldm_lib.presets import DEFAULT_PRESET, PRESETS
 
 Command = Callable[[argparse.Namespace], int]
@@ -81,8 +82,9 @@ def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--growth", metavar="F", help="tumour-cell concentration in [0, 1]; none means healthy")
     sub.add_argument("--tissue", metavar="F", help="labels 1 CSF, 2 GM, 3 WM")
     sub.add_argument("--conditioning-dir", default="", metavar="DIR", help="maps of --data (default: beside the data)")
-    sub.add_argument("--make-missing", action="store_true", help="make the tissue map from the scan if none is given")
-    sub.add_argument("--model", help="folder with weights; none takes the newest finished training")
+    text = "make the tissue map from the scan if none is given (default: if the model needs one)"
+    sub.add_argument("--make-missing", action=argparse.BooleanOptionalAction, help=text)
+    sub.add_argument("--model", help="folder with weights; none takes those that are shipped")
     sub.add_argument("--sampler", default=SAMPLING["sampler"].default, choices=get_args(SAMPLING["sampler"].annotation))
     steps = SAMPLING["num_inference_steps"].default
     sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
@@ -92,6 +94,8 @@ def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--blend-mm", type=float, default=reach, help=f"reach of the edge's fit; 0: none (default: {reach:g})"
     )
+    heat = SAMPLING["temperature"].default
+    sub.add_argument("--temperature", type=float, default=heat, help="of the first noise; 0: the model's own (default)")
     sub.add_argument("--samples", type=int, default=1, help="K; above 1 also spread and the sample nearest to the mean")
     sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
     sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)

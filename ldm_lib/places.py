@@ -18,7 +18,8 @@ from ldm_lib.files import read_json, replacing, write_json
 from ldm_lib.values import given_path
 
 FILE = ".places.json"
-NAMES = {name: f"LDM_{name.upper()}" for name in ("data_dir", "conditioning_dir", "autoencoder_dir", "perceptual_file")}
+PATHS = ("data_dir", "conditioning_dir", "autoencoder_dir", "start_dir", "perceptual_file")
+NAMES = {name: f"LDM_{name.upper()}" for name in PATHS}
 _PROJECT = Path(__file__).parents[1]
 _ELSEWHERE = {_PROJECT: "$PROJECT", Path(sys.prefix): "$PYTHON", Path(sys.base_prefix): "$PYTHON_BASE",
               Path(tempfile.gettempdir()): "$TMPDIR", Path.home(): "$HOME"}  # fmt: skip

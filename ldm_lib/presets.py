@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_lib.config import ON_A_FLOW, STAGES, StageConfig, nearest, validated
+from ldm_lib.config import ON_A_FLOW, STAGES, StageConfig
 from ldm_lib.errors import ConfigError
+from ldm_lib.parameters import nearest, validated
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
@@ -29,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "weights": {
         "synthetic_patients": 300, "synthetic_first": 0, "spacing_mm": 1.0, "variety": "wide",
         "tissue_map": "registered", "workers": 2, "validation_fraction": 0.04,
+        "channels": "8,8,8,8", "latent_channels": 16, "learned": "none", "min_gain_over_pca": 0.0, "check_cases": 12,
+        "context": "draft", "mask_dilation": 0, "max_cases": 12,
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"

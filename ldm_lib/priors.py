@@ -126,20 +126,21 @@ def make_growth(
     return sidecar.keep(growth, {"visible_ml": visible, "highest": float(growth.max())}, data.source.affine)
 
 
-def equip(case: Case, folder: Path, *, tissue: bool, growth: bool) -> tuple[Case, list[Prior]]:
+def equip(case: Case, folder: Path, *, tissue: bool, growth: bool, refine: str = "mixture") -> tuple[Case, list[Prior]]:
     """The case with maps made from its scan in the place of those it lacks, and what was made or found.
 
     Args:
         folder: takes tissue_segmentation/<case>.nii.gz and growth_model/<case>.nii.gz.
         tissue: make this map, even where one was given.
         growth: make this map, from the unhealthy mask; a case without one keeps none, which means healthy.
+        refine: as in `make_tissue`.
     """
     if not (tissue or growth):
         return case, []
     data, made, maps = load_case(case), [], {}
     labels = data.tissue
     if tissue:
-        made.append(make_tissue(data, _place(folder, "tissue", case)))
+        made.append(make_tissue(data, _place(folder, "tissue", case), refine=refine))
         maps["tissue"] = None if made[-1].refused else made[-1].path
         labels = read_labels(maps["tissue"], data.source, TISSUE_LABELS) if maps["tissue"] else None
     if growth and labels is not None and data.unhealthy is not None and data.unhealthy.any():

@@ -16,12 +16,13 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ldm_lib.autoencoder import Autoencoder, LinearCode
+from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.cases import CaseData
 from ldm_lib.devices import autocast
 from ldm_lib.errors import InputError
 from ldm_lib.fidelity import psnr
 from ldm_lib.geometry import Frame, latent_mask
+from ldm_lib.linear_code import LinearCode
 from ldm_lib.metrics import brats_scores, scores_by_tissue
 
 FARTHEST_SHIFT_VOX = 2

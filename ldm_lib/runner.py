@@ -14,17 +14,10 @@ from typing import Any
 
 from ldm_lib import places
 from ldm_lib.cohort import source_digests
-from ldm_lib.config import (
-    STAGES,
-    AuditConfig,
-    AutoencoderConfig,
-    SamplingConfig,
-    StageConfig,
-    TrainingConfig,
-    validated,
-)
+from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, SamplingConfig, StageConfig, TrainingConfig
 from ldm_lib.errors import InterruptionError, LdmError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
+from ldm_lib.parameters import validated
 from ldm_lib.presets import require_fit, resolve
 from ldm_lib.runs import (
     SHARED_OUT,
@@ -91,7 +84,7 @@ def stage_inputs(stage: str, config: StageConfig, run_folder: Path) -> dict[str,
     """What a stage is made from: the source files for the first, earlier stages' outputs and given weights after it."""
     if isinstance(config, AuditConfig):
         return source_digests(config.data_dir, config.conditioning_dir)
-    weights = (config.autoencoder_dir, config.perceptual_file) if isinstance(config, AutoencoderConfig) else ()
+    weights = (config.given_weights, config.perceptual_file) if isinstance(config, AutoencoderConfig) else ()
     return upstream_digests(run_folder, stage) | digests(*weights)
 
 

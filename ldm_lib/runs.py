@@ -19,9 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ldm_lib.config import STAGES, StageConfig, validated
+from ldm_lib.config import STAGES, StageConfig
 from ldm_lib.errors import RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock, fingerprint, now, read_json, sha256, write_csv, write_json
+from ldm_lib.parameters import validated
 from ldm_lib.places import HidingFormatter, named, settle
 from ldm_lib.values import names
 

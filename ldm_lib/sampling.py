@@ -10,10 +10,11 @@ import sys
 import torch
 
 from ldm_lib import cohort
-from ldm_lib.config import SamplingConfig, validated
+from ldm_lib.config import SamplingConfig
 from ldm_lib.filling import fill_cases, require_all, require_recorded
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.launched import launched, mark_done
+from ldm_lib.parameters import validated
 from ldm_lib.processes import global_rank, is_first, world_size
 from ldm_lib.runs import open_stage, outputs_folder, read_record, require_done
 

@@ -22,15 +22,16 @@ from ldm_lib.augmentation import Augmentation
 from ldm_lib.batches import Plan, TrainingSamples
 from ldm_lib.cache import CachedCase, LatentCache
 from ldm_lib.cases import Case, CaseData, load_case
-from ldm_lib.config import TrainingConfig, validated
+from ldm_lib.config import AUTOENCODER_FOLDER, TrainingConfig
 from ldm_lib.denoising import new_inpainter
 from ldm_lib.errors import ConfigError, TrainingError
 from ldm_lib.files import fingerprint
 from ldm_lib.fit import Fit
-from ldm_lib.inpainter import AUTOENCODER_FOLDER, Inpainter
+from ldm_lib.inpainter import Inpainter
 from ldm_lib.latents import CellSettings, Latents
 from ldm_lib.launched import launched, mark_done
 from ldm_lib.learner import Learner
+from ldm_lib.parameters import validated
 from ldm_lib.processes import WHOLE, Processes, is_first, world_size
 from ldm_lib.runs import SHARED_OUT, open_stage, outputs_folder, read_record, require_done, tracked
 from ldm_lib.tracking import trackers
@@ -112,7 +113,8 @@ def train(
         cause = f"devices = {config.devices}: {processes.world} here, after step {learner.step} of {plan.steps}"
         fix = f"run `make train DEVICES={config.devices} RUN={config.run}`, then this again"
         raise ConfigError(cause, where="training", fix=fix)
-    samples = TrainingSamples(list(variants.values()), config, inpainter.schedule.steps, global_batch=plan.global_batch)
+    how = {"global_batch": plan.global_batch, "mirror": inpainter.autoencoder.mirror}
+    samples = TrainingSamples(list(variants.values()), config, inpainter.schedule.steps, **how)
     figures = trackers(config, folder, from_step=learner.step) if processes.rank == 0 else None
     failed = True
     try:
@@ -178,6 +180,7 @@ def save_trained(learner: Learner, autoencoder_folder: Path, folder: Path) -> st
         prediction=config.prediction,
         latent_crop=inpainter.crop,
         autoencoder_sha256=inpainter.autoencoder.folder_config["sha256"],
+        temperature=inpainter.temperature,
         optimiser_steps=learner.step,
     )
 

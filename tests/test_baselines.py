@@ -35,7 +35,7 @@ def brain(seed=0):
 @FILLS
 def test_voxels_outside_the_mask_stay_bit_for_bit(fill):
     volume, tissue = brain()
-    filled = fill(volume, BALL, tissue=tissue, lateral_axis=0)
+    filled = fill(volume, BALL, tissue=tissue, lateral_axis=0, spacing_mm=1.0)
     assert filled.dtype == np.float32
     assert np.array_equal(filled[~BALL], volume[~BALL])
     assert not np.array_equal(filled[BALL], volume[BALL])
@@ -47,7 +47,7 @@ def test_voxels_outside_the_mask_stay_bit_for_bit(fill):
 def test_voxels_under_the_mask_change_nothing(fill, hidden):
     volume, tissue = brain()
     other = np.where(BALL, hidden, volume)
-    fills = [fill(v, BALL, tissue=tissue, lateral_axis=0) for v in (volume, other)]
+    fills = [fill(v, BALL, tissue=tissue, lateral_axis=0, spacing_mm=1.0) for v in (volume, other)]
     assert np.array_equal(*fills)
 
 
@@ -56,14 +56,14 @@ def test_the_inputs_are_left_alone(fill):
     volume, tissue = brain()
     inputs = [volume.astype(np.float32), BALL.astype(np.uint8), tissue]
     kept = [array.copy() for array in inputs]
-    fill(inputs[0], inputs[1], tissue=tissue, lateral_axis=0)
+    fill(inputs[0], inputs[1], tissue=tissue, lateral_axis=0, spacing_mm=1.0)
     assert all(map(np.array_equal, inputs, kept))
 
 
 @FILLS
 def test_an_empty_mask_changes_nothing(fill):
     volume, tissue = brain()
-    assert np.array_equal(fill(volume, BALL & False, tissue=tissue, lateral_axis=0), volume)
+    assert np.array_equal(fill(volume, BALL & False, tissue=tissue, lateral_axis=0, spacing_mm=1.0), volume)
 
 
 @FILLS
@@ -78,13 +78,13 @@ def test_an_empty_mask_changes_nothing(fill):
 def test_unusable_volumes_are_refused(fill, spoil, message):
     volume, tissue = brain()
     with pytest.raises(InputError, match=message):
-        fill(spoil(volume), BALL, tissue=tissue, lateral_axis=0)
+        fill(spoil(volume), BALL, tissue=tissue, lateral_axis=0, spacing_mm=1.0)
 
 
 @pytest.mark.parametrize("name", ["mean", "mirror", "tissue paint"])
 def test_a_volume_of_air_is_refused(name):
     with pytest.raises(InputError, match="no brain to learn from"):
-        BASELINES[name](np.zeros(SHAPE), BALL, tissue=np.ones(SHAPE), lateral_axis=0)
+        BASELINES[name](np.zeros(SHAPE), BALL, tissue=np.ones(SHAPE), lateral_axis=0, spacing_mm=1.0)
 
 
 def test_mean_fill_is_the_mean_of_the_brain_outside_the_mask():

@@ -9,8 +9,9 @@ from papermill.inspection import _infer_parameters
 from papermill.translators import PythonTranslator
 
 from ldm_lib import samplers
-from ldm_lib.config import STAGES, parameters_cell, stage_name, validated
+from ldm_lib.config import STAGES
 from ldm_lib.errors import ConfigError
+from ldm_lib.parameters import parameters_cell, stage_name, validated
 from ldm_lib.presets import PRESETS, require_fit, resolve
 from ldm_lib.schedule import noise_schedule
 from ldm_lib.values import integers, safe_name

@@ -18,7 +18,7 @@ UNKNOWN = np.zeros(SHAPE, np.uint8)
 
 
 def smoothed(label, width_mm, spacing_mm=1.0):
-    return ndimage.gaussian_filter((LABELS == label).astype(np.float32), width_mm / spacing_mm)
+    return ndimage.gaussian_filter((label == LABELS).astype(np.float32), width_mm / spacing_mm)
 
 
 def test_what_the_labels_explain_is_found_wherever_it_is_not_seen(monkeypatch):

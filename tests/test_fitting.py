@@ -8,12 +8,13 @@ import torch
 from scipy import ndimage
 
 from ldm_lib import fitting
-from ldm_lib.autoencoder import QUIET_LOG_VARIANCE, Autoencoder, LinearCode
+from ldm_lib.autoencoder import QUIET_LOG_VARIANCE, Autoencoder
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import TrainingError
 from ldm_lib.fitting import block_statistics, fit_linear_code, fit_linear_parts, latent_statistics, linear_bounds
 from ldm_lib.geometry import cell_share
+from ldm_lib.linear_code import LinearCode
 
 HOW = {"device": torch.device("cpu"), "precision": "32"}
 

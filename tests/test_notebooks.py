@@ -7,7 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ldm_lib.config import STAGES, parameters_cell
+from ldm_lib.config import STAGES
+from ldm_lib.parameters import parameters_cell
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = {stage: nbformat.read(FOLDER / f"{stage}.ipynb", 4) for stage in STAGES}

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lib.autoencoder import Autoencoder, LinearCode
+from ldm_lib.autoencoder import Autoencoder
 from ldm_lib.cases import load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.errors import InputError
 from ldm_lib.fidelity import brain_scores
 from ldm_lib.fitting import block_statistics, fit_linear_code
+from ldm_lib.linear_code import LinearCode
 from ldm_lib.metrics import brats_scores, scores_by_tissue
 from ldm_lib.reconstruction import (
     alignment,

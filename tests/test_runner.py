@@ -15,9 +15,10 @@ import nbformat.v4 as nbf
 import pytest
 
 from ldm_lib import runner
-from ldm_lib.config import STAGES, parameters_cell
+from ldm_lib.config import STAGES
 from ldm_lib.errors import ConfigError, InputError, RunError
 from ldm_lib.files import OWNER_VARIABLE, FolderLock
+from ldm_lib.parameters import parameters_cell
 from ldm_lib.runs import OUTPUTS_VARIABLE
 
 AUDIT, AUTOENCODER, *_ = STAGES

@@ -19,11 +19,12 @@ from papermill.parameterize import parameterize_notebook
 
 from ldm_lib import runner
 from ldm_lib.__main__ import main
-from ldm_lib.config import STAGES, parameters_cell
+from ldm_lib.config import STAGES
 from ldm_lib.critics import PerceptualDistance
 from ldm_lib.errors import ConfigError, InputError, WeightsError
 from ldm_lib.foreign import load_autoencoder
 from ldm_lib.grids import read_grid
+from ldm_lib.parameters import parameters_cell
 from ldm_lib.presets import resolve
 from ldm_lib.weights import load_model, read_checkpoint
 
