@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import ndimage
 
 from ldm_lib.cases import CaseData
 from ldm_lib.errors import InputError
 from ldm_lib.growth import MIDDLING, Rates, grow_in_labels
 from ldm_lib.inpainter import Inpainter
-from ldm_lib.latents import Latents, with_conditioning_of
+from ldm_lib.latents import Latents
 from ldm_lib.tissue import GM, WM
 
 AS_USED, GIVEN, SHUFFLED, EMPTY = "as used", "given", "shuffled", "empty"
@@ -21,7 +20,7 @@ HEALTHY = "healthy"
 
 @dataclass(frozen=True)
 class Telling:
-    """What the model is told of a case: latents with their conditioning, and the scale of guidance."""
+    """What the model is told of a case: its latents, drawn from what it was told, and the scale of guidance."""
 
     latents: Latents
     guidance: float = 1.0
@@ -35,14 +34,22 @@ def tellings(
     "as used" has its own maps, "given" those of `given` (the same case, with the maps that came with it), "shuffled"
     those of another patient, and "empty" none: the learned null where the model has one, else maps of zeros.
     """
-    own = inpainter.encode(data)
-    told = {AS_USED: Telling(own, guidance)}
-    if given is not None:
-        told[GIVEN] = Telling(with_conditioning_of(own, inpainter.encode(given)), guidance)
-    told[SHUFFLED] = Telling(with_conditioning_of(own, inpainter.encode(other)), guidance)
-    nothing = own | {"conditioning": torch.zeros_like(own["conditioning"])}
-    told[EMPTY] = Telling(own, 0.0) if inpainter.denoiser.can_do_without else Telling(nothing, guidance)
-    return told
+    told = {AS_USED: data} | ({} if given is None else {GIVEN: given})
+    told[SHUFFLED] = replace(data, **{name: on_grid_of(data, other, name) for name in ("growth", "tissue")})
+    found = {name: Telling(inpainter.encode(case), guidance) for name, case in told.items()}
+    nothing = inpainter.encode(replace(data, growth=np.zeros_like(data.voided), tissue=None))
+    return found | {EMPTY: Telling(nothing, 0.0 if inpainter.denoiser.can_do_without else guidance)}
+
+
+def on_grid_of(data: CaseData, other: CaseData, name: str) -> np.ndarray | None:
+    """Another patient's map, in LPS order cut or padded behind to a case's own grid."""
+    volume = getattr(other, name)
+    if volume is None:
+        return None
+    shape = data.lps(data.mask).shape
+    cut = other.lps(volume)[tuple(slice(n) for n in shape)]
+    padded = np.pad(cut, [(0, n - have) for n, have in zip(shape, cut.shape, strict=True)])
+    return data.frame(1).to_file(padded)
 
 
 def fill_each(inpainter: Inpainter, data: CaseData, told: Mapping[str, Telling], **how: Any) -> dict[str, np.ndarray]:

@@ -212,13 +212,31 @@ def samples_grid(
     volumes["mean"] = np.mean(samples, axis=0)
     if target is not None:
         volumes["target"] = target
+    window = intensity_window(target if target is not None else samples[0], window)
+    where = {"spacing_mm": spacing_mm, "mask": mask, "centre_vox": centre_vox, "margin_mm": margin_mm}
+    return with_spread(volumes, np.std(samples, axis=0), plane=plane, window=window, title=title, **where)
+
+
+def with_spread(
+    volumes: Mapping[str, np.ndarray],
+    spread: np.ndarray,
+    *,
+    spacing_mm: Sequence[float],
+    plane: str = "axial",
+    mask: np.ndarray | None = None,
+    centre_vox: Sequence[int] | None = None,
+    window: Window = None,
+    margin_mm: float | None = None,
+    title: str = "",
+) -> Plate:
+    """One slice of named volumes in one window, by default the last one's, and of their standard deviation."""
     view = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
-    low, high = intensity_window(target if target is not None else samples[0], window)
+    low, high = intensity_window(list(volumes.values())[-1], window)
     names = [*volumes, "standard deviation"]
     figure, axes = strip(view, plane, names, title=_stated(title, low, high), bar=0.25)
     for ax, volume in zip(axes, volumes.values(), strict=False):
         view.draw(ax, volume, plane, vmin=low, vmax=high)
-    image = view.draw(axes[-1], np.std(samples, axis=0), plane, cmap="magma", vmin=0)
+    image = view.draw(axes[-1], spread, plane, cmap="magma", vmin=0)
     colour_bar(figure, image, axes[-1], "", below=True)
     return figure
 

@@ -109,6 +109,13 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first line is its head."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    escaped.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
 def digests(*given: str) -> dict[str, str]:
     """Name -> sha256 of each file given and the JSON files beside it, and of the files in each folder given.
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from ldm_lib.config import STAGES
 from ldm_lib.evaluation import ONE_SAMPLE, mean_of
-from ldm_lib.files import replacing, write_csv
+from ldm_lib.files import markdown, replacing, write_csv
 from ldm_lib.grids import Grid, SweepRun
 from ldm_lib.metrics import bootstrap_by_patient
-from ldm_lib.runner import markdown
 from ldm_lib.runs import outputs_folder, read_record, tracked
 
 EVALUATION = list(STAGES)[-1]

@@ -8,10 +8,12 @@ from pathlib import Path
 from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.canvas import Filled
 from ldm_lib.cases import CaseData, case_of_files, load_case
+from ldm_lib.conditioning import model_case
 from ldm_lib.config import SamplingConfig
 from ldm_lib.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.nifti import require_results_writable, stem
 from ldm_lib.parameters import validated
+from ldm_lib.reconstruction import code
 from ldm_lib.regridding import regridding
 from ldm_lib.values import given_path
 from ldm_lib.volumes import write_like, write_map
@@ -97,6 +99,15 @@ def inpaint(
     data = make_ready(data, inpainter, make_missing=inpainter.makes_maps(make_missing))
     filled = inpainter.fill(data, samples=samples, seed=seed, sampler=sampler, steps=steps, guidance=guidance)
     return write_filled(filled, data, results[""], samples=write_samples)
+
+
+def write_ceiling(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
+    """Write the truth of a case as it comes back from the autoencoder, pasted into the hole, for scores beside ours."""
+    where = {"device": inpainter.device, "precision": inpainter.precision}
+    on_grid, factor = model_case(data, inpainter.autoencoder.factor), inpainter.autoencoder.factor
+    rebuilt = code(inpainter.autoencoder, on_grid.target, **where).rebuilt
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_like(path, data.source, data.paste(rebuilt, factor), data.mask)
 
 
 def make_ready(data: CaseData, inpainter: Inpainter, *, make_missing: bool) -> CaseData:

@@ -130,13 +130,6 @@ def conditioning_channels(latent_channels: int) -> tuple[int, int]:
     return latent_channels, latent_channels + len(CONDITIONING_CHANNELS)
 
 
-def with_conditioning_of(latents: Latents, other: Latents) -> Latents:
-    """A case with the conditioning of another one, cut or padded behind to its own grid."""
-    missing = [n - have for n, have in zip(latents["voided"].shape[1:], other["conditioning"].shape[1:], strict=True)]
-    sides = [side for m in reversed(missing) for side in (0, m)]
-    return latents | {"conditioning": torch.nn.functional.pad(other["conditioning"], sides)}
-
-
 def generated(sampled: Tensor, latents: Latents, settings: CellSettings) -> Tensor:
     """The latent of a case, standardised (... c x y z), from what was sampled: that itself, or a draft's residual."""
     if settings.context != "draft":

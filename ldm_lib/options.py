@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import get_args
 
 from ldm_lib.allowances import Allowances
-from ldm_lib.config import AuditConfig, SamplingConfig
+from ldm_lib.config import SHIPPED, AuditConfig, SamplingConfig
 from ldm_lib.errors import ConfigError
 from ldm_lib.parameters import validated
 from ldm_lib.presets import DEFAULT_PRESET, PRESETS
@@ -45,6 +45,9 @@ def build_parser(functions: Sequence[Command]) -> argparse.ArgumentParser:
     sub = command("score", "the challenge's scores of one prediction")
     for name in ("prediction", "target", "voided", "mask-healthy"):
         sub.add_argument(f"--{name}", required=True)
+
+    _add_ship_options(command("ship", "write a trained model as it comes with the library: in float16, with its log"))
+    _add_evaluate_options(command("evaluate", "fill cases whose truth is known, and score them beside the baselines"))
 
     sub = command("params", "list a stage's parameters")
     sub.add_argument("stage")
@@ -103,6 +106,31 @@ def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
     _add_allowances(sub)
     sub.add_argument("--scrub-header", action="store_true", help="results without their source's free text, extensions")
     sub.set_defaults(misused=sub.error)
+
+
+def _add_ship_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="DIR", help="model folder of a stage 04")
+    sub.add_argument("--output", default=str(SHIPPED), metavar="DIR", help="default: the library's own folder")
+    sub.add_argument("--temperature", type=float, default=0.0, help="that sampling is to start from by default")
+
+
+def _add_evaluate_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data_dir", help="a folder of cases in either layout, with their t1n")
+    sub.add_argument(
+        "--output", required=True, metavar="DIR", help="takes maps, results, metrics.csv, table.md, pictures"
+    )
+    sub.add_argument("--model", help="folder with weights; none takes those that are shipped")
+    sub.add_argument("--samples", type=int, default=16, help="K: one sample and the mean of K are scored (default: 16)")
+    text = "tissue maps: made from each voided scan (default), or those that came with the cases"
+    sub.add_argument("--tissue", default="atlas", choices=["atlas", "given"], help=text)
+    for name in ("sampler", "device"):
+        field = SAMPLING[name]
+        sub.add_argument(f"--{name}", default=field.default, choices=get_args(field.annotation))
+    steps, heat = (SAMPLING[name].default for name in ("num_inference_steps", "temperature"))
+    sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
+    sub.add_argument("--temperature", type=float, default=heat, help="of the first noise; 0: the model's own (default)")
+    sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)
+    sub.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the first N cases")
 
 
 def _add_validate_options(sub: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from ldm_lib import places
 from ldm_lib.cohort import source_digests
 from ldm_lib.config import STAGES, AuditConfig, AutoencoderConfig, SamplingConfig, StageConfig, TrainingConfig
 from ldm_lib.errors import InterruptionError, LdmError, RunError
-from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests
+from ldm_lib.files import OWNER_VARIABLE, FolderLock, digests, markdown
 from ldm_lib.parameters import validated
 from ldm_lib.presets import require_fit, resolve
 from ldm_lib.runs import (
@@ -237,13 +237,6 @@ def compare(stage: str, runs: Sequence[str]) -> str:
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return markdown([[name, *(_short(row.get(name, "")) for row in rows)] for name in names])
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is its head."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    escaped.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def _short(value: Any) -> str:

@@ -33,7 +33,7 @@ def fill_run(name: str) -> None:
     if world_size() > 1:
         torch.distributed.barrier()  # opening may have cleared the folder
     cases = cohort.read_cohort(prepared / "cohort.json", run_folder)[1][: config.max_cases or None]
-    how = {"device": config.device, "precision": config.precision, "blend_mm": config.blend_mm}
+    how = {name: getattr(config, name) for name in ("device", "precision", "blend_mm", "temperature")}
     inpainter = Inpainter.load(model, **how)
     rows = fill_cases(inpainter, cases[global_rank() :: world_size()], config, run_folder / STAGE)
     if world_size() > 1:

@@ -1,5 +1,6 @@
 """Laws of telling the model otherwise: same hole, same noise, another conditioning and nothing else."""
 
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +12,14 @@ from ldm_lib.cases import load_case
 from ldm_lib.counterfactuals import (
     fill_each,
     fill_with_growths,
+    on_grid_of,
     start_of_tumour_mm,
     tellings,
     tumours_in_time,
 )
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.inpainter import Inpainter
-from ldm_lib.latents import collate, with_conditioning_of
+from ldm_lib.latents import collate
 
 HOW = {"seed": 0, "sampler": "ddim", "steps": 2}
 
@@ -79,12 +81,14 @@ def test_tellings_differ_in_their_conditioning_alone(inpainter, free, data, case
     assert tellings(free, data, other=other)["empty"].guidance == 0
 
 
-def test_the_conditioning_of_another_grid_is_cut_or_padded_behind():
-    own = {"voided": torch.zeros(3, 4, 5, 6)}
-    other = {"conditioning": torch.arange(4 * 6 * 4 * 6.0).view(4, 6, 4, 6)}
-    found = with_conditioning_of(own, other)["conditioning"]
-    assert found.shape == (4, 4, 5, 6) and torch.equal(found[:, :, :4], other["conditioning"][:, :4])
-    assert not found[:, :, 4].any()
+def test_a_map_of_another_grid_is_cut_or_padded_behind(data):
+    x, y, z = data.lps(data.mask).shape
+    theirs = np.arange(1.0, (x + 2) * (y - 1) * z + 1).reshape(x + 2, y - 1, z)
+    other = types.SimpleNamespace(tissue=theirs, growth=None, lps=lambda volume: volume)
+    found = on_grid_of(data, other, "tissue")
+    assert found.shape == data.mask.shape and on_grid_of(data, other, "growth") is None
+    np.testing.assert_array_equal(data.lps(found)[:, :-1], theirs[:x])
+    assert not data.lps(found)[:, -1].any()
 
 
 def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, cases):

@@ -65,6 +65,7 @@ FLOORS = [
         "blocks",
         "adm",
         "weights",
+        "shipping",
         "foreign",
         "critics",
         "standards",
@@ -115,9 +116,11 @@ FLOORS = [
         "grids",
         "adoption",
         "gathering",
+        "appraisal",
         "sweeps",
         "doctor",
         "options",
+        "commands",
         "__main__",
     ],
 ]
@@ -221,7 +224,7 @@ def code_lines(function: ast.FunctionDef) -> int:
 def test_public_names_have_docstrings(name):
     tree = TREES[name]
     public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
-    silent = [n.name for n in public if not ast.get_docstring(n)] if name != "__main__" else []
+    silent = [n.name for n in public if not ast.get_docstring(n)] if name != "commands" else []
     assert ast.get_docstring(tree) and not silent, silent
 
 

@@ -1,0 +1,51 @@
+"""Make of a trained model what comes with the library: half the bytes, and how it was trained beside it.
+
+<folder>/model.safetensors, config.json     the denoiser in float16
+<folder>/autoencoder/                       likewise
+<folder>/training.csv                       the figures of its training, as it went
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_lib.config import AUTOENCODER_FOLDER, SHIPPED
+from ldm_lib.errors import WeightsError
+from ldm_lib.values import given_path
+from ldm_lib.weights import load_model, save_model
+
+LOG = "training.csv"
+DERIVED = ("kind", "build", "sha256")  # of a config: what `save_model` writes itself
+LARGEST = torch.finfo(torch.float16).max
+
+
+def ship(model: str | Path, folder: Path = SHIPPED, *, temperature: float = 0.0) -> list[Path]:
+    """Write a model folder again in float16, which keeps 11 binary digits; return the files.
+
+    Args:
+        model: as stage 04 writes it, `metrics.csv` beside it.
+        temperature: that sampling starts from by default; 0 keeps the model's own.
+
+    Raises:
+        WeightsError: no model folder, no log of its training, or a weight beyond float16.
+    """
+    model = given_path(model)
+    log = model.with_name("metrics.csv")
+    if not log.is_file():
+        raise WeightsError("no log of its training", where=log, fix="name the model folder of a stage 04")
+    digest = _halved(model / AUTOENCODER_FOLDER, folder / AUTOENCODER_FOLDER, "autoencoder")
+    own = {"temperature": temperature} if temperature else {}
+    _halved(model, folder, "adm", autoencoder_sha256=digest, **own)
+    shutil.copyfile(log, folder / LOG)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _halved(source: Path, folder: Path, kind: str, **changed: Any) -> str:
+    network = load_model(source, kind)
+    largest = max(float(value.abs().max()) for value in network.state_dict().values() if value.is_floating_point())
+    if largest > LARGEST:
+        raise WeightsError(f"weights up to {largest:g}, float16 ends at {LARGEST:g}", where=source, fix="train again")
+    facts = {name: value for name, value in network.folder_config.items() if name not in DERIVED}
+    return save_model(folder, network.half(), **(facts | changed))
