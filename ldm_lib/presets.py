@@ -7,6 +7,14 @@ from ldm_lib.config import ON_A_FLOW, STAGES, StageConfig
 from ldm_lib.errors import ConfigError
 from ldm_lib.parameters import nearest, validated
 
+# What the shipped weights are: a cell of 8 mm holds 16 numbers of a linear code, and a draft is mended.
+SHIPPED_MODEL: dict[str, Any] = {
+    "spacing_mm": 1.0, "variety": "wide", "tissue_map": "registered", "workers": 2,
+    "channels": "8,8,8,8", "latent_channels": 16, "learned": "none", "min_gain_over_pca": 0.0,
+    "context": "draft", "mask_dilation": 0, "training_tissue": "given",
+    "base_width": 64, "multipliers": "1,2,2", "schedule": "cosine", "latent_crop": 12, "cache_variants": 1,
+    "latent_flip_probability": 0.5,
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "synthetic_patients": 5, "spacing_mm": 6.0, "masks_per_patient": 1, "channels": "8,8,16",
@@ -17,7 +25,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "what_if_days": "0,200", "compare_cases": 1, "compare_steps": "2,4", "log_every": 1, "checkpoint_every": 2,
         "wandb_mode": "off", "use_mlflow": False,
     },
-    "demo": {},
+    "demo": SHIPPED_MODEL | {
+        "shipped_weights": True, "synthetic_patients": 6, "masks_per_patient": 1, "validation_fraction": 0.34,
+        "check_cases": 2, "learning_rate": 1e-4, "batch_size": 4, "max_epochs": 100, "val_every": 50, "val_cases": 1,
+        "save_samples_every": 50, "max_cases": 2, "compare_cases": 1, "compare_steps": "4,8", "obedience_cases": 1,
+        "guidance_scales": "1,2", "what_if_days": "0,90,180", "show_cases": 2,
+    },
+    "coarse": {},
     "full": {
         "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "front_end": "haar",
         "channels": "128,256", "blocks": 2, "learned": "both", "autoencoder_steps": 20000,
@@ -27,11 +41,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "obedience_cases": 20, "keep_weights": "best",
         "checkpoint_every": 500, "compare_cases": 8, "compare_steps": "4,8,10,20,50,250",
     },
-    "weights": {
-        "synthetic_patients": 300, "synthetic_first": 0, "spacing_mm": 1.0, "variety": "wide",
-        "tissue_map": "registered", "workers": 2, "validation_fraction": 0.04,
-        "channels": "8,8,8,8", "latent_channels": 16, "learned": "none", "min_gain_over_pca": 0.0, "check_cases": 12,
-        "context": "draft", "mask_dilation": 0, "max_cases": 12,
+    "weights": SHIPPED_MODEL | {
+        "synthetic_patients": 240, "synthetic_first": 0, "validation_fraction": 0.05, "check_cases": 12,
+        "max_cases": 12,
+        "batch_size": 32, "num_workers": 2, "learning_rate": 5e-4, "warmup_steps": 500, "ema_decay": 0.9995,
+        "checkpoint_every": 500, "log_every": 50, "max_epochs": 400, "val_every": 20, "val_cases": 6,
+        "save_samples_every": 0, "patience": 400,
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"
