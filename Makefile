@@ -1,7 +1,7 @@
 # `make` alone prints this help. Values reach the shell through the environment, never spliced into a command.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run 01 02 03 04 05 06 train sweep test test-all soak lab params doctor validate submission bench mlflow lint lock audit clean
+.PHONY: help setup run 01 02 03 04 05 06 train weights sweep test test-all soak lab params doctor validate submission bench mlflow lint lock audit clean
 
 PRESET ?= demo
 NB ?= 04
@@ -51,6 +51,10 @@ run: .venv/ready ## all six notebooks: synthetic cohort, or DATA_DIR=... (PRESET
 
 train: .venv/ready ## stages 01 to 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS, ACCUMULATE_GRAD_BATCHES, DEVICES
 	@$(call STAGES,01 02 03 04)
+
+weights: export PRESET = weights
+weights: .venv/ready ## train what comes with the library, from nothing but this repository: minutes on a GPU, a day on 2 cores
+	@($(call STAGES,01 02 03 04)) && exec $(LDM) ship "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model"
 
 sweep: .venv/ready ## many runs, one table: make sweep GRID=docs/sweep.yaml JOBS=2
 	@if [ -z "$$GRID" ]; then echo "ERROR GRID is empty. Fix: make sweep GRID=docs/sweep.yaml JOBS=2" >&2; exit 1; fi

@@ -14,6 +14,7 @@ from ldm_lib.canvas import Filled
 from ldm_lib.cases import Case, load_case
 from ldm_lib.cohort import find_cases, with_target
 from ldm_lib.config import SamplingConfig
+from ldm_lib.errors import InputError
 from ldm_lib.evaluation import CEILING, ONE_SAMPLE, candidates, mean_of, sample_path, score_rows
 from ldm_lib.figures import with_spread
 from ldm_lib.files import FolderLock, markdown, replacing, write_csv
@@ -136,7 +137,10 @@ def _interval(rows: Sequence[Row], score: str, digits: int, others: Sequence[Row
 def _equipped(case: Case, maps: Path, inpainter: Inpainter, *, anew: bool) -> Case:
     if not anew and case.tissue is not None:
         return case
-    return equip(case, maps, tissue=True, growth=False, refine=inpainter.settings.refinement)[0]
+    equipped, made = equip(case, maps, tissue=True, growth=False, refine=inpainter.settings.refinement)
+    if made[0].refused:
+        raise InputError(f"no tissue map: {made[0].refused}", where=case.key, fix="take it out of the folder")
+    return equipped
 
 
 def _scored(case: Case, inpainter: Inpainter, results: Path, samples: int) -> list[Row]:

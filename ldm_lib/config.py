@@ -1,7 +1,7 @@
 """One frozen pydantic model per notebook.
 
 The fields of a model are its notebook's parameters cell, name for name and default for default: `parameters_cell`
-writes the cell from the model, and a test compares. Defaults are the `demo` preset, so that a notebook opened by hand
+writes the cell from the model, and a test compares. Defaults are the `coarse` preset, so that a notebook opened by hand
 and run from top to bottom ends on a laptop; `full` holds the numbers of the design.
 """
 

@@ -3,6 +3,7 @@
 Everything random is drawn in millimetres from (seed, patient): a patient is the same at any voxel size, up to sampling.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from scipy import ndimage
 from ldm_lib.brains import EXTENT_MM, Grid, as_volume, bent_atlas, grid_of, make_brain
 from ldm_lib.errors import ConfigError
 from ldm_lib.growth import GROWTH_THRESHOLD, random_tumour
+from ldm_lib.leash import tie
 from ldm_lib.looks import VARIETIES, scan
 from ldm_lib.masks import healthy_mask, unhealthy_mask, void
 from ldm_lib.tissue import smooth_field
@@ -173,7 +175,8 @@ def write_cohort(
         workers: processes that make them; 1 makes them here. What is written does not depend on it.
     """
     make, written = partial(write_patient, folder, seed, **how), []
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+    tied = {"mp_context": get_context("spawn"), "initializer": tie, "initargs": (os.getpid(),)}
+    pool = ProcessPoolExecutor(workers, **tied) if workers > 1 else None
     try:
         for case in pool.map(make, patients) if pool else map(make, patients):
             written.append(case)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "ldm_lib"
 # Floors from the ground up; a module imports from floors below it, or from a neighbour named before it.
 FLOORS = [
-    ["errors", "values", "allowances", "files", "places", "config", "parameters", "presets", "runs"],
+    ["errors", "leash", "values", "allowances", "files", "places", "config", "parameters", "presets", "runs"],
     [
         "headers",
         "nifti",
@@ -89,7 +89,6 @@ FLOORS = [
         "validation",
         "checkpoints",
         "signals",
-        "leash",
         "processes",
         "launched",
         "sampling",
