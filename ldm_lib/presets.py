@@ -12,7 +12,7 @@ SHIPPED_MODEL: dict[str, Any] = {
     "spacing_mm": 1.0, "variety": "wide", "tissue_map": "registered", "workers": 2,
     "channels": "8,8,8,8", "latent_channels": 16, "learned": "none", "min_gain_over_pca": 0.0,
     "context": "draft", "mask_dilation": 0, "training_tissue": "given",
-    "base_width": 64, "multipliers": "1,2,2", "schedule": "cosine", "latent_crop": 12, "cache_variants": 1,
+    "base_width": 48, "multipliers": "1,2,2", "schedule": "cosine", "latent_crop": 12, "cache_variants": 1,
     "latent_flip_probability": 0.5,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
