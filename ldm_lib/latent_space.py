@@ -53,9 +53,13 @@ def posterior_kl(
 def flip_error(
     autoencoder: Autoencoder, image: np.ndarray, coded: Coded, *, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """Root mean square error over the brain of coding, and of coding with the latent flipped left to right."""
+    """Root mean square error over the brain of coding, and of coding with the latent flipped left to right.
+
+    A linear code's flip changes the signs of its odd numbers as well (`LinearCode.mirror`), as training does it.
+    """
     lateral, brain = 1, image > 0
-    flipped = torch.from_numpy(np.flip(coded.latent, lateral).copy())[None].to(device)
+    signs = 1.0 if autoencoder.mirror is None else autoencoder.mirror.cpu().view(-1, 1, 1, 1)
+    flipped = (signs * torch.from_numpy(np.flip(coded.latent, lateral).copy()))[None].to(device)
     with torch.inference_mode(), autocast(device, precision):
         back = autoencoder.decode(flipped)[0, 0].flip(lateral - 1).float().cpu().numpy()
     volumes = {"coding": coded.rebuilt, "coding with a latent flip": back}
