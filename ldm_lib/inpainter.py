@@ -106,7 +106,7 @@ class Inpainter:
             settings, training = _trained_with(facts)
             trained_on, margin = facts["autoencoder_sha256"], box_margin(autoencoder)
             own = validated(SamplingConfig, {"temperature": facts.get("temperature", 0.0)}).temperature or 1.0
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
             told = error.cause if isinstance(error, ConfigError) else error
             raise WeightsError(f"its config does not say how it was trained ({told})", where=folder,
                                fix="copy the model folder again") from error  # fmt: skip
