@@ -19,7 +19,8 @@ from ldm_lib.inpainter import Inpainter
 from ldm_lib.metrics import brats_scores
 from ldm_lib.volumes import read_volume
 
-CONFIG = SamplingConfig(num_inference_steps=2, samples=2, device="cpu", precision="32")
+HOW = {"device": "cpu", "precision": "32", "blend_mm": 8.0, "temperature": 0.5}
+CONFIG = SamplingConfig(num_inference_steps=2, samples=2, **HOW)
 QUICK = CONFIG.model_copy(update={"num_inference_steps": 1, "samples": 1})
 
 
@@ -122,7 +123,7 @@ def test_every_method_is_scored_in_every_case(done, two):
 
 
 def test_what_is_filled_was_told_neither_the_truth_nor_a_growth(done, two, tiny_draft_folder, tmp_path):
-    inpainter = Inpainter.load(tiny_draft_folder, device="cpu", precision="32")
+    inpainter = Inpainter.load(tiny_draft_folder, **HOW)
     fill_cases(inpainter, [case.to_fill() for case in two], CONFIG, tmp_path, say=lambda line: None)
     written = {path.name: path.read_bytes() for path in (done[0] / "results").glob("*.nii.gz")}
     assert written == {path.name: path.read_bytes() for path in tmp_path.glob("*.nii.gz")} and len(written) == 2 * 5
