@@ -113,8 +113,11 @@ def cases_table(rows: Sequence[Row]) -> list[list[str]]:
     """Head and cells: PSNR and SSIM of each method in each case."""
     by_method = _by_method(rows)
     cases = [row["case"] for row in by_method[REFERENCE]]
-    told = {name: [f"{row['psnr_01']:.2f}, {row['ssim']:.3f}" for row in own] for name, own in by_method.items()}
-    return [["method", *cases], *([name, *cells] for name, cells in told.items())]
+    told = {
+        name: {row["case"]: f"{row['psnr_01']:.2f}, {row['ssim']:.3f}" for row in own}
+        for name, own in by_method.items()
+    }
+    return [["method", *cases], *([name, *(cells.get(case, "") for case in cases)] for name, cells in told.items())]
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -126,9 +129,8 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _interval(rows: Sequence[Row], score: str, digits: int, others: Sequence[Row] = ()) -> str:
     """Mean over patients of a score, or of what it is above others', with its interval."""
-    values = [row[score] for row in rows]
-    if others:
-        values = [value - other[score] for value, other in zip(values, others, strict=True)]
+    theirs = {other["case"]: other[score] for other in others}  # more cases, where only some have a tissue map
+    values = [row[score] - (theirs[row["case"]] if others else 0) for row in rows]
     found = bootstrap_by_patient(values, [row["patient"] for row in rows])
     told = [f"{found[name]:{'+' if others else ''}.{digits}f}" for name in ("mean", "low", "high")]
     return told[0] + (f" [{told[1]}, {told[2]}]" if found["patients"] > 1 else "")

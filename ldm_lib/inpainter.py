@@ -106,7 +106,7 @@ class Inpainter:
             settings, training = _trained_with(facts)
             trained_on, margin = facts["autoencoder_sha256"], box_margin(autoencoder)
             own = validated(SamplingConfig, {"temperature": facts.get("temperature", 0.0)}).temperature or 1.0
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
             told = error.cause if isinstance(error, ConfigError) else error
             raise WeightsError(f"its config does not say how it was trained ({told})", where=folder,
                                fix="copy the model folder again") from error  # fmt: skip
@@ -256,7 +256,7 @@ def box_margin(autoencoder: Autoencoder) -> int | None:
 
 def _trained_with(facts: Mapping[str, Any]) -> tuple[CellSettings, TrainingConfig]:
     """How a model's config says that it was trained, every value within its parameter's range."""
-    given = dict(facts["settings"])
+    given = {**facts["settings"]}
     scale = tuple(float(std) for std in given.pop("residual_std", ()))
     if not all(0 < std < math.inf for std in scale) or len(scale) not in (0, facts["build"]["out_channels"]):
         raise ConfigError(f"residual_std = {scale}: one number above 0 for each latent channel, or none")

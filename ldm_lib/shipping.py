@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ldm_lib.config import AUTOENCODER_FOLDER, SHIPPED
+from ldm_lib.config import AUTOENCODER_FOLDER, SHIPPED, SamplingConfig
 from ldm_lib.errors import WeightsError
+from ldm_lib.parameters import validated
 from ldm_lib.values import given_path
 from ldm_lib.weights import load_model, save_model
 
@@ -29,23 +31,34 @@ def ship(model: str | Path, folder: Path = SHIPPED, *, temperature: float = 0.0)
         temperature: that sampling starts from by default; 0 keeps the model's own.
 
     Raises:
-        WeightsError: no model folder, no log of its training, or a weight beyond float16.
+        ConfigError: a temperature out of range.
+        WeightsError: no model folder, one of another autoencoder, no log of its training, or a weight beyond float16;
+            nothing is written then.
     """
-    model = given_path(model)
+    model, own = given_path(model), {"temperature": temperature} if temperature else {}
+    validated(SamplingConfig, own)
     log = model.with_name("metrics.csv")
     if not log.is_file():
         raise WeightsError("no log of its training", where=log, fix="name the model folder of a stage 04")
-    digest = _halved(model / AUTOENCODER_FOLDER, folder / AUTOENCODER_FOLDER, "autoencoder")
-    own = {"temperature": temperature} if temperature else {}
-    _halved(model, folder, "adm", autoencoder_sha256=digest, **own)
+    autoencoder, denoiser = _fitting(model / AUTOENCODER_FOLDER, "autoencoder"), _fitting(model, "adm")
+    if denoiser.folder_config.get("autoencoder_sha256") != autoencoder.folder_config["sha256"]:
+        raise WeightsError("was trained on latents of another autoencoder", where=model,
+                           fix="copy the whole model folder, its autoencoder included")  # fmt: skip
+    digest = _halved(autoencoder, folder / AUTOENCODER_FOLDER)
+    _halved(denoiser, folder, autoencoder_sha256=digest, **own)
     shutil.copyfile(log, folder / LOG)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _halved(source: Path, folder: Path, kind: str, **changed: Any) -> str:
+def _fitting(source: Path, kind: str) -> nn.Module:
+    """The network of a folder, if float16 can hold it."""
     network = load_model(source, kind)
     largest = max(float(value.abs().max()) for value in network.state_dict().values() if value.is_floating_point())
     if largest > LARGEST:
         raise WeightsError(f"weights up to {largest:g}, float16 ends at {LARGEST:g}", where=source, fix="train again")
+    return network
+
+
+def _halved(network: nn.Module, folder: Path, **changed: Any) -> str:
     facts = {name: value for name, value in network.folder_config.items() if name not in DERIVED}
     return save_model(folder, network.half(), **(facts | changed))

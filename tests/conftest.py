@@ -93,8 +93,7 @@ def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
+def tiny_model(folder, autoencoder_folder, settings, in_channels) -> Path:
     """A model folder as a training leaves it, its denoiser random in every layer."""
     import shutil
 
@@ -102,16 +101,28 @@ def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
     from ldm_lib.weights import read_config, save_model
 
     torch.manual_seed(2)
-    denoiser = ADM(in_channels=8, out_channels=3, base_width=8, multipliers=(1, 2), blocks_per_level=1,
+    denoiser = ADM(in_channels=in_channels, out_channels=3, base_width=8, multipliers=(1, 2), blocks_per_level=1,
                    attention_rates=(2,), head_channels=8)  # fmt: skip
     for parameter in denoiser.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path_factory.mktemp("model")
-    shutil.copytree(tiny_autoencoder_folder, folder / "autoencoder")
-    save_model(folder, denoiser, schedule=SCHEDULE, settings=SETTINGS, prediction="noise",
-               autoencoder_sha256=read_config(tiny_autoencoder_folder)["sha256"])  # fmt: skip
+    shutil.copytree(autoencoder_folder, folder / "autoencoder")
+    save_model(folder, denoiser, schedule=SCHEDULE, settings=settings, prediction="noise",
+               autoencoder_sha256=read_config(autoencoder_folder)["sha256"])  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
+    """A model without drafts."""
+    return tiny_model(tmp_path_factory.mktemp("model"), tiny_autoencoder_folder, SETTINGS, 8)
+
+
+@pytest.fixture(scope="session")
+def tiny_draft_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
+    """A model that mends drafts."""
+    settings = SETTINGS | {"context": "draft", "residual_std": [0.5, 1.0, 2.0]}
+    return tiny_model(tmp_path_factory.mktemp("draft"), tiny_autoencoder_folder, settings, 12)
 
 
 @pytest.fixture

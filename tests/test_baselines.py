@@ -5,6 +5,7 @@ import pytest
 
 from ldm_lib.baselines import (
     BASELINES,
+    draft_baseline,
     harmonic_fill,
     laplace_system,
     mean_fill,
@@ -224,6 +225,15 @@ def test_tissue_paint_learns_from_brain_only():
 def test_tissue_paint_refuses_a_map_of_another_grid():
     with pytest.raises(InputError, match=r"the tissue map is \(23, 22, 20\), the voided volume"):
         tissue_paint(np.ones(SHAPE), BALL, np.ones(SHAPE)[1:])
+
+
+def test_the_draft_knows_no_units():
+    volume, tissue = brain()
+    volume += (200 * tissue).astype(np.int16)
+    plain, thrice, fourfold = (draft_baseline(k * volume, BALL, tissue, spacing_mm=4.0) for k in (1, 3, 4))
+    np.testing.assert_allclose(thrice, 3 * plain, rtol=1e-4, atol=1e-4 * volume.max())
+    np.testing.assert_array_equal(fourfold, 4 * plain)
+    assert np.ptp(plain[BALL]) > 10 and not np.allclose(plain, harmonic_fill(volume, BALL), rtol=0.01)
 
 
 @pytest.mark.slow

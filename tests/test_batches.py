@@ -99,6 +99,19 @@ def test_a_latent_flip_flips_everything_left_and_right():
     assert torch.equal(item["noise"], samples(1)[0, 0, 0]["noise"])  # noise has no left and right
 
 
+def test_a_flip_turns_the_signs_of_latents_and_of_nothing_else():
+    """What is even stays, what is odd changes its sign; masks, shares and conditioning are neither."""
+    signs = torch.tensor([1.0, -1.0])
+    many = {n: t.repeat(2, 1, 1, 1) for n, t in (latents(0) | {"draft": 2 + latents(0)["target"]}).items()}
+    data = TrainingSamples([[many]], settings(latent_flip_probability=1.0), STEPS, global_batch=1, mirror=signs)
+    item = data[0, 0, 0]
+    for name, tensor in many.items():
+        turned = signs.view(2, 1, 1, 1) if name in ("target", "voided", "draft") else 1
+        assert torch.equal(item[name], turned * tensor.flip(1))
+    still = TrainingSamples([[many]], settings(), STEPS, global_batch=1, mirror=signs)[0, 0, 0]
+    assert same({name: still[name] for name in many}, many), "what is not flipped keeps its signs"
+
+
 def test_latent_noise_touches_what_is_known_and_nothing_else():
     item, plain = samples(1, latent_noise=0.3)[0, 0, 0], latents(0)
     assert all(torch.equal(item[name], plain[name]) for name in plain if name != "voided")

@@ -9,6 +9,7 @@ import torch
 
 from ldm_lib.adm import ADM
 from ldm_lib.cases import load_case
+from ldm_lib.conditioning import model_case
 from ldm_lib.counterfactuals import (
     fill_each,
     fill_with_growths,
@@ -17,6 +18,7 @@ from ldm_lib.counterfactuals import (
     tellings,
     tumours_in_time,
 )
+from ldm_lib.draft import draft_fill
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.latents import collate
@@ -79,6 +81,22 @@ def test_tellings_differ_in_their_conditioning_alone(inpainter, free, data, case
     assert torch.equal(told["shuffled"].latents["conditioning"], inpainter.encode(other)["conditioning"])
     assert not told["empty"].latents["conditioning"].any() and told["empty"].guidance == 1
     assert tellings(free, data, other=other)["empty"].guidance == 0
+
+
+def test_each_telling_has_the_draft_that_its_own_map_makes(tiny_draft_folder, data, cases):
+    """The draft reads the map too: a model that was shown the case's own beside another's map would give it away."""
+    mending, other = Inpainter.load(tiny_draft_folder, device="cpu", precision="32"), load_case(cases[2])
+    given = replace(data, tissue=np.where(data.tissue == 2, 3, data.tissue).astype(np.uint8))
+    told, case = tellings(mending, data, other=other, given=given), model_case(data, 2)
+    maps = {"as used": data.tissue, "given": given.tissue, "shuffled": other.tissue, "empty": 0 * data.tissue}
+    for name, tissue in maps.items():
+        labels = data.frame(2).to_model(tissue)
+        image = torch.from_numpy(draft_fill(case.voided, case.mask, labels, spacing_mm=8.0))
+        with torch.inference_mode():
+            assert torch.equal(told[name].latents["draft"], mending.autoencoder.encode(image[None, None])[0]), name
+        for same in ("voided", "hole", "share"):
+            assert torch.equal(told[name].latents[same], told["as used"].latents[same])
+    assert len({telling.latents["draft"].numpy().tobytes() for telling in told.values()}) == 4
 
 
 def test_a_map_of_another_grid_is_cut_or_padded_behind(data):
