@@ -13,13 +13,12 @@ import torch
 from einops import rearrange
 from torch import nn
 
-import ldm_lib
 from ldm_lib import inpainter as engine
+from ldm_lib import inpainter as inpainter_module
 from ldm_lib import inpainting
 from ldm_lib.cases import case_of_files, load_case
 from ldm_lib.conditioning import model_case
-from ldm_lib.errors import ConfigError, InputError, WeightsError
-from ldm_lib.files import write_json
+from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.inpainter import CaseNoise, Filled, Inpainter
 from ldm_lib.inpainting import inpaint, write_filled
 from ldm_lib.latents import CellSettings, context_box, encode_case
@@ -542,22 +541,10 @@ def test_another_voxel_size_than_the_models_is_told(pair, tmp_path, model, caplo
     assert "voxels of (4.0, 4.0, 4.0) mm; the hole is filled in the model's of 8 mm" in caplog.text
 
 
-def test_without_a_model_and_without_a_run_it_says_so(pair, tmp_path, monkeypatch):
-    monkeypatch.setenv("LDM_OUTPUTS", str(tmp_path / "outputs"))
-    with pytest.raises(WeightsError, match="no weights: no finished training"):
-        inpaint(*pair, tmp_path / "out.nii.gz")
-
-
-def test_without_a_model_the_training_that_finished_last_serves(pair, tmp_path, tiny_model_folder, monkeypatch):
-    monkeypatch.setenv("LDM_OUTPUTS", str(tmp_path / "outputs"))
-    for run, when in (("a", "2030-01-02T00:00:00+00:00"), ("b", "2030-01-01T00:00:00+00:00")):
-        folder = tmp_path / "outputs" / run / "04_training"
-        folder.mkdir(parents=True)
-        record = {"parameters": {}, "outputs": {}, "checks": [], "seconds": 1, "peak_memory_mb": 1, "finished": when}
-        write_json(folder / "done.json", record)
-    shutil.copytree(tiny_model_folder, tmp_path / "outputs" / "a" / "04_training" / "model")
-    (tmp_path / "outputs" / "c" / "04_training").mkdir(parents=True)  # begun, not finished
-    assert ldm_lib.inpaint(*pair, tmp_path / "out.nii.gz", **FAST) == [tmp_path / "out.nii.gz"]
+def test_without_a_model_the_shipped_weights_serve(tiny_model_folder, monkeypatch):
+    monkeypatch.setattr(inpainter_module, "SHIPPED", tiny_model_folder)
+    found, named = Inpainter.load(device="cpu"), Inpainter.load(tiny_model_folder, device="cpu")
+    assert found.denoiser.folder_config["sha256"] == named.denoiser.folder_config["sha256"]
 
 
 @pytest.mark.parametrize(("name", "key"), [

@@ -103,7 +103,7 @@ def test_wrong_usage_is_status_2(arguments, told, capsys):
         (["run", "--set", "max_epoch=1"], "ERROR unknown parameter 'max_epoch'. Fix: did you mean 'max_epochs'?"),
         (["run", "--set", "max_epochs"], "ERROR --set max_epochs: not KEY=VALUE. Fix: write for example --set max_epo"),
         (["run", "--set", "seed=1", "--set", "seed=2"], "ERROR --set seed is given twice, '1' and '2'. Fix: keep one."),
-        (["run", "--preset", "huge"], "ERROR no preset 'huge'; there are smoke, demo, full, weights. Fix: "),
+        (["run", "--preset", "huge"], "ERROR no preset 'huge'; there are smoke, demo, coarse, full, weights. Fix: "),
         (["run", "09"], "ERROR no stage '09'; there are 01_data_audit, "),
         (["run", "--run", "../x"], "ERROR run = '../x': letters, digits, "),
         (["run", "--set", "batch_size=0"], "ERROR batch_size = '0': Input should be greater than or equal to 1. Fix: "),
