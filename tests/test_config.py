@@ -28,7 +28,7 @@ CODE_AS_NAME = 'x=1\nimport os;os.system("touch PWNED")\ny'
 )
 def test_unknown_name_is_refused_with_the_nearest(given, meant):
     with pytest.raises(ConfigError, match=f"unknown parameter '{given}'.*did you mean '{meant}'"):
-        resolve(overrides={given: "1"})
+        resolve("coarse", overrides={given: "1"})
     stage = FIRST[meant]
     with pytest.raises(ConfigError, match=f"{given} = 1: Extra.*did you mean '{meant}'"):
         validated(STAGES[stage], {given: 1})
@@ -36,12 +36,12 @@ def test_unknown_name_is_refused_with_the_nearest(given, meant):
 
 def test_nothing_near_names_where_the_parameters_are_listed():
     with pytest.raises(ConfigError, match=r"unknown parameter 'qqqqqq'.*make params NB=01"):
-        resolve(overrides={"qqqqqq": "1"})
+        resolve("coarse", overrides={"qqqqqq": "1"})
 
 
 def test_a_parameter_name_that_would_execute_is_refused():
     with pytest.raises(ConfigError, match="unknown parameter 'x=1"):
-        resolve(overrides={CODE_AS_NAME: "1"})
+        resolve("coarse", overrides={CODE_AS_NAME: "1"})
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_parameter_name_that_would_execute_is_refused():
 )
 def test_wrong_type_says_what_was_expected_and_where_to_look(name, value, expected):
     with pytest.raises(ConfigError, match=rf"^{name} = .*{expected}.* Fix: see `make params NB={FIRST[name][:2]}`"):
-        resolve(overrides={name: value})
+        resolve("coarse", overrides={name: value})
 
 
 @pytest.mark.parametrize(("stage", "name"), NUMBERS)
@@ -118,7 +118,7 @@ def test_limits_themselves_are_allowed(name, low, high):
 )
 def test_parameters_that_do_not_fit_together_are_refused_at_once(values, told):
     with pytest.raises(ConfigError, match=told):
-        resolve(overrides=values)
+        resolve("coarse", overrides=values)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_parameters_that_do_not_fit_together_are_refused_at_once(values, told):
     ],
 )  # fmt: skip
 def test_text_of_the_command_line_becomes_the_fields_type(name, text, value):
-    found = getattr(resolve(overrides={name: text})[FIRST[name]], name)
+    found = getattr(resolve("coarse", overrides={name: text})[FIRST[name]], name)
     assert found == value and type(found) is type(value)
 
 
@@ -141,7 +141,7 @@ def test_text_of_the_command_line_becomes_the_fields_type(name, text, value):
 )
 def test_names_that_are_no_file_names_are_refused(name):
     with pytest.raises(ConfigError, match=r"^run = .*letters, digits"):
-        resolve(overrides={"run": name})
+        resolve("coarse", overrides={"run": name})
     with pytest.raises(ValueError, match="letters, digits"):
         safe_name(name)
 
@@ -152,7 +152,9 @@ def test_names_that_are_file_names_are_kept(name):
 
 
 def test_unknown_preset_and_stage_name_the_nearest():
-    with pytest.raises(ConfigError, match=r"no preset 'smok'; there are smoke, demo, full.*did you mean 'smoke'"):
+    with pytest.raises(
+        ConfigError, match=r"no preset 'smok'; there are smoke, demo, coarse, full, weights.*did you mean 'smoke'"
+    ):
         resolve("smok")
     with pytest.raises(ConfigError, match=r"no stage '04_trainig'.*did you mean '04_training'"):
         stage_name("04_trainig")
@@ -223,7 +225,7 @@ def test_papermill_reads_every_parameter_with_its_type_and_meaning(stage):
 
 @pytest.mark.parametrize("value", ['"; import os; x="', "a'b\\n", "line\nimport os", "é ü {run} $(ls)", '\\"; os #'])
 def test_a_parameters_value_stays_a_value_in_the_notebook(value):
-    config = resolve(overrides={"data_dir": value})["01_data_audit"]
+    config = resolve("coarse", overrides={"data_dir": value})["01_data_audit"]
     source = PythonTranslator.codify(config.model_dump())
     assert all(isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant) for s in ast.parse(source).body)
     space = {}
@@ -237,7 +239,7 @@ def test_a_parameters_value_stays_a_value_in_the_notebook(value):
     ({"sampler": "euler", "prediction": "flow", "schedule": "flow"}, False),
 ])  # fmt: skip
 def test_a_sampler_of_the_other_path_is_refused_before_a_training(changes, refused):
-    configs = resolve("demo", changes)
+    configs = resolve("coarse", changes)
     with pytest.raises(ConfigError, match="take dpm") if refused else nullcontext():
         require_fit(configs)
 
@@ -248,4 +250,4 @@ def test_what_is_refused_before_a_training_is_what_its_sampling_would_refuse(sam
     path = {"prediction": "flow", "schedule": "flow"} if schedule == "flow" else {}
     walks = sampler in samplers.samplers_for(noise_schedule(schedule))
     with nullcontext() if walks else pytest.raises(ConfigError, match="take dpm"):
-        require_fit(resolve("demo", path | {"sampler": sampler}))
+        require_fit(resolve("coarse", path | {"sampler": sampler}))

@@ -27,7 +27,17 @@ TINY |= {
     "multipliers": "1,1,1,1",
     "attention_rates": "8",
 }  # coarse attention, or a 1 mm volume would have 144 000 tokens
-METHODS = {"one sample", "mean of 2", "nearest to the mean", "ceiling", "mean", "mirror", "harmonic", "tissue paint"}
+METHODS = {
+    "one sample",
+    "mean of 2",
+    "nearest to the mean",
+    "ceiling",
+    "mean",
+    "mirror",
+    "harmonic",
+    "tissue paint",
+    "draft",
+}
 METHODS |= {"one sample, given tissue", "tissue paint, given tissue"}
 REAL = Path(os.environ.get("LDM_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
 pytestmark = pytest.mark.pipeline

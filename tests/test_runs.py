@@ -40,7 +40,7 @@ def done(name, content="result", inputs=None, **parameters):
 
 
 def config(name, **parameters):
-    return resolve(overrides={"run": "lab", **parameters})[name]
+    return resolve("coarse", overrides={"run": "lab", **parameters})[name]
 
 
 def read(path):
@@ -135,7 +135,7 @@ def test_tracked_parameters_are_all_but_where_and_how_to_store():
     known = {name for stage in STAGES for name in tracked(config(stage))}
     gates = {"min_ceiling_psnr", "min_gain_over_pca", "accept_anyway"}
     storing = {"checkpoint_every", "log_every", "allow_change", "wandb_mode", "use_mlflow"}
-    assert everything - known == gates | storing | {"run", "overwrite", "device", "num_workers"}
+    assert everything - known == gates | storing | {"run", "overwrite", "device", "num_workers", "workers"}
     assert "devices" in tracked(config("04_training")) and "devices" not in tracked(config("05_sampling"))
 
 
@@ -144,10 +144,10 @@ def test_a_change_that_is_allowed_by_name_opens_the_stage_and_no_other(outputs):
     folder.mkdir(parents=True)
     begun = {"parameters": tracked(config("04_training")), "inputs": {}}
     (folder / "parameters.json").write_text(json.dumps(begun))
-    longer = resolve("demo", {"max_epochs": 90, "allow_change": "max_epochs, patience"})["04_training"]
+    longer = resolve("coarse", {"max_epochs": 90, "allow_change": "max_epochs, patience"})["04_training"]
     runs.require_unchanged(folder, longer, {}, fix="")
     assert runs.changes(folder, longer, {}) == ["max_epochs was 40, now 90"], "so it is not done"
-    other = resolve("demo", {"max_epochs": 90, "seed": 3, "allow_change": "max_epochs"})["04_training"]
+    other = resolve("coarse", {"max_epochs": 90, "seed": 3, "allow_change": "max_epochs"})["04_training"]
     with pytest.raises(RunError, match="seed was 0, now 3"):
         runs.require_unchanged(folder, other, {}, fix="")
 

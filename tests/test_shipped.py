@@ -68,7 +68,7 @@ def test_the_log_of_its_training_and_its_card_are_there():
     steps = [line.split(",") for line in (SHIPPED / LOG).read_text().splitlines()]
     assert "train_loss" in steps[0] and len(steps) > 20
     card = CARD.read_text()
-    for told in ("Intended use", "Limits", "Data", "Scores", "research"):
+    for told in ("Intended use", "Limits", "Data", "Scores", "Research"):
         assert told in card
 
 
