@@ -140,7 +140,7 @@ def _equipped(case: Case, maps: Path, inpainter: Inpainter, *, anew: bool) -> Ca
     if not anew and case.tissue is not None:
         return case
     equipped, made = equip(case, maps, tissue=True, growth=False, refine=inpainter.settings.refinement)
-    if made[0].refused:
+    if made and made[0].refused:
         raise InputError(f"no tissue map: {made[0].refused}", where=case.key, fix="take it out of the folder")
     return equipped
 
