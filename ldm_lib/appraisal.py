@@ -6,19 +6,17 @@ cases => atlas maps => K samples => beside them the ceiling and the baselines =>
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ldm_lib.canvas import Filled
 from ldm_lib.cases import Case, load_case
 from ldm_lib.cohort import find_cases, with_target
 from ldm_lib.config import SamplingConfig
 from ldm_lib.errors import InputError
-from ldm_lib.evaluation import CEILING, ONE_SAMPLE, candidates, mean_of, sample_path, score_rows
+from ldm_lib.evaluation import CEILING, ONE_SAMPLE, candidates, mean_of, score_rows, spread_path
 from ldm_lib.figures import with_spread
 from ldm_lib.files import FolderLock, markdown, replacing, write_csv
-from ldm_lib.filling import fill_cases, require_all
+from ldm_lib.filling import Row, fill_cases, require_all
 from ldm_lib.inpainter import Inpainter
 from ldm_lib.inpainting import write_ceiling
 from ldm_lib.layouts import require_outside
@@ -31,7 +29,6 @@ SCORES = {"PSNR, dB": ("psnr_01", 2), "SSIM": ("ssim", 3)}  # heading -> column,
 REFERENCE = "harmonic"
 MOST_COLUMNS = 6  # cases that are told one by one
 MAPS, RESULTS = "maps", "results"
-Row = dict[str, Any]
 _print = partial(print, flush=True)
 
 
@@ -63,8 +60,7 @@ def appraise(
     root, output = given_path(data_dir), given_path(output)
     require_outside(output, root)
     cases = [case.with_maps(growth=None) for case in with_target(find_cases(root)[0])]
-    how = {name: getattr(config, name) for name in ("device", "precision", "blend_mm", "temperature")}
-    inpainter, lock = Inpainter.load(model, **how), FolderLock(output)
+    inpainter, lock = Inpainter.for_sampling(model, config), FolderLock(output)
     try:
         results = output / RESULTS
         results.mkdir(exist_ok=True)
@@ -154,9 +150,10 @@ def _scored(case: Case, inpainter: Inpainter, results: Path, samples: int) -> li
 def _draw(case: Case, results: Path, samples: int, output: Path) -> None:
     """Voided, one sample, the mean, the truth, and how far the samples spread."""
     data = load_case(case)
-    drawn = [read_volume(sample_path(results, data, k)).voxels for k in range(samples)]
-    filled = Filled(data.voided, data.mask, np.stack([volume[data.mask] for volume in drawn]))
-    views = {"voided": data.voided, ONE_SAMPLE: drawn[0], mean_of(samples): filled.mean, "truth": data.target}
+    found = candidates(data, results, samples, baselines=False)
+    shown = {name: found[name] for name in (ONE_SAMPLE, mean_of(samples))}
+    views = {"voided": data.voided, **shown, "truth": data.target}
     views = {name: data.lps(view) for name, view in views.items()}
+    spread = read_volume(spread_path(results, data)).voxels if samples > 1 else np.zeros(data.mask.shape)
     where = {"spacing_mm": data.lps_spacing_mm, "mask": data.lps(data.mask), "title": case.key}
-    with_spread(views, data.lps(filled.std), **where).savefig(output / f"{case.key}.png", dpi=110)
+    with_spread(views, data.lps(spread), **where).savefig(output / f"{case.key}.png", dpi=110)

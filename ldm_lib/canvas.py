@@ -80,8 +80,7 @@ class Canvas:
     def _edge(self) -> EdgeCorrection | None:
         if not self.blend_mm:
             return None
-        voxel_mm = float(np.prod(self.data.source.spacing_mm)) ** (1 / 3)
-        return EdgeCorrection(self.data.mask, reach_vox=self.blend_mm / voxel_mm)
+        return EdgeCorrection(self.data.mask, reach_vox=self.blend_mm / self.data.cube_mm)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,11 @@ class CaseData:
         return self.mask if self.healthy is None else self.healthy
 
     @property
+    def cube_mm(self) -> float:
+        """Edge of a cube of a voxel's volume."""
+        return float(np.prod(self.source.spacing_mm)) ** (1 / 3)
+
+    @property
     def lateral_axis(self) -> int:
         """The file's axis that runs between left and right."""
         return next(axis for axis, code in enumerate(self.source.orientation) if code in "LR")

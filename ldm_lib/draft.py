@@ -12,6 +12,7 @@ from scipy import ndimage
 from scipy.sparse.linalg import cg
 
 from ldm_lib.laplace import laplace_system
+from ldm_lib.masks import box_around
 from ldm_lib.tissue import TISSUES
 
 TRUST = 0.5  # a: the other half of the regression's contrast is left to the edge
@@ -39,9 +40,9 @@ def draft_fill(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *, spaci
     filled = np.where(mask, 0, image).astype(np.float32)
     if not mask.any():
         return filled
-    box = _around(mask, int(np.ceil(FAR_MM / spacing_mm)))
+    box = box_around(mask, np.full(3, int(np.ceil(FAR_MM / spacing_mm))))
     told = TRUST * _regressed(filled[box], mask[box], tissue[box], spacing_mm)
-    core = _around(mask[box], 1)
+    core = box_around(mask[box], np.ones(3, int))
     known, hole = np.where(mask[box], 0, filled[box] - told)[core], mask[box][core]
     values = told[core][hole] + _harmonic(known, hole)
     filled[mask] = np.maximum(values, 0)
@@ -82,8 +83,3 @@ def _harmonic(known: np.ndarray, hole: np.ndarray) -> np.ndarray:
     start = np.full(len(edge), edge.sum() / laplacian.sum(), np.float32)
     values, _ = cg(laplacian.astype(np.float32), edge.astype(np.float32), x0=start, rtol=RELATIVE_RESIDUAL)
     return values
-
-
-def _around(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
-    spans = ndimage.find_objects(mask.astype(np.uint8))[0]
-    return tuple(slice(max(span.start - margin, 0), span.stop + margin) for span in spans)

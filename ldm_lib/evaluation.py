@@ -30,6 +30,11 @@ def sample_path(results: Path, data: CaseData, k: int) -> Path:
     return _beside(results, data, f"sample-{k:04d}")
 
 
+def spread_path(results: Path, data: CaseData) -> Path:
+    """Where stage 05 wrote the standard deviation of several samples of a case."""
+    return _beside(results, data, "std")
+
+
 def _beside(results: Path, data: CaseData, name: str) -> Path:
     return results / data.case.result_name.replace(".nii.gz", f"-{name}.nii.gz")
 
@@ -72,7 +77,7 @@ def candidates(
 
 
 def _baseline(name: str, data: CaseData, tissue: np.ndarray | None) -> np.ndarray:
-    how = {"lateral_axis": data.lateral_axis, "spacing_mm": float(np.prod(data.source.spacing_mm)) ** (1 / 3)}
+    how = {"lateral_axis": data.lateral_axis, "spacing_mm": data.cube_mm}
     return BASELINES[name](data.voided, data.mask, tissue=tissue, **how)
 
 

@@ -69,8 +69,7 @@ def inpaint_folder(
     root, output = given_path(data_dir), given_path(output)
     require_outside(output, root)
     cases, exclusions = find_cases(root, conditioning_dir, allow)
-    how = {name: getattr(config, name) for name in ("device", "precision", "blend_mm", "temperature")}
-    inpainter = Inpainter.load(model, **how)
+    inpainter = Inpainter.for_sampling(model, config)
     lock = FolderLock(output)
     try:
         require_writable(output / TABLE)

@@ -44,7 +44,7 @@ from ldm_lib.parameters import validated
 from ldm_lib.reconstruction import decode_box
 from ldm_lib.samplers import SAMPLERS, Callback
 from ldm_lib.schedule import NoiseSchedule, noise_schedule
-from ldm_lib.weights import load_model
+from ldm_lib.weights import load_model, require_pair
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_BLEND_MM = (
     SamplingConfig.model_fields[name].default for name in ("sampler", "num_inference_steps", "blend_mm")
@@ -104,18 +104,22 @@ class Inpainter:
         facts = denoiser.folder_config
         try:
             settings, training = _trained_with(facts)
-            trained_on, margin = facts["autoencoder_sha256"], box_margin(autoencoder)
+            margin, _ = box_margin(autoencoder), facts["autoencoder_sha256"]
             own = validated(SamplingConfig, {"temperature": facts.get("temperature", 0.0)}).temperature or 1.0
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
             told = error.cause if isinstance(error, ConfigError) else error
             raise WeightsError(f"its config does not say how it was trained ({told})", where=folder,
                                fix="copy the model folder again") from error  # fmt: skip
-        if trained_on != autoencoder.folder_config["sha256"]:
-            raise WeightsError("was trained on latents of another autoencoder", where=folder,
-                               fix="copy the whole model folder, its autoencoder included")  # fmt: skip
+        require_pair(denoiser, autoencoder, where=folder)
         how = where, pick_precision(precision, where), training.prediction, margin, training.latent_crop
         networks = autoencoder.to(where), denoiser.to(where)
         return cls(*networks, noise_schedule(**training.process), settings, *how, blend_mm, temperature or own)
+
+    @classmethod
+    def for_sampling(cls, folder: str | Path | None, config: SamplingConfig) -> "Inpainter":
+        """Load a model folder, or the shipped weights, as the parameters of stage 05 ask for."""
+        asked = ("device", "precision", "blend_mm", "temperature")
+        return cls.load(folder, **{name: getattr(config, name) for name in asked})
 
     def makes_maps(self, asked: bool | None) -> bool:
         """Whether tissue maps that cases lack are to be made from their scans: as asked, or if the model needs them."""

@@ -70,10 +70,11 @@ def encode_case(
 ) -> Latents:
     """Encode one case; "target" is there only if the case has one. All float32, on the CPU."""
     factor = autoencoder.factor
-    images = {"voided": case.voided} | ({} if case.target is None else {"target": case.target})
+    images = {} if case.target is None else {"target": case.target}
     if settings.context == "draft":
         images["draft"] = draft_fill(case.voided, case.mask, case.tissue, spacing_mm=autoencoder.spacing_mm)
-        del images["voided"]
+    else:
+        images["voided"] = case.voided
     latents = {}
     for name, image in images.items():
         volume = torch.from_numpy(image)[None, None].to(device)

@@ -33,8 +33,7 @@ def fill_run(name: str) -> None:
     if world_size() > 1:
         torch.distributed.barrier()  # opening may have cleared the folder
     cases = cohort.read_cohort(prepared / "cohort.json", run_folder)[1][: config.max_cases or None]
-    how = {name: getattr(config, name) for name in ("device", "precision", "blend_mm", "temperature")}
-    inpainter = Inpainter.load(model, **how)
+    inpainter = Inpainter.for_sampling(model, config)
     rows = fill_cases(inpainter, cases[global_rank() :: world_size()], config, run_folder / STAGE)
     if world_size() > 1:
         torch.distributed.barrier()

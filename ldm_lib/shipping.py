@@ -16,7 +16,7 @@ from ldm_lib.config import AUTOENCODER_FOLDER, SHIPPED, SamplingConfig
 from ldm_lib.errors import WeightsError
 from ldm_lib.parameters import validated
 from ldm_lib.values import given_path
-from ldm_lib.weights import load_model, save_model
+from ldm_lib.weights import load_model, require_pair, save_model
 
 LOG = "training.csv"
 DERIVED = ("kind", "build", "sha256")  # of a config: what `save_model` writes itself
@@ -41,9 +41,7 @@ def ship(model: str | Path, folder: Path = SHIPPED, *, temperature: float = 0.0)
     if not log.is_file():
         raise WeightsError("no log of its training", where=log, fix="name the model folder of a stage 04")
     autoencoder, denoiser = _fitting(model / AUTOENCODER_FOLDER, "autoencoder"), _fitting(model, "adm")
-    if denoiser.folder_config.get("autoencoder_sha256") != autoencoder.folder_config["sha256"]:
-        raise WeightsError("was trained on latents of another autoencoder", where=model,
-                           fix="copy the whole model folder, its autoencoder included")  # fmt: skip
+    require_pair(denoiser, autoencoder, where=model)
     digest = _halved(autoencoder, folder / AUTOENCODER_FOLDER)
     _halved(denoiser, folder, autoencoder_sha256=digest, **own)
     shutil.copyfile(log, folder / LOG)

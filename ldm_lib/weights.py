@@ -74,6 +74,13 @@ def load_model(folder: str | Path, kind: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def require_pair(denoiser: nn.Module, autoencoder: nn.Module, *, where: Path) -> None:
+    """Refuse a denoiser that was trained on latents of another autoencoder; both as `load_model` returns them."""
+    if denoiser.folder_config.get("autoencoder_sha256") != autoencoder.folder_config["sha256"]:
+        raise WeightsError("was trained on latents of another autoencoder", where=where,
+                           fix="copy the whole model folder, its autoencoder included")  # fmt: skip
+
+
 def _require_fit(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Refuse weights that are not those of the network a config describes, before any memory is taken for it."""
     cause = "its weights do not fit its config"
