@@ -133,13 +133,7 @@ def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma
         InputError: as `mean_fill`, or a tissue map of another shape.
     """
     known, mask = _known(voided, mask)
-    tissue = np.asarray(tissue)
-    if tissue.shape != mask.shape:
-        raise InputError(
-            f"the tissue map is {tissue.shape}, the voided volume {mask.shape}",
-            where="tissue_paint",
-            fix="resample the map to the volume's grid",
-        )
+    tissue = _of_this_grid(tissue, mask)
     if not mask.any():
         return known
     painted = known.copy()
@@ -156,10 +150,10 @@ def draft_baseline(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, spa
     """Fill with the first guess that the network is shown (`draft.draft_fill`), in any units.
 
     Raises:
-        InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask.
+        InputError: as `tissue_paint`.
     """
     known, mask = _known(voided, mask)
-    return draft_fill(known, mask, np.asarray(tissue), spacing_mm=spacing_mm)
+    return draft_fill(known, mask, _of_this_grid(tissue, mask), spacing_mm=spacing_mm)
 
 
 # One signature for all: f(voided, mask, tissue=labels, lateral_axis=axis, spacing_mm=edge); each takes what it needs.
@@ -191,6 +185,16 @@ def _known(voided: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
             fix="replace NaN and infinity by finite values",
         )
     return known, mask
+
+
+def _of_this_grid(tissue: ArrayLike, mask: np.ndarray) -> np.ndarray:
+    tissue = np.asarray(tissue)
+    if tissue.shape != mask.shape:
+        raise InputError(
+            f"the tissue map is {tissue.shape}, the voided volume {mask.shape}",
+            fix="resample the map to the volume's grid",
+        )
+    return tissue
 
 
 def _brain_mean(known: np.ndarray) -> float:

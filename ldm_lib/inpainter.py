@@ -261,7 +261,7 @@ def box_margin(autoencoder: Autoencoder) -> int | None:
 def _trained_with(facts: Mapping[str, Any]) -> tuple[CellSettings, TrainingConfig]:
     """How a model's config says that it was trained, every value within its parameter's range."""
     given = {**facts["settings"]}
-    scale = tuple(float(std) for std in given.pop("residual_std", ()))
+    scale = tuple(0.0 + std for std in given.pop("residual_std", ()))  # not float(std): text is no number here
     if not all(0 < std < math.inf for std in scale) or len(scale) not in (0, facts["build"]["out_channels"]):
         raise ConfigError(f"residual_std = {scale}: one number above 0 for each latent channel, or none")
     cells = validated(ConditioningConfig, given)

@@ -133,7 +133,7 @@ def write_patient(folder: str | Path, seed: int, patient: int, **how: Any) -> st
     Files are `data/<ID>/<ID>-t1n.nii.gz` and, for each mask k, `-t1n-voided-000k`, `-mask-000k`, `-mask-healthy-000k`,
     `-mask-unhealthy-000k`; `conditioning_data/{growth_model,tissue_segmentation}/<ID>.nii.gz`. Written twice on one
     machine the bytes are the same; another processor may round a few voxels otherwise. The t1n is written last: a
-    patient that has one is whole, and is not made again.
+    patient that has one is whole, and is not made again, whatever numbers made it.
     """
     case = f"Synthetic_{patient:05d}"
     data, conditioning = Path(folder) / "data" / case, Path(folder) / "conditioning_data"

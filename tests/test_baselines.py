@@ -5,6 +5,7 @@ import pytest
 
 from ldm_lib.baselines import (
     BASELINES,
+    OF_TISSUE,
     draft_baseline,
     harmonic_fill,
     laplace_system,
@@ -222,9 +223,10 @@ def test_tissue_paint_learns_from_brain_only():
     assert tissue_paint(volume, mask, tissue, sigma_vox=0)[mask] == pytest.approx(300)
 
 
-def test_tissue_paint_refuses_a_map_of_another_grid():
+@pytest.mark.parametrize("name", OF_TISSUE)
+def test_a_map_of_another_grid_is_refused(name):
     with pytest.raises(InputError, match=r"the tissue map is \(23, 22, 20\), the voided volume"):
-        tissue_paint(np.ones(SHAPE), BALL, np.ones(SHAPE)[1:])
+        BASELINES[name](np.ones(SHAPE), BALL, tissue=np.ones(SHAPE)[1:], lateral_axis=0, spacing_mm=1.0)
 
 
 def test_the_draft_knows_no_units():

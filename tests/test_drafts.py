@@ -182,7 +182,7 @@ def test_a_model_says_how_much_its_drafts_lack(inpainter):
 
 @pytest.mark.parametrize("std", [
     [1.0], [1.0] * 4, [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("inf"), 1.0], [1.0, float("nan"), 1.0],
-    ["much", 1.0, 1.0], [10**400, 1.0, 1.0], 1.0, None, [[1.0]] * 3,
+    ["much", 1.0, 1.0], "111", [10**400, 1.0, 1.0], 1.0, None, [[1.0]] * 3,
 ], ids=lambda std: str(std)[:20])  # fmt: skip
 def test_a_scale_that_cannot_be_is_refused(tiny_draft_folder, tmp_path, std):
     folder = shutil.copytree(tiny_draft_folder, tmp_path / "model")
