@@ -1,5 +1,6 @@
 """Laws of a training that starts from a model: the very weights, what belongs to them, and nothing that differs."""
 
+import json
 import shutil
 import types
 from dataclasses import replace
@@ -99,6 +100,17 @@ def test_a_model_of_other_latents_is_refused_by_the_digests_of_both(model, tiny_
                for folder in (tiny_autoencoder_folder, other_autoencoder)]  # fmt: skip
     with pytest.raises(ConfigError, match="autoencoder is '{}', not '{}'".format(*digests)):
         new_inpainter(other_autoencoder, settings(start_dir=str(model)), CELLS)
+
+
+def test_latents_are_those_of_numbers_not_of_files(model, tmp_path):
+    halved = load_model(model / "autoencoder", "autoencoder").half()
+    config = json.loads((model / "config.json").read_text())
+    shutil.copytree(model, tmp_path / "shipped")
+    config["autoencoder_sha256"] = save_model(tmp_path / "shipped" / "autoencoder", halved)
+    (tmp_path / "shipped" / "config.json").write_text(json.dumps(config))
+    save_model(tmp_path / "longer", load_model(tmp_path / "shipped" / "autoencoder", "autoencoder"), box_margin=4)
+    started = new_inpainter(tmp_path / "longer", settings(start_dir=str(tmp_path / "shipped")), CELLS)
+    assert same(started.denoiser.state_dict(), load_model(model, "adm").state_dict())
 
 
 def test_a_folder_that_holds_no_model_is_refused(model, tiny_autoencoder_folder, tmp_path):
