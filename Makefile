@@ -1,7 +1,7 @@
 # `make` alone prints this help. Values reach the shell through the environment, never spliced into a command.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run 01 02 03 04 05 06 train weights sweep test test-all soak lab params doctor validate submission bench mlflow lint lock audit clean
+.PHONY: help setup run 01 02 03 04 05 06 train weights picture sweep test test-all soak lab params doctor validate submission bench mlflow lint lock audit clean
 
 PRESET ?= demo
 NB ?= 04
@@ -55,6 +55,13 @@ train: .venv/ready ## stages 01 to 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS
 weights: export PRESET = weights
 weights: .venv/ready ## train what comes with the library, from nothing but this repository: minutes on a GPU, a day on 2 cores
 	@($(call STAGES,01 02 03 04)) && exec $(LDM) ship "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model"
+
+PICTURE := $${LDM_OUTPUTS:-outputs}/picture
+picture: .venv/ready ## README's first picture: a synthetic patient never trained on, filled by the shipped weights; 5 minutes
+	@set -e; \
+	$(LDM) run 01 --run picture --preset weights --set synthetic_first=9001 --set synthetic_patients=2 --set masks_per_patient=1; \
+	$(LDM) evaluate "$(PICTURE)/01_data_audit/synthetic/data" --output "$(PICTURE)/filled" --samples 16 --pictures 1; \
+	cp "$(PICTURE)/filled/Synthetic_09001-0000.png" docs/filled.png
 
 sweep: .venv/ready ## many runs, one table: make sweep GRID=docs/sweep.yaml JOBS=2
 	@if [ -z "$$GRID" ]; then echo "ERROR GRID is empty. Fix: make sweep GRID=docs/sweep.yaml JOBS=2" >&2; exit 1; fi

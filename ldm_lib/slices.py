@@ -206,7 +206,7 @@ def strip(
     rows = -(-len(names) // columns)
     across, down, _ = PLANES[plane]
     ratio = np.ptp(view.box_mm[down]) / np.ptp(view.box_mm[across])
-    height = rows * ((WIDTH - 0.7) / columns * ratio + 0.25) + 1.0 + bar
+    height = rows * ((WIDTH - 0.7) / columns * ratio + 0.25) + 0.75 + bar
     figure = Plate(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for k, (ax, name) in enumerate(zip(axes, names, strict=False)):
