@@ -24,7 +24,7 @@ exec $(LDM) run $(1) --run "$${RUN:-$$PRESET}" --preset "$$PRESET" "$$@"
 endef
 
 help: ## this list
-	@echo "make TARGET [PRESET=smoke|demo|full] [RUN=name] [DATA_DIR=...] [CONDITIONING_DIR=...] [SET=\"key=value ...\"] [OVERWRITE=1]"
+	@echo "make TARGET [PRESET=smoke|demo|coarse|weights|full] [RUN=name] [DATA_DIR=...] [CONDITIONING_DIR=...] [SET=\"key=value ...\"] [OVERWRITE=1]"
 	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {printf "  %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready ## create .venv and install everything (done by the others when needed); LOCKED=1 as requirements.lock says
