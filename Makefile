@@ -10,6 +10,7 @@ export PRESET NB
 VENV_PYTHON := .venv/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 LDM := $(VENV_PYTHON) -m ldm_lib
+PICTURE := $${LDM_OUTPUTS:-outputs}/picture
 TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 # RUN, PRESET, DATA_DIR, CONDITIONING_DIR, OVERWRITE=1 and SET="key=value key=value" apply to run, 01 to 06 and train.
 define STAGES
@@ -52,11 +53,13 @@ run: .venv/ready ## all six notebooks: synthetic cohort, or DATA_DIR=... (PRESET
 train: .venv/ready ## stages 01 to 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS, ACCUMULATE_GRAD_BATCHES, DEVICES
 	@$(call STAGES,01 02 03 04)
 
-weights: export PRESET = weights
-weights: .venv/ready ## train what comes with the library, from nothing but this repository: minutes on a GPU, a day on 2 cores
-	@($(call STAGES,01 02 03 04)) && exec $(LDM) ship "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model"
+weights: override export PRESET = weights
+weights: .venv/ready ## train what ships: two hours of synthetic cohort, then minutes on a GPU or a day on 2 cores
+	@if [ -n "$$DATA_DIR" ]; then \
+	  echo "ERROR DATA_DIR is set; what ships knows synthetic patients only. Fix: unset it, or make train PRESET=weights" >&2; exit 1; fi
+	@($(call STAGES,01 02 03 04)) && \
+	  exec $(LDM) ship "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model" --temperature 0.6
 
-PICTURE := $${LDM_OUTPUTS:-outputs}/picture
 picture: .venv/ready ## README's first picture: a synthetic patient never trained on, filled by the shipped weights; 5 minutes
 	@set -e; \
 	$(LDM) run 01 --run picture --preset weights --set synthetic_first=9001 --set synthetic_patients=2 --set masks_per_patient=1; \

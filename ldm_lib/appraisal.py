@@ -3,18 +3,18 @@
 cases => atlas maps => K samples => beside them the ceiling and the baselines => metrics.csv, table.md, pictures
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ldm_lib.cases import Case, load_case
+from ldm_lib.cases import Case, CaseData, load_case
 from ldm_lib.cohort import find_cases, with_target
 from ldm_lib.config import SamplingConfig
-from ldm_lib.errors import InputError
+from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation import CEILING, ONE_SAMPLE, candidates, mean_of, score_rows, spread_path
-from ldm_lib.figures import with_spread
+from ldm_lib.figures import planes, with_spread
 from ldm_lib.files import FolderLock, markdown, replacing, write_csv
 from ldm_lib.filling import Row, fill_cases, require_all
 from ldm_lib.inpainter import Inpainter
@@ -22,6 +22,7 @@ from ldm_lib.inpainting import write_ceiling
 from ldm_lib.layouts import require_outside
 from ldm_lib.metrics import bootstrap_by_patient
 from ldm_lib.priors import equip
+from ldm_lib.samplers import require_walk
 from ldm_lib.values import given_path
 from ldm_lib.volumes import read_volume
 
@@ -53,21 +54,27 @@ def appraise(
         tissue: "atlas" makes the map of every case from its voided scan, "given" takes those that came with them. No
             growth map is shown: the healthy part of the hole is what is scored.
         pictures: of how many cases.
+        say: is told a line about each case that is prepared, filled or scored.
 
     Raises:
-        LdmError: no case with its truth, no model, a case that cannot be filled, or an output that cannot be used.
+        LdmError: no case with its truth, no model, a case that cannot be filled, a number of steps or pictures that
+            cannot be, or an output that cannot be used.
     """
+    if pictures < 0:
+        raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")
     root, output = given_path(data_dir), given_path(output)
     require_outside(output, root)
     cases = [case.with_maps(growth=None) for case in with_target(find_cases(root)[0])]
-    inpainter, lock = Inpainter.for_sampling(model, config), FolderLock(output)
+    inpainter = Inpainter.for_sampling(model, config)
+    require_walk(config.sampler, config.num_inference_steps, inpainter.schedule)
+    lock = FolderLock(output)
     try:
         results = output / RESULTS
         results.mkdir(exist_ok=True)
-        cases = [_equipped(case, output / MAPS, inpainter, anew=tissue == "atlas") for case in cases]
+        cases = list(_equipped(cases, output / MAPS, inpainter, anew=tissue == "atlas", say=say))
         filled = fill_cases(inpainter, [case.to_fill() for case in cases], config, results, say=say)
         require_all(filled)
-        rows = [row for case in cases for row in _scored(case, inpainter, results, config.samples)]
+        rows = [row for own in _scored(cases, inpainter, results, config.samples, say=say) for row in own]
         write_csv(output / "metrics.csv", rows)
         for case in cases[:pictures]:
             _draw(case, results, config.samples, output)
@@ -97,12 +104,13 @@ def methods_table(rows: Sequence[Row]) -> list[list[str]]:
     The last columns are differences to the harmonic fill, patient by patient.
     """
     by_method = _by_method(rows)
-    lines = []
+    lines = {}
     for method, own in by_method.items():
-        cells = [_interval(own, *scores, others) for others in ((), by_method[REFERENCE]) for scores in SCORES.values()]
-        lines.append([method, *cells])
-    order = sorted(lines, key=lambda line: -float(line[1].partition(" ")[0]))
-    return [["method", *SCORES, *(f"{name}, over {REFERENCE}" for name in SCORES)], *order]
+        plain = [_interval(own, *scores) for scores in SCORES.values()]
+        over = [_interval(own, *scores, by_method[REFERENCE]) for scores in SCORES.values()]
+        lines[method] = [method, *plain, *(over if method != REFERENCE else [""] * len(over))]
+    order = sorted(lines, key=lambda method: -_by_patient(by_method[method], SCORES["PSNR, dB"][0])["mean"])
+    return [["method", *SCORES, *(f"{name}, over {REFERENCE}" for name in SCORES)], *(lines[name] for name in order)]
 
 
 def cases_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -124,36 +132,61 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _interval(rows: Sequence[Row], score: str, digits: int, others: Sequence[Row] = ()) -> str:
-    """Mean over patients of a score, or of what it is above others', with its interval."""
-    theirs = {other["case"]: other[score] for other in others}  # more cases, where only some have a tissue map
-    values = [row[score] - (theirs[row["case"]] if others else 0) for row in rows]
-    found = bootstrap_by_patient(values, [row["patient"] for row in rows])
+    """Mean over patients of a score, or of what it is above others', with its interval, as text."""
+    found = _by_patient(rows, score, others)
     told = [f"{found[name]:{'+' if others else ''}.{digits}f}" for name in ("mean", "low", "high")]
     return told[0] + (f" [{told[1]}, {told[2]}]" if found["patients"] > 1 else "")
 
 
-def _equipped(case: Case, maps: Path, inpainter: Inpainter, *, anew: bool) -> Case:
-    if not anew and case.tissue is not None:
-        return case
-    equipped, made = equip(case, maps, tissue=True, growth=False, refine=inpainter.settings.refinement)
-    if made and made[0].refused:
-        raise InputError(f"no tissue map: {made[0].refused}", where=case.key, fix="take it out of the folder")
-    return equipped
+def _by_patient(rows: Sequence[Row], score: str, others: Sequence[Row] = ()) -> dict[str, float]:
+    """Mean and interval by patient (`metrics.bootstrap_by_patient`), case by case of what is above others'."""
+    theirs = {other["case"]: other[score] for other in others}  # more cases, where only some have a tissue map
+    values = [row[score] - (theirs[row["case"]] if others else 0) for row in rows]
+    return bootstrap_by_patient(values, [row["patient"] for row in rows])
 
 
-def _scored(case: Case, inpainter: Inpainter, results: Path, samples: int) -> list[Row]:
-    data = load_case(case)
-    write_ceiling(inpainter, data, results / CEILING / case.result_name)
-    return score_rows(data, candidates(data, results, samples))[0]
+def _equipped(
+    cases: Sequence[Case], maps: Path, inpainter: Inpainter, *, anew: bool, say: Callable[[str], None]
+) -> Iterator[Case]:
+    """The cases with a tissue map made from the voided scan, or with their own."""
+    for k, case in enumerate(cases, start=1):
+        if not anew and case.tissue is not None:
+            yield case
+            continue
+        equipped, made = equip(case, maps, tissue=True, growth=False, refine=inpainter.settings.refinement)
+        if made and made[0].refused:
+            raise InputError(f"no tissue map: {made[0].refused}", where=case.key, fix="take it out of the folder")
+        for prior in made:
+            say(f"[{k}/{len(cases)}] {case.key}: tissue map {'made' if prior.made_now else 'found'}")
+        yield equipped
+
+
+def _scored(
+    cases: Sequence[Case], inpainter: Inpainter, results: Path, samples: int, *, say: Callable[[str], None]
+) -> Iterator[list[Row]]:
+    for k, case in enumerate(cases, start=1):
+        data = load_case(case)
+        write_ceiling(inpainter, data, results / CEILING / case.result_name)
+        yield score_rows(data, _fills(data, results, samples))[0]
+        say(f"[{k}/{len(cases)}] {case.key}: scored")
+
+
+def _fills(data: CaseData, results: Path, samples: int, *, baselines: bool = True) -> dict[str, np.ndarray]:
+    """Method -> filled volume; of one sample there is no mean to tell."""
+    found = candidates(data, results, samples, baselines=baselines)
+    return found if samples > 1 else {name: fill for name, fill in found.items() if name != mean_of(1)}
 
 
 def _draw(case: Case, results: Path, samples: int, output: Path) -> None:
-    """Voided, one sample, the mean, the truth, and how far the samples spread."""
+    """Voided, one sample and the truth; of several samples the mean too, and how far they spread."""
     data = load_case(case)
-    found = candidates(data, results, samples, baselines=False)
-    shown = {name: found[name] for name in (ONE_SAMPLE, mean_of(samples))}
+    fills = _fills(data, results, samples, baselines=False)
+    shown = {name: fill for name, fill in fills.items() if name in (ONE_SAMPLE, mean_of(samples))}
     views = {"voided": data.voided, **shown, "truth": data.target}
     views = {name: data.lps(view) for name, view in views.items()}
-    spread = read_volume(spread_path(results, data)).voxels if samples > 1 else np.zeros(data.mask.shape)
     where = {"spacing_mm": data.lps_spacing_mm, "mask": data.lps(data.mask), "title": case.key}
-    with_spread(views, data.lps(spread), **where).savefig(output / f"{case.key}.png", dpi=110)
+    if samples > 1:
+        figure = with_spread(views, data.lps(read_volume(spread_path(results, data)).voxels), **where)
+    else:
+        figure = planes(views, **where)
+    figure.savefig(output / f"{case.key}.png", dpi=110)

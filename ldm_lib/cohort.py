@@ -100,7 +100,7 @@ def with_target(cases: Sequence[Case]) -> list[Case]:
     """The cases whose full image is there, which training and its validation need; at least one."""
     found = [case for case in cases if case.t1n]
     if not found:
-        raise InputError(f"none of {len(cases)} cases has a t1n beside its t1n-voided", where="training",
+        raise InputError(f"none of {len(cases)} cases has a t1n beside its t1n-voided", where="cases",
                          fix="give cases with their full image; `inpaint` needs none")  # fmt: skip
     return found
 

@@ -26,8 +26,7 @@ from ldm_lib.inpainting import make_ready, write_filled
 from ldm_lib.layouts import require_outside
 from ldm_lib.nifti import stem
 from ldm_lib.runs import read_record
-from ldm_lib.samplers import require_path
-from ldm_lib.schedule import spaced_timesteps
+from ldm_lib.samplers import require_walk
 from ldm_lib.values import given_path
 
 RECORDS, TABLE = "filled", "results.csv"
@@ -116,8 +115,7 @@ def fill_cases(
     Raises:
         ConfigError: a sampler or number of steps that this model cannot take.
     """
-    require_path(config.sampler, inpainter.schedule)
-    spaced_timesteps(inpainter.schedule, config.num_inference_steps)  # refused now, not once a case
+    require_walk(config.sampler, config.num_inference_steps, inpainter.schedule)  # refused now, not once a case
     _make_room(folder / RECORDS)
     rows, started, filled = [], time.monotonic(), 0
     job = Job(inpainter, config, folder, inpainter.makes_maps(make_missing), each)

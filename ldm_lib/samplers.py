@@ -188,6 +188,12 @@ def require_path(name: str, schedule: NoiseSchedule) -> None:
                           fix=f"take one of {', '.join(samplers_for(schedule))}")  # fmt: skip
 
 
+def require_walk(name: str, steps: int, schedule: NoiseSchedule) -> None:
+    """Refuse a sampler of the other path, or more steps than the schedule has."""
+    require_path(name, schedule)
+    spaced_timesteps(schedule, steps)
+
+
 def _rates(schedule: NoiseSchedule, times: Tensor) -> list[tuple[float, float]]:
     """(α, σ) at the visited timesteps, and (1, 0) for the clean end."""
     return [*zip(schedule.alpha[times].tolist(), schedule.sigma[times].tolist(), strict=True), (1.0, 0.0)]

@@ -11,8 +11,9 @@ from ldm_lib.baselines import BASELINES, harmonic_fill
 from ldm_lib.cases import load_case
 from ldm_lib.cohort import find_cases
 from ldm_lib.config import SamplingConfig
-from ldm_lib.errors import InputError
+from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation import CEILING, NEAREST, ONE_SAMPLE, mean_of
+from ldm_lib.figures import planes
 from ldm_lib.files import FolderLock, markdown
 from ldm_lib.filling import fill_cases
 from ldm_lib.inpainter import Inpainter
@@ -42,15 +43,14 @@ def test_holes_of_a_patient_are_averaged_first_and_differences_are_those_of_one_
     assert methods_table([*HARMONIC, *OURS]) == [
         ["method", "PSNR, dB", "SSIM", "PSNR, dB, over harmonic", "SSIM, over harmonic"],
         ["ours", "27.00 [23.00, 31.00]", "0.800 [0.700, 0.900]", "+1.50 [+1.00, +2.00]", "+0.100 [+0.100, +0.100]"],
-        ["harmonic", "25.50 [21.00, 30.00]", "0.700 [0.600, 0.800]", "+0.00 [+0.00, +0.00]",
-         "+0.000 [+0.000, +0.000]"],
+        ["harmonic", "25.50 [21.00, 30.00]", "0.700 [0.600, 0.800]", "", ""],
     ]  # fmt: skip
 
 
 def test_of_one_patient_there_is_no_interval_and_what_is_worse_says_so():
     worse = rows_of("worse", {"a0": (19, 0.4), "a1": (20, 0.4)})
     assert methods_table([*worse, *HARMONIC[:2]])[1:] == [
-        ["harmonic", "21.00", "0.600", "+0.00", "+0.000"], ["worse", "19.50", "0.400", "-1.50", "-0.200"]
+        ["harmonic", "21.00", "0.600", "", ""], ["worse", "19.50", "0.400", "-1.50", "-0.200"]
     ]  # fmt: skip
 
 
@@ -152,8 +152,8 @@ def test_the_same_call_again_fills_nothing_and_says_the_same(done, folder, tiny_
     again = []
     how = {"model": tiny_draft_folder, "tissue": "given", "say": again.append}
     assert appraise(folder, output, CONFIG, **how) == table
-    assert [line.split(": ")[1].split()[0] for line in said] == ["filled"] * 2
-    assert [line.split(": ")[1] for line in again] == ["found"] * 2
+    assert [line.split(": ")[1].split()[0] for line in said] == ["filled"] * 2 + ["scored"] * 2
+    assert [line.split(": ")[1] for line in again] == ["found"] * 2 + ["scored"] * 2
     assert {path: path.stat().st_mtime_ns for path in before} == before and not FolderLock._held
 
 
@@ -173,8 +173,7 @@ def test_maps_are_made_of_scans_alone_even_where_some_were_given(
     monkeypatch.setattr(appraisal, "equip", equip)
     for model, refine in ((tiny_model_folder, "mixture"), (tiny_draft_folder, "none")):
         inpainter = Inpainter.load(model, device="cpu")
-        for case in two:
-            appraisal._equipped(case, tmp_path / "maps", inpainter, anew=True)
+        list(appraisal._equipped(two, tmp_path / "maps", inpainter, anew=True, say=lambda line: None))
         how = {"tissue": True, "growth": False, "refine": refine}
         assert asked == [(case.key, tmp_path / "maps", how) for case in two]
         asked.clear()
@@ -182,6 +181,26 @@ def test_maps_are_made_of_scans_alone_even_where_some_were_given(
     assert {case for case, method in read(tmp_path / "out") if method in ("draft", "tissue paint")} == {two[0].key}
     draft = next(line for line in table.split("\n\n")[1].splitlines() if line.startswith("| draft |"))
     assert draft.endswith("|  |") and draft.count(", 0.") == 1
+
+
+def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_draft_folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(appraisal, "planes", lambda views, **how: drawn.append(list(views)) or planes(views, **how))
+    how = {"model": tiny_draft_folder, "tissue": "given", "pictures": 1, "say": lambda line: None}
+    table = appraise(folder, tmp_path, QUICK, **how)
+    assert "mean of" not in table and table.count("| one sample |") == 2
+    assert drawn == [["voided", ONE_SAMPLE, "truth"]] and len(list(tmp_path.glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(("config", "pictures", "told"), [
+    (QUICK, -1, "pictures = -1: 0 or more are allowed"),
+    (QUICK.model_copy(update={"num_inference_steps": 5000}), 0, "5000"),
+    (QUICK.model_copy(update={"sampler": "euler"}), 0, "'euler' given"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_any_map_is_made(folder, tiny_draft_folder, tmp_path, config, pictures, told):
+    with pytest.raises(ConfigError, match=told):
+        appraise(folder, tmp_path / "out", config, model=tiny_draft_folder, pictures=pictures)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("inside", ["", "results"])

@@ -99,6 +99,18 @@ def test_a_run_without_a_name_is_named_after_its_preset(project):
         assert call[4:] == ["--run", run, "--preset", given.get("PRESET", "demo")]
 
 
+@pytest.mark.parametrize("by", ["environment", "line"])
+def test_what_ships_is_made_by_its_own_preset_from_synthetic_patients(project, by):
+    how = {"typed": ["PRESET=coarse"]} if by == "line" else {"PRESET": "coarse"}
+    stages, ship = called(project, "weights", **how)
+    assert stages[:8] == ["-m", "ldm_lib", "run", "01", "02", "03", "04", "--run"]
+    assert stages[8:] == ["weights", "--preset", "weights"]
+    assert ship[2:] == ["ship", "outputs/weights/04_training/model", "--temperature", "0.6"]
+    with pytest.raises(subprocess.CalledProcessError):
+        called(project, "weights", DATA_DIR="patients")
+    assert not (project / "called").exists()
+
+
 def test_every_variable_of_the_makefile_is_tried_here():
     """Those of recipes; PWD, HEAD and lower-case ones are its own."""
     read = set(re.findall(r"\$\$\{?([A-Z][A-Z_]+)", MAKEFILE)) | set(
