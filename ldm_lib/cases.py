@@ -16,6 +16,7 @@ from ldm_lib.plausibility import oddities, require_in_brain
 from ldm_lib.volumes import SPIKE, Volume, intensity_scale, read_image, require_same_grid, without_spikes
 
 TISSUE_LABELS = (0, 1, 2, 3)
+NO_MAP = "no {} map"  # the warning of a kind of map that a case lacks
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def load_case(case: Case) -> CaseData:
     require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
     growth = read_unit_map(case.growth, source, case.allow, warnings=warnings) if case.growth else None
     tissue = read_labels(case.tissue, source, TISSUE_LABELS, case.allow, warnings=warnings) if case.tissue else None
-    warnings += [f"no {kind} map" for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
+    warnings += [NO_MAP.format(kind) for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
     warnings += oddities(voided, source)
     voided, spikes = without_spikes(voided, scale)
     target = target if target is None else without_spikes(target, scale)[0]

@@ -50,7 +50,7 @@ def draft_fill(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *, spaci
 
 
 def _regressed(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing_mm: float) -> np.ndarray:
-    """p (x, y, z), or 0 where nothing can be learnt."""
+    """p (x, y, z), or 0 where nothing can be learnt; arguments as of `draft_fill`, the image 0 in the hole."""
     distance_mm = ndimage.distance_transform_edt(~mask) * spacing_mm
     seen = ~mask & (distance_mm <= FAR_MM)
     present = [label for label in TISSUES if (tissue[seen] == label).any()]
@@ -61,10 +61,8 @@ def _regressed(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing_
         for label in present
         for width in WIDTHS_MM
     ]
-    regressors, weights = (
-        np.stack([s[seen] for s in shares], axis=1).astype(np.float64),
-        np.exp(-distance_mm[seen] / NEAR_MM),
-    )
+    regressors = np.stack([share[seen] for share in shares], axis=1).astype(np.float64)
+    weights = np.exp(-distance_mm[seen] / NEAR_MM)
     weights /= weights.sum()
     values, centre = image[seen].astype(np.float64), weights @ regressors
     apart = regressors - centre

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm_lib.allowances import NOTHING, Allowances
 from ldm_lib.canvas import Filled
-from ldm_lib.cases import CaseData, case_of_files, load_case
+from ldm_lib.cases import NO_MAP, CaseData, case_of_files, load_case
 from ldm_lib.conditioning import model_case
 from ldm_lib.config import SamplingConfig
 from ldm_lib.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
@@ -111,12 +111,17 @@ def write_ceiling(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
 
 
 def make_ready(data: CaseData, inpainter: Inpainter, *, make_missing: bool) -> CaseData:
-    """Say what is odd about a case, and give it the tissue map it lacks if asked."""
-    trained_mm = inpainter.autoencoder.spacing_mm
+    """Say what is odd about a case, and give it the tissue map it lacks if asked.
+
+    A growth map that is missing is not odd here: it means healthy.
+    """
+    trained_mm, to_make = inpainter.autoencoder.spacing_mm, make_missing and data.tissue is None
+    silent = {NO_MAP.format("growth"), *([NO_MAP.format("tissue")] if to_make else [])}
     resampled = f"voxels of {data.source.spacing_mm} mm; the hole is filled in the model's of {trained_mm:g} mm"
     for warning in [*data.warnings, *([resampled] if regridding(data, trained_mm) else [])]:
-        log.warning("%s: %s", data.case.t1n_voided or data.case.t1n, warning)
-    return _with_tissue(data, inpainter.settings.refinement) if make_missing and data.tissue is None else data
+        if warning not in silent:
+            log.warning("%s: %s", data.case.t1n_voided or data.case.t1n, warning)
+    return _with_tissue(data, inpainter.settings.refinement) if to_make else data
 
 
 def _with_tissue(data: CaseData, refine: str) -> CaseData:

@@ -7,6 +7,7 @@
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,15 +38,24 @@ def ship(model: str | Path, folder: Path = SHIPPED, *, temperature: float = 0.0)
     """
     model, own = given_path(model), {"temperature": temperature} if temperature else {}
     validated(SamplingConfig, own)
+    autoencoder, denoiser = _fitting(model / AUTOENCODER_FOLDER, "autoencoder"), _fitting(model, "adm")
+    require_pair(denoiser, autoencoder, where=model)
     log = model.with_name("metrics.csv")
     if not log.is_file():
         raise WeightsError("no log of its training", where=log, fix="name the model folder of a stage 04")
-    autoencoder, denoiser = _fitting(model / AUTOENCODER_FOLDER, "autoencoder"), _fitting(model, "adm")
-    require_pair(denoiser, autoencoder, where=model)
-    digest = _halved(autoencoder, folder / AUTOENCODER_FOLDER)
-    _halved(denoiser, folder, autoencoder_sha256=digest, **own)
-    shutil.copyfile(log, folder / LOG)
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as made:  # so that what was there is whole until all is written
+        digest = _halved(autoencoder, Path(made) / AUTOENCODER_FOLDER)
+        _halved(denoiser, Path(made), autoencoder_sha256=digest, **own)
+        shutil.copyfile(log, Path(made) / LOG)
+        return sorted(_moved(path, folder / path.relative_to(made)) for path in Path(made).rglob("*") if path.is_file())
+
+
+def _moved(path: Path, to: Path) -> Path:
+    """Into its place, where all who may read the library may read it."""
+    to.parent.mkdir(exist_ok=True)
+    path.chmod(0o644)
+    return path.replace(to)
 
 
 def _fitting(source: Path, kind: str) -> nn.Module:
