@@ -1,5 +1,8 @@
 """The weights in the box: they are what their config says, small enough to ship, and better than what costs nothing."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -70,11 +73,16 @@ def test_the_log_of_its_training_and_its_card_are_there():
     card = CARD.read_text()
     for told in ("Intended use", "Limits", "Data", "Scores", "Research"):
         assert told in card
+    assert "@" not in card, "a figure that was to be filled in"
+
+
+def test_the_makefile_ships_at_the_temperature_that_is_shipped(shipped):
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{shipped.temperature:g}"]
 
 
 def test_a_wheel_would_carry_them():
     import tomllib
-    from pathlib import Path
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["package-data"]["ldm_lib"] == ["weights/**"]
