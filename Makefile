@@ -11,7 +11,8 @@ VENV_PYTHON := .venv/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 LDM := $(VENV_PYTHON) -m ldm_lib
 PICTURE := $${LDM_OUTPUTS:-outputs}/picture
-TWO_AT_ONCE := --numprocesses 2 --dist loadfile
+# Not reordered, or the pipeline, few tests of minutes, would come last and alone.
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # RUN, PRESET, DATA_DIR, CONDITIONING_DIR, OVERWRITE=1 and SET="key=value key=value" apply to run, 01 to 06 and train.
 define STAGES
 set -f --; \

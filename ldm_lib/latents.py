@@ -70,11 +70,11 @@ def encode_case(
 ) -> Latents:
     """Encode one case; "target" is there only if the case has one. All float32, on the CPU."""
     factor = autoencoder.factor
-    images = {} if case.target is None else {"target": case.target}
     if settings.context == "draft":
-        images["draft"] = draft_fill(case.voided, case.mask, case.tissue, spacing_mm=autoencoder.spacing_mm)
+        images = {"draft": draft_fill(case.voided, case.mask, case.tissue, spacing_mm=autoencoder.spacing_mm)}
     else:
-        images["voided"] = case.voided
+        images = {"voided": case.voided}
+    images |= {} if case.target is None else {"target": case.target}
     latents = {}
     for name, image in images.items():
         volume = torch.from_numpy(image)[None, None].to(device)
