@@ -104,7 +104,7 @@ class Inpainter:
         facts = denoiser.folder_config
         try:
             settings, training = _trained_with(facts)
-            margin, _ = box_margin(autoencoder), facts["autoencoder_sha256"]
+            margin = box_margin(autoencoder)
             own = validated(SamplingConfig, {"temperature": facts.get("temperature", 0.0)}).temperature or 1.0
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
             told = error.cause if isinstance(error, ConfigError) else error

@@ -44,11 +44,12 @@ def ship(model: str | Path, folder: Path = SHIPPED, *, temperature: float = 0.0)
     if not log.is_file():
         raise WeightsError("no log of its training", where=log, fix="name the model folder of a stage 04")
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as made:  # so that what was there is whole until all is written
+    with TemporaryDirectory(prefix=".ship-", dir=folder.parent) as made:  # what was there stays whole until then
         digest = _halved(autoencoder, Path(made) / AUTOENCODER_FOLDER)
         _halved(denoiser, Path(made), autoencoder_sha256=digest, **own)
         shutil.copyfile(log, Path(made) / LOG)
-        return sorted(_moved(path, folder / path.relative_to(made)) for path in Path(made).rglob("*") if path.is_file())
+        files = [path for path in Path(made).rglob("*") if path.is_file()]
+        return sorted(_moved(path, folder / path.relative_to(made)) for path in files)
 
 
 def _moved(path: Path, to: Path) -> Path:
