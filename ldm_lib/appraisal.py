@@ -69,15 +69,11 @@ def appraise(
     require_walk(config.sampler, config.num_inference_steps, inpainter.schedule)
     lock = FolderLock(output)
     try:
-        results = output / RESULTS
-        results.mkdir(exist_ok=True)
         cases = list(_equipped(cases, output / MAPS, inpainter, anew=tissue == "atlas", say=say))
-        filled = fill_cases(inpainter, [case.to_fill() for case in cases], config, results, say=say)
-        require_all(filled)
-        rows = [row for own in _scored(cases, inpainter, results, config.samples, say=say) for row in own]
+        rows = _filled_and_scored(cases, inpainter, config, output / RESULTS, say=say)
         write_csv(output / "metrics.csv", rows)
         for case in cases[:pictures]:
-            _draw(case, results, config.samples, output)
+            _draw(case, output / RESULTS, config.samples, output)
         table = _told(rows, config.samples)
         with replacing(output / "table.md") as half_written:
             half_written.write_text(f"{table}\n")
@@ -104,13 +100,13 @@ def methods_table(rows: Sequence[Row]) -> list[list[str]]:
     The last columns are differences to the harmonic fill, patient by patient.
     """
     by_method = _by_method(rows)
-    lines = {}
-    for method, own in by_method.items():
+    lines = []
+    for method in sorted(by_method, key=lambda name: -_by_patient(by_method[name], "psnr_01")["mean"]):
+        own = by_method[method]
         plain = [_interval(own, *scores) for scores in SCORES.values()]
         over = [_interval(own, *scores, by_method[REFERENCE]) for scores in SCORES.values()]
-        lines[method] = [method, *plain, *(over if method != REFERENCE else [""] * len(over))]
-    order = sorted(lines, key=lambda method: -_by_patient(by_method[method], SCORES["PSNR, dB"][0])["mean"])
-    return [["method", *SCORES, *(f"{name}, over {REFERENCE}" for name in SCORES)], *(lines[name] for name in order)]
+        lines.append([method, *plain, *(over if method != REFERENCE else [""] * len(over))])
+    return [["method", *SCORES, *(f"{name}, over {REFERENCE}" for name in SCORES)], *lines]
 
 
 def cases_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -154,21 +150,25 @@ def _equipped(
             yield case
             continue
         equipped, made = equip(case, maps, tissue=True, growth=False, refine=inpainter.settings.refinement)
-        if made and made[0].refused:
-            raise InputError(f"no tissue map: {made[0].refused}", where=case.key, fix="take it out of the folder")
         for prior in made:
+            if prior.refused:
+                raise InputError(f"no tissue map: {prior.refused}", where=case.key, fix="take it out of the folder")
             say(f"[{k}/{len(cases)}] {case.key}: tissue map {'made' if prior.made_now else 'found'}")
         yield equipped
 
 
-def _scored(
-    cases: Sequence[Case], inpainter: Inpainter, results: Path, samples: int, *, say: Callable[[str], None]
-) -> Iterator[list[Row]]:
+def _filled_and_scored(
+    cases: Sequence[Case], inpainter: Inpainter, config: SamplingConfig, results: Path, *, say: Callable[[str], None]
+) -> list[Row]:
+    results.mkdir(exist_ok=True)
+    require_all(fill_cases(inpainter, [case.to_fill() for case in cases], config, results, say=say))
+    rows = []
     for k, case in enumerate(cases, start=1):
         data = load_case(case)
         write_ceiling(inpainter, data, results / CEILING / case.result_name)
-        yield score_rows(data, _fills(data, results, samples))[0]
+        rows += score_rows(data, _fills(data, results, config.samples))[0]
         say(f"[{k}/{len(cases)}] {case.key}: scored")
+    return rows
 
 
 def _fills(data: CaseData, results: Path, samples: int, *, baselines: bool = True) -> dict[str, np.ndarray]:

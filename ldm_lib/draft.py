@@ -40,9 +40,9 @@ def draft_fill(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *, spaci
     filled = np.where(mask, 0, image).astype(np.float32)
     if not mask.any():
         return filled
-    box = box_around(mask, np.full(3, int(np.ceil(FAR_MM / spacing_mm))))
+    box = box_around(mask, int(np.ceil(FAR_MM / spacing_mm)))
     told = TRUST * _regressed(filled[box], mask[box], tissue[box], spacing_mm)
-    core = box_around(mask[box], np.ones(3, int))
+    core = box_around(mask[box], 1)
     known, hole = np.where(mask[box], 0, filled[box] - told)[core], mask[box][core]
     values = told[core][hole] + _harmonic(known, hole)
     filled[mask] = np.maximum(values, 0)

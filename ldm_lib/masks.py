@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from ldm_lib.errors import InputError
@@ -103,19 +104,19 @@ def void(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return out
 
 
-def box_around(mask: np.ndarray, margin_vox: np.ndarray) -> tuple[slice, ...]:
-    """Bounding box of a mask that is not empty, widened by a margin and clipped to the volume."""
+def box_around(mask: np.ndarray, margin_vox: ArrayLike = 0) -> tuple[slice, ...]:
+    """Bounding box of a mask that is not empty, widened by a margin, one or three, and clipped to the volume."""
     box = ndimage.find_objects(mask.astype(np.uint8))[0]
     return tuple(
         slice(max(b.start - m, 0), min(b.stop + m, n))
-        for b, m, n in zip(box, margin_vox.tolist(), mask.shape, strict=True)
+        for b, m, n in zip(box, np.broadcast_to(margin_vox, 3).tolist(), mask.shape, strict=True)
     )
 
 
 def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: float) -> np.ndarray:
     """The donor's bounding box, turned about a random axis by a random angle and scaled; at least one voxel."""
     # a rim of zeros, so that interpolation reaches the outer half of the outermost voxels
-    shape = np.pad((donor != 0)[box_around(donor != 0, np.zeros(3, int))], 1)
+    shape = np.pad((donor != 0)[box_around(donor != 0)], 1)
     # QR of a normal matrix is uniform over rotations once the signs are fixed; it may mirror, as tumours do
     q, r = np.linalg.qr(rng.standard_normal((3, 3)))
     turn = (q * np.sign(np.diag(r))) / scale
@@ -125,7 +126,7 @@ def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: f
     offset = (np.array(shape.shape) - 1) / 2 - matrix @ ((size - 1) / 2)
     soft = ndimage.affine_transform(shape.astype(np.float32), matrix, offset, output_shape=tuple(size), order=1)
     turned = soft >= min(0.5, float(soft.max()))
-    return turned[box_around(turned, np.zeros(3, int))]
+    return turned[box_around(turned)]
 
 
 def _candidates(
@@ -137,7 +138,7 @@ def _candidates(
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """Turned copies of the donor, each at places drawn from the brain's box: the place's box and the copy."""
     h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
-    bounds = box_around(brain, np.zeros(3, int))
+    bounds = box_around(brain)
     low, extent = np.array([b.start for b in bounds]), np.array([b.stop - 1 - b.start for b in bounds])
     for _ in range(TURNS):
         copy = _turned(donor, rng, h, rng.uniform(*scale))
