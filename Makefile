@@ -78,7 +78,7 @@ test-all: .venv/ready ## every test
 	@$(VENV_PYTHON) -m pytest $(TWO_AT_ONCE)
 
 soak: .venv/ready ## 200 mixed cases, one in five bad, and a pipeline killed at 30 moments; an hour or two, prints the figures
-	@exec $(VENV_PYTHON) tests/soak.py all
+	@exec $(VENV_PYTHON) tests/support/soak.py all
 
 lab: .venv/ready ## JupyterLab on the notebooks, on 127.0.0.1 with a token
 	@umask 077; .venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb

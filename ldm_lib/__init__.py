@@ -13,7 +13,7 @@ __all__ = ["inpaint"]
 
 def __getattr__(name: str) -> Any:
     if name == "inpaint":
-        return import_module("ldm_lib.inpainting").inpaint
+        return import_module("ldm_lib.inpainting.single_file").inpaint
     if name.startswith("_"):
         raise AttributeError(name)
     try:

@@ -9,9 +9,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ldm_lib.commands import COMMANDS
+from ldm_lib.cli.commands import COMMANDS
+from ldm_lib.cli.options import build_parser, joined
 from ldm_lib.errors import InputError, InterruptionError, LdmError
-from ldm_lib.options import build_parser, joined
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

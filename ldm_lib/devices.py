@@ -1,10 +1,14 @@
-"""Where a network runs and in which precision."""
+"""Choose the device and precision of a network, and measure time and memory."""
 
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,3 +65,25 @@ def processor_name(device: torch.device) -> str:
         value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == "model name"
     ]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds until what was called has been computed, and what it returned."""
+    started = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def forget_peak(device: torch.device) -> None:
+    """Measure a GPU's peak of memory anew from here; a process's own cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most allocated on a GPU; on a CPU the most resident of this process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

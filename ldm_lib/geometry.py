@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 from einops import reduce
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 MODEL_ORIENTATION = "LPS"  # the order of BraTS files
@@ -105,3 +106,12 @@ def cell_centre(array: np.ndarray, factor: int) -> np.ndarray:
     """(..., x, y, z) -> (..., x/f, y/f, z/f): the voxel at each cell's centre (the upper one of the middle pair)."""
     middle = slice(factor // 2, None, factor)
     return np.asarray(array)[..., middle, middle, middle]
+
+
+def box_around(mask: np.ndarray, margin_vox: ArrayLike = 0) -> tuple[slice, ...]:
+    """Bounding box of a mask that is not empty, widened by a margin, one or three, and clipped to the volume."""
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    return tuple(
+        slice(max(b.start - m, 0), min(b.stop + m, n))
+        for b, m, n in zip(box, np.broadcast_to(margin_vox, 3).tolist(), mask.shape, strict=True)
+    )

@@ -24,17 +24,17 @@ def outputs(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory) -> Path:
     """Three synthetic patients with two holes each, 8 mm voxels (30 30 20), in the seed layout."""
-    from ldm_lib.phantom import write_cohort
+    from ldm_lib.data.synthetic_cohort import write_synthetic_cohort
 
     folder = tmp_path_factory.mktemp("cohort")
-    write_cohort(folder, seed=0, patients=range(3), spacing_mm=8.0, masks=2)
+    write_synthetic_cohort(folder, seed=0, patients=range(3), spacing_mm=8.0, masks=2)
     return folder / "data"
 
 
 @pytest.fixture(scope="session")
 def cases(cohort_folder) -> list:
     """Its six cases, patient by patient."""
-    from ldm_lib.cohort import find_cases
+    from ldm_lib.data.cohort import find_cases
 
     return find_cases(cohort_folder)[0]
 
@@ -42,8 +42,8 @@ def cases(cohort_folder) -> list:
 @pytest.fixture(scope="session")
 def made_tissue(cases):
     """The tissue map of the first case, made from its voided scan in earnest: 2 seconds, so once."""
-    from ldm_lib.cases import load_case
-    from ldm_lib.segmentation import tissue_from_scan
+    from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
+    from ldm_lib.data.case import load_case
 
     data = load_case(cases[0])
     return tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask)
@@ -54,7 +54,7 @@ def hurried():
     """Registrations of half a second, good enough for laws that hold of every one: `with hurried(): ...`."""
     from unittest import mock
 
-    from ldm_lib import registration
+    from ldm_lib.anatomy import registration
 
     return lambda: mock.patch.multiple(registration, AFFINE_ITERATIONS=5, SYN_ITERATIONS=(3,))
 
@@ -62,9 +62,9 @@ def hurried():
 @pytest.fixture(scope="session")
 def coarse(tmp_path_factory, cases) -> Path:
     """An untrained autoencoder, four voxels per cell and three channels: latents of 8 8 5 cells, for trainings."""
-    from ldm_lib.autoencoder import Autoencoder
-    from ldm_lib.fitting import latent_statistics
-    from ldm_lib.weights import save_model
+    from ldm_lib.autoencoder.fitting import latent_statistics
+    from ldm_lib.autoencoder.model import Autoencoder
+    from ldm_lib.model_io import save_model
 
     torch.manual_seed(1)
     build = {"channels": (4, 4, 4), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
@@ -79,9 +79,9 @@ def coarse(tmp_path_factory, cases) -> Path:
 def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
     """An untrained autoencoder, two voxels per cell and three channels, whose latents are standardised."""
 
-    from ldm_lib.autoencoder import Autoencoder
-    from ldm_lib.fitting import latent_statistics
-    from ldm_lib.weights import save_model
+    from ldm_lib.autoencoder.fitting import latent_statistics
+    from ldm_lib.autoencoder.model import Autoencoder
+    from ldm_lib.model_io import save_model
 
     torch.manual_seed(1)
     build = {"channels": (4, 8), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
@@ -97,8 +97,8 @@ def tiny_model(folder, autoencoder_folder, settings, in_channels) -> Path:
     """A model folder as a training leaves it, its denoiser random in every layer."""
     import shutil
 
-    from ldm_lib.adm import ADM
-    from ldm_lib.weights import read_config, save_model
+    from ldm_lib.diffusion.unet import ADM
+    from ldm_lib.model_io import read_config, save_model
 
     torch.manual_seed(2)
     denoiser = ADM(in_channels=in_channels, out_channels=3, base_width=8, multipliers=(1, 2), blocks_per_level=1,
@@ -121,7 +121,7 @@ def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
 @pytest.fixture(scope="session")
 def tiny_draft_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
     """A model that mends drafts."""
-    settings = SETTINGS | {"context": "draft", "residual_std": [0.5, 1.0, 2.0]}
+    settings = SETTINGS | {"context": "initial_estimate", "residual_std": [0.5, 1.0, 2.0]}
     return tiny_model(tmp_path_factory.mktemp("draft"), tiny_autoencoder_folder, settings, 12)
 
 
@@ -130,8 +130,8 @@ def executed(monkeypatch):
     """The stages executed, each by a stand-in that writes a notebook and one result, and closes its stage."""
     import nbformat
 
-    from ldm_lib import runner
-    from ldm_lib.runs import open_stage
+    from ldm_lib.experiment import runner
+    from ldm_lib.experiment.run_folder import open_stage
 
     done = []
 

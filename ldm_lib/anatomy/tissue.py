@@ -1,0 +1,43 @@
+"""Tissue segmentations: the three labels, and how training roughens them so that nothing trusts them blindly."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+CSF, GM, WM = 1, 2, 3
+TISSUES = {CSF: "CSF", GM: "GM", WM: "WM"}
+
+
+def one_hot(labels: np.ndarray) -> np.ndarray:
+    """Labels x y z to one channel a tissue, in the order CSF, GM, WM: float32 (3, x, y, z) of 0 and 1."""
+    return np.stack([labels == tissue for tissue in TISSUES]).astype(np.float32)
+
+
+def smooth_field(
+    rng: np.random.Generator, positions_mm: Sequence[np.ndarray], node_mm: float, extent_mm: Sequence[float]
+) -> np.ndarray:
+    """Smooth random field of mean 0 and standard deviation 1: a cubic B-spline with normal coefficients.
+
+    Args:
+        rng: draws one coefficient a node; their number depends on extent and node distance only, so the
+            same field is found again on any grid.
+        positions_mm: three vectors, where the grid's planes lie along x, y, z, from 0 to the extent.
+        node_mm: distance between nodes; detail is about twice as long.
+        extent_mm: size of the region that carries the field.
+
+    Returns:
+        float32, one value for each grid point (x, y, z).
+    """
+    counts = [int(np.ceil(e / node_mm)) + 4 for e in extent_mm]
+    field = rng.standard_normal(counts, dtype=np.float32)
+    for positions, count in zip(positions_mm, counts, strict=True):
+        weights = _cubic_weights(np.asarray(positions) / node_mm, count)
+        field = np.tensordot(field, weights, axes=(0, 1))
+    return field
+
+
+def _cubic_weights(positions: np.ndarray, count: int) -> np.ndarray:
+    """Cubic B-spline of every node at every position, scaled to unit sum of squares: (positions, nodes)."""
+    t = np.abs(positions[:, None] + 1 - np.arange(count)[None])
+    weights = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)
+    return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)

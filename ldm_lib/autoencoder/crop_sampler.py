@@ -1,0 +1,60 @@
+"""Random crops of training cases, as the autoencoder's training sees them."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
+from ldm_lib.data.case import Case, load_case
+from ldm_lib.data.model_grid import grid_case
+
+CASES_IN_MEMORY = 64  # at 1 mm 37 MB each
+LAST_PART = 0.9  # of the steps; from there on the crops are as large as they get
+
+
+class CropLoader:
+    """Random crops of training cases; the crops of a step depend on (seed, step) alone."""
+
+    def __init__(self, cases: Sequence[Case], config: AutoencoderTrainingOptions, factor: int) -> None:
+        self.cases, self.config, self.factor = list(cases), config, factor
+        self._load = lru_cache(CASES_IN_MEMORY)(self._images)
+
+    def batch(self, step: int) -> tuple[Tensor, list[str]]:
+        """Crops (b 1 x y z) float32, normalised, and the keys of their cases; large crops come in smaller batches."""
+        edge, count = self.config.crop, self.config.autoencoder_batch_size
+        if step >= LAST_PART * self.config.autoencoder_steps:
+            edge = self.config.final_crop
+            count = max(1, round(count * (self.config.crop / edge) ** 3))
+        crops, names = zip(*(self._crop(step, i, edge - edge % self.factor) for i in range(count)), strict=True)
+        return torch.stack(crops), list(names)
+
+    def _crop(self, step: int, i: int, edge: int) -> tuple[Tensor, str]:
+        rng = np.random.default_rng([self.config.seed, step, i])
+        index = int(rng.integers(len(self.cases)))
+        images = self._load(index)
+        image = images[0 if len(images) == 1 or rng.random() < self.config.voided_fraction else 1]
+        size = [min(edge, n) for n in image.shape]  # a volume smaller than the crop gets air behind it
+        centre = self._centre(image, rng)
+        corner = [int(np.clip(c - s // 2, 0, n - s)) for c, s, n in zip(centre, size, image.shape, strict=True)]
+        box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
+        gain, gamma = 1 + rng.uniform(-1, 1, 2) * self.config.intensity_shift
+        crop = np.pad(gain * image[box].astype(np.float32) ** gamma, [(0, edge - s) for s in size])
+        return torch.from_numpy(crop.astype(np.float32))[None], self.cases[index].key
+
+    def _images(self, index: int) -> list[np.ndarray]:
+        """The voided and, where there is one, the full image (x, y, z); half precision keeps 11 binary digits."""
+        case = grid_case(load_case(self.cases[index]), self.factor)
+        return [image.astype(np.float16) for image in (case.voided, case.target) if image is not None]
+
+    def _centre(self, image: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
+        anywhere = rng.integers(0, image.shape)
+        if rng.random() < self.config.air_fraction:
+            return tuple(anywhere)
+        for _ in range(100):
+            if image[tuple(anywhere)] > 0:
+                break
+            anywhere = rng.integers(0, image.shape)
+        return tuple(anywhere)

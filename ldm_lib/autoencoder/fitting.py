@@ -1,0 +1,117 @@
+"""What an autoencoder learns in closed form, from the full images of a few training patients.
+
+blocks of voxels => front end's deviations, linear code;   latents => their shift and scale
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ldm_lib.autoencoder.linear_codec import LinearCodec
+from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.data.case import Case, load_case
+from ldm_lib.data.model_grid import grid_case
+from ldm_lib.devices import autocast
+from ldm_lib.errors import TrainingError
+from ldm_lib.geometry import cell_share
+
+PATIENTS = 24  # are enough: at 1 mm and 8 voxels a cell more than 100,000 blocks
+
+
+def fit_linear_parts(autoencoder: Autoencoder, cases: Sequence[Case]) -> None:
+    """Fit what is not learnt by descent: the front end's deviations and the linear code."""
+    if autoencoder.front.channels > 1:
+        _, covariance = block_statistics(cases, autoencoder.front.factor)
+        autoencoder.front.fit(covariance)
+    if autoencoder.linear is not None:
+        fit_linear_code(autoencoder.linear, cases)
+
+
+def linear_bounds(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[str, LinearCodec]:
+    """What an autoencoder has to beat: codes of its size that need no descent, on its device.
+
+    Returns:
+        "pca", principal components, each block rebuilt by itself, and "linear", from its neighbours too: the
+        autoencoder's own, or fitted here where it has none.
+    """
+    linear = autoencoder.linear
+    if linear is None:
+        linear = LinearCodec(autoencoder.latent_channels, autoencoder.factor).requires_grad_(False)
+        fit_linear_code(linear, cases)
+    linear = linear.to(autoencoder.latent_mean.device)
+    return {"pca": deepcopy(linear).forget_neighbours(), "linear": linear}
+
+
+def fit_linear_code(code: LinearCodec, cases: Sequence[Case]) -> None:
+    """Fit a linear code both ways."""
+    code.fit(*block_statistics(cases, code.factor))
+    count, codes, products = 0, 0, 0
+    for image in _images(cases, code.factor):
+        with torch.no_grad():
+            around = code.surroundings(torch.from_numpy(image)[None, None])
+        held = around.any(dim=1)
+        around, blocks = around[held], torch.from_numpy(_blocks(image, code.factor)).double()[held]
+        count, codes, products = count + len(blocks), codes + around.T @ around, products + around.T @ blocks
+    code.fit_estimate(codes / count, products / count)
+
+
+def block_statistics(cases: Sequence[Case], factor: int) -> tuple[Tensor, Tensor]:
+    """Mean (f^3,) and covariance (f^3, f^3) of the blocks that hold any brain, float64."""
+    count, total, products = 0, 0, 0
+    for image in _images(cases, factor):
+        blocks = _blocks(image, factor)
+        blocks = torch.from_numpy(blocks[(blocks > 0).any(axis=1)]).double()
+        count, total, products = count + len(blocks), total + blocks.sum(0), products + blocks.T @ blocks
+    mean = total / count
+    return mean, (products - count * torch.outer(mean, mean)) / (count - 1)
+
+
+def _images(cases: Sequence[Case], factor: int) -> Iterator[np.ndarray]:
+    """The full image of a few patients, or the voided one where there is no other, (x, y, z) on the model's grid."""
+    for case in one_hole_each(cases)[:PATIENTS]:
+        data = grid_case(load_case(case), factor)
+        yield data.voided if data.target is None else data.target
+
+
+def _blocks(image: np.ndarray, factor: int) -> np.ndarray:
+    """(x, y, z) -> (blocks, f^3)."""
+    return rearrange(image, "(x a) (y b) (z c) -> (x y z) (a b c)", a=factor, b=factor, c=factor)
+
+
+def brain_cells(image: np.ndarray, factor: int) -> np.ndarray:
+    """Latent cells (x/f, y/f, z/f) bool that lie mostly in the brain."""
+    return cell_share(image > 0, factor) > 0.5
+
+
+def latent_statistics(
+    autoencoder: Autoencoder, cases: Sequence[Case], *, device: torch.device, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c,) of the unstandardised latents over brain cells, not air.
+
+    Raises:
+        TrainingError: no case has such a cell.
+    """
+    total, count = 0, 0
+    for image in _images(cases, autoencoder.factor):
+        with torch.inference_mode(), autocast(device, precision):
+            mean, _ = autoencoder.moments(torch.from_numpy(image)[None, None].to(device))
+        brain = torch.from_numpy(brain_cells(image, autoencoder.factor)).to(device)
+        inside = mean[0].double()[:, brain]
+        total = total + torch.stack([inside.sum(1), inside.square().sum(1)])
+        count += inside.shape[1]
+    if not count:
+        raise TrainingError("no cell lies mostly in the brain", where="autoencoder", fix="use fewer halvings")
+    mean, square = total / count
+    return mean.float().cpu(), (square - mean.square()).clamp(min=0).sqrt().float().cpu()
+
+
+def one_hole_each(cases: Sequence[Case]) -> list[Case]:
+    """The first case of each patient."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        first.setdefault(case.patient, case)
+    return list(first.values())

@@ -1,0 +1,255 @@
+"""What each command does with its options: thin, and what it returns is the exit status.
+
+Heavy libraries are imported by the command that needs them, so that help, validate and score start at once.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+from ldm_lib.cli.options import allowances, assignments, point
+from ldm_lib.errors import InputError
+from ldm_lib.experiment.run_folder import outputs_folder
+from ldm_lib.experiment.stages import stage_name
+from ldm_lib.files import given_path, require_writable, write_json
+
+
+def run(options: argparse.Namespace) -> int:
+    from ldm_lib.experiment import runner
+
+    overrides = assignments(options.set)
+    folder = runner.run(
+        [stage_name(text) for text in options.stages],
+        name=options.run or overrides.pop("run", options.preset),
+        preset=options.preset,
+        overrides=overrides | ({"overwrite": True} if options.overwrite else {}),
+        command=["python", "-m", "ldm_lib", *sys.argv[1:]],
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"report: {folder / 'index.html'}")
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    from ldm_lib.experiment.sweep import sweep as work
+    from ldm_lib.experiment.sweep_file import read_grid
+    from ldm_lib.experiment.sweep_table import write_results
+
+    grid, failed = read_grid(options.grid), {}
+    if options.count:
+        print(len(grid.runs))
+        return 0
+    if not options.table:
+        failed = work(grid, jobs=options.jobs, only=options.only, say=lambda line: print(line, flush=True))
+    if options.only is None:  # tasks of an array would each write the table of all
+        print(write_results(grid))
+    for name, why in failed.items():
+        print(f"ERROR {name}: {why}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    from ldm_lib.experiment import runner
+
+    print(runner.compare(stage_name(options.stage), options.runs))
+    return 0
+
+
+def inpaint(options: argparse.Namespace) -> int:
+    from ldm_lib.inpainting.single_file import inpaint as fill
+
+    one_file = {name: getattr(options, name) for name in ("mask", "growth", "tissue")}
+    if options.data and any(one_file.values()):
+        options.misused("--mask, --growth and --tissue go with --t1n-voided; with --data goes --conditioning-dir")
+    if not options.data and (not options.mask or options.conditioning_dir):
+        options.misused("--t1n-voided needs --mask, and takes no --conditioning-dir")
+    if options.data:
+        return _inpaint_folder(options)
+    written = fill(
+        options.t1n_voided,
+        output=options.output,
+        **one_file,
+        read_options=allowances(options),
+        make_missing=options.make_missing,
+        model=options.model,
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=options.guidance,
+        blend_mm=options.blend_mm,
+        temperature=options.temperature,
+        samples=options.samples,
+        write_samples=options.write_samples,
+        seed=options.seed,
+        device=options.device,
+    )
+    print("\n".join(str(path) for path in written))
+    return 0
+
+
+def _inpaint_folder(options: argparse.Namespace) -> int:
+    from ldm_lib.experiment.stages import SamplingConfig
+    from ldm_lib.inpainting.folder import REFUSED, inpaint_folder
+
+    names = ("sampler", "guidance", "blend_mm", "temperature", "samples", "seed", "device")
+    asked = {name: getattr(options, name) for name in names}
+    rows = inpaint_folder(
+        options.data,
+        options.output,
+        SamplingConfig.parse(asked | {"num_inference_steps": options.steps}),
+        conditioning_dir=options.conditioning_dir,
+        read_options=allowances(options),
+        model=options.model,
+        make_missing=options.make_missing,
+        each=options.write_samples,
+        say=_say,
+    )
+    counts = Counter(row["status"] for row in rows)
+    _say(f"{len(rows)} cases: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    return 1 if counts[REFUSED] else 0
+
+
+def prior(options: argparse.Namespace) -> int:
+    from ldm_lib.anatomy.tumour_growth import Rates
+    from ldm_lib.data.conditioning_maps import make_conditioning_maps
+    from ldm_lib.data.nifti import stem
+    from ldm_lib.plots.figures import planes
+
+    made = make_conditioning_maps(
+        options.t1n_voided,
+        options.mask,
+        tissue=options.tissue,
+        growth=options.growth,
+        seed_mm=point(options.seed_mm) if options.seed_mm else None,
+        segmentation=options.segmentation,
+        days=options.days,
+        rates=Rates(options.diffusion, options.ratio, options.proliferation),
+        lesion=options.lesion,
+        refine=options.refine,
+    )
+    for each in made:
+        found = ", ".join(f"{name} {value:.4g}" for name, value in each.record["found"].items())
+        print(f"{each.path}: {'made' if each.made_now else 'found'} ({found})")
+    if why := made[0].refused:
+        picture = made[0].path.with_name(f"{stem(made[0].path)}-refused.png")
+        if made[0].registration:
+            planes(**made[0].registration.shown(), title=made[0].path.name).savefig(picture)
+        raise InputError(f"the atlas does not fit: {why}", where=options.t1n_voided,
+                         fix=f"see {picture}; check orientation and skull-stripping")  # fmt: skip
+    return 0
+
+
+AUDIT_WORDS = {"ok": "OK", "warning": "WARNING", "refused": "ERROR"}
+
+
+def validate(options: argparse.Namespace) -> int:
+    from ldm_lib.data.cohort import audit
+    from ldm_lib.data.layouts import require_outside
+
+    findings = given_path(options.json) if options.json else None
+    if findings:
+        require_writable(findings)
+        require_outside(findings, options.data_dir)
+    rows, cases = [], audit(options.data_dir, options.conditioning_dir, allowances(options))
+    for number, row in enumerate(cases, start=1):
+        rows.append(row.as_dict())
+        told = f": {row.reason}" if row.reason else ""
+        print(f"[{number}/{len(cases)}] {AUDIT_WORDS[row.status]} {row.key}{told}", flush=True)
+    counts = Counter(row["status"] for row in rows)
+    usable = f"{len(rows) - counts['refused']} usable ({counts['warning']} with warnings)"
+    print(f"{len(rows)} cases: {usable}, {counts['refused']} refused")
+    if findings:
+        write_json(findings, rows)
+    return 1 if counts["refused"] else 0
+
+
+def submission(options: argparse.Namespace) -> int:
+    from ldm_lib.inpainting.submission import check, pack, require_archive, several_holes
+
+    output, findings = given_path(options.output or f"{options.results}/submission.zip"), []
+    if options.output:
+        require_archive(output, options.data)
+    for finding in check(options.data, options.results):
+        findings.append(finding)
+        print(finding, flush=True)
+    wrong = sum(bool(finding.problem) for finding in findings)
+    if wrong:
+        raise InputError(f"{wrong} of {len(findings)} may not be sent", where=options.results, fix="see above")
+    if several_holes(options.data):
+        print("WARNING names carry the number of a hole; the challenge knows one hole a case", file=sys.stderr)
+    print(f"{output}: {pack(options.data, options.results, output)} results")
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    from ldm_lib.data.masks import read_mask
+    from ldm_lib.data.volume import read_image, require_same_grid
+    from ldm_lib.evaluation.metrics import brats_scores
+
+    voided = read_image(options.voided)
+    volumes = [read_image(path) for path in (options.prediction, options.target)]
+    for volume in volumes:
+        require_same_grid(volume, voided)
+    healthy = read_mask(options.mask_healthy, voided)
+    if leaked := int((voided.voxels[healthy] != 0).sum()):
+        raise InputError(f"{leaked} of {int(healthy.sum())} voxels are not void under the healthy mask",
+                         where=options.voided, fix="give the voided image, which sets the intensity range")  # fmt: skip
+    prediction, target = (volume.voxels for volume in volumes)
+    scores = brats_scores(prediction, target, voided.voxels, healthy, where=options.prediction)
+    for name, value in scores.items():
+        print(f"{name:8} {value:.6g}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from ldm_lib.evaluation.evaluate import evaluate
+    from ldm_lib.experiment.stages import SamplingConfig
+
+    asked = {name: getattr(options, name) for name in ("sampler", "temperature", "samples", "seed", "device")}
+    config = SamplingConfig.parse(asked | {"num_inference_steps": options.steps})
+    how = {"model": options.model, "tissue": options.tissue, "pictures": options.pictures, "say": _say}
+    print(evaluate(options.data_dir, options.output, config, **how))
+    return 0
+
+
+def ship(options: argparse.Namespace) -> int:
+    from ldm_lib.training.export import ship as write
+
+    files = write(options.model, given_path(options.output), temperature=options.temperature)
+    print("\n".join(f"{path}: {path.stat().st_size / 1e6:.2f} MB" for path in files))
+    return 0
+
+
+def params(options: argparse.Namespace) -> int:
+    from ldm_lib.experiment.runner import describe
+
+    print(describe(stage_name(options.stage), options.preset))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:  # noqa: ARG001 - one signature for all commands
+    from ldm_lib.cli.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{'ok' if finding.good else 'BAD':4}{finding.what}: {finding.found}")
+    return 0 if all(finding.good for finding in findings) else 1
+
+
+def bench(options: argparse.Namespace) -> int:
+    from benchmarks.run import bench as measure
+
+    output = Path(options.output) if options.output else outputs_folder() / "bench" / "bench.json"
+    measure(output, only=options.only, whole=options.full, say=lambda line: print(line, flush=True))
+    return 0
+
+
+def _say(line: str) -> None:
+    """Print a line of work that goes on when its reader, such as `head`, has left."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = None
+
+
+COMMANDS = (run, sweep, compare, inpaint, submission, prior, validate, score, evaluate, ship, params, doctor, bench)

@@ -1,0 +1,252 @@
+"""One case: where its files are, and everything read from them through the gate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from ldm_lib.data.checks import oddities, require_in_brain
+from ldm_lib.data.masks import read_labels, read_mask, read_unit_map
+from ldm_lib.data.nifti import require_file, stem
+from ldm_lib.data.options import READ_STRICTLY, ReadOptions
+from ldm_lib.data.volume import SPIKE, Volume, intensity_scale, read_image, require_same_grid, without_spikes
+from ldm_lib.errors import InputError
+from ldm_lib.files import sha256
+from ldm_lib.geometry import Frame
+
+TISSUE_LABELS = (0, 1, 2, 3)
+NO_MAP = "no {} map"  # the warning of a kind of map that a case lacks
+
+
+@dataclass(frozen=True)
+class Case:
+    """One hole of one patient, and where its files are (None: there is no such file).
+
+    Attributes:
+        allow: what may pass the gate.
+        notes: what is odd about how the files lie on the disk.
+        digests: role -> sha256 of files that may not change any more.
+    """
+
+    id: str
+    patient: str
+    index: str  # "0000".."0002" in the seed layout, "" in the challenge's
+    t1n: Path | None
+    t1n_voided: Path | None
+    mask: Path
+    mask_healthy: Path | None
+    mask_unhealthy: Path | None
+    growth: Path | None
+    tissue: Path | None
+    read_options: ReadOptions = READ_STRICTLY
+    notes: tuple[str, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Names the case in tables, caches and random seeds."""
+        return f"{self.id}-{self.index}" if self.index else self.id
+
+    @property
+    def result_name(self) -> str:
+        """The challenge's file name, with the hole's number where a patient has several."""
+        return f"{self.id}-t1n-inference{'-' + self.index if self.index else ''}.nii.gz"
+
+    def files(self) -> dict[str, Path]:
+        """Role -> path of every file there is."""
+        return {f.name: path for f in fields(self) if isinstance(path := getattr(self, f.name), Path)}
+
+    @property
+    def folders(self) -> set[Path]:
+        """The data folder, and that of the maps: where the paths that are told begin."""
+        return {path.parent.parent for path in self.files().values()}
+
+    def to_fill(self) -> "Case":
+        """What filling needs of it: no hidden truth, and no parts of the mask, which then cannot be wrong either."""
+        return replace(self, t1n=None, mask_healthy=None, mask_unhealthy=None) if self.t1n_voided else self
+
+    def sealed(self) -> "Case":
+        """The case with a digest of each file, as it is now if it has none: `load_case` refuses what has changed.
+
+        Raises:
+            InputError: what should be a file is none.
+        """
+        for path in self.files().values():
+            require_file(path)
+        return replace(
+            self, digests={role: self.digests.get(role) or sha256(path) for role, path in self.files().items()}
+        )
+
+    def with_maps(self, **maps: Path | None) -> "Case":
+        """The case with other maps in the place of those it has."""
+        return replace(self, **maps, digests={role: d for role, d in self.digests.items() if role not in maps})
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that is not any more what it was when the case was sealed."""
+        for role, path in self.files().items():
+            was = self.digests.get(role)
+            if was and path.is_file() and (now := sha256(path)) != was:  # what is no file any more is refused as such
+                raise InputError(f"changed since it was checked (sha256 {was[:12]}, now {now[:12]})", where=path,
+                                 fix="put it back, or run 01_data_audit again")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CaseData:
+    """A case read through the gate. Arrays are (x, y, z) in the file's voxel order, images in source units.
+
+    Attributes:
+        source: the voided file (or the full image, when there is no voided one).
+        voided: float32, 0 under the mask.
+        mask: bool, True = fill this.
+        scale: intensity divisor of this case.
+        target: the full image, or None.
+        healthy, unhealthy: bool parts of the mask, or None.
+        growth: tumour-cell concentration in [0, 1], or None.
+        tissue: labels 0 none, 1 CSF, 2 GM, 3 WM, or None.
+        warnings: what is odd but usable.
+    """
+
+    case: Case
+    source: Volume
+    voided: np.ndarray
+    mask: np.ndarray
+    scale: float
+    target: np.ndarray | None
+    healthy: np.ndarray | None
+    unhealthy: np.ndarray | None
+    growth: np.ndarray | None
+    tissue: np.ndarray | None
+    warnings: tuple[str, ...]
+
+    def frame(self, multiple: int) -> Frame:
+        """The way from this file's voxel order to the model's grid and back."""
+        return Frame.of(self.source.affine, self.source.shape, multiple)
+
+    def lps(self, array: np.ndarray) -> np.ndarray:
+        """An array of this case as figures show it: (x, y, z) in LPS order."""
+        return self.frame(1).to_lps(array)
+
+    def paste(self, volume: np.ndarray, multiple: int) -> np.ndarray:
+        """A normalised volume on the model's grid -> the voided image with its hole filled, source units, from 0 up."""
+        voxels = np.maximum(self.frame(multiple).to_file(volume), 0) * self.scale
+        return np.where(self.mask, voxels, self.voided).astype(np.float32)
+
+    @property
+    def scored(self) -> np.ndarray:
+        """The voxels that are scored: mask-healthy, or the whole mask when there is none."""
+        return self.mask if self.healthy is None else self.healthy
+
+    @property
+    def cube_mm(self) -> float:
+        """Edge of a cube of a voxel's volume."""
+        return float(np.prod(self.source.spacing_mm)) ** (1 / 3)
+
+    @property
+    def lateral_axis(self) -> int:
+        """The file's axis that runs between left and right."""
+        return next(axis for axis, code in enumerate(self.source.orientation) if code in "LR")
+
+    @property
+    def lps_spacing_mm(self) -> tuple[float, ...]:
+        """Voxel size along the axes of `lps`."""
+        return self.frame(1).turn_spacing(self.source.spacing_mm)
+
+
+def case_of_files(
+    t1n_voided: str | Path,
+    mask: str | Path,
+    *,
+    growth: str | Path | None = None,
+    tissue: str | Path | None = None,
+    read_options: ReadOptions = READ_STRICTLY,
+) -> Case:
+    """A case made of named files, its id taken from the image's name as the layouts write it."""
+    identity, _, index = stem(Path(t1n_voided)).partition("-t1n-voided")
+    return Case(
+        id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
+        mask_healthy=None, mask_unhealthy=None, growth=growth and Path(growth), tissue=tissue and Path(tissue),
+        read_options=read_options,
+    )  # fmt: skip
+
+
+def load_case(case: Case) -> CaseData:
+    """Read and check all files of a case.
+
+    Raises:
+        InputError: a file is refused, or the files contradict each other.
+    """
+    case.require_unchanged()
+    source = read_image(case.t1n_voided or case.t1n, case.read_options)
+    warnings = [*case.notes, *source.warnings]
+    mask = read_mask(case.mask, source, case.read_options, warnings=warnings)
+    voided = _voided(case, source, mask, warnings)
+    scale = intensity_scale(voided, mask, where=source.path)
+    target = _read_target(case, source, mask, warnings)
+    parts = _read_parts(case, source, mask, warnings)
+    require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
+    growth = read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
+    tissue = (
+        read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings) if case.tissue else None
+    )
+    warnings += [NO_MAP.format(kind) for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
+    warnings += oddities(voided, source)
+    voided, spikes = without_spikes(voided, scale)
+    target = target if target is None else without_spikes(target, scale)[0]
+    if spikes:
+        warnings.append(f"{spikes} voxels above {SPIKE:g} times the 99.5th percentile ({scale:g}), up to "
+                        f"{source.voxels.max():g}, seen as the median of their neighbours")  # fmt: skip
+    return CaseData(case, source, voided, mask, scale, target, *parts, growth, tissue, tuple(warnings))
+
+
+def _voided(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray:
+    """The image with 0 under the mask; one that shows what it should hide is no use where the truth is known."""
+    under = source.voxels[mask]
+    void = (0, source.intercept, source.voxels.min()) if under.any() else (0,)
+    if case.t1n_voided and (shown := int(np.count_nonzero(~np.isin(under, void)))):
+        cause = f"{shown} of {under.size} voxels under the mask were not void"
+        if case.t1n:
+            raise InputError(f"{cause}: it shows what is to be found", where=source.path,
+                             fix="void it under its own mask")  # fmt: skip
+        warnings.append(f"{cause}; voided here")
+    voided = source.voxels.copy()
+    voided[mask] = 0
+    return voided
+
+
+def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray | None:
+    if case.t1n is None:
+        return None
+    if case.t1n_voided is None:
+        return source.voxels
+    target = read_image(case.t1n, case.read_options)
+    require_same_grid(target, source)
+    warnings += target.named_warnings
+    changed = int(np.count_nonzero((target.voxels != source.voxels) & ~mask))
+    if changed:
+        warnings.append(f"{changed} voxels outside the mask differ between t1n and t1n-voided")
+    return target.voxels
+
+
+def _read_parts(
+    case: Case, source: Volume, mask: np.ndarray, warnings: list[str]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The healthy and the unhealthy part of the mask, which are disjoint and together all of it."""
+    read_options = case.read_options.model_copy(update={"mask_labels": ""})
+    healthy, unhealthy = (
+        read_mask(path, source, read_options, allow_empty=empty, warnings=warnings) if path else None
+        for path, empty in ((case.mask_healthy, False), (case.mask_unhealthy, True))
+    )
+    none = np.zeros((1, 1, 1), bool)
+    first, second = (none if part is None else part for part in (healthy, unhealthy))
+    whole = mask if healthy is None or unhealthy is None else first | second
+    for what, voxels in (
+        ("of mask-healthy lie outside the mask", first & ~mask),
+        ("are both healthy and unhealthy", first & second),
+        ("differ between the mask and healthy + unhealthy", mask != whole),
+    ):
+        if wrong := int(np.count_nonzero(voxels)):
+            raise InputError(
+                f"{wrong} voxels {what}", where=case.mask_healthy, fix="make the masks of one case together"
+            )
+    return healthy, unhealthy

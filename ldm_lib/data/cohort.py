@@ -1,0 +1,168 @@
+"""Find, check and split the cases of a folder, in the seed layout or the challenge's.
+
+Seed layout: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz`, and so on: one patient, up
+to three holes. Challenge layout (BraTS Local Synthesis): `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz`,
+and so on: one hole, the last three digits are a time point of the same patient. Growth and tissue maps lie in
+`growth_model/<ID>.nii.gz` and `tissue_segmentation/<ID>.nii.gz` of the conditioning folder, for both layouts.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_lib.data.case import Case, CaseData, load_case
+from ldm_lib.data.layouts import Exclusion, listing, survey
+from ldm_lib.data.nifti import require_file
+from ldm_lib.data.options import READ_STRICTLY, ReadOptions
+from ldm_lib.errors import InputError
+from ldm_lib.files import fingerprint, sha256
+
+
+def find_cases(
+    data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY
+) -> tuple[list[Case], list[Exclusion]]:
+    """Every hole of every patient folder, in order of id, and what cannot be a case.
+
+    Args:
+        conditioning_dir: empty looks for `conditioning_data` inside and beside `data_dir`.
+        allow: what the gate is to let pass of these cases.
+
+    Raises:
+        InputError: the folder does not exist or holds no case at all.
+    """
+    cases, exclusions = survey(data_dir, conditioning_dir)
+    if not cases:
+        refusals = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
+        raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{refusals}",
+                         where=data_dir, fix="see the README's table of layouts")  # fmt: skip
+    return [replace(case, read_options=read_options) for case in cases], exclusions
+
+
+def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: float) -> dict[str, list[str]]:
+    """Patients -> {"train": [...], "validation": [...]}, by id and seed alone, at least one on each side.
+
+    Raises:
+        InputError: fewer than two patients.
+    """
+    unique = sorted(set(patients))
+    if len(unique) < 2:
+        raise InputError(f"{len(unique)} patient, need at least 2 to train on one and validate on another",
+                         fix="add patients, or use `inpaint` with trained weights")  # fmt: skip
+    order = np.random.default_rng(seed).permutation(len(unique))
+    count = min(max(1, round(validation_fraction * len(unique))), len(unique) - 1)
+    chosen = {unique[i] for i in order[:count]}
+    return {"train": [p for p in unique if p not in chosen], "validation": [p for p in unique if p in chosen]}
+
+
+def with_target(cases: Sequence[Case]) -> list[Case]:
+    """The cases whose full image is there, which training and its validation need; at least one."""
+    found = [case for case in cases if case.t1n]
+    if not found:
+        raise InputError(f"none of {len(cases)} cases has a t1n beside its t1n-voided", where="cases",
+                         fix="give cases with their full image; `inpaint` needs none")  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What the gate said of one case: status "ok", "warning" or "refused", the reason, and facts of what was read."""
+
+    key: str
+    status: str
+    reason: str
+    case: Case | None
+    facts: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """One line of a table."""
+        return {"case": self.key, "status": self.status, **self.facts, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Every case of a folder through the gate: how many there are is known at once, a row when its case is read."""
+
+    cases: Sequence[Case]
+    exclusions: Sequence[Exclusion]
+
+    def __len__(self) -> int:
+        return len(self.cases) + len(self.exclusions)
+
+    def __iter__(self) -> Iterator[AuditRow]:
+        """One row a case; no refusal stops the pass, and memory holds one case at a time."""
+        for exclusion in self.exclusions:
+            yield AuditRow(exclusion.case, "refused", exclusion.reason, None, {})
+        owners: dict[bytes, Case] = {}
+        for case in self.cases:
+            try:
+                data = load_case(case)
+                _require_new(data, owners)
+            except InputError as error:
+                yield AuditRow(case.key, "refused", error.within(*case.folders), case, {})
+            except (OSError, MemoryError) as error:
+                refusal = InputError(f"could not be read ({type(error).__name__})", where=case.key,
+                                     fix="check the disk and the memory")  # fmt: skip
+                yield AuditRow(case.key, "refused", str(refusal), case, {})
+            else:
+                unseen = () if case.t1n else ("no t1n: can be filled, but neither trained on nor scored",)
+                told = data.warnings + unseen
+                yield AuditRow(case.key, "warning" if told else "ok", "; ".join(told), case.sealed(), _facts(data))
+
+
+def audit(data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY) -> Audit:
+    """The audit of a folder.
+
+    Raises:
+        InputError: the folder does not exist, or holds nothing that looks like a case.
+    """
+    cases, exclusions = survey(data_dir, conditioning_dir)
+    if not exclusions:
+        cases, _ = find_cases(data_dir, conditioning_dir)  # refused if there is none
+    return Audit([replace(case, read_options=read_options) for case in cases], exclusions)
+
+
+def _require_new(data: CaseData, owners: dict[bytes, Case]) -> None:
+    """Refuse the image of a patient that came before under another name: of the two one might train, one validate."""
+    if data.target is None:
+        return
+    digest = hashlib.sha256(np.ascontiguousarray(data.target.T)).digest()
+    owner = owners.setdefault(digest, data.case)
+    if owner.patient != data.case.patient:
+        raise InputError(f"holds the same voxels as the t1n of {owner.id}: one patient under two names",
+                         where=data.case.t1n, fix="remove one, or name both as time points of one patient")  # fmt: skip
+
+
+def _facts(data: CaseData) -> dict[str, Any]:
+    litre = float(np.prod(data.source.spacing_mm)) / 1000
+    return {
+        "patient": data.case.patient,
+        "shape": "x".join(map(str, data.source.shape)),
+        "spacing_mm": data.source.spacing_mm[0],
+        "orientation": data.source.orientation,
+        "dtype": str(data.source.raw.dtype),
+        "scale": data.scale,
+        "hole_ml": round(float(data.mask.sum()) * litre, 1),
+        "healthy_ml": None if data.healthy is None else round(float(data.healthy.sum()) * litre, 1),
+        "growth": data.growth is not None,
+        "tissue": data.tissue is not None,
+    }
+
+
+def source_digests(data_dir: str | Path, conditioning_dir: str | Path = "") -> dict[str, str]:
+    """ "data" -> digest over the bytes of every file of every case; empty for the synthetic cohort."""
+    if not data_dir:
+        return {}
+    cases, _ = survey(data_dir, conditioning_dir)
+    return {"data": fingerprint({c.key: {role: _digest(path) for role, path in c.files().items()} for c in cases})}
+
+
+def _digest(path: Path) -> str:
+    try:
+        require_file(path)
+        return sha256(path)
+    except (InputError, OSError) as error:  # the gate refuses it later, with its reason
+        return f"unreadable: {type(error).__name__}"

@@ -1,0 +1,129 @@
+"""What lies over an image: masks on its very grid, and maps that their affine brings to it."""
+
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from ldm_lib.data.options import READ_STRICTLY, ReadOptions
+from ldm_lib.data.volume import GRID_TOLERANCE_MM, Volume, corner_distance_mm, read_volume, require_same_grid
+from ldm_lib.errors import InputError
+
+MASK_TOLERANCE = 1e-3
+
+
+def read_mask(
+    path: str | Path,
+    like: Volume,
+    read_options: ReadOptions = READ_STRICTLY,
+    *,
+    allow_empty: bool = False,
+    warnings: list[str] | None = None,
+) -> np.ndarray:
+    """Read a binary mask on the grid of `like`: bool (x, y, z), True = fill this (0/1 or 0/255 on disk).
+
+    Args:
+        warnings: what is odd but usable is appended here.
+
+    Raises:
+        InputError: another grid, values that are not binary, or no voxel set.
+    """
+    volume = read_volume(path, read_options.model_copy(update={"nan_as_zero": False}))
+    require_same_grid(volume, like)
+    told = volume.named_warnings
+    if read_options.labels:
+        mask, labels = np.isin(volume.values, read_options.labels), ", ".join(map(str, read_options.labels))
+        told.append(f"{volume.path.name}: the labels {labels} are the mask")
+    else:
+        mask = volume.values == 1
+        if np.count_nonzero(volume.values) != np.count_nonzero(mask):
+            mask = _as_binary(volume, told)
+    if warnings is not None:
+        warnings += told
+    if not mask.any() and not allow_empty:
+        fix = "mark the voxels to fill with 1"
+        if read_options.labels and volume.values.any():
+            held = ", ".join(f"{value:g}" for value in np.unique(volume.values)[:6] if value)
+            fix = f"name labels that it holds ({held}), not {', '.join(map(str, read_options.labels))}"
+        raise InputError(f"the mask is empty (0 of {mask.size} voxels)", where=path, fix=fix)
+    return mask
+
+
+def _as_binary(volume: Volume, warnings: list[str]) -> np.ndarray:
+    """A mask of 0 and 255, or of nearly 0 and 1."""
+    values = np.unique(volume.voxels)
+    levels = np.rint(values)  # a tool that saves 0 and 1 as scaled integers returns 0.00001 and 0.99999
+    if np.abs(values - levels).max() > MASK_TOLERANCE or not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
+        shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if values.size > 6 else "")
+        kind = "looks interpolated" if values[-1] <= 1 else "looks like an image"
+        fix = "store 0 outside the hole and 1 inside"
+        if values.size < 10 and (values == levels).all():
+            kind = f"labels {{{', '.join(f'{v:g}' for v in values if v)}}}: looks like a tumour segmentation"
+            fix += f", or say which labels to fill: --mask-labels {','.join(f'{v:g}' for v in values if v > 0)}"
+        raise InputError(f"not binary: {values.size} values ({shown}), {kind}", where=volume.path, fix=fix)
+    if levels[-1] == 255:
+        warnings.append(f"{volume.path.name}: 255 read as 1")
+    return volume.voxels > 0.5
+
+
+def read_labels(
+    path: str | Path,
+    like: Volume,
+    allowed: tuple[int, ...],
+    read_options: ReadOptions = READ_STRICTLY,
+    *,
+    warnings: list[str] | None = None,
+) -> np.ndarray:
+    """Read a label map: uint8 (x, y, z) on the grid of `like`, every value one of `allowed`.
+
+    A map on another grid is brought to it by its affine, nearest neighbour, with a warning.
+    """
+    volume = read_volume(path, read_options)
+    values, counts = np.unique(volume.voxels, return_counts=True)
+    strange = ~np.isin(values, allowed)
+    if strange.any():
+        shown = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[strange][:4], counts[strange][:4], strict=True))
+        raise InputError(f"labels {shown} are not among {allowed}", where=path, fix="relabel it: 1 CSF, 2 GM, 3 WM")
+    return _brought_to(volume, like, order=0, warnings=warnings).astype(np.uint8)
+
+
+def read_unit_map(
+    path: str | Path, like: Volume, read_options: ReadOptions = READ_STRICTLY, *, warnings: list[str] | None = None
+) -> np.ndarray:
+    """Read a map of concentrations: float32 (x, y, z) in [0, 1] on the grid of `like`.
+
+    A map on another grid is brought to it by its affine, linearly, with a warning.
+    """
+    volume = read_volume(path, read_options)
+    low, high = float(volume.voxels.min()), float(volume.voxels.max())
+    if low < -1e-6 or high > 1 + 1e-6:
+        raise InputError(f"values from {low:g} to {high:g}, must lie in [0, 1]", where=path, fix="give concentrations")
+    return np.clip(_brought_to(volume, like, order=1, warnings=warnings), 0, 1)
+
+
+def _brought_to(volume: Volume, like: Volume, *, order: int, warnings: list[str] | None) -> np.ndarray:
+    """A map's voxels on the grid of `like`, as both affines tell; 0 where the map does not reach."""
+    told = list(volume.named_warnings)
+    voxels = volume.voxels
+    if volume.shape != like.shape or corner_distance_mm(volume, like) > GRID_TOLERANCE_MM:
+        to_map = np.linalg.solve(volume.affine, like.affine)
+        how = {"output_shape": like.shape, "mode": "constant", "prefilter": False}
+        reached = ndimage.affine_transform(np.ones(volume.shape, np.float32), to_map, order=0, **how).mean()
+        if not reached:
+            raise InputError(
+                f"does not overlap {like.path.name}: their centres lie {_apart_mm(volume, like):.0f} mm apart",
+                where=volume.path,
+                fix="check the map's affine, or register it first",
+            )
+        voxels = ndimage.affine_transform(voxels, to_map, order=order, **how)
+        name = "/".join(volume.path.parts[-2:])  # the maps of a case are called alike, but for their folder
+        told.append(f"{name}: brought from its grid {volume.shape} {volume.orientation} to the image's by its affine; "
+                    f"it reaches {reached:.0%} of the image")  # fmt: skip
+    if warnings is not None:
+        warnings += told
+    return voxels
+
+
+def _apart_mm(volume: Volume, like: Volume) -> float:
+    centres = [v.affine @ [*((np.array(v.shape) - 1) / 2), 1] for v in (volume, like)]
+    return float(np.linalg.norm(centres[0] - centres[1]))

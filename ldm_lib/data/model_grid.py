@@ -1,0 +1,75 @@
+"""A case as the network sees it, and the conditioning tensor made from its maps.
+
+voided, target   normalised T1n, padded LPS grid (x, y, z)
+growth           channel 0: concentration, values below the threshold set to 0
+tissue           channels 1..3: CSF, GM, WM, one-hot
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldm_lib.anatomy.tissue import one_hot
+from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
+from ldm_lib.data.case import CaseData
+from ldm_lib.data.volume import normalise
+from ldm_lib.geometry import cell_centre, cell_share, latent_mask
+
+CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
+
+
+@dataclass(frozen=True)
+class GridCase:
+    """One case on the model's padded LPS grid; every array is (x, y, z).
+
+    Attributes:
+        voided: float32, normalised, 0 under the mask.
+        target: float32, normalised full image, or None.
+        mask: bool, True = fill this.
+        unknown: bool, voxels that leave the loss: unhealthy ones whose growth map is missing.
+        growth: float32 in [0, 1]; zero (healthy) when missing.
+        tissue: uint8 labels 0..3; zero (unlabelled) when missing.
+    """
+
+    voided: np.ndarray
+    target: np.ndarray | None
+    mask: np.ndarray
+    unknown: np.ndarray
+    growth: np.ndarray
+    tissue: np.ndarray
+
+
+def grid_case(data: CaseData, multiple: int) -> GridCase:
+    """Normalise a loaded case and bring it to the grid of a network that divides each axis by `multiple`."""
+    to_model = data.frame(multiple).to_model
+    nothing = np.zeros(data.mask.shape, bool)
+    without_growth = data.growth is None and data.unhealthy is not None
+    return GridCase(
+        voided=to_model(normalise(data.voided, data.scale)),
+        target=None if data.target is None else to_model(normalise(data.target, data.scale)),
+        mask=to_model(data.mask),
+        unknown=to_model(data.unhealthy if without_growth else nothing),
+        growth=to_model(nothing.astype(np.float32) if data.growth is None else data.growth),
+        tissue=to_model(nothing.astype(np.uint8) if data.tissue is None else data.tissue),
+    )
+
+
+def conditioning(
+    growth: np.ndarray, tissue: np.ndarray, *, factor: int, threshold: float = GROWTH_THRESHOLD, pooling: str = "area"
+) -> np.ndarray:
+    """Growth (x, y, z) in [0, 1] and tissue labels (x, y, z) -> (4, x/f, y/f, z/f) float32.
+
+    Args:
+        factor: voxels per latent cell and axis.
+        threshold: concentrations below it become 0, the others are kept.
+        pooling: "area" is the mean over a cell's voxels (for a label: its share of the cell), "nearest" the voxel at
+            the cell's centre.
+    """
+    channels = np.concatenate([threshold_growth(growth, threshold)[None], one_hot(tissue)])
+    pool = {"area": cell_share, "nearest": cell_centre}[pooling]
+    return pool(channels, factor).astype(np.float32)
+
+
+def loss_cells(case: GridCase, factor: int, dilation: int) -> np.ndarray:
+    """Latent cells (x/f, y/f, z/f) bool that are generated and whose content the conditioning accounts for."""
+    return latent_mask(case.mask, factor, dilation) & ~latent_mask(case.unknown, factor, 0)

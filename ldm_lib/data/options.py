@@ -1,0 +1,62 @@
+"""Options of reading data, of the synthetic cohort and of augmentation in image space."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ldm_lib.options import Fraction, Options, Orientation, SeedOptions, SomeIntegers, integers
+
+
+class ReadOptions(Options):
+    """Relax input validation: what would be rejected is read in the way that is stated here."""
+
+    heading = "Reading"
+    assume_orientation: Orientation = Field("", description="orientation of files whose header has none, such as LPS")
+    nan_as_zero: bool = Field(False, description="read NaN voxels as 0")
+    mask_labels: SomeIntegers = Field("", description="labels to inpaint, where masks are segmentations, such as 1,2,4")
+    scrub_header: bool = Field(False, description="drop free text and extensions from the headers of results")
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The labels of `mask_labels`; empty if masks are binary."""
+        return integers(self.mask_labels) if self.mask_labels else ()
+
+
+READ_STRICTLY = ReadOptions()
+
+
+class SyntheticCohortOptions(SeedOptions):
+    """Describe the synthetic cohort."""
+
+    heading = "Synthetic cohort (when data_dir is empty)"
+    untracked = frozenset({"workers"})
+    synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="number of synthetic patients")
+    synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(8000, description="number of the first patient")
+    spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size, mm")
+    masks_per_patient: Annotated[int, Field(ge=1, le=3)] = Field(3, description="masks per patient")
+    deformation: Annotated[float, Field(ge=0, le=4)] = Field(
+        1.0, description="scale of the brains' deformation; 2 folds tissue"
+    )
+    domain_randomisation: Literal["narrow", "wide"] = Field(
+        "narrow", description="range of contrast, noise, anatomy and mask size; wide for training"
+    )
+    tissue_map: Literal["exact", "registered"] = Field(
+        "exact", description="tissue labels: exact, or with simulated registration error"
+    )
+    workers: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that write the synthetic cohort")
+
+
+class AugmentationOptions(Options):
+    """Describe augmentation in image space, before encoding."""
+
+    heading = "Augmentation in image space"
+    flip_probability: Fraction = Field(0.5, description="probability of a left-right flip of the image and its maps")
+    rotation_degrees: Annotated[float, Field(ge=0, le=45)] = Field(
+        8.0, description="largest rotation about each axis, degrees"
+    )
+    intensity_shift: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.1, description="largest relative change of gain and gamma"
+    )
+    tissue_deformation_mm: Annotated[float, Field(ge=0, le=20)] = Field(
+        4.0, description="largest random deformation of the tissue map, mm"
+    )

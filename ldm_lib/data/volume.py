@@ -1,0 +1,249 @@
+"""NIfTI in and out: every file passes one gate, and what is written keeps the source's header byte for byte.
+
+A `Volume` remembers the raw voxels and the bytes in front of them, so that an output differs from its source in the
+voxels of the hole and in nothing else: same header, extensions, byte order, slope and intercept.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from ldm_lib.data.nifti import read_bytes, write_bytes
+from ldm_lib.data.nifti_header import (
+    AGAIN,
+    header_affine,
+    header_dtype,
+    header_oddities,
+    header_shape,
+    parse_header,
+    require_exact,
+    scaling,
+    scrubbed,
+    voxel_offset,
+)
+from ldm_lib.data.options import READ_STRICTLY, ReadOptions
+from ldm_lib.errors import InputError
+
+GRID_TOLERANCE_MM = 1e-3
+SPIKE = 10.0  # times the scale; the brightest voxel of real brains has 1.2 to 1.7 times it
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One 3D image as it stands on disk.
+
+    Attributes:
+        path: the file it came from.
+        raw: stored voxels (x, y, z) in the file's own dtype and byte order, before slope and intercept.
+        preamble: header and extensions, exactly as read, or as an output is to have them.
+        affine: (4, 4) voxel indices to millimetres, RAS+ world.
+        slope, intercept: voxel = raw * slope + intercept.
+        warnings: what is odd about the file but does not forbid its use.
+        nan_as_zero: what is not a number counts as 0 in `voxels`.
+    """
+
+    path: Path
+    raw: np.ndarray
+    preamble: bytes
+    affine: np.ndarray
+    slope: float
+    intercept: float
+    warnings: tuple[str, ...] = ()
+    nan_as_zero: bool = False
+
+    @cached_property
+    def voxels(self) -> np.ndarray:
+        """(x, y, z) float32 in the file's scaled units."""
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
+            if (self.slope, self.intercept) == (1.0, 0.0):
+                voxels = self.raw.astype(np.float32)
+            else:
+                voxels = (self.raw * np.float64(self.slope) + self.intercept).astype(np.float32)
+        if self.nan_as_zero:
+            voxels[np.isnan(voxels)] = 0
+        return voxels
+
+    @property
+    def values(self) -> np.ndarray:
+        """What `voxels` holds, as it is stored where that is whole numbers without slope and intercept."""
+        plain = self.raw.dtype.kind in "iu" and (self.slope, self.intercept) == (1.0, 0.0)
+        return self.raw if plain else self.voxels
+
+    @property
+    def named_warnings(self) -> list[str]:
+        """`warnings`, each with the file's name."""
+        return [f"{self.path.name}: {warning}" for warning in self.warnings]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.raw.shape
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0).round(6))
+
+    @property
+    def orientation(self) -> str:
+        """Three letters, the directions in which the voxel axes grow, such as "LPS"."""
+        return "".join(nib.aff2axcodes(self.affine))
+
+
+def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
+    """Read one 3D scalar NIfTI file (.nii or .nii.gz) through the gate.
+
+    Raises:
+        InputError: the file is missing, unreadable, damaged, not a 3D scalar NIfTI, has no usable orientation,
+            or holds a voxel that is not finite.
+    """
+    path = Path(path)
+    content, trailing = read_bytes(path)
+    header = parse_header(content, path)
+    shape, dtype = header_shape(header, path), header_dtype(header, path)
+    affine = header_affine(header, path, read_options.assume_orientation)
+    warnings = header_oddities(header, affine, path)
+    if not (header["sform_code"] or header["qform_code"]):
+        warnings.append(f"says no orientation: {read_options.assume_orientation} assumed")
+    offset, n_bytes = voxel_offset(header, content, path, warnings), math.prod(shape) * dtype.itemsize
+    held = len(content) - offset
+    if held < n_bytes:
+        raise InputError(f"expected {n_bytes} bytes of voxels, got {held}", where=path, fix=AGAIN)
+    if surplus := held - n_bytes + trailing:
+        warnings.append(f"{surplus} bytes after the last voxel are ignored")
+    slope, intercept = scaling(header, path, warnings)
+    raw = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
+    raw.flags.writeable = False
+    require_exact(raw, path)
+    preamble = scrubbed(header) if read_options.scrub_header else bytes(content[:offset])
+    volume = Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings))
+    return _finite(volume, read_options)
+
+
+def read_image(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
+    """`read_volume`, and refuse an image without contrast (all voxels equal, or none above zero)."""
+    volume = read_volume(path, read_options)
+    low, high = float(volume.voxels.min()), float(volume.voxels.max())
+    if low == high:
+        cause = "the image is empty" if high == 0 else f"no contrast (min = max = {high:g})"
+        if high == 0 and volume.raw.any() and volume.raw.dtype.kind == "f":
+            cause += f" in float32 (voxels up to {np.abs(volume.raw).max():g})"
+        raise InputError(cause, where=path, fix="give a skull-stripped T1n volume")
+    if high <= 0:
+        raise InputError(
+            f"no voxel above 0 (max {high:g})", where=path, fix="check the slope and the units of the export"
+        )
+    return volume
+
+
+def require_same_grid(volume: Volume, like: Volume) -> None:
+    """Refuse two files whose shapes or corner positions (beyond 1e-3 mm) differ."""
+    if volume.shape != like.shape:
+        raise InputError(
+            f"shape {volume.shape}, but {like.path.name} has {like.shape}",
+            where=volume.path,
+            fix="resample it onto the image's grid",
+        )
+    distance = corner_distance_mm(volume, like)
+    if distance > GRID_TOLERANCE_MM:
+        raise InputError(
+            f"its corners lie {distance:.1f} mm from those of {like.path.name} "
+            f"({volume.orientation} against {like.orientation})",
+            where=volume.path,
+            fix="resample it onto the image's grid",
+        )
+
+
+def corner_distance_mm(volume: Volume, like: Volume) -> float:
+    """How far the corners of one grid lie from where the other affine puts them."""
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+    corners[:, :3] *= np.array(volume.shape) - 1
+    return float(np.linalg.norm(corners @ (volume.affine - like.affine).T, axis=1).max())
+
+
+def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
+    """The image with what no tissue can be replaced by the median of its neighbours, and how many voxels that were.
+
+    One such voxel, of a failed export or a bad sector, would otherwise fill its whole surroundings in the network.
+
+    Args:
+        voxels: x y z, source units; not changed.
+        scale: 99.5th percentile of the image; beyond `SPIKE` times it there is no tissue.
+    """
+    if voxels.max() <= SPIKE * scale:
+        return voxels, 0
+    spikes = np.argwhere(voxels > SPIKE * scale)
+    around = np.stack(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    places = np.clip(spikes[:, None] + around, 0, np.array(voxels.shape) - 1)
+    out = voxels.copy()
+    medians = np.median(voxels[tuple(np.moveaxis(places, -1, 0))], axis=1)
+    out[tuple(spikes.T)] = np.minimum(medians, SPIKE * scale)  # among many others of its kind
+    return out, len(spikes)
+
+
+def intensity_scale(voided: np.ndarray, mask: np.ndarray, *, where: object = "") -> float:
+    """The divisor that normalises a case: 99.5th percentile of the voxels above 0 outside the mask, source units."""
+    seen = voided[(voided > 0) & ~mask]
+    if seen.size == 0:
+        raise InputError(
+            "no voxel above 0 outside the mask: nothing to learn the intensity scale from",
+            where=where,
+            fix="check that mask and image belong together",
+        )
+    return float(np.percentile(seen, 99.5))
+
+
+def normalise(voxels: np.ndarray, scale: float) -> np.ndarray:
+    """Source units to the network's float32: v / scale, negatives to 0, nothing clipped above."""
+    return (np.maximum(voxels, 0) / scale).astype(np.float32)
+
+
+def write_like(path: str | Path, source: Volume, voxels: np.ndarray, mask: np.ndarray) -> Path:
+    """Write `source` with the voxels under `mask` replaced, and nothing else changed.
+
+    Args:
+        path: ends in .nii or .nii.gz; replaced atomically.
+        source: gives header, dtype and every voxel outside the mask, bit for bit.
+        voxels: (x, y, z) in the source's scaled units; rounded and saturated to its dtype.
+        mask: (x, y, z) bool.
+
+    Raises:
+        InputError: a value to paste is not finite, or the file cannot be written or re-read.
+    """
+    values = (np.asarray(voxels, np.float64)[mask] - source.intercept) / source.slope
+    if not np.isfinite(values).all():
+        raise InputError(f"{np.count_nonzero(~np.isfinite(values))} filled voxels are not finite", where=path)
+    whole = source.raw.dtype.kind in "iu"
+    limits = np.iinfo(source.raw.dtype) if whole else np.finfo(source.raw.dtype)
+    values = np.clip(np.rint(values) if whole else values, limits.min, limits.max)
+    filled = source.raw.copy(order="F")
+    filled[mask] = values.astype(source.raw.dtype)
+    return write_bytes(Path(path), source.preamble + filled.tobytes(order="F"))
+
+
+def write_map(path: str | Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
+    """Write a new NIfTI of the array's own dtype (x, y, z), slope 1, intercept 0, scanner coordinates."""
+    image = nib.Nifti1Image(np.asarray(voxels), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    return write_bytes(Path(path), image.to_bytes())
+
+
+def _finite(volume: Volume, read_options: ReadOptions) -> Volume:
+    """The volume, if all its voxels are finite or may be read as 0."""
+    bad = ~np.isfinite(volume.values)
+    count = int(np.count_nonzero(bad))
+    if not count:
+        return volume
+    missing = int(np.isnan(volume.voxels).sum())
+    if read_options.nan_as_zero and missing == count:
+        return replace(volume, nan_as_zero=True, warnings=(*volume.warnings, f"{missing} NaN voxels read as 0"))
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise InputError(
+        f"{count} voxels are not finite (in float32), the first at {first}",
+        where=volume.path,
+        fix="set the background to 0" + (", or let NaN be read as 0 with --nan-as-zero" if missing == count else ""),
+    )

@@ -1,0 +1,236 @@
+"""The latent diffusion model: a frozen autoencoder, a denoiser and its noise schedule, as one model folder.
+
+Samples are drawn in latent space, only around the mask; `inpainting.Inpainter` goes from voxels to voxels.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.devices import autocast, pick_device, pick_precision, total_memory
+from ldm_lib.diffusion.latents import (
+    Latents,
+    LatentSpec,
+    context_box,
+    denoiser_input,
+    generated,
+    keep_known,
+    on_device,
+)
+from ldm_lib.diffusion.options import ScheduleOptions
+from ldm_lib.diffusion.parameterisation import to_x0_and_noise
+from ldm_lib.diffusion.samplers import SAMPLERS, Callback
+from ldm_lib.diffusion.schedule import NoiseSchedule, noise_schedule
+from ldm_lib.diffusion.unet import ADM
+from ldm_lib.errors import ConfigError, WeightsError
+from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED
+from ldm_lib.model_io import load_model, require_pair
+from ldm_lib.options import Count
+
+BYTES_PER_CHANNEL = 400  # of a denoiser's activations, per latent voxel and channel of its first level: 70 to 190
+# measured, twice that with guidance
+MEMORY_FRACTION = 0.25  # of all memory, for the denoiser's activations of one batch
+LARGEST_BATCH = {"cpu": 4, "cuda": 32}
+SCHEDULE_NAMES = {"steps": "diffusion_steps", "shift": "schedule_shift"}  # config.json's schedule -> ScheduleOptions
+CONTEXTS = {"draft": "initial_estimate"}  # as model folders before version 0.8 call it -> now
+
+
+class CaseNoise:
+    """Gaussian noise that depends on (seed, name, step) alone, whatever the batch, order or device."""
+
+    def __init__(self, names: Sequence[str], seed: int, shape: Sequence[int], device: torch.device) -> None:
+        self.names, self.seed, self.shape, self.device = list(names), seed, tuple(shape), device
+
+    def __call__(self, step: int) -> Tensor:
+        """Draw (b c x y z) standard normal noise; step -1 is where sampling starts."""
+        return torch.stack([self._draw(f"{self.seed}/{name}/{step}") for name in self.names]).to(self.device)
+
+    def _draw(self, text: str) -> Tensor:
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(number))
+
+
+class ModelSettings(ScheduleOptions):
+    """Describe how a model was trained and how it is sampled, as its config.json states it.
+
+    Attributes:
+        latent_crop: edge of the latents that it was trained on, latent voxels; 0 for whole latents.
+        temperature: default scale of the initial noise.
+        box_margin: margin of the decoded box, latent voxels; None decodes the whole volume.
+    """
+
+    latent_crop: Count = 0
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    box_margin: Count | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], autoencoder: Autoencoder) -> "ModelSettings":
+        """Read the settings from the config.json of a denoiser and of its autoencoder."""
+        process = {SCHEDULE_NAMES.get(name, name): value for name, value in config["schedule"].items()}
+        plain = {"prediction": config["prediction"], "latent_crop": config.get("latent_crop", 0)}
+        plain |= {"temperature": config.get("temperature", 0.0)}
+        return cls.parse(process | plain | {"box_margin": autoencoder.folder_config.get("box_margin")})
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """A frozen autoencoder and a denoiser, with all that decides how they are used.
+
+    Attributes:
+        spec: how cases become latents and conditioning.
+        prediction: what the denoiser predicts.
+        box_margin: margin of the decoded box around the mask, latent voxels; None decodes the whole volume.
+        crop: edge of the latents that the denoiser was trained on, latent voxels; 0 for whole latents.
+        temperature: scale of the initial noise.
+
+    Example:
+        >>> import ldm_lib as ldm
+        >>> model = ldm.LatentDiffusion.load(device="cpu")
+        >>> model.autoencoder.factor, model.autoencoder.latent_channels
+        (8, 16)
+    """
+
+    autoencoder: Autoencoder
+    denoiser: ADM
+    schedule: NoiseSchedule
+    spec: LatentSpec
+    device: torch.device
+    precision: str
+    prediction: str = "noise"
+    box_margin: int | None = None
+    crop: int = 0
+    temperature: float = 1.0
+
+    @classmethod
+    def load(
+        cls, folder: str | Path | None = None, *, device: str = "auto", precision: str = "auto", temperature: float = 0
+    ) -> "LatentDiffusion":
+        """Load a model folder; without one, the pretrained weights of the package.
+
+        Args:
+            temperature: scale of the initial noise; 0 takes the model's own.
+
+        Raises:
+            WeightsError: no model folder, a damaged one, or a denoiser of another autoencoder.
+        """
+        folder = Path(folder) if folder else PRETRAINED
+        where = pick_device(device)
+        denoiser = load_model(folder, ADM)
+        autoencoder = load_model(folder / AUTOENCODER_FOLDER, Autoencoder)
+        try:
+            spec = _read_spec(denoiser.folder_config)
+            settings = ModelSettings.of(denoiser.folder_config, autoencoder)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
+            cause = error.cause if isinstance(error, ConfigError) else error
+            raise WeightsError(f"its config does not say how it was trained ({cause})", where=folder,
+                               fix="copy the model folder again") from error  # fmt: skip
+        require_pair(denoiser, autoencoder, where=folder)
+        return cls(
+            autoencoder.to(where),
+            denoiser.to(where),
+            noise_schedule(**settings.process),
+            spec,
+            where,
+            pick_precision(precision, where),
+            settings.prediction,
+            settings.box_margin,
+            settings.latent_crop,
+            temperature or settings.temperature or 1.0,
+        )
+
+    def sample(
+        self,
+        latents: Latents,
+        names: Sequence[str],
+        *,
+        seed: int,
+        sampler: str,
+        steps: int,
+        guidance: float = 1.0,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Sample the masked region of one encoded case, once for each name.
+
+        Args:
+            latents: as `latents.encode_case` returns them.
+            names: with `seed` they determine the samples.
+            guidance: scale s of classifier-free guidance, see `predict`.
+            callback: as in `samplers`, called with whole latents.
+
+        Returns:
+            (b c x y z) standardised latents on the CPU.
+        """
+        whole, box = latents["voided"], (..., *self.context(latents))
+        batch = on_device({name: part[box].expand(len(names), -1, -1, -1, -1) for name, part in latents.items()},
+                          self.device)  # fmt: skip
+        everywhere = CaseNoise(names, seed, whole.shape, self.device)
+
+        def noise(step: int) -> Tensor:
+            return everywhere(step)[box]
+
+        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return to_x0_and_noise(self.prediction, self.schedule, self.predict(x, t, batch, guidance), x, t)
+
+        def placed(x: Tensor) -> Tensor:
+            filled = whole.expand(len(names), -1, -1, -1, -1).clone()
+            filled[box] = x.to(filled)
+            return generated(filled, latents, self.spec)
+
+        def report(state: dict[str, Any]) -> None:
+            callback(state | {name: placed(state[name]) for name in ("x", "x0")})
+
+        with torch.inference_mode():
+            return placed(SAMPLERS[sampler](
+                denoise, self.temperature * noise(-1), self.schedule, steps=steps, noise=noise,
+                keep=lambda z: keep_known(z, batch), callback=report if callback else None,
+            ))  # fmt: skip
+
+    def context(self, latents: Latents) -> tuple[slice, ...]:
+        """Return the box of latent voxels that the denoiser sees, as in training: around the mask, or the whole grid."""
+        mask = latents["hole"][0].numpy() > 0
+        if not self.crop:
+            return tuple(slice(0, n) for n in mask.shape)
+        return context_box(mask, edge=self.crop, multiple=self.denoiser.multiple)
+
+    def predict(self, x: Tensor, t: Tensor, batch: Latents, guidance: float) -> Tensor:
+        """Apply classifier-free guidance: `uncond + s * (cond - uncond)`; one network call when s is 0 or 1.
+
+        Source: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6 with s = 1 + w. At one x_t all predictions are linear in
+        the noise, so that any of them may be extrapolated.
+        """
+        shown = denoiser_input(x, batch, self.spec)
+        with autocast(self.device, self.precision):
+            if guidance in (0.0, 1.0):
+                conditioned = None if guidance else torch.zeros(len(t), device=self.device)
+                return self.denoiser(shown, t, conditioned).float()
+            conditioned = torch.arange(2, device=self.device).repeat_interleave(len(t)).to(shown.dtype)
+            uncond, cond = self.denoiser(shown.repeat(2, 1, 1, 1, 1), t.repeat(2), conditioned).float().chunk(2)
+        return uncond + guidance * (cond - uncond)
+
+    def samples_at_once(self, latents: Latents) -> int:
+        """Return how many samples fit in one batch: a function of the installed memory, not of what is free now.
+
+        A batch of another size may round differently.
+        """
+        voxels = math.prod(s.stop - s.start for s in self.context(latents))
+        each = BYTES_PER_CHANNEL * voxels * self.denoiser.config["base_width"]
+        fitting = int(MEMORY_FRACTION * total_memory(self.device) / each)
+        return max(1, min(LARGEST_BATCH[self.device.type], fitting))
+
+
+def _read_spec(config: Mapping[str, Any]) -> LatentSpec:
+    """The latent specification in a denoiser's config.json, every value within its range."""
+    settings = {**config["settings"]}
+    settings["context"] = CONTEXTS.get(settings["context"], settings["context"])
+    spec = LatentSpec.parse(settings)
+    if len(spec.residual_std) not in (0, config["build"]["out_channels"]):
+        raise ConfigError(f"residual_std = {spec.residual_std}: one number above 0 for each latent channel, or none")
+    return spec

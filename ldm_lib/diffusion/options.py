@@ -1,0 +1,97 @@
+"""Options of the diffusion model: latents and conditioning, denoiser network, noise schedule, sampler."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ldm_lib.options import Fraction, IntegerList, NotNegative, Options, Positive, integers
+
+FLOW_SAMPLERS = {"ddpm": False, "euler": True, "midpoint": True}  # samplers of one kind of process; others do both
+
+
+class LatentOptions(Options):
+    """Describe what the denoiser is conditioned on."""
+
+    heading = "Latents and conditioning"
+    context: Literal["composite", "concat", "initial_estimate"] = Field(
+        "composite", description="denoiser input; concat adds the undilated latent, initial_estimate a first estimate"
+    )
+    mask_dilation: Annotated[int, Field(ge=0, le=4)] = Field(
+        1, description="dilation of the latent mask, latent voxels"
+    )
+    growth_threshold: Fraction = Field(
+        0.2, description="tumour-cell concentration below which tissue counts as healthy"
+    )
+    pooling: Literal["area", "nearest"] = Field(
+        "area", description="pooling of voxels to latent voxels: mean over the latent voxel, or its central voxel"
+    )
+
+
+class DenoiserOptions(Options):
+    """Describe the architecture of the denoiser, an ADM U-Net."""
+
+    heading = "Denoiser network"
+    base_width: Positive = Field(24, description="channels of the first level")
+    multipliers: IntegerList = Field("1,2,4", description="width of each level, multiples of base_width")
+    blocks_per_level: Positive = Field(1, description="residual blocks per level")
+    attention_rates: IntegerList = Field("4", description="downsampling rates with self-attention")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout rate inside residual blocks")
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        rates = [2**level for level in range(len(integers(self.multipliers)))]
+        if not set(integers(self.attention_rates)) <= set(rates):
+            raise ValueError(
+                f"attention_rates = {self.attention_rates!r}: multipliers {self.multipliers!r} leave {rates}"
+            )
+        return self
+
+
+class ScheduleOptions(Options):
+    """Describe the noise schedule and what the network predicts."""
+
+    heading = "Diffusion process"
+    prediction: Literal["noise", "x0", "velocity", "flow"] = Field("velocity", description="prediction target")
+    schedule: Literal["linear", "cosine", "flow"] = Field("linear", description="noise schedule; flow needs flow")
+    diffusion_steps: Annotated[int, Field(ge=2, le=10000)] = Field(1000, description="steps of the noise schedule")
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first variance of the linear schedule")
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last variance of the linear schedule")
+    schedule_shift: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0, description="shift of the noise level; above 1: more noise at every step"
+    )
+    zero_terminal_snr: bool = Field(False, description="rescaling to zero signal at the last step")
+
+    @model_validator(mode="after")
+    def _process_is_consistent(self) -> Self:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start = {self.beta_start}: above beta_end = {self.beta_end}")
+        if (self.prediction == "flow") != (self.schedule == "flow"):
+            raise ValueError(f"prediction = {self.prediction!r}: with schedule {self.schedule!r}; flow needs flow")
+        if self.schedule == "flow" and self.zero_terminal_snr:
+            raise ValueError("zero_terminal_snr = True: a flow has no signal at its last step anyway")
+        if self.prediction == "noise" and self.zero_terminal_snr:
+            raise ValueError(
+                "prediction = 'noise': is undefined where there is no signal; zero_terminal_snr needs another"
+            )
+        return self
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """The arguments of `schedule.noise_schedule`, as a model's config.json holds them."""
+        shape = {"schedule": self.schedule, "steps": self.diffusion_steps, "shift": self.schedule_shift}
+        betas = {"beta_start": self.beta_start, "beta_end": self.beta_end}
+        return shape | betas | {"zero_terminal_snr": self.zero_terminal_snr}
+
+
+class SamplerOptions(Options):
+    """Describe how a sample is drawn."""
+
+    heading = "Sampling"
+    sampler: Literal["ddpm", "ddim", "dpm++2m", "euler", "midpoint"] = Field("dpm++2m", description="sampler")
+    num_inference_steps: Positive = Field(8, description="sampling steps (denoiser calls per sample)")
+    guidance: NotNegative = Field(
+        1.0, description="classifier-free guidance scale: 0 unconditional, 1 conditional, > 1 amplified"
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] = Field(
+        0.0, description="scale of the initial noise (1 = as trained; < 1 less diverse); 0 = model default"
+    )

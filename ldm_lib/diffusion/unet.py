@@ -1,0 +1,228 @@
+"""The denoiser: the ablated diffusion model of Dhariwal & Nichol (arXiv 2105.05233) in true 3D."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm_lib.diffusion.unet_blocks import Attention, BlockSequence, Norm, ResidualBlock, conv, timestep_embedding, zero
+from ldm_lib.errors import ConfigError
+
+
+class ADM(nn.Module):
+    """A U-Net from a noisy latent, what the caller concatenates to it, and t, to the noise.
+
+    Each level but the last halves all three axes. Its output is zero until it is trained.
+
+    Args:
+        in_channels: channels of x: latents, conditioning and mask together.
+        out_channels: channels of the predicted noise.
+        base_width: channels of the first level.
+        multipliers: width of each level, in units of base_width.
+        blocks_per_level: residual blocks on the way down; one more on the way up.
+        attention_rates: downsampling rates (1, 2, 4, ...) at which attention follows each block;
+            the middle of the network always has one.
+        head_channels: channels per attention head.
+        dropout: probability, in [0, 1), before the last convolution of each block.
+        conditioning: where the channels of x that hold the conditioning start and stop, if the network is to do without
+            it as well: a learned value a channel then stands in its place, and a learned flag is added to the
+            timestep's embedding (Ho & Salimans 2022, arXiv 2207.12598). Empty: it always has its conditioning.
+
+    Raises:
+        ConfigError: an option is out of range, or x does not have in_channels.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        base_width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 4),
+        blocks_per_level: int = 2,
+        attention_rates: Sequence[int] = (4,),
+        head_channels: int = 64,
+        dropout: float = 0.0,
+        conditioning: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self._config = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "base_width": base_width,
+            "multipliers": list(multipliers),
+            "blocks_per_level": blocks_per_level,
+            "attention_rates": list(attention_rates),
+            "head_channels": head_channels,
+            "dropout": dropout,
+            "conditioning": list(conditioning),
+        }
+        _check(self._config)
+        self.multiple = 2 ** (len(multipliers) - 1)
+        embedding = 4 * base_width
+        self.embed = nn.Sequential(
+            nn.Linear(base_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
+        self.stem = conv(in_channels, base_width)
+        self.down, self.middle, self.up = self._build(embedding)
+        self.norm = Norm(base_width)
+        self.head = zero(conv(base_width, out_channels))
+        if conditioning:
+            self.null = nn.Parameter(torch.randn(conditioning[1] - conditioning[0]))
+            self.untold = nn.Parameter(0.02 * torch.randn(embedding))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's options as plain values: `ADM(**config)` is the same network."""
+        return {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}
+
+    @property
+    def can_do_without(self) -> bool:
+        """Whether it can be run without its conditioning."""
+        return bool(self._config["conditioning"])
+
+    def forward(self, x: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:
+        """Predict the noise in x.
+
+        Args:
+            x: (b c x y z) latents of any size; padded with zeros inside, and cropped back.
+            t: (b,) timesteps.
+            told: (b,) 1 where it may see the conditioning in x, 0 where not; None shows it to all.
+
+        Returns:
+            (b out_channels x y z), in the dtype of x.
+        """
+        if x.ndim != 5 or x.shape[1] != self._config["in_channels"]:
+            raise ConfigError(
+                f"an input of shape {tuple(x.shape)} given, (b, {self._config['in_channels']}, x, y, z) allowed",
+                where="ADM",
+                fix="concatenate latents, conditioning and mask as the network was built for",
+            )
+        embedding = self.embed(timestep_embedding(t, self._config["base_width"]))
+        if told is not None:
+            x, embedding = self._without_conditioning(x, embedding, told.to(x.dtype))
+        padding = [_split(-size % self.multiple) for size in x.shape[2:]]
+        h = self.stem(F.pad(x, [side for axis in reversed(padding) for side in axis]))
+        skips = [h]
+        for stage in self.down:
+            h = stage(h, embedding)
+            skips.append(h)
+        h = self.middle(h, embedding)
+        for stage in self.up:
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+        h = self.head(F.silu(self.norm(h)))
+        box = [slice(start, start + n) for (start, _), n in zip(padding, x.shape[2:], strict=True)]
+        return h[:, :, *box].to(x.dtype)
+
+    def _without_conditioning(self, x: Tensor, embedding: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the learned null in the place of what an element is not told, and raise the flag."""
+        if not self.can_do_without:
+            raise ConfigError("it always had its conditioning in training and cannot do without", where="ADM",
+                              fix="train with conditioning_dropout above 0")  # fmt: skip
+        start, stop = self._config["conditioning"]
+        shown = told[:, None, None, None, None]
+        given = x[:, start:stop]
+        null = self.null.to(x.dtype)[:, None, None, None].expand_as(given)
+        x = torch.cat([x[:, :start], shown * given + (1 - shown) * null, x[:, stop:]], dim=1)
+        return x, embedding + (1 - told[:, None]) * self.untold
+
+    def _build(self, embedding: int) -> tuple[nn.ModuleList, BlockSequence, nn.ModuleList]:
+        config, rates = self._config, self._config["attention_rates"]
+        widths = [config["base_width"] * m for m in config["multipliers"]]
+        last = len(widths) - 1
+
+        def block(inside: int, outside: int, resample: nn.Module | None = None) -> ResidualBlock:
+            dropout = config["dropout"]
+            return ResidualBlock(inside, outside, embedding, dropout=dropout, resample=resample)
+
+        def attend(level: int) -> list[nn.Module]:
+            wanted = 2**level in rates
+            return [Attention(widths[level], config["head_channels"])] if wanted else []
+
+        down, skips, channels = nn.ModuleList(), [widths[0]], widths[0]
+        for level, width in enumerate(widths):
+            for _ in range(config["blocks_per_level"]):
+                down.append(BlockSequence(block(channels, width), *attend(level)))
+                channels = width
+                skips.append(width)
+            if level < last:
+                down.append(BlockSequence(block(width, width, nn.AvgPool3d(2))))
+                skips.append(width)
+        attention = Attention(channels, config["head_channels"])
+        middle = BlockSequence(block(channels, channels), attention, block(channels, channels))
+        up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(config["blocks_per_level"] + 1):
+                stage = BlockSequence(block(channels + skips.pop(), width), *attend(level))
+                if level > 0 and i == config["blocks_per_level"]:
+                    stage.append(block(width, width, nn.Upsample(scale_factor=2, mode="nearest")))
+                up.append(stage)
+                channels = width
+        return down, middle, up
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def count_flops(module: ADM, shape: Sequence[int], *, backward: bool = False) -> int:
+    """FLOPs (two a multiply-add) of one forward of one sample, counted without computing it.
+
+    Args:
+        module: the network.
+        shape: latent cells (x y z).
+        backward: count a backward to all weights as well.
+    """
+    with torch.device("meta"):
+        twin = ADM(**module.config)
+        x = torch.empty(1, module.config["in_channels"], *shape)
+        t = torch.zeros(1)
+    with FlopCounterMode(display=False) as counter:
+        answer = twin(x, t)
+        if backward:
+            answer.sum().backward()
+    return counter.get_total_flops()
+
+
+def _is_range(given: Sequence[int], channels: int) -> bool:
+    return len(given) == 2 and 0 <= given[0] < given[1] <= channels
+
+
+def _split(padding: int) -> tuple[int, int]:
+    """Padding before and after an axis."""
+    return padding // 2, padding - padding // 2
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Refuse options from which no network can be built."""
+    levels = len(config["multipliers"])
+    widths = [config["base_width"] * m for m in config["multipliers"]]
+    rates = [2**level for level in range(levels)]
+    attending = [w for w, r in zip(widths, rates, strict=True) if r in config["attention_rates"]]
+    fits = {
+        "in_channels": (config["in_channels"] >= 1, "1 or more"),
+        "out_channels": (config["out_channels"] >= 1, "1 or more"),
+        "base_width": (2 <= config["base_width"] <= 4096 and config["base_width"] % 2 == 0, "even numbers to 4096"),
+        "multipliers": (1 <= levels <= 8 and min(config["multipliers"]) >= 1, "one to eight, 1 or more each"),
+        "blocks_per_level": (1 <= config["blocks_per_level"] <= 64, "1 to 64"),
+        "attention_rates": (set(config["attention_rates"]) <= set(rates), f"some of {rates}"),
+        "head_channels": (
+            config["head_channels"] >= 1
+            and not any(w % max(1, w // config["head_channels"]) for w in [*attending, *widths[-1:]]),
+            f"sizes that divide the attending widths {[*attending, *widths[-1:]]} into equal heads",
+        ),
+        "dropout": (0 <= config["dropout"] < 1, "0 up to, but not, 1"),
+        "conditioning": (
+            not config["conditioning"] or _is_range(config["conditioning"], config["in_channels"]),
+            f"none, or start and stop within {config['in_channels']} channels",
+        ),
+    }
+    for name, (fit, allowed) in fits.items():
+        if not fit:
+            raise ConfigError(
+                f"{config[name]} given, {allowed} allowed", where=f"ADM, {name}", fix="see `make params NB=04`"
+            )

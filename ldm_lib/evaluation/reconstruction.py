@@ -1,0 +1,148 @@
+"""What an autoencoder returns: how much is lost by going latent, and where.
+
+    image (x y z) => encode => latent (c x/f y/f z/f) => decode => image (x y z)
+
+Images are normalised numpy volumes on the model's padded LPS grid unless said otherwise; air is 0, and brain is what
+is above it. Every function runs one volume at a time on `device` in `precision`, without gradients.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from ldm_lib.autoencoder.region_decoding import AnyAutoencoder, Reconstruction, decode_box, reconstruct
+from ldm_lib.data.case import CaseData
+from ldm_lib.devices import autocast
+from ldm_lib.evaluation.image_quality import psnr
+from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
+from ldm_lib.geometry import Frame
+
+FARTHEST_SHIFT_VOX = 2
+COLUMN_VOX = 64
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affine of a grid in the model's orientation
+ALIKE = 0.9  # correlation from which on a shift can be told
+BOX_LOSS_LIMIT_DB = 0.1  # a box that changes the hole's PSNR by more is not decoded instead of the whole
+
+
+def upper_bound(data: CaseData, rebuilt: np.ndarray, factor: int) -> tuple[np.ndarray, dict[str, float]]:
+    """The truth through the autoencoder, pasted into the hole, and its scores: about the best that a model can do.
+
+    Its edge is not made to fit (`blending`), which would cost it some tenths of a decibel.
+
+    Args:
+        rebuilt: (x, y, z) the target as it came back, normalised, on the grid of a network of this factor.
+
+    Returns:
+        the filled volume (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
+    """
+    filled = data.paste(rebuilt, factor)
+    return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
+
+
+def by_tissue(data: CaseData, filled: np.ndarray) -> list[dict[str, str | int | float]]:
+    """Error scores of a filled volume (file's order and units) in each tissue; no row without a tissue map."""
+    if data.tissue is None:
+        return []
+    return scores_by_tissue(filled, data.target, data.voided, data.scored, data.tissue, where=data.case.key)
+
+
+def crop_against_whole(
+    autoencoder: AnyAutoencoder,
+    image: np.ndarray,
+    rebuilt: np.ndarray,
+    edge: int,
+    *,
+    device: torch.device,
+    precision: str,
+) -> dict[str, float]:
+    """PSNR in dB over the brain of crops coded alone, and of the same voxels in the whole volume's reconstruction.
+
+    Up to eight crops of `edge` voxels, rounded down to whole cells, meet in the middle of the brain. A whole volume
+    that is rebuilt no worse than its crops says that training on crops teaches what volumes need.
+    """
+    brain, errors = image > 0, {"crop_psnr": [], "whole_psnr": []}
+    for box in _central_boxes(brain, edge - edge % autoencoder.factor, autoencoder.factor):
+        alone = reconstruct(autoencoder, np.ascontiguousarray(image[box]), device=device, precision=precision).rebuilt
+        errors["crop_psnr"].append((alone - image[box])[brain[box]])
+        errors["whole_psnr"].append((rebuilt - image)[box][brain[box]])
+    return {name: psnr(np.concatenate(parts)) for name, parts in errors.items()}
+
+
+def alignment(
+    autoencoder: AnyAutoencoder,
+    image: np.ndarray,
+    depths: Sequence[int] = (155, 156),
+    *,
+    device: torch.device,
+    precision: str,
+) -> list[dict[str, float]]:
+    """By how many slices a volume is shifted that was padded, coded, decoded and cropped back; must be 0.
+
+    Args:
+        image: (x, y, z) normalised, LPS, without padding. The column of 64 x 64 voxels in its middle stands for it;
+            along z the middle is cut, or zeros are added behind, to each depth.
+
+    Returns:
+        rows of `slices`, `shift_vox` along z with the highest correlation of -2..2 (positive: the result lies
+        higher), and that `correlation`.
+    """
+    rows = []
+    column = _middle(image, (COLUMN_VOX, COLUMN_VOX, image.shape[2]))
+    for depth in depths:
+        cut = _middle(column, (*column.shape[:2], depth))
+        cut = np.pad(cut, [(0, 0), (0, 0), (0, depth - cut.shape[2])])
+        frame = Frame.of(LPS, cut.shape, autoencoder.factor)
+        rebuilt = reconstruct(autoencoder, frame.to_model(cut), device=device, precision=precision).rebuilt
+        rows.append({"slices": depth, **_shift(frame.to_file(rebuilt), cut)})
+    return rows
+
+
+def box_loss_db(
+    data: CaseData,
+    autoencoder: AnyAutoencoder,
+    coded: Reconstruction,
+    margin: int,
+    *,
+    device: torch.device,
+    precision: str,
+) -> float:
+    """The ceiling's PSNR in dB by full decoding less that by `decode_box`; positive means that the box loses.
+
+    Args:
+        coded: the case's target.
+    """
+    mask = data.frame(autoencoder.factor).to_model(data.mask)
+    with torch.inference_mode(), autocast(device, precision):
+        box = decode_box(autoencoder, torch.from_numpy(coded.latent)[None].to(device), mask, margin)
+    volumes = coded.rebuilt, box[0, 0].float().cpu().numpy()
+    whole, boxed = (upper_bound(data, volume, autoencoder.factor)[1]["psnr_01"] for volume in volumes)
+    return whole - boxed
+
+
+def _central_boxes(brain: np.ndarray, edge: int, factor: int) -> list[tuple[slice, ...]]:
+    """Cubes on the cells' grid on all sides of the brain's middle, shifted into the volume, each once."""
+    spans, corners = ndimage.find_objects(brain.astype(np.uint8))[0], []
+    for span, n in zip(spans, brain.shape, strict=True):
+        middle = (span.start + span.stop) // 2 // factor * factor
+        corners.append(sorted({min(max(start, 0), max(n - edge, 0)) for start in (middle - edge, middle)}))
+    return [tuple(slice(start, start + edge) for start in corner) for corner in product(*corners)]
+
+
+def _middle(image: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Its middle of at most this shape."""
+    starts = [max(n - wanted, 0) // 2 for n, wanted in zip(image.shape, shape, strict=True)]
+    return image[tuple(slice(start, start + wanted) for start, wanted in zip(starts, shape, strict=True))]
+
+
+def _shift(rebuilt: np.ndarray, image: np.ndarray) -> dict[str, float]:
+    """The shift along z that makes a volume most like the image, and their correlation then."""
+    far, n = FARTHEST_SHIFT_VOX, image.shape[2]
+    still, found = image[..., far : n - far].ravel(), {}
+    for shift in sorted(range(-far, far + 1), key=abs):
+        moved = rebuilt[..., far + shift : n - far + shift].ravel()
+        found[shift] = float(np.corrcoef(still, moved)[0, 1])
+    best = max(found, key=found.get)
+    return {"shift_vox": best, "correlation": found[best]}

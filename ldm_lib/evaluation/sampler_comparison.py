@@ -1,0 +1,40 @@
+"""How few steps are enough: every sampler at several numbers of steps, on the same cases and from the same noise."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+from ldm_lib.data.case import CaseData
+from ldm_lib.devices import timed
+from ldm_lib.diffusion.samplers import samplers_for
+from ldm_lib.evaluation.case_scores import fidelity_row
+from ldm_lib.inpainting.inpainter import Inpainter
+
+
+def sampler_rows(
+    inpainter: Inpainter,
+    cases: Sequence[CaseData],
+    *,
+    steps: Sequence[int],
+    seed: int,
+    guidance: float,
+    threshold: float,
+) -> Iterator[dict[str, Any]]:
+    """Fill each case once by each sampler of the model's path in each number of steps, and score it.
+
+    Args:
+        cases: with their truth.
+        steps: denoiser calls; those beyond the schedule's are left out.
+        threshold: concentration from which there is tumour.
+
+    Yields:
+        rows of "case", "sampler", "steps", "seconds" (of sampling and decoding) and the figures of `obedience_row`.
+    """
+    possible = sorted({n for n in steps if n <= inpainter.model.schedule.steps})
+    for data in cases:
+        fill = partial(inpainter.fill, data, latents=inpainter.encode(data), seed=seed, guidance=guidance)
+        for sampler, n in product(samplers_for(inpainter.model.schedule), possible):
+            seconds, filled = timed(partial(fill, sampler=sampler, steps=n), inpainter.model.device)
+            row = {"case": data.case.key, "sampler": sampler, "steps": n, "seconds": seconds}
+            yield row | fidelity_row(data, filled.mean, asked=data, threshold=threshold)

@@ -1,0 +1,143 @@
+"""Do the work of a stage in several processes, one a device, each started by torchrun.
+
+    python -m torch.distributed.run --nproc-per-node=N -m ldm_lib.experiment.launch -- --stage 04 --run NAME
+
+Stage 04 trains the denoiser by DDP; stage 05 distributes the cases over the processes. (`--`, because torchrun takes
+`--run` for an abbreviation of one of its own options.)
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+from ldm_lib.data.case import load_case
+from ldm_lib.data.cohort import with_target
+from ldm_lib.diffusion.latents import LatentSpec
+from ldm_lib.errors import InterruptionError, LdmError, TrainingError
+from ldm_lib.experiment.cohort_file import read_cohort
+from ldm_lib.experiment.run_folder import SHARED_OUT, open_stage, outputs_folder, read_record, require_done
+from ldm_lib.experiment.stages import AuditConfig, SamplingConfig, TrainingConfig
+from ldm_lib.files import write_json
+from ldm_lib.inpainting.folder import fill_cases, require_all, require_recorded
+from ldm_lib.inpainting.inpainter import Inpainter
+from ldm_lib.process_control import die_with_parent
+from ldm_lib.training.distributed import global_rank, is_first, local_rank, world_size
+from ldm_lib.training.initialise import new_model
+from ldm_lib.training.train import encode, latent_cache, train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do this process's part of the work on `--stage STAGE --run NAME`; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ldm_lib.experiment.launch", description=__doc__)
+    parser.add_argument("--stage", required=True, choices=list(WORK), help="stage to run: 04 trains, 05 inpaints")
+    parser.add_argument("--run", required=True, help="run folder in outputs/, its earlier stages done")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given[1:] if given[:1] == ["--"] else given)
+    return run_process(WORK[options.stage], options.run, debug=options.debug)
+
+
+def run_process(work: Callable[[str], None], run: str, *, debug: bool = False) -> int:
+    """Run this process's part of the work on a run; only the first process prints.
+
+    Returns:
+        the exit status: 0, 128 and a signal's number after that signal, or 1 after an `ERROR` line.
+    """
+    os.umask(0o077)  # as the command line does
+    if world_size() > 1:
+        die_with_parent(os.getppid())
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s %(message)s", handlers=[handler])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
+            work(AuditConfig.parse({"run": run}).run)
+    except InterruptionError as error:
+        print(f"ERROR {error}", file=sys.stderr)
+        return error.status
+    except (LdmError, RuntimeError) as error:
+        if debug or not (isinstance(error, LdmError) or world_size() > 1):
+            raise
+        print(f"ERROR {_told(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+TRAINING, SAMPLING = "04_training", "05_sampling"
+
+
+def mark_done(folder: Path) -> None:
+    """Note that the work of a stage is done, for the runner, which then only closes it."""
+    write_json(folder / SHARED_OUT, {"processes": world_size()})
+
+
+def _told(error: LdmError | RuntimeError) -> LdmError:
+    """What torch raises when another process is gone is long; its first line says enough."""
+    if isinstance(error, LdmError):
+        return error
+    first = str(error).strip().splitlines()[0][:160]
+    return TrainingError(f"this process cannot go on without the others ({first})", where=f"process {local_rank()}",
+                         fix="see what the process that ended first said; the same command goes on")  # fmt: skip
+
+
+def train_run(name: str) -> None:
+    """Train stage 04 of a run, with the parameters in its config.json; the stage's notebook closes it afterwards."""
+    run_folder = outputs_folder() / name
+    for stage in ("01_data_audit", "02_autoencoder_check", "03_conditioning"):
+        require_done(run_folder, stage)
+    values = read_record(run_folder / "config.json")[TRAINING]
+    config = TrainingConfig.parse(values | {"run": name, "devices": world_size()})
+    folder = run_folder / TRAINING
+    if (folder / "done.json").exists() and not (config.overwrite or config.allow_change):
+        print(f"{name}/{TRAINING}: already complete")
+        return
+    if is_first():
+        open_stage(TRAINING, config.model_dump())
+    prepared, autoencoder = run_folder / "03_conditioning", run_folder / "02_autoencoder_check" / "model"
+    spec = LatentSpec.parse(read_record(prepared / "settings.json"))
+    training, validation = map(with_target, read_cohort(prepared / "cohort.json", run_folder))
+    model = new_model(autoencoder, config, spec)
+    cached, watched, _ = encode(latent_cache(model, config, run_folder), training, validation, config)
+    variants = {entry.case.key: entry for entry in cached}
+    trainer = train(
+        model, variants, [load_case(w.case) for w in watched], [w[0] for w in watched], config, folder, tracking=config
+    )
+    if is_first():
+        mark_done(folder)
+    print(f"{name}/{TRAINING}: trained for {trainer.step} steps; stage 04 closes it", flush=True)
+
+
+def fill_run(name: str) -> None:
+    """Fill this process's share of the cases of stage 05, with the parameters in the run's config.json."""
+    run_folder = outputs_folder() / name
+    model, prepared = require_done(run_folder, "04_training") / "model", require_done(run_folder, "03_conditioning")
+    config = SamplingConfig.parse(read_record(run_folder / "config.json")[SAMPLING] | {"run": name})
+    if world_size() > 1:
+        torch.distributed.init_process_group("gloo")
+    if is_first():
+        open_stage(SAMPLING, config.model_dump())
+    if world_size() > 1:
+        torch.distributed.barrier()  # opening may have cleared the folder
+    cases = read_cohort(prepared / "cohort.json", run_folder)[1][: config.max_cases or None]
+    inpainter = Inpainter.for_sampling(model, config)
+    rows = fill_cases(inpainter, cases[global_rank() :: world_size()], config, run_folder / SAMPLING)
+    if world_size() > 1:
+        torch.distributed.barrier()
+    require_all(rows)
+    require_recorded(cases, run_folder / SAMPLING)
+    if is_first():
+        mark_done(run_folder / SAMPLING)
+
+
+WORK: dict[str, Callable[[str], None]] = {"04": train_run, "05": fill_run}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The presets: which numbers run the same code in minutes or in days, and what a run's parameters come to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm_lib.diffusion.options import FLOW_SAMPLERS
+from ldm_lib.errors import ConfigError
+from ldm_lib.experiment.stages import STAGES, StageConfig
+from ldm_lib.options import nearest
+
+# What the shipped weights are: a cell of 8 mm holds 16 numbers of a linear code, and a draft is mended.
+PRETRAINED_MODEL: dict[str, Any] = {
+    "spacing_mm": 1.0, "domain_randomisation": "wide", "tissue_map": "registered", "workers": 2,
+    "channels": "8,8,8,8", "latent_channels": 16, "learned": "none", "min_gain_over_pca": 0.0,
+    "context": "initial_estimate", "mask_dilation": 0, "training_tissue": "given",
+    "base_width": 48, "multipliers": "1,2,2", "schedule": "cosine", "latent_crop": 12, "cache_variants": 1,
+    "latent_flip_probability": 0.5,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "synthetic_patients": 5, "spacing_mm": 6.0, "masks_per_patient": 1, "channels": "8,8,16",
+        "autoencoder_steps": 60, "crop": 24, "min_reconstruction_psnr": 10.0, "check_cases": 1,
+        "base_width": 16, "multipliers": "1,2,2", "attention_rates": "4", "max_epochs": 2, "val_every": 1,
+        "val_cases": 1, "num_inference_steps": 4, "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5,
+        "samples": 2, "max_cases": 1, "show_cases": 1, "fidelity_cases": 1, "guidance_scales": "0,1,2",
+        "counterfactual_days": "0,200", "compare_cases": 1, "compare_steps": "2,4", "log_every": 1, "checkpoint_every": 2,
+        "wandb_mode": "off", "use_mlflow": False,
+    },
+    "demo": PRETRAINED_MODEL | {
+        "pretrained": True, "synthetic_patients": 6, "masks_per_patient": 1, "validation_fraction": 0.34,
+        "check_cases": 2, "learning_rate": 2e-5, "batch_size": 4, "max_epochs": 100, "val_every": 50, "val_cases": 1,
+        "save_samples_every": 50, "max_cases": 2, "compare_cases": 1, "compare_steps": "4,8", "fidelity_cases": 1,
+        "guidance_scales": "1,2", "counterfactual_days": "0,90,180", "show_cases": 2,
+    },
+    "coarse": {},
+    "full": {
+        "synthetic_patients": 100, "synthetic_first": 0, "spacing_mm": 1.0, "input_transform": "haar",
+        "channels": "128,256", "blocks": 2, "learned": "both", "autoencoder_steps": 20000,
+        "autoencoder_batch_size": 2, "autoencoder_learning_rate": 1e-4, "crop": 96, "final_crop": 160,
+        "check_cases": 20, "learning_rate": 1e-4, "warmup_steps": 500, "max_epochs": 100, "val_every": 5,
+        "ema_decay": 0.9999, "val_cases": 8, "latent_crop": 16, "num_inference_steps": 50, "base_width": 128,
+        "blocks_per_level": 2, "cache_variants": 4, "max_cases": 0, "fidelity_cases": 20, "keep_weights": "best",
+        "checkpoint_every": 500, "compare_cases": 8, "compare_steps": "4,8,10,20,50,250",
+    },
+    "weights": PRETRAINED_MODEL | {
+        "synthetic_patients": 240, "synthetic_first": 0, "validation_fraction": 0.05, "check_cases": 12,
+        "max_cases": 12,
+        "batch_size": 32, "num_workers": 2, "learning_rate": 5e-4, "warmup_steps": 500, "ema_decay": 0.9995,
+        "checkpoint_every": 500, "log_every": 50, "max_epochs": 400, "val_every": 20, "val_cases": 6,
+        "save_samples_every": 0, "patience": 400,
+    },
+}  # fmt: skip
+DEFAULT_PRESET = "demo"
+
+
+def require_fit(configs: Mapping[str, StageConfig]) -> None:
+    """Refuse, before anything is trained, to sample a flow by what is for diffusion, or the other way round.
+
+    Raises:
+        ConfigError: the sampler of 05 cannot walk on the path of 04.
+    """
+    schedule, sampler = configs["04_training"].schedule, configs["05_sampling"].sampler
+    is_flow = schedule == "flow"
+    if FLOW_SAMPLERS.get(sampler, is_flow) != is_flow:
+        raise ConfigError(f"sampler = {sampler!r}: with schedule {schedule!r}", fix="take dpm++2m, which walks on any")
+
+
+def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = None) -> dict[str, StageConfig]:
+    """The configuration of all six stages: defaults, then the preset, then `overrides` (text values are converted).
+
+    An override reaches every stage that has a parameter of its name.
+
+    Raises:
+        ConfigError: an unknown preset or name (with the nearest known one), a wrong type, a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}", fix=nearest(preset, PRESETS))
+    known = {name for model in STAGES.values() for name in model.model_fields}
+    for name in overrides or {}:
+        if name not in known:
+            raise ConfigError(f"unknown parameter {name!r}", fix=nearest(name, known))
+    values = {**PRESETS[preset], **(overrides or {})}
+    return {
+        stage: model.parse({k: v for k, v in values.items() if k in model.model_fields})
+        for stage, model in STAGES.items()
+    }

@@ -1,0 +1,213 @@
+"""Fills without a network: what a learned model has to beat.
+
+Axes are `x y z`. The mask is nonzero where the volume is to be filled; the brain is what differs from 0
+outside it (real files hold negative brain voxels). Every fill returns a float32 volume that equals the
+voided one outside the mask and does not depend on the voxels under it.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.fft import irfft, next_fast_len, rfft
+from scipy.ndimage import gaussian_filter
+from scipy.sparse.linalg import cg
+
+from ldm_lib.anatomy.initial_estimate import initial_estimate
+from ldm_lib.errors import InputError
+from ldm_lib.poisson import laplace_system
+
+RELATIVE_RESIDUAL = 5e-7  # with room for rounding the solution to float32
+
+
+def mean_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
+    """Fill with the mean of the brain outside the mask.
+
+    Raises:
+        InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask,
+            or no brain outside it.
+    """
+    known, mask = _known(voided, mask)
+    return _pasted(known, mask, _brain_mean(known)) if mask.any() else known
+
+
+def mirror_fill(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> np.ndarray:
+    """Fill with the other hemisphere, mirrored at the brain's mid-sagittal plane.
+
+    The plane is perpendicular to the lateral axis, at the voxel or half voxel where the brain resembles
+    its mirror image most. Voxels whose mirror lies in the mask, in air or outside the volume get
+    the mean of the brain.
+
+    Args:
+        lateral_axis: the array's left-right axis, 0 to 2; 0 for files in RAS or LPS order.
+
+    Raises:
+        InputError: as `mean_fill`, or an axis that does not exist.
+    """
+    if lateral_axis not in (0, 1, 2):
+        raise InputError(
+            f"lateral_axis is {lateral_axis!r}; 0, 1 and 2 are allowed",
+            where="mirror_fill",
+            fix="give the array's left-right axis",
+        )
+    known, mask = _known(voided, mask)
+    if not mask.any():
+        return known
+    lateral_first = np.moveaxis(known, lateral_axis, 0)
+    mirrored = np.zeros_like(lateral_first)
+    index = np.arange(len(mirrored))
+    partner = mirror_sum_vox(known, mask, lateral_axis=lateral_axis) - index
+    inside = (partner >= 0) & (partner < len(mirrored))
+    mirrored[inside] = lateral_first[partner[inside]]
+    mirrored = np.moveaxis(mirrored, 0, lateral_axis)
+    return _pasted(known, mask, np.where(mirrored == 0, _brain_mean(known), mirrored))
+
+
+def mirror_sum_vox(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> int:
+    """The sum of the indices of two mirrored voxels: twice the position of the mid-sagittal plane.
+
+    It maximises the correlation between the volume and its mirror image over the pairs of voxels with
+    both outside the mask. Planes that leave less than half of the volume without a partner compete.
+
+    Raises:
+        InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask.
+    """
+    known, mask = _known(voided, mask)
+    volume = np.moveaxis(known / np.abs(known).max(initial=1e-9), lateral_axis, 0)
+    weight = np.moveaxis(~mask, lateral_axis, 0).astype(np.float32)
+    sums = 2 * len(volume) - 1
+    length = next_fast_len(sums, real=True)
+    ones, first, second = (rfft(v, length, axis=0) for v in (weight, volume, volume**2))
+
+    def over_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """For every index sum s, the sum of a(x) b(s - x) over all x and columns."""
+        return irfft((a * b).sum(axis=(1, 2), dtype=np.complex128), length)[:sums]
+
+    pairs = over_pairs(ones, ones)
+    enough = pairs > 0.5 * pairs.max()
+    pairs = np.maximum(pairs, 1)
+    mean = over_pairs(first, ones) / pairs
+    variance = over_pairs(second, ones) / pairs - mean**2
+    covariance = over_pairs(first, first) / pairs - mean**2
+    correlation = covariance / np.maximum(variance, 1e-12)
+    return int(np.argmax(np.where(enough, correlation, -np.inf)))
+
+
+def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
+    """Fill with the solution of Laplace's equation: the smoothest continuation of the hole's edge.
+
+    Each filled voxel is the mean of its six neighbours, with the voxels around the mask given
+    (air too) and no flux through the volume's border. The equations hold to a relative residual of 1e-6.
+
+    Raises:
+        InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask,
+            or a mask that covers the whole volume.
+    """
+    known, mask = _known(voided, mask)
+    if not mask.any():
+        return known
+    if mask.all():
+        raise InputError(
+            f"the mask covers all {mask.size} voxels: no edge to continue from",
+            where="harmonic_fill",
+            fix="give a mask that leaves part of the volume",
+        )
+    laplacian, edge_sum = laplace_system(known, mask)
+    # The Laplacian's sum counts the faces of the hole's edge: this is the mean over them.
+    start = np.full(edge_sum.size, edge_sum.sum() / laplacian.sum())
+    values, _ = cg(laplacian, edge_sum, x0=start, rtol=RELATIVE_RESIDUAL)
+    filled = known.copy()
+    filled[mask] = values
+    return filled
+
+
+def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma_vox: float = 1.0) -> np.ndarray:
+    """Fill with each tissue's mean outside the mask, painted by the tissue map and smoothed.
+
+    Args:
+        tissue: (x, y, z) labels; 0 is air and painted 0. A label without brain outside the mask gets
+            the mean of the brain.
+        sigma_vox: standard deviation of the Gaussian that softens the borders between tissues.
+
+    Raises:
+        InputError: as `mean_fill`, or a tissue map of another shape.
+    """
+    known, mask = _known(voided, mask)
+    tissue = _of_this_grid(tissue, mask)
+    if not mask.any():
+        return known
+    painted = known.copy()
+    for label in np.unique(tissue[mask]):
+        if label:
+            sample = known[(tissue == label) & (known != 0)]
+            mean = sample.mean(dtype=np.float64) if sample.size else _brain_mean(known)
+            painted[mask & (tissue == label)] = mean
+    # Smoothing with the real surroundings scored 0.1 to 0.5 dB better than painting them too.
+    return _pasted(known, mask, gaussian_filter(painted, sigma_vox))
+
+
+def initial_estimate_baseline(
+    voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, spacing_mm: float
+) -> np.ndarray:
+    """Fill with the first guess that the network is shown (`draft.draft_fill`), in any units.
+
+    Raises:
+        InputError: as `tissue_paint`.
+    """
+    known, mask = _known(voided, mask)
+    return initial_estimate(known, mask, _of_this_grid(tissue, mask), spacing_mm=spacing_mm)
+
+
+# One signature for all: f(voided, mask, tissue=labels, lateral_axis=axis, spacing_mm=edge); each takes what it needs.
+BASELINES: dict[str, Callable[..., np.ndarray]] = {
+    "mean": lambda voided, mask, **_: mean_fill(voided, mask),
+    "mirror": lambda voided, mask, *, lateral_axis, **_: mirror_fill(voided, mask, lateral_axis=lateral_axis),
+    "harmonic": lambda voided, mask, **_: harmonic_fill(voided, mask),
+    "tissue paint": lambda voided, mask, *, tissue, **_: tissue_paint(voided, mask, tissue),
+    "draft": lambda voided, mask, *, tissue, spacing_mm, **_: initial_estimate_baseline(
+        voided, mask, tissue, spacing_mm=spacing_mm
+    ),
+}
+OF_TISSUE = ("tissue paint", "draft")  # those that cannot do without a tissue map
+
+
+def _known(voided: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """A float32 copy of the volume with 0 under the mask, and the mask as bool."""
+    voided, mask = np.asarray(voided), np.asarray(mask) != 0
+    if voided.shape != mask.shape or voided.ndim != 3:
+        raise InputError(
+            f"the voided volume is {voided.shape}, the mask {mask.shape}; both must be one (x, y, z)",
+            fix="give the mask of this very volume",
+        )
+    known = np.where(mask, 0, voided).astype(np.float32)
+    bad = known.size - np.count_nonzero(np.isfinite(known))
+    if bad:
+        raise InputError(
+            f"{bad} of {known.size} voxels outside the mask are not finite",
+            fix="replace NaN and infinity by finite values",
+        )
+    return known, mask
+
+
+def _of_this_grid(tissue: ArrayLike, mask: np.ndarray) -> np.ndarray:
+    tissue = np.asarray(tissue)
+    if tissue.shape != mask.shape:
+        raise InputError(
+            f"the tissue map is {tissue.shape}, the voided volume {mask.shape}",
+            fix="resample the map to the volume's grid",
+        )
+    return tissue
+
+
+def _brain_mean(known: np.ndarray) -> float:
+    brain = known[known != 0]
+    if brain.size == 0:
+        raise InputError(
+            f"none of {known.size} voxels outside the mask differs from 0: there is no brain to learn from",
+            fix="check that volume and mask are not swapped",
+        )
+    return float(brain.mean(dtype=np.float64))
+
+
+def _pasted(known: np.ndarray, mask: np.ndarray, values: ArrayLike) -> np.ndarray:
+    return np.where(mask, values, known).astype(np.float32)

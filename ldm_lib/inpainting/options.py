@@ -1,0 +1,18 @@
+"""Options of inpainting a case."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ldm_lib.diffusion.options import SamplerOptions
+from ldm_lib.options import DeviceOptions, Samples, SeedOptions
+
+
+class InpaintOptions(SamplerOptions, DeviceOptions, SeedOptions):
+    """Describe how cases are inpainted."""
+
+    heading = "Inpainting"
+    samples: Samples = Field(4, description="samples per case (K); the result is their mean when K > 1")
+    blend_mm: Annotated[float, Field(ge=0, le=1000)] = Field(
+        16.0, description="reach of the intensity correction at the mask's edge, mm; 0 is off"
+    )

@@ -1,0 +1,119 @@
+"""A folder of results as the challenge takes it: every case there, each file what it may be, all in one archive."""
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldm_lib.data.case import Case, CaseData, load_case
+from ldm_lib.data.cohort import find_cases
+from ldm_lib.data.layouts import require_outside
+from ldm_lib.data.volume import GRID_TOLERANCE_MM, read_volume
+from ldm_lib.errors import InputError, LdmError
+from ldm_lib.files import given_path, replacing, require_writable
+
+PATTERN = "*-t1n-inference*.nii.gz"
+BESIDE = ("-std.nii.gz", "-nearest.nii.gz")  # and samples: what stands beside a result and is none
+LEAST_FILLED = 0.1  # share of a hole that is not air; real healthy holes have three quarters in the brain
+EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the archive, so that the same results are the same bytes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one case or file; no problem means that it may be sent."""
+
+    name: str
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.problem or 'ok'}"
+
+
+def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
+    """One finding for each case of a folder and, last, for each result that belongs to none.
+
+    Raises:
+        InputError: a folder does not exist, or the first holds no case.
+    """
+    folder = given_path(results)
+    if not folder.is_dir():
+        raise InputError("no such folder", where=folder, fix="give the folder that `inpaint --data` filled")
+    cases, exclusions = find_cases(data_dir)
+    yield from (Finding(exclusion.case, exclusion.reason) for exclusion in exclusions)
+    for case in cases:
+        yield Finding(case.key, _problem(case, folder))
+    known = {case.result_name for case in cases}
+    for path in sorted(folder.glob(PATTERN)):
+        if path.name not in known and not _stands_beside(path):
+            yield Finding(path.name, "belongs to no case of the data. Fix: remove it, or give the whole data folder")
+
+
+def require_archive(output: Path, data_dir: str | Path) -> None:
+    """Refuse early where the archive may not go: among the cases, or in the place of a result."""
+    if output.suffix.lower() != ".zip":
+        raise InputError("must end in .zip", where=output, fix="name it so")
+    require_outside(output, data_dir)
+    require_writable(output)
+
+
+def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
+    """Write the results of every case into a zip file, flat, and read it back; return how many there are.
+
+    Raises:
+        InputError: the archive cannot be read back.
+    """
+    names = sorted(case.result_name for case in find_cases(data_dir)[0])
+    with replacing(given_path(output)) as partial:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for name in names:
+                content = (given_path(results) / name).read_bytes()
+                archive.writestr(zipfile.ZipInfo(name, EPOCH), content)
+        with zipfile.ZipFile(partial) as archive:
+            if archive.testzip() or archive.namelist() != names:
+                raise InputError("does not read back as what was written", where=output, fix="check the disk")
+    return len(names)
+
+
+def several_holes(data_dir: str | Path) -> bool:
+    """Whether results carry a hole's number, which the challenge's names do not have."""
+    return any(case.index for case in find_cases(data_dir)[0])
+
+
+def _problem(case: Case, folder: Path) -> str:
+    path = folder / case.result_name
+    if not path.exists():
+        return f"no {path.name}. Fix: fill it"
+    try:
+        return _difference(load_case(case.to_fill()), path)
+    except LdmError as error:
+        return str(error)
+
+
+def _difference(data: CaseData, path: Path) -> str:
+    """What keeps a result from being its source with the hole filled, or nothing."""
+    result, source = read_volume(path), data.source
+    if result.shape != source.shape:
+        return f"{path.name} has shape {_told(result.shape)}, must have {_told(source.shape)}"
+    if (apart := np.abs(result.affine - source.affine).max()) > GRID_TOLERANCE_MM:
+        return f"{path.name} has another affine, {apart:.3g} off"
+    if result.raw.dtype != source.raw.dtype:
+        return f"{path.name} holds {result.raw.dtype}, must hold {source.raw.dtype}"
+    if (result.slope, result.intercept) != (source.slope, source.intercept):
+        return f"{path.name} is scaled by {result.slope:g}, {result.intercept:g}; must be by {source.slope:g}, " \
+               f"{source.intercept:g}"  # fmt: skip
+    if changed := int(np.count_nonzero((result.raw != source.raw) & ~data.mask)):
+        return f"{path.name} differs from its source in {changed} voxels outside the mask"
+    filled = np.count_nonzero(result.voxels[data.mask])
+    if filled < LEAST_FILLED * data.mask.sum():
+        return f"{path.name} has a void hole: {filled} of its {int(data.mask.sum())} voxels are not 0"
+    return ""
+
+
+def _stands_beside(path: Path) -> bool:
+    return path.name.endswith(BESIDE) or "-sample-" in path.name
+
+
+def _told(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,162 @@
+"""Model folders: model.safetensors, and config.json with the kind, how to build it and the sha256 of the weights.
+
+Loading reads tensors and JSON, and never executes what it reads.
+"""
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import nn
+
+from ldm_lib import files
+from ldm_lib.errors import LdmError, WeightsError
+
+Network = TypeVar("Network", bound=nn.Module)
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+REFUSED = (  # what torch raises instead of executing, and where bytes are missing or changed
+    torch.serialization.pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError, LookupError,
+    OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+BUILD_NAMES = {"front_end": "input_transform"}  # arguments of networks before version 0.8 -> now
+BUILDERS = {"_instantiator", "_class_path", "_target_"}  # keys by which other libraries name code to call
+
+
+def save_model(folder: Path, model: nn.Module, **facts: Any) -> str:
+    """Write a model folder, weights before config, each atomically; return the weights' sha256.
+
+    Args:
+        facts: plain JSON values to keep with the weights (training, provenance, the autoencoder's sha256).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with files.replacing(folder / WEIGHTS) as partial:
+        save_file(tensors, partial)
+    digest = files.sha256(folder / WEIGHTS)
+    files.write_json(folder / CONFIG, {"kind": kind_of(type(model)), "build": model.config, "sha256": digest, **facts})
+    return digest
+
+
+def kind_of(cls: type[nn.Module]) -> str:
+    """Return the name of a network class as config.json states it."""
+    return cls.__name__.lower()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder."""
+    path = Path(folder) / CONFIG
+    if not path.exists():
+        raise WeightsError("no such model folder", where=path, fix="name a folder with config.json and weights")
+    config = read_json(path)
+    if not {"kind", "build", "sha256"} <= set(config):
+        raise WeightsError("not a model's config: kind, build or sha256 is missing", where=path,
+                           fix="name a folder that a training wrote")  # fmt: skip
+    return config
+
+
+def load_model(folder: str | Path, cls: type[Network]) -> Network:
+    """Load the network of a model folder, in evaluation mode and frozen.
+
+    Args:
+        cls: its class, such as `Autoencoder` or `ADM`.
+
+    Raises:
+        WeightsError: another kind, a file that is missing or not what its sha256 says, wrong or non-finite tensors.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if config["kind"] != kind_of(cls):
+        cause = f"holds a model of kind {config['kind']!r}, need {kind_of(cls)!r}"
+        raise WeightsError(cause, where=folder, fix=f"name a folder of kind {kind_of(cls)!r}")
+    tensors = _verified_tensors(folder / WEIGHTS, config["sha256"])
+    _require_fit(cls, config, tensors, folder)
+    model = cls(**_build(config))
+    model.load_state_dict(tensors)
+    model.folder_config = config
+    return model.eval().requires_grad_(False)
+
+
+def require_pair(denoiser: nn.Module, autoencoder: nn.Module, *, where: Path) -> None:
+    """Refuse a denoiser that was trained on latents of another autoencoder; both as `load_model` returns them."""
+    if denoiser.folder_config.get("autoencoder_sha256") != autoencoder.folder_config["sha256"]:
+        raise WeightsError("was trained on latents of another autoencoder", where=where,
+                           fix="copy the whole model folder, its autoencoder included")  # fmt: skip
+
+
+def _require_fit(
+    cls: type[nn.Module], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """Refuse weights that are not those of the network a config describes, before any memory is taken for it."""
+    cause = "its weights do not fit its config"
+    try:
+        with torch.device("meta"):
+            expected = cls(**_build(config)).state_dict()
+    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError, LdmError) as error:
+        told = f"{cause}, from which nothing can be built ({str(error).splitlines()[0]})"
+        raise WeightsError(told, where=folder, fix="copy the model folder again") from error
+    given, wanted = ({name: _form(t) for name, t in some.items()} for some in (tensors, expected))
+    if wrong := sorted(name for name in {*given, *wanted} if given.get(name) != wanted.get(name)):
+        told = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, needed is {wanted.get(wrong[0], 'none')}"
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise WeightsError(f"{cause}: {told}{more}", where=folder, fix="copy the model folder again")
+
+
+def _build(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the network that a config describes, by their names of now."""
+    return {BUILD_NAMES.get(name, name): value for name, value in config["build"].items()}
+
+
+def _form(tensor: torch.Tensor) -> str:
+    """What may not differ: real numbers of any length, or whole ones, and the shape."""
+    return f"{'real' if tensor.is_floating_point() else 'whole'} {tuple(tensor.shape)}"
+
+
+def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train anew") -> Any:
+    """A checkpoint as torch.save wrote it, its tensors on the CPU; nothing in it is executed, nor asks to be."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except REFUSED as error:
+        unsafe = "Weights only load failed" in str(error)
+        cause = "unsafe checkpoint, holds more than tensors" if unsafe else "damaged, not as torch.save writes it"
+        raise WeightsError(cause, where=path, fix=fix) from error
+    named = content.get("hyper_parameters") if isinstance(content, dict) else None
+    if isinstance(named, dict) and (builders := sorted(BUILDERS & set(named))):
+        raise WeightsError(f"unsafe checkpoint, names code to build it ({', '.join(builders)})", where=path, fix=fix)
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON file beside weights holds."""
+    try:
+        return files.read_json(path)
+    except ValueError as error:
+        raise WeightsError(f"not readable as JSON ({error})", where=path, fix="copy it again") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file."""
+    try:
+        return load(path.read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"not safetensors ({error})", where=path, fix="copy it again") from error
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], *, where: Path, fix: str) -> None:
+    """Refuse NaN and infinity."""
+    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise WeightsError(f"non-finite weights in {', '.join(bad[:3])}", where=where, fix=fix)
+
+
+def _verified_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise WeightsError("no such file", where=path, fix="copy the whole model folder")
+    if files.sha256(path) != digest:
+        raise WeightsError("sha256 differs from its config's", where=path, fix="copy the model folder again")
+    tensors = read_tensors(path)
+    require_finite(tensors, where=path, fix="train again")
+    return tensors

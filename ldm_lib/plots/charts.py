@@ -1,0 +1,219 @@
+"""Numbers as pictures: training curves, histograms and scores; tables in, matplotlib Figure out."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ldm_lib.plots.slices import FONT, WIDTH, Plate
+
+GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MOST_MARKS = 12
+SCORES = {
+    "ssim": "SSIM (higher is better)",
+    "psnr_01": "PSNR, dB (higher is better)",
+    "mse": "MSE (lower is better)",
+    "rmse": "RMSE (lower is better)",
+    "mae": "MAE (lower is better)",
+}
+
+
+def curves(
+    table: Mapping[str, Sequence[float]],
+    *,
+    x: str,
+    ys: Sequence[str | Sequence[str]],
+    log: Collection[str] = (),
+    title: str = "",
+) -> Plate:
+    """Curves over a common axis: one panel for each item of `ys`; names grouped in a list share a panel.
+
+    Args:
+        table: column name to numbers, such as a pandas DataFrame; rows that are NaN are left out.
+        x: the column along the bottom.
+        ys: columns to draw, such as `[["train_loss", "val_noise_loss"], "learning_rate"]`.
+        log: columns whose panel has a logarithmic axis; `x` among them makes the one along the bottom so.
+        title: of the figure.
+    """
+    panels = [[y] if isinstance(y, str) else list(y) for y in ys]
+    figure = Plate(figsize=(WIDTH, 1.9 * len(panels) + 0.7), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    for ax, names in zip(axes, panels, strict=True):
+        for name, colour in zip(names, GROUPS, strict=False):
+            along, values = np.asarray(table[x], float), np.asarray(table[name], float)
+            known = np.isfinite(along) & np.isfinite(values)
+            marker = "o" if known.sum() < 40 else ""
+            style = {"color": colour, "lw": 1.4, "marker": marker, "ms": 3}
+            ax.plot(along[known], values[known], label=name, **style)
+        ax.set_yscale("log" if set(names) & set(log) else "linear")
+        ax.set_xscale("log" if x in log else "linear")
+        ax.legend(fontsize=FONT, frameon=False)
+        _plain(ax)
+    marks = np.unique(np.asarray(table[x], float))
+    if x in log and len(marks) <= MOST_MARKS:  # a few numbers say more than powers of ten
+        axes[-1].set_xticks(marks, [f"{mark:g}" for mark in marks])
+        axes[-1].minorticks_off()
+    axes[-1].set_xlabel(x, fontsize=FONT + 0.5)
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure
+
+
+def histograms(
+    groups: Mapping[str, np.ndarray],
+    *,
+    channels: Sequence[str] = ("",),
+    unit: str = "intensity",
+    normal: bool = False,
+    bins: int = 80,
+    title: str = "",
+) -> Plate:
+    """Densities of several groups of values, one panel for each channel.
+
+    Args:
+        groups: name to values `c n` (or `n` for one channel).
+        channels: their names.
+        unit: what the values are.
+        normal: draw the standard normal density beside them, the sampler's starting point.
+        bins: over the 0.1st to 99.9th percentile of all groups.
+        title: of the figure.
+    """
+    columns = min(len(channels), 3)
+    rows = -(-len(channels) // columns)
+    figure = Plate(figsize=(WIDTH, 2.3 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    values = {name: np.reshape(v, (len(channels), -1)) for name, v in groups.items()}
+    for c, (ax, channel) in enumerate(zip(axes, channels, strict=False)):
+        edges = _densities(ax, {name: v[c] for name, v in values.items()}, bins)
+        if normal:
+            bell = np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi)
+            ax.plot(edges, bell, color="0.45", lw=1, ls="--", label="standard normal")
+        ax.set_title(channel, fontsize=FONT + 1)
+        ax.set_ylim(0, ax.get_ylim()[1] * (1.15 + 0.15 * len(values)))
+        ax.legend(fontsize=8, frameon=False, loc="upper right")
+        _plain(ax)
+    for ax in axes[len(channels) :]:
+        ax.set_axis_off()
+    figure.supxlabel(unit, fontsize=FONT + 0.5)
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure
+
+
+def _densities(ax: Axes, values: Mapping[str, np.ndarray], bins: int) -> np.ndarray:
+    """Draw each group's density over common bins and return their edges."""
+    low, high = np.percentile(np.concatenate(list(values.values())), [0.1, 99.9])
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    for (name, v), colour in zip(values.items(), GROUPS, strict=False):
+        density = np.histogram(v, edges, density=True)[0]
+        ax.stairs(density, edges, color=colour, lw=1.4, label=f"{name}: {v.mean():.3g} ± {v.std():.3g}")
+    return edges
+
+
+def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], title: str = "") -> Plate:
+    """Methods by scores: a dot for each case, a line joining a case's methods, a bar at the mean.
+
+    Args:
+        table: columns `case`, `method` and the scores, one row for each pair, such as a DataFrame.
+        scores: columns to draw, one panel each.
+        title: of the figure.
+    """
+    case, method = np.asarray(table["case"], str), np.asarray(table["method"], str)
+    methods = list(dict.fromkeys(method))
+    figure = Plate(figsize=(WIDTH, 0.42 * len(methods) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
+    for ax, score in zip(axes, scores, strict=True):
+        values = np.asarray(table[score], float)
+        height = np.array([methods.index(name) for name in method])
+        for name in dict.fromkeys(case):
+            own = np.flatnonzero(case == name)[np.argsort(height[case == name])]
+            ax.plot(values[own], height[own], color="0.85", lw=0.8, zorder=1)
+        ax.scatter(values, height, s=16, color=GROUPS[0], alpha=0.6, lw=0, zorder=2)
+        for k, name in enumerate(methods):
+            known = values[(method == name) & ~np.isnan(values)]
+            mean = known.mean() if known.size else np.nan
+            ax.plot([mean, mean], [k - 0.28, k + 0.28], color=GROUPS[1], lw=2.5, zorder=3)
+            text = f"{mean:.3g}" if known.size else ""
+            ax.text(1.01, k, text, transform=ax.get_yaxis_transform(), fontsize=FONT, va="center")
+        ax.set_xlabel(SCORES.get(score, score), fontsize=FONT + 0.5)
+        _plain(ax)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    figure.suptitle(f"{title}   dots: {len(set(case))} cases, bar: mean".strip(), fontsize=FONT + 2.5)
+    return figure
+
+
+def interval_dots(
+    groups: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    names: Sequence[str],
+    unit: str,
+    notes: Sequence[str] = (),
+    title: str = "",
+) -> Plate:
+    """One row a name: a dot for each group's value on a bar from the low to the high end of its interval.
+
+    Args:
+        groups: what is told apart by colour -> (value, low, high) of each name; NaN is not drawn.
+        names: along the left, from the top down.
+        unit: of the values.
+        notes: told in rows that have no value.
+        title: of the figure.
+    """
+    figure = Plate(figsize=(WIDTH, max(0.34 * len(names), 0.6) + 1.5), layout="constrained")
+    ax, step = figure.subplots(), 0.3 if len(groups) > 1 else 0.0
+    for k, (group, colour) in enumerate(zip(groups, GROUPS, strict=False)):
+        values, low, high = np.asarray(groups[group], float).reshape(-1, 3).T
+        height = np.arange(len(names)) + step * (k - (len(groups) - 1) / 2)
+        ax.hlines(height, low, high, color=colour, lw=2.2, alpha=0.45, zorder=2)
+        ax.scatter(values, height, s=26, color=colour, lw=0, zorder=3, label=group)
+        for row in np.flatnonzero(np.isfinite(values)):
+            ax.text(1.065 + 0.065 * k, row, f"{values[row]:#.4g}", transform=ax.get_yaxis_transform(), color=colour,
+                    fontsize=FONT, ha="right", va="center")  # fmt: skip
+    known = np.isfinite(np.array([groups[group] for group in groups], float)[:, :, 0]).any(axis=0)
+    for row, note in enumerate(notes):
+        if not known[row]:
+            ax.text(0.01, row, note, transform=ax.get_yaxis_transform(), color="0.5", fontsize=FONT, va="center")
+    for row in range(1, len(names), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color="0.965", lw=0, zorder=0)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel(unit, fontsize=FONT + 0.5)
+    _plain(ax)
+    ax.grid(visible=False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    ax.legend(fontsize=FONT, frameon=False, ncols=len(groups), loc="lower left", bbox_to_anchor=(-0.01, 1.0))
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure
+
+
+def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = "") -> Plate:
+    """A bar for each name with its text behind it; one panel below the other, the first bar of each in colour.
+
+    Args:
+        panels: what is measured, with its unit -> name -> (value, text).
+        title: of the figure.
+    """
+    counts = [len(values) for values in panels.values()]
+    figure = Plate(figsize=(WIDTH, 0.34 * sum(counts) + 0.55 * len(panels) + 0.5), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[n + 0.6 for n in counts])[:, 0]
+    for ax, (measured, values) in zip(axes, panels.items(), strict=True):
+        lengths = [value for value, _ in values.values()]
+        ax.barh(range(len(values)), lengths, height=0.68, color=[GROUPS[0], *["0.72"] * (len(values) - 1)])
+        for k, (value, text) in enumerate(values.values()):
+            ax.text(value + 0.008 * max(lengths), k, text, fontsize=FONT, va="center")
+        ax.set_yticks(range(len(values)), values)
+        ax.set_ylim(len(values) - 0.4, -0.6)
+        ax.set_xlim(0, 1.24 * max(lengths))  # room for the text
+        ax.set_title(measured, fontsize=FONT + 1, loc="left")
+        _plain(ax)
+        ax.grid(visible=False, axis="y")
+        ax.tick_params(axis="y", length=0)
+    figure.suptitle(title, fontsize=FONT + 2.5)
+    return figure
+
+
+def _plain(ax: Axes) -> None:
+    """Light grid, no box."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.92", lw=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=FONT, which="both")

@@ -1,0 +1,147 @@
+"""Shut down gracefully on SIGTERM and SIGINT, end processes that hang, and end children with their parent.
+
+    python -m ldm_lib.process_control PARENT MODULE [ARGUMENTS]
+
+runs a module as `python -m MODULE` does, and is killed when process PARENT ends (Linux `PR_SET_PDEATHSIG`; elsewhere
+the child is not tied to its parent). A thread that polls for the parent, as kernels have, does not run while a busy
+cell holds the interpreter, so that the cell would go on writing into a run that belongs to another process by then.
+"""
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Self
+
+from ldm_lib.errors import InterruptionError
+
+GRACE_S = 60.0  # for a child to end in good order, before it is killed
+STALL_S = 1800.0  # without a step or a validated case in half an hour, something hangs
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Handlers:
+    """Within this context SIGTERM and SIGINT come to `_note`.
+
+    Attributes:
+        received: the signal that asks for an end, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.received = signal.Signals(number)
+
+
+class StopRequest(_Handlers):
+    """Within this context SIGTERM and SIGINT are noted, not obeyed; a second SIGINT is obeyed at once."""
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        super()._note(number, frame)
+
+
+class ForwardSignals(_Handlers):
+    """Within this context SIGTERM and SIGINT go on to a child as SIGTERM, and end this process when it has ended.
+
+    Args:
+        child: tells its process id, or None while there is none.
+        where: what it works on.
+
+    Raises:
+        InterruptionError: on the way out, if there was a signal.
+    """
+
+    def __init__(self, child: Callable[[], int | None], *, where: str) -> None:
+        super().__init__()
+        self.child, self.where = child, where
+        self._killer = threading.Timer(GRACE_S, self._send, [signal.SIGKILL])
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        self._killer.cancel()
+        if not self.received:
+            return
+        cause = error.cause if isinstance(error, InterruptionError) else f"stopped by {self.received.name}"
+        fix, status = "give the same command: it goes on from there", 128 + self.received
+        raise InterruptionError(cause, where=self.where, fix=fix, status=status) from error
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        first = self.received is None
+        super()._note(number, frame)
+        if self.child() is None:  # nobody to hand it on to, and nothing to wait for
+            raise InterruptionError(f"stopped by {self.received.name}", where=self.where)
+        if first:
+            self._killer.daemon = True
+            self._killer.start()
+        self._send(signal.SIGTERM)
+
+    def _send(self, number: signal.Signals) -> None:
+        if pid := self.child():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+class Watchdog:
+    """Ends this process with the stacks of its threads in a file, unless it is told in time that work goes on.
+
+    A rank that died or a loader that is stuck leaves the others waiting for ever, without a message.
+    """
+
+    def __init__(self, path: Path, seconds: float = STALL_S) -> None:
+        self.path, self.seconds = path, seconds
+        self._stream: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        self._stream = self.path.open("a")  # what an earlier hang left is not forgotten
+        self.alive()
+        return self
+
+    def alive(self) -> None:
+        """Work goes on: count from now."""
+        faulthandler.dump_traceback_later(self.seconds, exit=True, file=self._stream)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._stream.close()
+        if not self.path.stat().st_size:
+            self.path.unlink()
+
+
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def die_with_parent(parent: int) -> None:
+    """Kill this process when its parent process ends, for whatever reason.
+
+    Args:
+        parent: process id of the parent that started this process.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the system knew
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])  # the death signal survives exec

@@ -1,0 +1,69 @@
+"""Laws of the fixed transforms around the autoencoder's network."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import hadamard
+
+from ldm_lib.autoencoder.input_transforms import FRONT_ENDS, Haar, Half, haar_packets
+from ldm_lib.autoencoder.options import TRANSFORM_FACTORS
+from ldm_lib.experiment.stages import AutoencoderConfig
+
+
+def volume(*shape, seed=0):
+    return torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_packets_are_orthonormal_and_of_one_sign_pattern_each(levels):
+    kernels = haar_packets(levels).flatten(1).double()
+    np.testing.assert_allclose(kernels @ kernels.T, np.eye(8**levels), atol=1e-6)
+    wanted = {tuple(row) for row in hadamard(8**levels)}  # Haar packets are Walsh functions
+    assert {tuple(row) for row in kernels.sign().int().tolist()} == wanted
+
+
+def test_the_lowest_sub_band_is_the_mean_with_gain_8():
+    front, image = Haar(), volume(8, 4, 4)
+    blocks = image[0, 0].reshape(2, 4, 4, 4).mean(dim=(1, 2, 3))
+    assert torch.allclose(front.analyse(image)[0, 0, :, 0, 0], 8 * blocks, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "haar"])
+def test_the_inverse_is_exact(name):
+    front, image = FRONT_ENDS[name](), volume(16, 8, 12)
+    if name == "haar":
+        front.deviation.uniform_(0.01, 3)
+    bands = front.analyse(image)
+    assert bands.shape == (1, front.channels, *(n // front.factor for n in image.shape[2:]))
+    assert torch.allclose(front.synthesise(bands), image, atol=1e-6)
+
+
+def test_the_inverse_is_exact_under_autocast():
+    front, image = Haar(), volume(8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(front.synthesise(front.analyse(image)), image, atol=1e-6)
+
+
+def test_fitted_sub_bands_have_unit_variance():
+    front = Haar()
+    draw = np.random.default_rng(0)
+    smooth = draw.normal(size=(64, 64)) @ np.diag(np.linspace(0.05, 2, 64))
+    blocks = draw.normal(size=(20000, 64)) @ smooth.T
+    front.fit(torch.from_numpy(np.cov(blocks.T)))
+    image = torch.from_numpy(blocks.reshape(-1, 1, 4, 4, 4).astype(np.float32))
+    np.testing.assert_allclose(front.analyse(image).flatten(1).std(0), 1, rtol=1e-3)
+
+
+def test_half_keeps_what_varies_slowly():
+    front = Half()
+    x = torch.linspace(0, 1, 32)
+    ramp = x.view(-1, 1, 1).expand(32, 8, 8)[None, None].contiguous()
+    again = front.synthesise(front.analyse(ramp))
+    assert again.shape == ramp.shape and torch.allclose(again[..., 2:-2, :, :], ramp[..., 2:-2, :, :], atol=1e-5)
+
+
+def test_parameters_know_every_front_end_and_its_factor():
+    assert {name: cls.factor for name, cls in FRONT_ENDS.items()} == TRANSFORM_FACTORS
+    assert list(FRONT_ENDS) == list(get_args(AutoencoderConfig.model_fields["input_transform"].annotation))

@@ -1,0 +1,198 @@
+"""The bench measures all contestants on the same volumes, latents and batches, and writes what it says."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import case as one_case
+from benchmarks import machine, training
+from benchmarks.autoencoder import bench_autoencoders
+from benchmarks.case import PARTS
+from benchmarks.levels import level_rows
+from benchmarks.machine import matmul_rate
+from benchmarks.reference_models import ddim_steps, standard_denoiser
+from benchmarks.run import bench, picture
+from benchmarks.training import PlainLoop, made_up_latents
+from ldm_lib.__main__ import main
+from ldm_lib.devices import timed
+from ldm_lib.diffusion.latents import collate
+from ldm_lib.diffusion.schedule import noise_schedule
+from ldm_lib.diffusion.unet import ADM, count_flops, count_parameters
+from ldm_lib.errors import RunError
+from ldm_lib.experiment.presets import resolve
+from ldm_lib.training.initialise import build_denoiser
+from ldm_lib.training.step import Trainer
+
+CPU = torch.device("cpu")
+SMALL = {"base_width": 32, "blocks_per_level": 1, "precision": "32"}
+TINY = {"shape": (40, 32, 24), "spacing_mm": 8.0, "changes": SMALL}
+CODED = {"encode_s", "decode_s", "peak_memory_gb"}
+STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(training, "ROUNDS", (3, 3))
+    monkeypatch.setattr(one_case, "_in_a_process_of_its_own", lambda asked: one_case.CONTESTANTS[asked["who"]](asked))
+    monkeypatch.setitem(machine.SQUARE, "cpu", 512)
+
+
+def config(**changes):
+    return resolve("full", {"base_width": 32, "blocks_per_level": 1, "batch_size": 2} | changes)["04_training"]
+
+
+def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, hurried):
+    said = []
+    found = bench(tmp_path / "new" / "bench.json", **TINY, say=said.append)
+    coders, steps, levels = found["autoencoders"], found["training"], found["levels"]
+    assert set(coders["ours"]) == set(coders["monai"]) == CODED
+    assert min(*coders["ours"].values(), *coders["monai"].values()) > 0
+    coding = {name: row["encode_s"] + row["decode_s"] for name, row in coders.items()}
+    case, memory = found["case"], {name: row["peak_memory_gb"] for name, row in found["case"].items()}
+    s = {name: row["s"] for name, row in steps.items()}
+    encoded = s["plain_loop"] + 2 * found["batch_size"] * coders["monai"]["encode_s"]
+    best, ours = max(found["matmul_gflop_s"]), steps["ours"]
+    assert found["ratios"] == pytest.approx({
+        "encode_decode_speedup_vs_monai_fp32": coding["monai"] / coding["ours"],
+        "case_speedup_vs_common_stack": case["common_stack"]["total_s"] / case["ours"]["total_s"],
+        "case_memory_reduction_vs_common_stack": memory["common_stack"] / memory["ours"],
+        "train_step_speedup_vs_plain_loop": s["plain_loop"] / s["ours"],
+        "train_step_speedup_vs_encode_every_step": encoded / s["ours"],
+        "train_step_share_of_matmul_rate": ours["gflop"] / s["ours"] / best,
+    })  # fmt: skip
+    assert set(ours) > STEPPED and set(steps["plain_loop"]) == STEPPED
+    for row in (ours, steps["plain_loop"]):
+        assert row["steps"] == 3 and 0 < row["least_s"] <= row["s"] <= row["most_s"]
+    assert all(0 < row["share_of_matmul_rate"] < 1.2 for row in [ours, *levels])
+    assert sum(row["gflop"] for row in levels) == pytest.approx(ours["gflop"], rel=0.01)
+    written = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert written == json.loads(json.dumps(found)) and found["shape"] == [40, 32, 24] and found["grid"] == [5, 4, 3]
+    for row in case.values():
+        assert row["total_s"] == pytest.approx(sum(row[part] for part in PARTS)) and min(row[p] for p in PARTS) > 0
+        assert row["total_with_load_s"] == pytest.approx(row["total_s"] + row["load_s"])
+    assert case["common_stack"]["extrapolated"] and case["common_stack"]["steps_run"] == 3 < case["ours"]["steps"]
+    assert found["hole"]["box"] == found["hole"]["grid"] == [4, 4, 3] and found["hole"]["ml"] > 0
+    assert set(found["seconds"]) == {"case", "training"} and "versions" in found["made_with"]
+    assert found["processor"] and found["threads"] == torch.get_num_threads()
+    assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert all(f"{name} {value:.2f}" in said[-1] for name, value in found["ratios"].items())
+
+
+@pytest.mark.slow
+def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, hurried):
+    found = bench(tmp_path / "bench.json", only="training", **TINY, say=lambda _: None)
+    assert "autoencoders" not in found and set(found["seconds"]) == {"training"}
+    assert {name.split("_")[0] for name in found["ratios"]} == {"train"}
+    assert found["training"]["encode_every_step"]["sum_of"]["encode_s"] > 0
+    assert len(picture(found).axes) == 2
+
+
+def test_the_command_line_names_part_and_file(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("benchmarks.run.bench", lambda output, *, only, whole, say: asked.append((output, only, whole)))
+    assert main(["bench"]) == main(["bench", "--only", "case", "--full", "--output", str(tmp_path / "b.json")]) == 0
+    assert asked[0][0].parts[-2:] == ("bench", "bench.json") and asked[0][1:] == (None, False)
+    assert asked[1] == (tmp_path / "b.json", "case", True)
+
+
+def test_coding_alone_is_measured_of_both():
+    found = bench_autoencoders((40, 32, 24), say=lambda _: None)
+    assert set(found["autoencoders"]["ours"]) == set(found["autoencoders"]["monai"]) == CODED
+    coding = {name: row["encode_s"] + row["decode_s"] for name, row in found["autoencoders"].items()}
+    assert found["ratios"] == {"encode_decode_speedup_vs_monai_fp32": coding["monai"] / coding["ours"]}
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_the_common_stacks_steps_end_at_the_truth_if_the_network_knows_it(steps):
+    schedule, draw = noise_schedule(), torch.Generator().manual_seed(0)
+    truth, voided = (torch.randn(1, 2, 6, 6, 6, generator=draw) for _ in range(2))
+    hole = torch.zeros(1, 1, 6, 6, 6)
+    hole[..., 2:5, 2:5, 2:5] = 1
+
+    def knows(x, t):
+        assert torch.equal(x[:, :2] * (1 - hole), voided * (1 - hole)) and x.shape[1] == 2 + 4 + 1
+        alpha, sigma = schedule.rates(t, x)
+        return ((x[:, :2] - alpha * truth) / sigma).float()
+
+    filled = ddim_steps(knows, voided, torch.zeros(1, 4, 6, 6, 6), hole, schedule, steps=steps)
+    assert torch.equal(filled * (1 - hole), voided * (1 - hole))
+    assert (filled - truth).mul(hole).abs().max() < 1e-2
+
+
+def test_a_contestant_that_dies_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(one_case.sys, "executable", "/bin/false")
+    with pytest.raises(
+        RunError, match=r"bench, ours: its process ended without an answer \(status 1\).*Fix: free memory"
+    ):
+        one_case.bench_case(8.0, changes=SMALL, say=lambda _: None)
+
+
+@pytest.mark.slow
+def test_each_contestant_has_a_process_and_a_peak_of_its_own():
+    held = torch.ones(500_000_000)  # 2 GB of this process, which are in nobody's figures
+    found = one_case.bench_case(8.0, changes=SMALL, say=lambda _: None)
+    peaks = [row["peak_memory_gb"] for row in found["case"].values()]
+    assert held.all() and min(peaks) > 0.2 and max(peaks) < 1.5
+
+
+def test_steps_are_taken_in_turn_on_the_same_batches(tmp_path, hurried, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Trainer, "advance", lambda self, batches: seen.append(("ours", *batches)))
+    monkeypatch.setattr(PlainLoop, "advance", lambda self, batch: seen.append(("plain", batch)))
+    bench(tmp_path / "bench.json", only="training", **TINY, say=lambda _: None)
+    assert [name for name, _ in seen] == ["ours", "plain"] * 4
+    assert all(mine is theirs for (_, mine), (_, theirs) in zip(seen[::2], seen[1::2], strict=True))
+    assert seen[2][1] is not seen[4][1]
+
+
+def test_both_have_as_many_parameters_and_flops_at_full_size():
+    with torch.device("meta"):
+        ours = build_denoiser(resolve("full")["04_training"], in_channels=11, out_channels=6)
+        plain = standard_denoiser(ours)
+        x, t = torch.empty(1, 11, 32, 32, 20), torch.zeros(1)
+    assert count_parameters(plain) == pytest.approx(count_parameters(ours), rel=0.02)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        plain(x, t)
+    assert counter.get_total_flops() == pytest.approx(count_flops(ours, (30, 30, 20)), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_plain_loop_learns_a_batch_by_heart():
+    torch.manual_seed(0)
+    settings = config(learning_rate=1e-3)
+    network = standard_denoiser(build_denoiser(settings, in_channels=11, out_channels=6))
+    loop = PlainLoop(network, noise_schedule(**settings.process), settings)
+    cases = [made_up_latents((5, 4, 3), 6, seed) | {"t": torch.tensor(t)} for seed, t in enumerate((400, 900))]
+    batch = collate([case | {"noise": torch.randn(6, 5, 4, 3)} for case in cases])
+    losses = [loop.advance(batch) for _ in range(25)]
+    assert losses[0] == pytest.approx(1, abs=0.2), "of an answer that is zero"
+    assert losses[-1] < 0.6 * losses[0]
+    moved = [not torch.equal(a, b) for a, b in zip(loop.average.parameters(), network.parameters(), strict=True)]
+    assert any(moved)
+
+
+@pytest.mark.parametrize("grid", [(5, 6, 3), pytest.param((8, 8, 4), marks=pytest.mark.slow)])
+def test_levels_are_all_of_a_step(grid):
+    network = ADM(in_channels=11, out_channels=6, base_width=32, attention_rates=(2, 4))
+    rows = level_rows(network, torch.randn(2, 11, *grid), torch.tensor([3, 700]), "32")
+    finest = [(n + 3) // 4 * 4 for n in grid]
+    assert [row["cells"] for row in rows] == [finest[0] * finest[1] * finest[2] // 8**k for k in range(3)]
+    assert [row["level"] for row in rows] == [0, 1, 2] and [row["width"] for row in rows] == [32, 64, 128]
+    whole = 2 * count_flops(network, grid, backward=True) / 1e9
+    assert sum(row["gflop"] for row in rows) == pytest.approx(whole, rel=0.01) and min(row["s"] for row in rows) > 0
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_the_rate_is_that_of_the_quickest_product(monkeypatch):
+    assert matmul_rate(CPU, "32", repeats=1) > 0
+    seconds = iter((0.5, 0.25, 1.0))
+    monkeypatch.setattr(machine, "timed", lambda call, device: (next(seconds), call()))
+    monkeypatch.setitem(machine.SQUARE, "cpu", 10)
+    assert matmul_rate(CPU, "32", repeats=3) == 2 * 10**3 / 0.25
+
+
+def test_timed_returns_what_was_made():
+    seconds, made = timed(lambda: "made", CPU)
+    assert made == "made" and 0 <= seconds < 1

@@ -1,0 +1,360 @@
+"""The command line: exit statuses, one line a refusal, and no heavy library where none is needed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from ldm_lib.__main__ import main
+from ldm_lib.cli.options import RATES, joined
+from ldm_lib.diffusion.samplers import SAMPLERS
+from ldm_lib.errors import RunError
+from ldm_lib.evaluation.metrics import brats_scores
+from ldm_lib.experiment import runner
+from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
+from ldm_lib.experiment.stages import STAGES, SamplingConfig
+
+pytestmark = pytest.mark.usefixtures("outputs")
+LPS = np.diag([-1.0, -1, 1, 1])
+INPAINT = ["inpaint", "--t1n-voided", "v", "--mask", "m", "--output", "o"]
+
+
+def save(path, voxels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(voxels, LPS)
+    image.set_sform(LPS, 1)
+    image.set_qform(LPS, 1)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+    return path
+
+
+@pytest.fixture
+def cases(tmp_path):
+    """Three small patients in the seed layout: folder and the files of each."""
+    rng = np.random.default_rng(0)
+    hole = np.zeros((24, 22, 20), np.uint8)
+    hole[8:13, 8:13, 8:13] = 1
+    files = {}
+    for name in ("P0", "P1", "P2"):
+        brain = np.zeros(hole.shape, np.int16)
+        brain[3:21, 3:19, 3:17] = rng.integers(200, 900, (18, 16, 14))
+        folder = tmp_path / "data" / name
+        files[name] = {
+            "t1n": save(folder / f"{name}-t1n.nii.gz", brain),
+            "voided": save(folder / f"{name}-t1n-voided-0000.nii.gz", brain * (1 - hole)),
+            "mask": save(folder / f"{name}-mask-0000.nii.gz", hole),
+            "healthy": save(folder / f"{name}-mask-healthy-0000.nii.gz", hole),
+        }
+    return files
+
+
+def score_arguments(files, prediction):
+    return ["score", "--prediction", str(prediction), "--target", str(files["t1n"]), "--voided", str(files["voided"]),
+            "--mask-healthy", str(files["healthy"])]  # fmt: skip
+
+
+def usage_error(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    return capsys.readouterr().err
+
+
+def refused(arguments, capsys):
+    """The one line of a refusal."""
+    assert main(arguments) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("ERROR ")
+    return told[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["score"], "required: --prediction"),
+        (["inpaint", "--mask", "m"], "required: --output"),
+        (["inpaint", "--mask", "m", "--output", "o"], "one of the arguments --t1n-voided --data is required"),
+        (["inpaint", "--t1n-voided", "v", "--output", "o"], "--t1n-voided needs --mask"),
+        (["inpaint", "--t1n-voided", "v", "--data", "d", "--output", "o"], "not allowed with argument"),
+        (["inpaint", "--data", "d", "--mask", "m", "--output", "o"], "--mask, --growth and --tissue go with"),
+        ([*INPAINT, "--conditioning-dir", "c"], "takes no --conditioning-dir"),
+        ([*INPAINT, "--sampler", "heun"], "invalid choice: 'heun'"),
+        ([*INPAINT, "--steps", "x"], "invalid int value: 'x'"),
+        (["run", "--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_status_2(arguments, told, capsys):
+    assert told in usage_error(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run", "--set", "max_epoch=1"], "ERROR unknown parameter 'max_epoch'. Fix: did you mean 'max_epochs'?"),
+        (["run", "--set", "max_epochs"], "ERROR --set max_epochs: not KEY=VALUE. Fix: write for example --set max_epo"),
+        (["run", "--set", "seed=1", "--set", "seed=2"], "ERROR --set seed is given twice, '1' and '2'. Fix: keep one."),
+        (["run", "--preset", "huge"], "ERROR no preset 'huge'; there are smoke, demo, coarse, full, weights. Fix: "),
+        (["run", "09"], "ERROR no stage '09'; there are 01_data_audit, "),
+        (["run", "--run", "../x"], "ERROR run = '../x': letters, digits, "),
+        (["run", "--set", "batch_size=0"], "ERROR batch_size = '0': Input should be greater than or equal to 1. Fix: "),
+        (["params", "9"], "ERROR no stage '9'; there are "),
+        (["validate", "nowhere"], "ERROR nowhere: no such folder. Fix: "),
+        (["validate", ".", "--json", "nowhere/a.json"], "ERROR nowhere/a.json: its folder does not exist. Fix: "),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_status_1_and_one_line(arguments, line, capsys, outputs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert refused(arguments, capsys).startswith(line)
+    assert not outputs.exists()
+
+
+def test_debug_shows_where_a_refusal_comes_from():
+    command = [sys.executable, "-m", "ldm_lib", "--debug", "run", "--set", "max_epoch=1"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert "Traceback" in told.stderr and "in resolve" in told.stderr and "did you mean 'max_epochs'" in told.stderr
+
+
+def test_an_error_of_ours_is_not_hidden(monkeypatch):
+    """A bug is not the user's to mend: it keeps its traceback."""
+    monkeypatch.setattr(runner, "run", lambda *_, **__: [][0])
+    with pytest.raises(IndexError, match="out of range"):
+        main(["run"])
+
+
+def test_run_hands_on_what_was_typed(monkeypatch, capsys):
+    received = {}
+    monkeypatch.setattr(
+        runner, "run", lambda stages, **options: received.update(stages=stages, **options) or Path("folder")
+    )
+    typed = [
+        "run",
+        "4",
+        "05_sampling",
+        "--preset",
+        "smoke",
+        "--set",
+        "data_dir=a=b c",
+        "--set",
+        " seed = 3",
+        "--overwrite",
+    ]
+    assert main(typed) == 0
+    assert received["stages"] == ["04_training", "05_sampling"]
+    assert received["overrides"] == {"data_dir": "a=b c", "seed": "3", "overwrite": True}
+    assert received["name"] == received["preset"] == "smoke"
+    assert capsys.readouterr().out == f"report: {Path('folder/index.html')}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [([], "demo"), (["--run", "a"], "a"), (["--set", "run=b"], "b"), (["--preset", "full", "--set", "run=b"], "b")],
+)
+def test_a_run_is_named_by_option_parameter_or_preset(typed, name, monkeypatch):
+    received = {}
+    monkeypatch.setattr(runner, "run", lambda stages, **options: received.update(options) or Path("folder"))
+    main(["run", *typed])
+    assert received["name"] == name
+
+
+def test_an_output_place_that_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path / "file" / "outputs"))
+    assert "demo: cannot be written (Not a directory). Fix: choose another" in refused(["run"], capsys)
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "a/volume.nii.gz")
+
+    monkeypatch.setattr(runner, "run", full)
+    assert refused(["run"], capsys) == "ERROR a/volume.nii.gz: No space left on device."
+
+
+def test_a_reader_that_left_is_no_error(monkeypatch):
+    monkeypatch.setattr(
+        sys, "stdout", types.SimpleNamespace(write=lambda text: (_ for _ in ()).throw(BrokenPipeError()))
+    )
+    assert main(["params", "04"]) == 0
+
+
+def test_a_refusal_of_the_runner_is_status_1(monkeypatch, capsys):
+    def locked(*_, **__):
+        raise RunError("locked by pid 7 since noon", where="lab", fix="wait for it")
+
+    monkeypatch.setattr(runner, "run", locked)
+    assert refused(["run"], capsys) == "ERROR lab: locked by pid 7 since noon. Fix: wait for it."
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params_prints_each_parameter(stage, capsys):
+    assert main(["params", stage[:2], "--preset", "full"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STAGES[stage].model_fields)
+
+
+def test_samplers_and_defaults_are_those_of_the_notebook(capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="0"):
+        main(["inpaint", "--help"])
+    assert f"{{{','.join(SAMPLERS)}}}" in capsys.readouterr().out
+    received = {}
+    stand_in = types.SimpleNamespace(inpaint=lambda *_, **options: received.update(options) or [])
+    monkeypatch.setitem(sys.modules, "ldm_lib.inpainting.single_file", stand_in)
+    monkeypatch.setitem(
+        sys.modules, "ldm_lib.inpainting.inpainter", types.SimpleNamespace(newest_model=lambda: "newest")
+    )
+    assert main(INPAINT) == 0
+    default = SamplingConfig()
+    assert (received["sampler"], received["steps"], received["seed"]) == (
+        default.sampler,
+        default.num_inference_steps,
+        0,
+    )
+
+
+def test_validate_accepts_good_cases(cases, tmp_path, capsys):
+    assert main(["validate", str(tmp_path / "data")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2].rstrip(":") for line in lines[:-1]] == ["P0-0000", "P1-0000", "P2-0000"]
+    assert lines[-1] == "3 cases: 3 usable (3 with warnings), 0 refused"
+
+
+def test_validate_reports_every_bad_case_in_one_pass(cases, tmp_path, capsys):
+    cases["P0"]["voided"].write_bytes(b"")
+    content = cases["P2"]["mask"].read_bytes()
+    cases["P2"]["mask"].write_bytes(content[: len(content) // 2])
+    (tmp_path / "data" / "bad id").mkdir()
+    findings = tmp_path / "findings.json"
+    assert main(["validate", str(tmp_path / "data"), "--json", str(findings)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert sorted(line.split()[1] for line in lines[:-1]) == ["ERROR", "ERROR", "ERROR", "WARNING"]
+    assert lines[-1] == "4 cases: 1 usable (1 with warnings), 3 refused"
+    rows = {row["case"]: row for row in json.loads(findings.read_text())}
+    assert {key: row["status"] for key, row in rows.items()} == {
+        "'bad id'": "refused", "P0-0000": "refused", "P1-0000": "warning", "P2-0000": "refused"
+    }  # fmt: skip
+    empty = "P0/P0-t1n-voided-0000.nii.gz: empty (0 bytes). Fix: download it again."
+    assert rows["P0-0000"]["reason"] == empty, "told from the data folder on"
+    assert "P2-mask-0000.nii.gz" in rows["P2-0000"]["reason"]
+
+
+def test_score_prints_the_scores_of_metrics(cases, tmp_path, capsys):
+    files = cases["P0"]
+    target, voided, healthy = (np.asarray(nib.load(files[k]).dataobj) for k in ("t1n", "voided", "healthy"))
+    prediction = np.where(healthy, 500, target).astype(np.int16)
+    path = save(tmp_path / "prediction.nii.gz", prediction)
+    assert main(score_arguments(files, path)) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    expected = brats_scores(prediction, target, voided, healthy)
+    assert list(printed) == list(expected)
+    assert {k: float(v) for k, v in printed.items()} == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected["mse"] < 1
+
+
+def test_score_of_another_grid_is_refused(cases, tmp_path, capsys):
+    path = save(tmp_path / "prediction.nii.gz", np.ones((4, 4, 4), np.int16))
+    assert "prediction.nii.gz" in refused(score_arguments(cases["P0"], path), capsys)
+
+
+def test_help_validate_score_and_params_load_nothing_heavy(cases, tmp_path):
+    script = (
+        "import json, sys\nfrom ldm_lib.__main__ import main\n"
+        "for words in sys.argv[1:]:\n"
+        "    try:\n        main(json.loads(words))\n"
+        "    except SystemExit:\n        pass\n"
+        "heavy = 'torch monai lightning papermill nilearn dipy mlflow wandb pandas matplotlib'.split()\n"
+        "print('LOADED', sorted(set(heavy) & set(sys.modules)))"
+    )
+    commands = [["--help"], ["run", "--help"], ["validate", str(tmp_path / "data")], ["params", "04"]]
+    commands.append(score_arguments(cases["P0"], cases["P0"]["t1n"]))
+    told = subprocess.run(
+        [sys.executable, "-c", script, *map(json.dumps, commands)], capture_output=True, text=True, check=True
+    )
+    assert (
+        "usage: python -m ldm_lib" in told.stdout and "3 cases: 3 usable" in told.stdout and "ssim     1" in told.stdout
+    )
+    assert told.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_the_module_runs_as_a_command():
+    environment = {**os.environ, OUTPUTS_VARIABLE: "nowhere"}
+    told = subprocess.run(
+        [sys.executable, "-m", "ldm_lib", "params", "77"], capture_output=True, text=True, env=environment
+    )
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.startswith("ERROR no stage '77'") and told.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def scan(cohort_folder, tmp_path, hurried):
+    """The arguments of `prior` for a small case, and a place in its white matter, mm; registrations are hurried."""
+    from ldm_lib.data.case import load_case
+    from ldm_lib.data.cohort import find_cases
+
+    case = find_cases(cohort_folder)[0][0]
+    data = load_case(case)
+    depth = ndimage.distance_transform_edt((data.tissue == 3) & ~data.mask)
+    seed = data.source.affine @ [*np.unravel_index(depth.argmax(), depth.shape), 1]
+    words = ["prior", "--t1n-voided", str(case.t1n_voided), "--mask", str(case.mask),
+             "--tissue", str(tmp_path / "t.nii.gz")]  # fmt: skip
+    with hurried():
+        yield words, ",".join(f"{v:g}" for v in seed[:3])
+
+
+def test_prior_makes_both_maps_and_then_finds_them(scan, tmp_path, capsys):
+    words, seed = scan
+    words = [*words, "--growth", str(tmp_path / "g.nii.gz"), "--seed-mm", seed, "--days", "150"]
+    assert seed.startswith("-")  # the words that argparse would take for an option
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert "t.nii.gz: made (brain_dice 0.9" in first and "g.nii.gz: made (visible_ml " in first
+    assert main(words) == 0
+    assert "t.nii.gz: found (" in (again := capsys.readouterr().out) and "g.nii.gz: found (" in again
+    settings = json.loads((tmp_path / "g.json").read_text())["settings"]
+    assert settings["days"] == 150 and ",".join(f"{v:g}" for v in settings["seed_mm"]) == seed
+
+
+@pytest.mark.parametrize(("seed", "told"), [
+    ("0,0,500", r"ERROR seed: \(0, 0, 500\) mm is voxel .* mm away, at \(.* Fix: give x,y,z in mm"),
+    ("nan,0,0", r"ERROR --seed-mm nan,0,0: not three numbers\. Fix: write for example"),
+    ("1,2", r"ERROR --seed-mm 1,2: not three numbers\. Fix: write for example"),
+])  # fmt: skip
+def test_a_seed_that_cannot_be_is_refused_in_one_line(scan, tmp_path, capsys, seed, told):
+    assert main([*scan[0], "--growth", str(tmp_path / "g.nii.gz"), "--seed-mm", seed]) == 1
+    assert re.fullmatch(told + r"[^\n]*\n", capsys.readouterr().err)
+    assert not (tmp_path / "g.nii.gz").exists()
+
+
+def test_a_registration_that_failed_leaves_a_picture_and_no_map(scan, tmp_path, capsys, monkeypatch):
+    from ldm_lib.anatomy import registration
+
+    monkeypatch.setattr(registration, "LEAST_DICE", 1.01)
+    assert main(scan[0]) == 1
+    told = capsys.readouterr().err
+    assert re.search(
+        r"ERROR .*: the atlas does not fit: brains overlap by Dice 0\.\d+ .* Fix: see .*-refused\.png", told
+    )
+    assert (tmp_path / "t-refused.png").stat().st_size > 10_000 and not (tmp_path / "t.nii.gz").exists()
+
+
+def test_the_rates_in_the_help_are_those_of_growth():
+    from ldm_lib.anatomy.tumour_growth import Rates
+
+    assert tuple(RATES.values()) == tuple(vars(Rates()).values())
+
+
+def test_an_option_without_a_value_stays_one():
+    """`make` passes an empty --conditioning-dir when there is none."""
+    words = ["validate", "D", "--conditioning-dir", "", "--seed-mm", "-1,2,3"]
+    assert joined(words) == ["validate", "D", "--conditioning-dir", "", "--seed-mm=-1,2,3"]
+    assert joined(["--seed-mm"]) == ["--seed-mm"]

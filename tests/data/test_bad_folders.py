@@ -1,0 +1,240 @@
+"""Folders of cases that are wrong as a set: nothing found, cases twice, files that change, paths written oddly."""
+
+import gzip
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_inputs import spoilt
+from bad_places import Place
+
+from ldm_lib.__main__ import main
+from ldm_lib.data.case import load_case
+from ldm_lib.data.cohort import audit, find_cases, split_patients
+from ldm_lib.errors import InputError
+from ldm_lib.experiment.cohort_file import read_cohort, write_cohort
+
+FIRST, SECOND = "BraTS-GLI-00001-000", "BraTS-GLI-00002-000"
+
+pytestmark = pytest.mark.usefixtures("outputs")
+
+
+def refusal(root: Path | str, capsys) -> str:
+    """What `validate` says, in one line, of a folder that it cannot work on at all."""
+    assert main(["validate", str(root)]) == 1
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("ERROR ") and " Fix: " in line
+    return line
+
+
+# ---- no case at all
+
+
+def test_no_case_is_told_with_what_was_looked_for_and_what_is_there(tmp_path, capsys):
+    for name in ("notes.txt", "scan.nii.gz"):
+        (tmp_path / name).touch()
+    assert re.search(r"looked for .*mask.*found 0.*present: notes\.txt, scan\.nii\.gz", refusal(tmp_path, capsys))
+
+
+def test_no_folder_and_a_file_for_a_folder_are_told(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "absent: no such folder" in refusal(tmp_path / "absent", capsys)
+    assert "file: is a file" in refusal(tmp_path / "file", capsys)
+    assert "no folder of cases is given" in refusal("", capsys)
+
+
+def test_findings_are_never_written_among_the_cases(tmp_path, capsys):
+    place = Place(tmp_path / "data", FIRST)
+    before = place.K.read_bytes()
+    assert main(["validate", str(place.root), "--json", str(place.K)]) == 1
+    assert "lies inside the folder of cases" in capsys.readouterr().err and place.K.read_bytes() == before
+    assert main(["validate", str(place.root), "--json", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "", "told before the first case is read"
+
+
+def test_names_that_a_terminal_would_obey_or_no_encoding_has_are_told_as_python_writes_them(tmp_path, capsys):
+    place = Place(tmp_path, FIRST)
+    for name in (b"x\xff-mask.nii.gz", b"evil\x1b[2J\nOK all fine-mask.nii.gz"):
+        Path(os.fsdecode(os.fsencode(place.folder) + b"/" + name)).touch()
+    assert main(["validate", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    out.encode("utf-8", "strict")
+    assert len(out.splitlines()) == 2 and "\x1b" not in out
+    assert "x\\udcff-mask.nii.gz" in out and "evil\\x1b[2J\\nOK all fine-mask.nii.gz" in out
+
+
+def test_names_that_nearly_fit_are_told(tmp_path):
+    place = Place(tmp_path, FIRST, complete=True)
+    place.move("mask-healthy", f"{FIRST}-mask_healthy.nii.gz")
+    place.move("mask-unhealthy", f"{FIRST}-mask-unhealthy-0000.nii.gz")
+    (tmp_path / f"{SECOND}-t1n-voided.nii.gz").touch()
+    (row,) = audit(tmp_path)
+    assert all(name in row.reason for name in (f"{FIRST}-mask_healthy.nii.gz", f"{FIRST}-mask-unhealthy-0000.nii.gz"))
+    assert f"beside the folders of cases: {SECOND}-t1n-voided.nii.gz" in row.reason
+
+
+def test_maps_are_told_apart_by_their_folders(tmp_path, cohort_folder):
+    """Both of a case have one name; each link out of the data is told, and so is what is no map."""
+    data = shutil.copytree(cohort_folder, tmp_path / "in" / "data")
+    maps = shutil.copytree(cohort_folder.parent / "conditioning_data", tmp_path / "in" / "conditioning_data")
+    identity = find_cases(data)[0][0].id
+    for folder in ("growth_model", "tissue_segmentation"):
+        (maps / folder / f"{identity}.nii.gz").rename(tmp_path / f"{folder}.nii.gz")
+        (maps / folder / f"{identity}.nii.gz").symlink_to(tmp_path / f"{folder}.nii.gz")
+    (maps / "growth_model" / f"{identity} (1).nii.gz").touch()
+    (maps / "tissue_segmentation" / f"{identity}.nii.gz.part").touch()
+    first = next(iter(audit(data)))
+    for told in (
+        f"growth_model/{identity}.nii.gz is a link out of the data folder",
+        f"tissue_segmentation/{identity}.nii.gz is a link out of the data folder",
+        f"passed over in growth_model, unfinished or a second copy: {identity} (1).nii.gz",
+        f"passed over in tissue_segmentation, unfinished or a second copy: {identity}.nii.gz.part",
+    ):
+        assert told in first.reason
+    shutil.rmtree(maps / "growth_model")
+    (maps / "growth_model").touch()
+    assert "passed over, no folder: growth_model" in next(iter(audit(data))).reason
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_what_fails_below_the_gate_refuses_its_case_alone(tmp_path, monkeypatch, error):
+    for identity in (FIRST, SECOND):
+        Place(tmp_path, identity)
+
+    def fails(case):
+        if case.id == FIRST:
+            raise error
+        return load_case(case)
+
+    monkeypatch.setattr("ldm_lib.data.cohort.load_case", fails)
+    first, second = audit(tmp_path)
+    assert first.status == "refused" and type(error).__name__ in first.reason and second.status != "refused"
+
+
+def test_a_case_alone_is_a_cohort(tmp_path, capsys):
+    Place(tmp_path, FIRST, complete=True)
+    assert main(["validate", str(tmp_path)]) == 0
+
+
+def test_the_files_of_another_id_are_named(tmp_path, capsys):
+    Place(tmp_path, FIRST)
+    Place(tmp_path, SECOND).folder.rename(tmp_path / "BraTS-GLI-00003-000")
+    assert main(["validate", str(tmp_path)]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "BraTS-GLI-00003-000" in line)
+    assert "ERROR BraTS-GLI-00003-000: " in line and f"{SECOND}-mask.nii.gz" in line
+
+
+# ---- the same case twice
+
+
+def copied(first: Place, second: Place, *, level: int) -> None:
+    """The voxels of the first in every file of the second, in other bytes."""
+    for role, path in second.paths.items():
+        path.write_bytes(gzip.compress(gzip.decompress(first.paths[role].read_bytes()), level))
+
+
+def test_one_patients_voxels_under_two_ids_are_refused(tmp_path):
+    """By the voxels, not the bytes: else the one may train and the other validate."""
+    copied(Place(tmp_path, FIRST, complete=True), Place(tmp_path, SECOND, complete=True), level=9)
+    first, second = audit(tmp_path)
+    assert first.status != "refused" and second.status == "refused"
+    assert second.reason.startswith(f"{SECOND}/") or SECOND in second.reason
+    assert re.search(rf"same .*{FIRST}", second.reason)
+
+
+def test_another_header_is_no_other_patient(tmp_path):
+    first, second = Place(tmp_path, FIRST, complete=True), Place(tmp_path, SECOND, complete=True)
+    for role, path in second.paths.items():
+        voxels = np.frombuffer(gzip.decompress(first.paths[role].read_bytes())[352:], "u1" if "mask" in role else "<i2")
+        second.save(voxels.reshape(second.x.shape, order="F").astype(">i4"), path)
+    assert [row.status == "refused" for row in audit(tmp_path)] == [False, True]
+
+
+def test_voxels_under_two_ids_may_be_filled(tmp_path):
+    """Without a full image neither trains nor validates."""
+    copied(Place(tmp_path, FIRST), Place(tmp_path, SECOND), level=9)
+    assert all(row.status != "refused" for row in audit(tmp_path))
+
+
+def test_holes_and_time_points_of_one_patient_are_no_copies(tmp_path):
+    two_holes = Place(tmp_path, "BraTS2021_00000", complete=True)
+    for role, path in two_holes.paths.items():
+        if role != "t1n":
+            path.with_name(f"{two_holes.id}-{role}-0001.nii.gz").write_bytes(path.read_bytes())
+            path.rename(path.with_name(f"{two_holes.id}-{role}-0000.nii.gz"))
+    copied(Place(tmp_path, FIRST, complete=True), Place(tmp_path, "BraTS-GLI-00001-001", complete=True), level=1)
+    rows = list(audit(tmp_path))
+    assert len(rows) == 4 and all(row.status != "refused" for row in rows), "always on one side of a split"
+
+
+# ---- a file that changes
+
+
+@pytest.mark.parametrize("role", ["t1n", "t1n-voided", "mask", "mask-healthy"])
+def test_a_file_that_changes_during_a_run_refuses_its_case(tmp_path, role):
+    root = tmp_path / "data"
+    changed, kept = Place(root, FIRST, complete=True), Place(root, SECOND, complete=True)
+    cases, _ = find_cases(root)
+    split = split_patients((case.patient for case in cases), seed=0, validation_fraction=0.5)
+    write_cohort(tmp_path / "cohort.json", cases, split, tmp_path)
+    path = changed.paths[role]
+    before = path.stat()
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content, 1, mtime=1))  # the same voxels, size and, below, time
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = {case.id: case for side in read_cohort(tmp_path / "cohort.json", tmp_path) for case in side}
+    with pytest.raises(InputError, match=rf"{re.escape(path.name)}.*changed since"):
+        load_case(found[FIRST])
+    np.testing.assert_array_equal(load_case(found[SECOND]).source.voxels, kept.x)
+
+
+# ---- the path of the folder
+
+
+def test_a_path_may_have_a_tilde_spaces_brackets_and_a_slash_at_its_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Place(tmp_path / "my [data] é *", FIRST, complete=True)
+    Place(tmp_path / "my data", SECOND, complete=True)
+    for path in (
+        "~/my [data] é *",
+        "~/my [data] é */",
+        f"{tmp_path}/my [data] é *//",
+        f"{tmp_path}/x/../my [data] é *",
+    ):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        assert main(["validate", path]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [FIRST in line for line in lines[:-1]] == [True], "never a glob"
+
+
+def test_a_variable_in_a_path_is_what_the_environment_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DATA", str(tmp_path))
+    Place(tmp_path / "cases", FIRST, complete=True)
+    assert main(["validate", "$DATA/cases"]) == 0
+    assert FIRST in capsys.readouterr().out
+    assert "$ABSENT: no such folder" in refusal(Path("$ABSENT"), capsys)
+
+
+def test_nothing_is_written_beside_the_data(tmp_path):
+    """So that a read-only mount will do."""
+    root = tmp_path / "data"
+    Place(root, FIRST, complete=True)
+    spoilt("truncated gz", root, SECOND)
+    before = _listing(root)
+    for folder in (path for path in [root, *root.rglob("*")] if path.is_dir()):
+        folder.chmod(0o555)
+    try:
+        assert main(["validate", str(root), "--json", str(tmp_path / "found.json")]) == 1
+    finally:
+        for folder in (path for path in [root, *root.rglob("*")] if path.is_dir()):
+            folder.chmod(0o755)
+    assert _listing(root) == before
+
+
+def _listing(root: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [root, *root.rglob("*")]}

@@ -1,0 +1,428 @@
+"""Cases are found by their exact names, checked against each other, and split by patient."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm_lib.data.case import Case, case_of_files, load_case
+from ldm_lib.data.cohort import audit, find_cases, source_digests, split_patients, with_target
+from ldm_lib.data.volume import write_map
+from ldm_lib.errors import InputError
+from ldm_lib.experiment.cohort_file import read_cohort, write_cohort
+
+SHAPE = (12, 11, 10)
+LPS = np.diag([-1.0, -1, 1, 1])
+T1N = np.random.default_rng(0).integers(1, 900, SHAPE).astype(np.int16)
+HEALTHY, UNHEALTHY = np.zeros((2, *SHAPE), bool)
+HEALTHY[2:5, 2:5, 2:5] = UNHEALTHY[7:10, 6:9, 5:8] = True
+MASK = HEALTHY | UNHEALTHY
+TISSUE = np.random.default_rng(1).integers(0, 4, SHAPE).astype(np.uint8)
+GROWTH = np.where(UNHEALTHY, np.float32(0.7), np.float32(0))
+VOXELS = {
+    "t1n": T1N,
+    "t1n-voided": np.where(MASK, 0, T1N),
+    "mask": MASK.astype(np.uint8),
+    "mask-healthy": HEALTHY.astype(np.uint8),
+    "mask-unhealthy": UNHEALTHY.astype(np.uint8),
+}
+FIELD = "12x11x10 voxels of 1x1x1 mm are not BraTS's field of view of 240x240x155 mm: out of training domain"
+CHALLENGE, SEED = "BraTS-GLI-00007-001", "BraTS2021_00000"
+
+
+def _write(folder, identity, roles=tuple(VOXELS), *, holes=("",)):
+    """A patient folder: t1n once, the other roles for every hole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for role in roles:
+        for hole in holes if role != "t1n" else ("",):
+            write_map(folder / f"{identity}-{role}{hole}.nii.gz", VOXELS[role], LPS)
+    return folder
+
+
+def _write_maps(conditioning, identity):
+    for folder, voxels in (("growth_model", GROWTH), ("tissue_segmentation", TISSUE)):
+        (conditioning / folder).mkdir(parents=True, exist_ok=True)
+        write_map(conditioning / folder / f"{identity}.nii.gz", voxels, LPS)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """One patient of three holes in the seed layout, one in the challenge's, maps for both."""
+    root = tmp_path / "data"
+    _write(root / SEED, SEED, holes=("-0000", "-0001", "-0002"))
+    folder = _write(root / CHALLENGE, CHALLENGE)
+    write_map(folder / f"{CHALLENGE}-t1n.nii.gz", T1N + np.int16(1), LPS)  # or it were one patient under two names
+    write_map(folder / f"{CHALLENGE}-t1n-voided.nii.gz", np.where(MASK, 0, T1N + np.int16(1)), LPS)
+    for identity in (SEED, CHALLENGE):
+        _write_maps(root / "conditioning_data", identity)
+    return root
+
+
+def _only(root):
+    cases, exclusions = find_cases(root)
+    assert exclusions == []
+    (case,) = cases
+    return case
+
+
+def test_both_layouts_are_found_with_every_file(data):
+    cases, exclusions = find_cases(data)
+    assert exclusions == []
+    assert [c.key for c in cases] == [CHALLENGE, f"{SEED}-0000", f"{SEED}-0001", f"{SEED}-0002"]
+    assert [c.patient for c in cases] == ["BraTS-GLI-00007", SEED, SEED, SEED]
+    assert cases[0].result_name == f"{CHALLENGE}-t1n-inference.nii.gz"
+    assert cases[2].result_name == f"{SEED}-t1n-inference-0001.nii.gz"
+    maps = data / "conditioning_data"
+    assert cases[2].files() == {
+        "t1n": data / SEED / f"{SEED}-t1n.nii.gz",
+        "t1n_voided": data / SEED / f"{SEED}-t1n-voided-0001.nii.gz",
+        "mask": data / SEED / f"{SEED}-mask-0001.nii.gz",
+        "mask_healthy": data / SEED / f"{SEED}-mask-healthy-0001.nii.gz",
+        "mask_unhealthy": data / SEED / f"{SEED}-mask-unhealthy-0001.nii.gz",
+        "growth": maps / "growth_model" / f"{SEED}.nii.gz",
+        "tissue": maps / "tissue_segmentation" / f"{SEED}.nii.gz",
+    }
+    assert cases[0].files()["mask_healthy"].name == f"{CHALLENGE}-mask-healthy.nii.gz"
+
+
+def test_a_loaded_case_is_its_files(data):
+    loaded = load_case(find_cases(data)[0][1])
+    np.testing.assert_array_equal(loaded.target, T1N)
+    np.testing.assert_array_equal(loaded.voided, np.where(MASK, 0, T1N))
+    for found, expected in (
+        (loaded.mask, MASK),
+        (loaded.healthy, HEALTHY),
+        (loaded.unhealthy, UNHEALTHY),
+        (loaded.growth, GROWTH),
+        (loaded.tissue, TISSUE),
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert loaded.scale == pytest.approx(np.percentile(T1N[~MASK], 99.5))
+    assert loaded.warnings == (FIELD,)
+    assert loaded.lateral_axis == 0
+
+
+def test_a_validation_case_has_only_the_voided_image_and_the_mask(tmp_path):
+    _write(tmp_path / CHALLENGE, CHALLENGE, ("t1n-voided", "mask"))
+    loaded = load_case(_only(tmp_path))
+    assert loaded.target is loaded.healthy is loaded.unhealthy is loaded.growth is loaded.tissue is None
+    assert loaded.warnings == ("no growth map", "no tissue map", FIELD)
+
+
+def test_without_a_voided_image_the_full_one_is_voided(tmp_path):
+    _write(tmp_path / CHALLENGE, CHALLENGE, ("t1n", "mask"))
+    loaded = load_case(_only(tmp_path))
+    np.testing.assert_array_equal(loaded.voided, np.where(MASK, 0, T1N))
+    np.testing.assert_array_equal(loaded.target, T1N)
+
+
+def test_what_lies_under_the_mask_is_not_looked_at(tmp_path):
+    path = _write(tmp_path / CHALLENGE, CHALLENGE, ("t1n-voided", "mask")) / f"{CHALLENGE}-t1n-voided.nii.gz"
+    before = load_case(_only(tmp_path))
+    write_map(path, np.where(MASK, 32000, T1N), LPS)
+    after = load_case(_only(tmp_path))
+    assert after.scale == before.scale
+    np.testing.assert_array_equal(after.voided, before.voided)
+    assert f"{MASK.sum()} of {MASK.sum()} voxels under the mask were not void; voided here" in after.warnings
+
+
+def _with_negative():
+    voxels = np.where(MASK, 0, T1N)
+    voxels[0, 0, :3] = -40, -2, -1
+    return voxels
+
+
+ODD = {
+    "t1n": (T1N + np.eye(12, 11, dtype=np.int16)[:, :, None] * ~MASK, "voxels outside the mask differ between t1n"),
+    "t1n-voided": (_with_negative(), "3 negative voxels, down to -40; read as 0"),
+    "mask": (MASK.astype(np.uint8) * 255, f"{CHALLENGE}-mask.nii.gz: 255 read as 1"),
+}
+
+
+@pytest.mark.parametrize("role", ODD)
+def test_what_is_odd_but_usable_is_a_warning(tmp_path, role):
+    voxels, text = ODD[role]
+    folder = _write(tmp_path / CHALLENGE, CHALLENGE)
+    write_map(folder / f"{CHALLENGE}-{role}.nii.gz", voxels.astype(np.int16), LPS)
+    assert text in "; ".join(load_case(_only(tmp_path)).warnings)
+
+
+@pytest.mark.parametrize("role", ["t1n", "mask", "mask-healthy"])
+def test_stray_bytes_are_told_of_every_file(tmp_path, role):
+    path = _write(tmp_path / CHALLENGE, CHALLENGE) / f"{CHALLENGE}-{role}.nii.gz"
+    path.write_bytes(path.read_bytes() + b"tail")
+    assert f"{path.name}: 4 bytes after the last voxel are ignored" in load_case(_only(tmp_path)).warnings
+
+
+CONTRADICTIONS = {
+    "healthy outside the mask": ("mask-healthy", np.roll(HEALTHY, 1, 0), r"9 voxels of mask-healthy lie outside"),
+    "both": ("mask-unhealthy", MASK, r"27 voxels are both healthy and unhealthy"),
+    "not all": ("mask-healthy", HEALTHY & (np.arange(10) > 2), r"9 voxels differ between the mask and healthy \+ unh"),
+    "empty mask": ("mask", MASK & False, r"the mask is empty \(0 of 1320 voxels\)"),
+    "mask of everything": ("mask", MASK | True, r"1266 of 1320 voxels under the mask were not void: it shows what"),
+    "another shape": ("t1n", T1N[:-1], r"shape \(11, 11, 10\), but .*-t1n-voided\.nii\.gz has \(12, 11, 10\)"),
+    "no contrast": ("t1n-voided", MASK * 0, r"the image is empty"),
+}
+
+
+@pytest.mark.parametrize(("spacing_mm", "warned"), [(4.0, False), (8.0, True)])
+def test_a_head_with_its_skull_is_warned_of(tmp_path, spacing_mm, warned):
+    """The same voxels, 0.9 litres of them or 7.1: no brain is as large."""
+    affine, head, mask = np.diag([spacing_mm] * 3 + [1]), np.full((24, 24, 24), 100, np.int16), np.zeros((24, 24, 24))
+    head[0, 0, 0], mask[9:12, 9:12, 9:12] = 900, 1
+    for name, volume in (("t1n-voided", head * (mask == 0)), ("mask", mask)):
+        write_map(tmp_path / f"head-{name}.nii.gz", volume.astype(np.int16), affine)
+    told = load_case(case_of_files(tmp_path / "head-t1n-voided.nii.gz", tmp_path / "head-mask.nii.gz")).warnings
+    assert any("7.1 litres are not 0, more than a brain: not skull-stripped" in line for line in told) == warned
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_files_that_contradict_each_other_are_refused(tmp_path, name):
+    role, voxels, match = CONTRADICTIONS[name]
+    folder = _write(tmp_path / CHALLENGE, CHALLENGE)
+    write_map(folder / f"{CHALLENGE}-{role}.nii.gz", voxels.astype(np.int16), LPS)
+    with pytest.raises(InputError, match=f"{CHALLENGE}.*{match}"):
+        load_case(_only(tmp_path))
+
+
+def test_maps_are_refused_out_of_range_and_brought_from_another_grid(data):
+    case = find_cases(data)[0][0]
+    write_map(case.growth, GROWTH * 2, LPS)
+    with pytest.raises(InputError, match=r"values from 0 to 1\.4, must lie in \[0, 1\]"):
+        load_case(case)
+    write_map(case.growth, GROWTH, LPS)
+    write_map(case.tissue, TISSUE + np.uint8(1), LPS)
+    with pytest.raises(InputError, match=r"labels 4 \(\d+ voxels\) are not among \(0, 1, 2, 3\)"):
+        load_case(case)
+    shifted = LPS.copy()
+    shifted[0, 3] = 1
+    write_map(case.tissue, TISSUE, shifted)
+    assert any("brought from its grid" in warning for warning in load_case(case).warnings)
+
+
+def test_the_unhealthy_mask_is_never_taken_for_the_healthy_one(tmp_path):
+    _write(tmp_path / CHALLENGE, CHALLENGE, ("t1n-voided", "mask", "mask-unhealthy"))
+    case = _only(tmp_path)
+    assert case.mask_healthy is None
+    assert case.mask_unhealthy.name == f"{CHALLENGE}-mask-unhealthy.nii.gz"
+    assert load_case(case).healthy is None
+
+
+def test_names_in_progress_are_no_cases(tmp_path):
+    folder = _write(tmp_path / SEED, SEED, holes=("-0000",))
+    for name in (f"{SEED}-mask-0000.nii.gz", f"{SEED}-t1n-voided-0000.nii.gz"):
+        for stray in (f"{name}.part", f"{name}.crdownload", f"._{name}", name.replace(".nii", " (1).nii")):
+            shutil.copy(folder / name, folder / stray)
+    shutil.copy(folder / f"{SEED}-mask-0000.nii.gz", folder / f"{SEED}-mask-0001.nii.gz.part")
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / ".hidden").mkdir()
+    assert _only(tmp_path).key == f"{SEED}-0000"
+
+
+@pytest.mark.parametrize(
+    ("roles", "key", "reason"),
+    [
+        ((), SEED, "no mask file; present: nothing"),
+        (("t1n",), SEED, f"no mask file; present: {SEED}-t1n.nii.gz"),
+        (("mask",), f"{SEED}-0000", "neither t1n nor t1n-voided beside its mask"),
+        (("t1n", "t1n-voided"), f"{SEED}-0000", "no mask file beside its t1n-voided"),
+    ],
+)
+def test_an_incomplete_case_is_excluded_with_its_reason(tmp_path, roles, key, reason):
+    _write(tmp_path / CHALLENGE, CHALLENGE)
+    _write(tmp_path / SEED, SEED, roles, holes=("-0000",))
+    cases, exclusions = find_cases(tmp_path)
+    assert [c.key for c in cases] == [CHALLENGE]
+    (told,) = exclusions
+    assert told.case == key and told.reason.startswith(f"{SEED}: {reason}. Fix: ")
+
+
+def test_one_hole_without_its_mask_is_told_and_the_others_stay(data):
+    (data / SEED / f"{SEED}-mask-0001.nii.gz").unlink()
+    cases, exclusions = find_cases(data)
+    assert [c.index for c in cases] == ["", "0000", "0002"]
+    assert [e.case for e in exclusions] == [f"{SEED}-0001"]
+
+
+@pytest.mark.parametrize("name", ["a b", "é", "-x", "x\n", "p" * 129, "$(reboot)"])
+def test_a_folder_name_that_is_no_patient_id_is_excluded(tmp_path, name):
+    _write(tmp_path / CHALLENGE, CHALLENGE)
+    _write(tmp_path / name, "a")
+    cases, exclusions = find_cases(tmp_path)
+    assert [c.key for c in cases] == [CHALLENGE]
+    assert exclusions[0].case == repr(name)
+    assert exclusions[0].reason.startswith("folder name is not a patient id: letters, digits")
+
+
+def test_files_of_another_id_are_no_case(tmp_path):
+    _write(tmp_path / CHALLENGE, SEED)
+    with pytest.raises(InputError, match=f"{CHALLENGE}: no mask file; present: {SEED}-mask-healthy"):
+        find_cases(tmp_path)
+
+
+def test_no_case_at_all_is_refused_with_what_is_there(tmp_path):
+    with pytest.raises(InputError, match=r"found 0 cases; present: nothing\."):
+        find_cases(tmp_path)
+    for k in range(7):
+        (tmp_path / f"note{k}.txt").touch()
+    with pytest.raises(InputError, match=r"looked for .*mask.*; present: note0\.txt, .*note4\.txt and 2 more\. Fix"):
+        find_cases(tmp_path)
+    _write(tmp_path / SEED, SEED, ("mask",))
+    (tmp_path / SEED / f"{SEED}-mask.nii.gz").rename(tmp_path / SEED / f"{SEED}-mask.NII.GZ")
+    with pytest.raises(InputError, match=rf"; {SEED}: {SEED}: neither t1n nor t1n-voided beside its mask"):
+        find_cases(tmp_path)
+    with pytest.raises(InputError, match=r"missing: no such folder"):
+        find_cases(tmp_path / "missing")
+
+
+def test_an_unreadable_folder_is_excluded(tmp_path, monkeypatch):
+    _write(tmp_path / CHALLENGE, CHALLENGE)
+    (tmp_path / SEED).mkdir()
+    list_folder = type(tmp_path).iterdir
+
+    def forbid(path):
+        if path.name == SEED:
+            raise PermissionError(13, "Permission denied")
+        return list_folder(path)
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", forbid)
+    _, exclusions = find_cases(tmp_path)
+    told = "cannot be listed (Permission denied). Fix: check the rights of its folder."
+    assert [(e.case, e.reason) for e in exclusions] == [(SEED, told)]
+
+
+def test_maps_are_looked_for_inside_beside_and_where_told(data, tmp_path):
+    inside = data / "conditioning_data"
+    for place in (data.parent / "conditioning_data", data / "maps", tmp_path / "elsewhere"):
+        inside.rename(place)
+        cases, exclusions = find_cases(data, "" if place.name == "conditioning_data" else place)
+        assert exclusions == []
+        assert cases[0].growth == place / "growth_model" / f"{CHALLENGE}.nii.gz"
+        inside = place
+    assert find_cases(data)[0][0].growth is None
+    with pytest.raises(InputError, match=r"absent: no such folder.*leave CONDITIONING_DIR empty"):
+        find_cases(data, data / "absent")
+
+
+def test_every_bad_case_is_told_in_one_pass(data):
+    seed = data / SEED
+    (seed / f"{SEED}-mask-0000.nii.gz").write_bytes(b"")
+    (seed / f"{SEED}-t1n-voided-0001.nii.gz").unlink()
+    (seed / f"{SEED}-t1n-voided-0001.nii.gz").symlink_to("nowhere")
+    (data / "empty").mkdir()
+    rows = [row.as_dict() for row in audit(data)]
+    assert [(row["case"], row["status"]) for row in rows] == [
+        ("empty", "refused"),
+        (CHALLENGE, "warning"),
+        (f"{SEED}-0000", "refused"),
+        (f"{SEED}-0001", "refused"),
+        (f"{SEED}-0002", "warning"),
+    ]
+    assert "no mask file" in rows[0]["reason"]
+    assert "empty (0 bytes)" in rows[2]["reason"]
+    assert "broken link to nowhere" in rows[3]["reason"]
+    assert rows[1] == {
+        "case": CHALLENGE, "status": "warning", "patient": "BraTS-GLI-00007", "shape": "12x11x10", "spacing_mm": 1.0,
+        "orientation": "LPS", "dtype": "int16", "scale": rows[1]["scale"], "hole_ml": 0.1, "healthy_ml": 0.0,
+        "growth": True, "tissue": True, "reason": FIELD,
+    }  # fmt: skip
+
+
+def test_a_missing_map_is_a_warning_of_the_audit(data):
+    shutil.rmtree(data / "conditioning_data" / "growth_model")
+    rows = list(audit(data))
+    assert {row.status for row in rows} == {"warning"}
+    assert {row.reason for row in rows} == {f"no growth map; {FIELD}"}
+
+
+def test_the_split_depends_on_ids_and_seed_alone():
+    patients = [f"p{k:03d}" for k in range(50)]
+    split = split_patients(patients, seed=3, validation_fraction=0.2)
+    assert len(split["validation"]) == 10
+    assert sorted(split["train"] + split["validation"]) == patients
+    shuffled = np.random.default_rng(0).permutation(patients * 3).tolist()
+    assert split_patients(shuffled, seed=3, validation_fraction=0.2) == split
+    assert split_patients(patients, seed=4, validation_fraction=0.2) != split
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.5, 2), (0.99, 2)])
+def test_neither_side_of_a_split_is_empty(fraction, count):
+    split = split_patients(["a", "b", "c"], seed=0, validation_fraction=fraction)
+    assert len(split["validation"]) == count
+    assert len(split["train"]) == 3 - count
+
+
+def test_one_patient_cannot_be_split():
+    with pytest.raises(InputError, match="1 patient, need at least 2"):
+        split_patients(["a", "a"], seed=0, validation_fraction=0.5)
+
+
+def test_time_points_and_holes_of_a_patient_stay_together(tmp_path):
+    identities = [f"BraTS-GLI-{k:05d}-{t:03d}" for k in range(4) for t in (0, 1)]
+    for identity in identities:
+        _write(tmp_path / identity, identity, ("t1n", "mask"))
+    _write(tmp_path / "PATIENT-100", "PATIENT-100", ("t1n", "mask"), holes=("-0000", "-0001", "-0002"))
+    cases, _ = find_cases(tmp_path)
+    for seed in range(10):
+        split = split_patients((c.patient for c in cases), seed=seed, validation_fraction=0.4)
+        write_cohort(tmp_path / "cohort.json", cases, split, tmp_path)
+        train, validation = read_cohort(tmp_path / "cohort.json", tmp_path)
+        assert len(train) + len(validation) == len(cases) == 11
+        for sides in ({c.id[:15] for c in side} for side in (train, validation)):
+            assert sides
+        assert not {c.id[:15] for c in train} & {c.id[:15] for c in validation}
+
+
+def test_a_cohort_moves_with_its_run_folder(data, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    data.rename(run / "data")
+    outside = _write(tmp_path / "far" / "BraTS-GLI-00009-000", "BraTS-GLI-00009-000")
+    (run / "data" / outside.name).symlink_to(outside)
+    cases, _ = find_cases(run / "data")
+    cases += find_cases(tmp_path / "far")[0]
+    split = split_patients((c.patient for c in cases), seed=0, validation_fraction=0.3)
+    write_cohort(run / "cohort.json", cases, split, run)
+    text = (run / "cohort.json").read_text()
+    moved = run.rename(tmp_path / "moved")
+    train, validation = read_cohort(moved / "cohort.json", moved)
+    assert {c.patient for c in train} == set(split["train"])
+    assert {c.patient for c in validation} == set(split["validation"])
+    assert text.count(str(tmp_path)) == 5, "only the five files of the patient outside"
+    assert {c.key for c in train + validation} == {c.key for c in cases}
+    for case in train + validation:
+        for path in case.files().values():
+            assert path.is_relative_to(moved) or path.is_relative_to(tmp_path / "far")
+            assert path.exists()
+
+
+def test_a_cohort_is_written_relative_to_a_relative_root(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases, _ = find_cases("data")
+    split = split_patients((c.patient for c in cases), seed=0, validation_fraction=0.3)
+    write_cohort(tmp_path / "cohort.json", cases, split, data.parent)
+    assert os.fspath(tmp_path) not in (tmp_path / "cohort.json").read_text()
+
+
+def test_the_digest_of_a_data_folder_changes_with_any_byte_of_a_case(data):
+    assert source_digests("") == {}
+    before = source_digests(data)
+    (data / SEED / "notes.txt").write_text("not a case's file")
+    assert source_digests(data) == before
+    write_map(data / "conditioning_data" / "growth_model" / f"{SEED}.nii.gz", GROWTH / 2, LPS)
+    changed = source_digests(data)
+    assert changed != before
+    (data / SEED / f"{SEED}-mask-0001.nii.gz").unlink()
+    (data / SEED / f"{SEED}-mask-0001.nii.gz").symlink_to("nowhere")
+    assert source_digests(data) not in (before, changed), "a broken link is no reason to crash"
+
+
+def test_only_cases_with_their_full_image_train():
+    known = Case("a", "a", "", Path("t"), Path("v"), Path("m"), None, None, None, None)
+    blind = replace(known, id="b", t1n=None)
+    assert with_target([blind, known]) == [known]
+    with pytest.raises(InputError, match="none of 2 cases has a t1n"):
+        with_target([blind, blind])

@@ -1,0 +1,190 @@
+"""Laws of the cohort to train on: drawn from wider ranges, with maps as a registration leaves them, made by many."""
+
+from dataclasses import astuple, replace
+
+import numpy as np
+import pytest
+
+from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, DomainRandomisation, scan
+from ldm_lib.anatomy.synthetic_brain import Brain, grid_of
+from ldm_lib.data import synthetic_cohort as module
+from ldm_lib.data.synthetic_cohort import make_patient, write_patient, write_synthetic_cohort
+from ldm_lib.errors import ConfigError
+
+COARSE = {"spacing_mm": 8.0, "masks": 1}
+CLEAN = {"texture": (0.0, 0.0), "bias": (0.0, 0.0), "noise": (0.0, 0.0)}
+
+
+@pytest.fixture(scope="module")
+def true():
+    return [make_patient(0, patient, **COARSE) for patient in range(2)]
+
+
+@pytest.fixture(scope="module")
+def registered():
+    return [make_patient(0, patient, **COARSE, tissue_map="registered") for patient in range(2)]
+
+
+# ---- ranges
+
+
+def contrast(domain_randomisation, patient=0):
+    """Intensity of CSF and GM over WM's in a brain of three thick slabs, without a tumour and what blurs the view."""
+    grid = grid_of(8.0)
+    tissue = np.indices(grid.shape)[0] // 10
+    shares = np.eye(3)[:, tissue.ravel()]
+    brain = Brain(np.ones(grid.shape, bool), shares, np.zeros(shares.shape[1]))
+    streams = [np.random.default_rng([patient, k]) for k in range(2)]
+    image = scan(brain, np.zeros(grid.shape), grid, replace(domain_randomisation, **CLEAN), *streams)
+    csf, gm, white = (np.median(image[10 * k + 3 : 10 * k + 7]) for k in range(3))
+    return csf / white, gm / white
+
+
+def test_the_last_change_of_contrast_is_a_power():
+    for gamma in (1.0, 0.8, 1.3):
+        found = contrast(DomainRandomisation(csf=(0.2, 0.2), gm=(0.7, 0.7), gamma=(gamma, gamma)))
+        assert found == pytest.approx((0.2**gamma, 0.7**gamma), abs=0.003)
+
+
+def test_wide_contrasts_lie_on_both_sides_of_the_usual():
+    usual, wide = (np.array([contrast(RANDOMISATIONS[name], k) for k in range(20)]) for name in ("narrow", "wide"))
+    low, high = (0.12, 0.60), (0.30, 0.74)
+    assert (usual > np.array(low) - 0.002).all() and (usual < np.array(high) + 0.002).all()
+    assert (wide.min(axis=0) < low).all() and (wide.max(axis=0) > high).all()
+
+
+def test_every_wide_range_reaches_beyond_the_usual_one_and_none_is_empty():
+    for usual, wide in zip(*map(astuple, (RANDOMISATIONS["narrow"], RANDOMISATIONS["wide"])), strict=True):
+        assert wide[0] < wide[1] and wide[1] > usual[1] and wide[0] <= usual[1]
+
+
+def drawn(monkeypatch, domain_randomisation):
+    """How far 20 brains are bent, and the range of their holes' factors."""
+    bent, holes = [], set()
+
+    def stop(brain, unhealthy, donor, rng, *, spacing_mm, scale):
+        holes.add(scale)
+        raise StopIteration
+
+    def bend(rng, grid, deformation):
+        bent.append(deformation)
+        return Brain(np.ones(grid.shape, bool), np.ones((3, 1)), np.ones(1))
+
+    monkeypatch.setattr(module, "make_brain", bend)
+    monkeypatch.setattr(module, "_tumour", lambda *_: np.zeros(grid_of(module.GROWTH_MM).shape, np.float32))
+    monkeypatch.setattr(module, "healthy_mask", stop)
+    for patient in range(20):
+        with pytest.raises(StopIteration):
+            make_patient(0, patient, **COARSE, deformation=0.5, domain_randomisation=domain_randomisation)
+    return 2 * np.array(bent), holes
+
+
+def test_wide_brains_are_bent_by_more_or_less_and_their_holes_are_larger(monkeypatch):
+    bent, holes = drawn(monkeypatch, "narrow")
+    assert (bent == 1).all() and holes == {(0.6, 1.1)}
+    bent, holes = drawn(monkeypatch, "wide")
+    assert bent.min() < 1 < 1.5 < bent.max() <= 1.7 and len(set(bent)) == 20 and holes == {(0.7, 1.9)}
+
+
+def test_a_usual_patient_is_what_it_was_before_there_were_others(true):
+    """Figures of the cohort before there were varieties."""
+    for patient, figures in zip(true, [(1462.55, 3086, 10.0964, 30), (308.976, 3152, 31.7726, 13)], strict=True):
+        brain = patient.t1n > 0
+        found = (patient.t1n[brain].mean(), brain.sum(), patient.growth.sum(), patient.masks[0][0].sum())
+        assert found == pytest.approx(figures, rel=1e-3)
+
+
+# ---- maps as a registration leaves them
+
+
+def test_a_registered_map_is_all_that_changes(true, registered):
+    for plain, other in zip(true, registered, strict=True):
+        for name in ("t1n", "growth", "segmentation", "affine"):
+            np.testing.assert_array_equal(getattr(plain, name), getattr(other, name))
+        np.testing.assert_array_equal(plain.masks, other.masks)
+        assert other.tissue.dtype == plain.tissue.dtype and set(np.unique(other.tissue)) == {0, 1, 2, 3}
+
+
+def agreeing(one, other):
+    """Share of voxels in either brain that both maps call the same."""
+    brain = (one > 0) | (other > 0)
+    return (one == other)[brain].mean()
+
+
+def test_a_registered_map_is_off_and_still_the_patients_own(true, registered):
+    for k in (0, 1):
+        own, of_another = (agreeing(registered[k].tissue, true[j].tissue) for j in (k, 1 - k))
+        assert 0.6 < own < 0.9 and of_another < own - 0.15
+
+
+def test_what_a_registration_misses_is_a_function_of_seed_and_patient(registered):
+    again = make_patient(0, 1, **COARSE, tissue_map="registered")
+    np.testing.assert_array_equal(again.tissue, registered[1].tissue)
+
+
+@pytest.mark.parametrize(("wrong", "told"), [
+    ({"domain_randomisation": "wild"}, "domain_randomisation 'wild', tissue_map 'true' given; allowed are usual, wide; true, registered"),
+    ({"tissue_map": "drawn"}, "domain_randomisation 'usual', tissue_map 'drawn' given; allowed are usual, wide; true, registered"),
+])  # fmt: skip
+def test_unknown_words_are_refused_in_one_line(wrong, told):
+    with pytest.raises(ConfigError) as refusal:
+        make_patient(0, 0, **COARSE, **wrong)
+    assert str(refusal.value).startswith(f"make_phantom: {told}") and "\n" not in str(refusal.value)
+
+
+# ---- patients that are whole, and those that are not
+
+
+@pytest.fixture
+def quick(monkeypatch, true):
+    """Patients that are made at once, and the numbers of those that were."""
+    made = []
+
+    def make(seed, patient, **how):
+        made.append(patient)
+        return true[patient]
+
+    monkeypatch.setattr(module, "make_patient", make)
+    return made
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_patient_that_is_whole_is_not_made_again(quick, tmp_path):
+    assert write_patient(tmp_path, 0, 1) == "Synthetic_00001" and quick == [1]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert write_synthetic_cohort(tmp_path, seed=0, patients=[1]) == ["Synthetic_00001"] and quick == [1]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    (tmp_path / "data" / "Synthetic_00001" / "Synthetic_00001-t1n.nii.gz").unlink()
+    write_patient(tmp_path, 0, 1)
+    assert quick == [1, 1]
+
+
+@pytest.mark.parametrize("files", range(7))
+def test_a_patient_cut_off_after_any_file_is_made_again_and_comes_out_the_same(quick, tmp_path, monkeypatch, files):
+    write_patient(tmp_path / "whole", 0, 1)
+    write, left = module.write_map, iter(range(files))
+
+    def cut_off(*given):
+        next(left)
+        return write(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(module, "write_map", cut_off)
+        write_patient(tmp_path / "cut", 0, 1)
+    assert len(contents(tmp_path / "cut")) == files
+    write_patient(tmp_path / "cut", 0, 1)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and len(contents(tmp_path / "whole")) == 7
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(tmp_path):
+    """20 seconds, for the most part until two processes have loaded what they need."""
+    how = {"seed": 0, "patients": [1, 0], **COARSE, "domain_randomisation": "wide", "tissue_map": "registered"}
+    told = []
+    written = write_synthetic_cohort(tmp_path / "two", workers=2, on_patient=told.append, **how)
+    assert written == told == ["Synthetic_00001", "Synthetic_00000"]
+    assert write_synthetic_cohort(tmp_path / "one", **how) == written
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

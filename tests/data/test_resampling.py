@@ -1,0 +1,110 @@
+"""Laws of going to other voxels and back: same places, no peeking, any order of voxels, exact where nothing changes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ldm_lib.data.case import load_case
+from ldm_lib.data.resampling import Resampling, resampled, resampling
+
+SHAPE = (24, 21, 18)
+ways = pytest.mark.parametrize("wanted_mm", [4.0, 2.0, 1.5, 0.7])
+
+
+def way(wanted_mm, spacing_mm=(1.0, 1.0, 1.0)):
+    return Resampling.of(SHAPE, spacing_mm, wanted_mm)
+
+
+@ways
+def test_a_linear_image_keeps_its_value_at_every_place(wanted_mm):
+    """Smoothing and linear interpolation are exact on it, away from the border."""
+    affine, chosen = np.array([[-1.0, 0, 0, 7], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]]), way(wanted_mm)
+    world = np.einsum("ij,jxyz->ixyz", affine, np.stack([*np.indices(SHAPE), np.ones(SHAPE)]))
+    image = 3 * world[0] - 2 * world[1] + world[2]
+    found = chosen.image(image, np.ones(SHAPE, bool))
+    there = np.stack([*np.indices(found.shape), np.ones(found.shape)])
+    world = np.einsum("ij,jxyz->ixyz", chosen.affine(affine), there)
+    # what the smoothing sees lies inside: 4 standard deviations, 2 voxels more for a coarse grid's own edge
+    inner = tuple(slice(n // 2 - 1, n // 2 + 1) for n in found.shape)
+    np.testing.assert_allclose(found[inner], (3 * world[0] - 2 * world[1] + world[2])[inner], atol=0.2)
+
+
+@ways
+def test_the_grid_there_covers_the_grid_here_about_the_same_middle(wanted_mm):
+    chosen = way(wanted_mm, (1.0, 2.0, 0.5))
+    extent_mm = np.array(SHAPE) * (1.0, 2.0, 0.5)
+    covered_mm = np.array(chosen.shape) * wanted_mm
+    assert (covered_mm >= extent_mm - 1e-6).all() and (covered_mm < extent_mm + 2 * wanted_mm).all()
+    middle_here, middle_there = (
+        (np.array([*shape, 1]) - [1, 1, 1, 0]) / [2, 2, 2, 1] for shape in (SHAPE, chosen.shape)
+    )
+    affine = np.diag([1.0, 2.0, 0.5, 1.0])
+    np.testing.assert_allclose(affine @ middle_here, chosen.affine(affine) @ middle_there)
+
+
+@ways
+def test_a_voxel_that_is_known_there_has_seen_no_hole(wanted_mm):
+    """Whatever stands under the mask, the image there is the same; and the hole there covers every voxel of it."""
+    rng = np.random.default_rng(0)
+    image, mask, chosen = rng.random(SHAPE), np.zeros(SHAPE, bool), way(wanted_mm)
+    mask[5:12, 7:9, 3:14] = True
+    mask[20, 20, 17] = True
+    void = np.where(mask, 0, image)
+    hole = chosen.mask(mask)
+    assert np.array_equal(chosen.image(void, ~mask), chosen.image(np.where(mask, 1e6, void), ~mask))
+    full = chosen.image(image, np.ones(SHAPE, bool))
+    if wanted_mm < 1:  # interpolation alone: what is known there is as if there were no hole
+        np.testing.assert_allclose(chosen.image(void, ~mask)[~hole], full[~hole], atol=1e-6)
+    assert (chosen.back(hole.astype(np.float32), np.argwhere(mask)) > 0.4).all()
+
+
+@ways
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_order_of_voxels_does_not_matter(wanted_mm, axis):
+    rng, chosen = np.random.default_rng(1), way(wanted_mm)
+    image, mask, labels = rng.random(SHAPE), rng.random(SHAPE) < 0.01, rng.integers(0, 4, SHAPE).astype(np.uint8)
+
+    def there(turn):
+        parts = chosen.image(turn(image), ~turn(mask)), chosen.mask(turn(mask)), chosen.labels(turn(labels))
+        return [turn(part) for part in parts]
+
+    for plain, turned in zip(there(lambda a: a), there(lambda a: np.flip(a, axis)), strict=True):
+        np.testing.assert_allclose(plain, turned, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted_mm", [2.0, 1.3, 0.7])
+def test_a_smooth_volume_comes_back(wanted_mm):
+    x, y, z = np.indices(SHAPE)
+    image = np.sin(x / 7) + np.cos(y / 6) * np.sin(z / 8)
+    chosen = way(wanted_mm)
+    voxels = np.argwhere(np.ones(SHAPE, bool))
+    voxels = voxels[((voxels > 4) & (voxels < np.array(SHAPE) - 5)).all(axis=1)]
+    back = chosen.back(chosen.image(image, np.ones(SHAPE, bool)), voxels)
+    assert np.abs(back - image[tuple(voxels.T)]).max() < 0.05
+
+
+def test_a_label_there_is_the_one_that_covers_most():
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[:12], labels[12:] = 3, 1
+    found = way(3.0).labels(labels)
+    assert (found[:4] == 3).all() and (found[4:] == 1).all() and found.dtype == np.uint8
+
+
+def test_a_case_of_the_models_voxels_is_left_alone(cases):
+    data = load_case(cases[0])
+    assert resampling(data, 8.05) is None and resampled(data, None) is data
+    assert resampling(data, 8.5) is not None
+
+
+def test_maps_go_along_and_nothing_of_the_truth_does(cases):
+    data = load_case(cases[0])
+    there = resampled(data, resampling(data, 5.0))
+    assert there.target is None and there.healthy is None and there.unhealthy is None
+    np.testing.assert_allclose(there.source.spacing_mm, 5.0)
+    assert set(np.unique(there.tissue)) <= set(np.unique(data.tissue))
+    assert there.growth.min() >= 0 and there.growth.max() <= data.growth.max() + 1e-6
+    share = there.mask.sum() * 5.0**3 / (data.mask.sum() * 8.0**3)
+    assert 1 <= share < 3 and not there.voided[there.mask].any()
+    peeked = replace(data, voided=np.where(data.mask, 999, data.voided).astype(np.float32))
+    assert np.array_equal(resampled(peeked, resampling(data, 5.0)).voided, there.voided)

@@ -1,0 +1,196 @@
+"""Laws of the context "initial_estimate": a first guess is shown, what it lacks is generated, and nothing hidden is looked at."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import changed
+
+from ldm_lib.anatomy.initial_estimate import initial_estimate
+from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.data.case import load_case
+from ldm_lib.data.model_grid import grid_case
+from ldm_lib.diffusion.latents import (
+    LatentSpec,
+    collate,
+    denoiser_input,
+    encode_case,
+    generated,
+    input_channels,
+    keep_known,
+    measured,
+)
+from ldm_lib.errors import WeightsError
+from ldm_lib.inpainting.inpainter import Inpainter
+from ldm_lib.model_io import load_model
+
+STD = (0.5, 1.0, 2.0)
+HOW = {"device": torch.device("cpu"), "precision": "32"}
+PLAIN, SCALED = LatentSpec(context="initial_estimate"), LatentSpec(context="initial_estimate", residual_std=STD)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tiny_autoencoder_folder):
+    return load_model(tiny_autoencoder_folder, Autoencoder)
+
+
+@pytest.fixture(scope="module")
+def case(cases):
+    return grid_case(load_case(cases[0]), 2)
+
+
+@pytest.fixture(scope="module")
+def inpainter(tiny_draft_folder):
+    return Inpainter.load(tiny_draft_folder, device="cpu", precision="32")
+
+
+def latent_of(autoencoder, image):
+    with torch.inference_mode():
+        return autoencoder.encode(torch.from_numpy(image)[None, None])[0]
+
+
+@pytest.fixture(scope="module")
+def truth(autoencoder, case):
+    return latent_of(autoencoder, case.target)
+
+
+@pytest.fixture(scope="module")
+def guess(autoencoder, case):
+    return latent_of(autoencoder, initial_estimate(case.voided, case.mask, case.tissue, spacing_mm=8.0))
+
+
+# ---- what a case becomes
+
+
+def test_a_case_is_its_draft_and_what_that_lacks(autoencoder, case, truth, guess):
+    latents = encode_case(case, autoencoder, PLAIN, **HOW)
+    assert torch.equal(latents["initial_estimate"], guess) and torch.equal(latents["target"], truth - guess)
+    assert latents["voided"].shape == guess.shape and not latents["voided"].any()
+    assert (truth - guess).abs().max() > 0.1, "or there were nothing to generate"
+
+
+def test_what_it_lacks_is_told_in_units_of_its_own(autoencoder, case, truth, guess):
+    latents = encode_case(case, autoencoder, SCALED, **HOW)
+    for channel, std in enumerate(STD):
+        torch.testing.assert_close(latents["target"][channel], (truth - guess)[channel] / std)
+    assert torch.equal(latents["initial_estimate"], guess)
+
+
+@pytest.mark.parametrize("settings", [PLAIN, SCALED])
+def test_what_was_made_of_the_truth_gives_it_back(autoencoder, case, truth, settings):
+    latents = encode_case(case, autoencoder, settings, **HOW)
+    torch.testing.assert_close(generated(latents["target"], latents, settings), truth, atol=1e-5, rtol=1e-5)
+    two = torch.stack([latents["target"], 0 * latents["target"]])
+    found = generated(two, latents, settings)
+    assert torch.equal(found[0], generated(latents["target"], latents, settings))
+    assert torch.equal(found[1], latents["initial_estimate"]), "nothing to mend is the draft"
+
+
+def test_without_drafts_what_is_sampled_is_the_latent(truth):
+    assert generated(truth, {}, LatentSpec()) is truth
+
+
+@pytest.mark.parametrize("hidden", [0.0, 7.0, np.nan])
+def test_nothing_under_the_mask_is_looked_at(autoencoder, case, hidden):
+    other = replace(case, voided=np.where(case.mask, np.float32(hidden), case.voided), target=None)
+    own, found = (encode_case(seen, autoencoder, SCALED, **HOW) for seen in (case, other))
+    assert found.keys() == own.keys() - {"target"}
+    assert all(torch.equal(found[name], own[name]) for name in found)
+
+
+def test_the_denoiser_is_shown_the_draft_and_how_much_of_a_cell_is_hole(autoencoder, case):
+    batch = collate([encode_case(case, autoencoder, SCALED, **HOW)])
+    noisy = torch.randn(batch["initial_estimate"].shape, generator=torch.Generator().manual_seed(0))
+    seen = denoiser_input(noisy, batch, SCALED)
+    assert seen.shape[1] == input_channels(3, SCALED) == 12
+    assert torch.equal(seen[:, :3], batch["hole"] * noisy), "known cells lack nothing"
+    assert torch.equal(seen[:, :3], keep_known(noisy, batch))
+    assert torch.equal(seen[:, 8:11], batch["initial_estimate"]) and torch.equal(seen[:, 11:], batch["share"])
+
+
+# ---- how much drafts lack
+
+
+def test_it_is_the_root_of_the_mean_square_over_the_cells_that_are_generated(autoencoder, cases):
+    lacks = []
+    for case in (cases[0], cases[2]):
+        data = grid_case(load_case(case), 2)
+        draft = initial_estimate(data.voided, data.mask, data.tissue, spacing_mm=8.0)
+        blocks = data.mask.reshape(15, 2, 15, 2, 10, 2).any((1, 3, 5))
+        difference = latent_of(autoencoder, data.target) - latent_of(autoencoder, draft)
+        lacks.append(difference[:, torch.from_numpy(blocks)].double().numpy())
+    wanted = np.sqrt(np.square(np.concatenate(lacks, axis=1)).mean(axis=1))
+    settings = LatentSpec(context="initial_estimate", mask_dilation=0)
+    found = measured(settings, map(load_case, (cases[0], cases[2])), autoencoder)
+    np.testing.assert_allclose(found.residual_std, wanted, rtol=1e-5)
+    assert replace(found, residual_std=()) == settings and lacks[0].shape[1] != lacks[1].shape[1]
+
+
+def test_the_targets_of_what_was_measured_have_a_mean_square_of_1(autoencoder, cases):
+    data = load_case(cases[0])
+    settings = measured(PLAIN, [data], autoencoder)
+    latents = encode_case(grid_case(data, 2), autoencoder, settings, **HOW)
+    square = latents["target"][:, latents["loss"][0] > 0].square().mean(dim=1)
+    torch.testing.assert_close(square, torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_no_more_cases_are_measured_than_are_enough(autoencoder, cases, monkeypatch):
+    monkeypatch.setattr("ldm_lib.diffusion.latents.MEASURED", 1)
+    seen = []
+    found = measured(PLAIN, (seen.append(case) or load_case(case) for case in cases), autoencoder)
+    assert seen == cases[:1] and found == measured(PLAIN, [load_case(cases[0])], autoencoder)
+
+
+# ---- the model
+
+
+def test_a_model_of_drafts_needs_maps_and_others_do_as_they_are_told(inpainter, tiny_model_folder):
+    other = Inpainter.load(tiny_model_folder, device="cpu")
+    assert [inpainter.makes_maps(asked) for asked in (None, True, False)] == [True, True, False]
+    assert [other.makes_maps(asked) for asked in (None, True, False)] == [False, True, False]
+    assert (inpainter.model.spec.refinement, other.model.spec.refinement) == ("none", "mixture")
+
+
+def test_a_denoiser_with_nothing_to_mend_fills_the_draft(inpainter, cases):
+    """What is sampled is the residual: where it is 0, the draft comes back from the autoencoder."""
+    data = load_case(cases[0])
+
+    def silent(shown, t, told=None):
+        _, sigma = inpainter.model.schedule.rates(t, shown)
+        return shown[:, :3] / sigma  # all of x is noise: x_0 = 0
+
+    mending = changed(inpainter, denoiser=silent, blend_mm=0.0)
+    latents = mending.encode(data)
+    drawn = mending.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=3)[0]
+    torch.testing.assert_close(drawn, latents["initial_estimate"], atol=1e-4, rtol=1e-4)
+    filled = mending.fill(data, steps=3).mean
+    np.testing.assert_allclose(filled, mending.decode(latents["initial_estimate"], data), atol=1e-3 * data.scale)
+
+
+def test_known_cells_are_those_of_the_draft_whatever_is_sampled(inpainter, cases):
+    latents = inpainter.encode(load_case(cases[0]))
+    drawn = inpainter.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=2)[0]
+    known = (latents["hole"] == 0).expand_as(drawn)
+    assert torch.equal(drawn[known], latents["initial_estimate"][known])
+    assert (drawn - latents["initial_estimate"])[~known].abs().max() > 0.1
+
+
+def test_a_model_says_how_much_its_drafts_lack(inpainter):
+    assert inpainter.model.spec.residual_std == STD
+
+
+@pytest.mark.parametrize("std", [
+    [1.0], [1.0] * 4, [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("inf"), 1.0], [1.0, float("nan"), 1.0],
+    ["much", 1.0, 1.0], "111", [10**400, 1.0, 1.0], 1.0, None, [[1.0]] * 3,
+], ids=lambda std: str(std)[:20])  # fmt: skip
+def test_a_scale_that_cannot_be_is_refused(tiny_draft_folder, tmp_path, std):
+    folder = shutil.copytree(tiny_draft_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["residual_std"] = std
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"does not say how it was trained .*Fix: copy") as refusal:
+        Inpainter.load(folder, device="cpu")
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,67 @@
+"""Laws of the objectives: four names of one pair (x_0, noise), and weights that make them one loss."""
+
+import pytest
+import torch
+
+from ldm_lib.diffusion.parameterisation import PREDICTIONS, min_snr_weight, to_x0_and_noise, wanted
+from ldm_lib.diffusion.schedule import noise_schedule
+
+SCHEDULES = {name: noise_schedule("flow" if name == "flow" else "cosine") for name in PREDICTIONS}
+T = torch.tensor([0, 9, 500, 990])
+
+
+def pair(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    return (torch.randn(4, 2, 3, 3, 3, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_answer_means_the_pair_that_made_x_t(prediction):
+    schedule, (x0, noise) = SCHEDULES[prediction], pair()
+    x_t = schedule.add_noise(x0, noise, T)
+    found = to_x0_and_noise(prediction, schedule, wanted(prediction, schedule, x0, noise, T), x_t, T)
+    torch.testing.assert_close(found[0], x0)
+    torch.testing.assert_close(found[1], noise)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_whatever_is_answered_means_a_pair_that_makes_x_t(prediction):
+    """No answer can contradict the input it was given for."""
+    schedule, (x_t, answer) = SCHEDULES[prediction], pair()
+    x0, noise = to_x0_and_noise(prediction, schedule, answer, x_t, T)
+    torch.testing.assert_close(schedule.add_noise(x0, noise, T), x_t)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "velocity", "flow"])
+def test_without_signal_the_answer_is_still_finite(prediction):
+    schedule = noise_schedule("flow") if prediction == "flow" else noise_schedule(zero_terminal_snr=True)
+    (x_t, answer), last = pair(), torch.full((4,), 999)
+    x0, noise = to_x0_and_noise(prediction, schedule, answer, x_t, last)
+    assert x0.isfinite().all() and torch.equal(noise, x_t)  # x_t is all noise there
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(prediction, gamma):
+    """weight * |error of the answer|^2 = min(SNR, gamma) * |error of x_0|^2, the definition of Hang et al."""
+    schedule, (x0, noise) = SCHEDULES[prediction], pair()
+    x_t, right = schedule.add_noise(x0, noise, T), wanted(prediction, schedule, x0, noise, T)
+    wrong = right + 0.1 * torch.randn(right.shape, generator=torch.Generator().manual_seed(1), dtype=right.dtype)
+    guess, _ = to_x0_and_noise(prediction, schedule, wrong, x_t, T)
+    weighted = min_snr_weight(prediction, schedule, T, gamma) * (wrong - right).square().mean(dim=(1, 2, 3, 4))
+    snr = (schedule.alpha[T] / schedule.sigma[T]) ** 2
+    torch.testing.assert_close(weighted, snr.clamp(max=gamma) * (guess - x0).square().mean(dim=(1, 2, 3, 4)))
+
+
+def test_min_snr_at_no_signal_at_all():
+    silent = noise_schedule(zero_terminal_snr=True)
+    last = torch.tensor([999])
+    assert [min_snr_weight(name, silent, last, 5.0).item() for name in ("noise", "x0", "velocity")] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_half_precision_is_rounded_once(prediction):
+    schedule, (x0, noise) = SCHEDULES[prediction], pair(torch.bfloat16)
+    found = wanted(prediction, schedule, x0, noise, T)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted(prediction, schedule, x0.double(), noise.double(), T).bfloat16())

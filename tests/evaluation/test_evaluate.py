@@ -1,0 +1,226 @@
+"""Laws of an appraisal: tables that can be worked out by hand, and cases that are filled once and told nothing."""
+
+import csv
+import shutil
+
+import pytest
+
+from ldm_lib.data.case import load_case
+from ldm_lib.data.cohort import find_cases
+from ldm_lib.data.volume import read_volume
+from ldm_lib.errors import ConfigError, InputError
+from ldm_lib.evaluation import evaluate as module
+from ldm_lib.evaluation.case_scores import NEAREST, ONE_SAMPLE, UPPER_BOUND, mean_of
+from ldm_lib.evaluation.evaluate import cases_table, evaluate, methods_table
+from ldm_lib.evaluation.metrics import brats_scores
+from ldm_lib.experiment.stages import SamplingConfig
+from ldm_lib.files import markdown
+from ldm_lib.inpainting.baselines import BASELINES, harmonic_fill
+from ldm_lib.inpainting.folder import fill_cases
+from ldm_lib.inpainting.inpainter import Inpainter
+from ldm_lib.locking import FolderLock
+from ldm_lib.plots.figures import planes
+
+HOW = {"device": "cpu", "precision": "32", "blend_mm": 8.0, "temperature": 0.5}
+CONFIG = SamplingConfig(num_inference_steps=2, samples=2, **HOW)
+QUICK = CONFIG.model_copy(update={"num_inference_steps": 1, "samples": 1})
+
+
+# ---- tables by hand
+
+
+def rows_of(method, scores):
+    """Rows of one method: hole -> (PSNR, SSIM); the patient is the hole's first letter."""
+    return [{"method": method, "case": hole, "patient": hole[0], "psnr_01": psnr, "ssim": ssim}
+            for hole, (psnr, ssim) in scores.items()]  # fmt: skip
+
+
+HARMONIC = rows_of("harmonic", {"a0": (20, 0.5), "a1": (22, 0.7), "b0": (30, 0.8)})
+OURS = rows_of("ours", {"a0": (24, 0.7), "a1": (22, 0.7), "b0": (31, 0.9)})
+
+
+def test_holes_of_a_patient_are_averaged_first_and_differences_are_those_of_one_hole():
+    """Of two patients, the bounds of the interval are one patient's figures and the other's."""
+    assert methods_table([*HARMONIC, *OURS]) == [
+        ["method", "PSNR, dB", "SSIM", "PSNR, dB, over harmonic", "SSIM, over harmonic"],
+        ["ours", "27.00 [23.00, 31.00]", "0.800 [0.700, 0.900]", "+1.50 [+1.00, +2.00]", "+0.100 [+0.100, +0.100]"],
+        ["harmonic", "25.50 [21.00, 30.00]", "0.700 [0.600, 0.800]", "", ""],
+    ]  # fmt: skip
+
+
+def test_of_one_patient_there_is_no_interval_and_what_is_worse_says_so():
+    worse = rows_of("worse", {"a0": (19, 0.4), "a1": (20, 0.4)})
+    assert methods_table([*worse, *HARMONIC[:2]])[1:] == [
+        ["harmonic", "21.00", "0.600", "", ""], ["worse", "19.50", "0.400", "-1.50", "-0.200"]
+    ]  # fmt: skip
+
+
+def test_methods_stand_in_the_order_of_their_scores_whatever_that_of_the_rows():
+    many = [rows_of(f"of {psnr}", {"a0": (psnr, 0.5)}) for psnr in (9, 100, -3, 31)]
+    lines = methods_table([*HARMONIC[:1], *(row for rows in many for row in rows)])
+    assert [line[0] for line in lines] == ["method", "of 100", "of 31", "harmonic", "of 9", "of -3"]
+
+
+def test_each_case_is_told_by_itself():
+    assert cases_table([*HARMONIC, *OURS]) == [
+        ["method", "a0", "a1", "b0"],
+        ["harmonic", "20.00, 0.500", "22.00, 0.700", "30.00, 0.800"],
+        ["ours", "24.00, 0.700", "22.00, 0.700", "31.00, 0.900"],
+    ]
+
+
+def test_a_method_that_some_cases_lack_is_held_against_the_same_cases():
+    """Those that need a tissue map have no row where there is none."""
+    rows = [*HARMONIC, *OURS[1:]]
+    assert methods_table(rows)[1] == ["ours", "26.50 [22.00, 31.00]", "0.800 [0.700, 0.900]", "+0.50 [+0.00, +1.00]",
+                                      "+0.050 [+0.000, +0.100]"]  # fmt: skip
+    assert cases_table(rows)[2] == ["ours", "", "22.00, 0.700", "31.00, 0.900"]
+
+
+# ---- two cases from end to end
+
+
+@pytest.fixture(scope="module")
+def folder(cohort_folder, tmp_path_factory):
+    """The first hole of two patients, with the maps that came with them."""
+    root = tmp_path_factory.mktemp("appraised")
+    for patient in sorted(path.name for path in cohort_folder.iterdir())[:2]:
+        shutil.copytree(cohort_folder / patient, root / "data" / patient, ignore=lambda _, names: [
+            name for name in names if "-0001" in name])  # fmt: skip
+    shutil.copytree(cohort_folder.parent / "conditioning_data", root / "conditioning_data")
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """As they are filled: told no growth."""
+    return [case.with_maps(growth=None) for case in find_cases(folder)[0]]
+
+
+@pytest.fixture(scope="module")
+def done(folder, tiny_draft_folder, tmp_path_factory):
+    """A folder of results, the table, and what was said."""
+    output, said = tmp_path_factory.mktemp("done"), []
+    how = {"model": tiny_draft_folder, "tissue": "given", "pictures": 1, "say": said.append}
+    return output, evaluate(folder, output, CONFIG, **how), said
+
+
+def read(output):
+    with (output / "metrics.csv").open(newline="") as stream:
+        return {(row["case"], row["method"]): row for row in csv.DictReader(stream)}
+
+
+def test_every_method_is_scored_in_every_case(done, two):
+    methods = {ONE_SAMPLE, mean_of(2), NEAREST, UPPER_BOUND, *BASELINES}
+    assert set(read(done[0])) == {(case.key, method) for case in two for method in methods}
+    data = load_case(two[0])
+    for method, volume in (
+        ("harmonic", harmonic_fill(data.voided, data.mask)),
+        (mean_of(2), read_volume(done[0] / "results" / two[0].result_name).voxels),
+    ):
+        row = read(done[0])[data.case.key, method]
+        oracle = brats_scores(volume, data.target, data.voided, data.healthy)
+        assert {name: float(row[name]) for name in oracle} == pytest.approx(oracle, rel=1e-4)
+
+
+def test_what_is_filled_was_told_neither_the_truth_nor_a_growth(done, two, tiny_draft_folder, tmp_path):
+    inpainter = Inpainter.load(tiny_draft_folder, **HOW)
+    fill_cases(inpainter, [case.to_fill() for case in two], CONFIG, tmp_path, say=lambda line: None)
+    written = {path.name: path.read_bytes() for path in (done[0] / "results").glob("*.nii.gz")}
+    assert written == {path.name: path.read_bytes() for path in tmp_path.glob("*.nii.gz")} and len(written) == 2 * 5
+    told = inpainter.encode(load_case(two[0]))["conditioning"]
+    assert not told[0].any() and told[1:].any()
+
+
+def test_the_table_is_written_as_it_is_returned(done):
+    output, table, _ = done
+    assert (output / "table.md").read_text() == f"{table}\n"
+    numbers = {"psnr_01", "ssim"}
+    rows = [{k: float(v) if k in numbers else v for k, v in row.items()} for row in read(output).values()]
+    methods, cases, gain = table.split("\n\n")
+    assert (methods, cases) == (markdown(methods_table(rows)), markdown(cases_table(rows)))
+    assert gain.startswith("mean of 2 over one sample: ") and gain.endswith("] dB")
+
+
+def test_pictures_are_of_as_many_cases_as_were_asked_for(done, two):
+    assert [path.name for path in done[0].glob("*.png")] == [f"{two[0].key}.png"]
+    assert not (done[0] / "maps").exists(), "no map is made where those that came with the cases are asked for"
+
+
+def test_the_same_call_again_fills_nothing_and_says_the_same(done, folder, tiny_draft_folder):
+    output, table, said = done
+    before = {path: path.stat().st_mtime_ns for path in (output / "results").glob("*.nii.gz")}
+    again = []
+    how = {"model": tiny_draft_folder, "tissue": "given", "say": again.append}
+    assert evaluate(folder, output, CONFIG, **how) == table
+    assert [line.split(": ")[1].split()[0] for line in said] == ["filled"] * 2 + ["scored"] * 2
+    assert [line.split(": ")[1] for line in again] == ["found"] * 2 + ["scored"] * 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before and not FolderLock._held
+
+
+# ---- maps, and what is refused
+
+
+def test_maps_are_made_of_scans_alone_even_where_some_were_given(
+    two, folder, tiny_draft_folder, tiny_model_folder, tmp_path, monkeypatch
+):
+    """A stand-in whose atlas fits one case of the two: drafts and paint are told of that one only."""
+    asked = []
+
+    def add_conditioning_maps(case, maps, **how):
+        asked.append((case.key, maps, how))
+        return (case if case.key == two[0].key else case.with_maps(tissue=None)), []
+
+    monkeypatch.setattr(module, "add_conditioning_maps", add_conditioning_maps)
+    for model, refine in ((tiny_model_folder, "mixture"), (tiny_draft_folder, "none")):
+        inpainter = Inpainter.load(model, device="cpu")
+        list(module._equipped(two, tmp_path / "maps", inpainter, anew=True, say=lambda line: None))
+        how = {"tissue": True, "growth": False, "refine": refine}
+        assert asked == [(case.key, tmp_path / "maps", how) for case in two]
+        asked.clear()
+    table = evaluate(folder, tmp_path / "out", QUICK, model=tiny_model_folder, say=lambda line: None)
+    assert {case for case, method in read(tmp_path / "out") if method in ("draft", "tissue paint")} == {two[0].key}
+    draft = next(line for line in table.split("\n\n")[1].splitlines() if line.startswith("| draft |"))
+    assert draft.endswith("|  |") and draft.count(", 0.") == 1
+
+
+def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_draft_folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(module, "planes", lambda views, **how: drawn.append(list(views)) or planes(views, **how))
+    how = {"model": tiny_draft_folder, "tissue": "given", "pictures": 1, "say": lambda line: None}
+    table = evaluate(folder, tmp_path, QUICK, **how)
+    assert "mean of" not in table and table.count("| one sample |") == 2
+    assert drawn == [["voided", ONE_SAMPLE, "truth"]] and len(list(tmp_path.glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(("config", "pictures", "told"), [
+    (QUICK, -1, "pictures = -1: 0 or more are allowed"),
+    (QUICK.model_copy(update={"num_inference_steps": 5000}), 0, "5000"),
+    (QUICK.model_copy(update={"sampler": "euler"}), 0, "'euler' given"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_any_map_is_made(folder, tiny_draft_folder, tmp_path, config, pictures, told):
+    with pytest.raises(ConfigError, match=told):
+        evaluate(folder, tmp_path / "out", config, model=tiny_draft_folder, pictures=pictures)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "results"])
+def test_results_among_the_cases_are_refused(folder, tiny_model_folder, inside):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match=r"lies inside the folder of cases\. Fix: name one outside it"):
+        evaluate(folder, folder / inside, CONFIG, model=tiny_model_folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_case_that_cannot_be_filled_is_told_and_the_lock_let_go(two, folder, tiny_model_folder, tmp_path):
+    (tmp_path / "results" / two[0].result_name).mkdir(parents=True)
+    how = {"model": tiny_model_folder, "tissue": "given", "say": lambda line: None}
+    with pytest.raises(InputError, match=r"1 of 2 cases could not be filled; .*is a directory"):
+        evaluate(folder, tmp_path, QUICK, **how)
+    assert not FolderLock._held and not (tmp_path / "table.md").exists()
+
+
+def test_a_folder_without_the_truth_has_nothing_to_score(folder, tiny_model_folder, tmp_path):
+    blind = shutil.copytree(folder, tmp_path / "blind", ignore=shutil.ignore_patterns("*-t1n.nii.gz"))
+    with pytest.raises(InputError, match="t1n"):
+        evaluate(blind, tmp_path / "out", CONFIG, model=tiny_model_folder)

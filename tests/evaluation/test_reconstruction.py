@@ -1,0 +1,274 @@
+"""Laws of reconstruction: linear codes in closed form, boxes against whole volumes, coders that err on purpose."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_lib.autoencoder.fitting import block_statistics, fit_linear_code
+from ldm_lib.autoencoder.linear_codec import LinearCodec
+from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.autoencoder.region_decoding import cell_box, decode_box, reconstruct
+from ldm_lib.data.case import load_case
+from ldm_lib.data.model_grid import grid_case
+from ldm_lib.errors import InputError
+from ldm_lib.evaluation.image_quality import brain_scores
+from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
+from ldm_lib.evaluation.reconstruction import alignment, box_loss_db, by_tissue, crop_against_whole, upper_bound
+from ldm_lib.model_io import load_model
+
+HOW = {"device": torch.device("cpu"), "precision": "32"}
+
+
+def fresh(seed=0, **options):
+    torch.manual_seed(seed)
+    small = {"channels": (4, 8), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
+    return Autoencoder.of(**small | options).freeze()
+
+
+def linear_code(cases, latent_channels, factor):
+    code = LinearCodec(latent_channels, factor).requires_grad_(False)
+    fit_linear_code(code, cases)
+    return code
+
+
+def against_whole(coder, image, edge):
+    return crop_against_whole(coder, image, reconstruct(coder, image, **HOW).rebuilt, edge, **HOW)
+
+
+def box_loss(data, on_grid, coder, margin):
+    return box_loss_db(data, coder, reconstruct(coder, on_grid.target, **HOW), margin, **HOW)
+
+
+class Erring:
+    """Returns what it was given, but for what `decode` does to it."""
+
+    def __init__(self, factor, decode=lambda volume: volume):
+        self.factor, self.decode = factor, decode
+
+    def encode(self, volume):
+        assert not any(n % self.factor for n in volume.shape[2:])
+        return volume
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).uniform(0.1, 1, shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def data(cases):
+    return load_case(cases[0])
+
+
+@pytest.fixture(scope="module")
+def on_grid(data):
+    return grid_case(data, 2)
+
+
+# ---- the ceiling, and that of the best linear code
+
+
+def test_the_ceiling_is_the_truth_through_the_autoencoder(data, on_grid, tiny_autoencoder_folder):
+    autoencoder = load_model(tiny_autoencoder_folder, Autoencoder)
+    filled, scores = upper_bound(data, reconstruct(autoencoder, on_grid.target, **HOW).rebuilt, 2)
+    outside = ~data.mask
+    assert np.array_equal(filled[outside], data.voided[outside])
+    rebuilt = reconstruct(autoencoder, on_grid.target, **HOW).rebuilt
+    inside = data.frame(autoencoder.factor).to_model(data.mask)
+    order = data.frame(autoencoder.factor).to_model(np.where(data.mask, filled, 0))
+    np.testing.assert_allclose(order[inside], np.maximum(rebuilt[inside], 0) * data.scale, rtol=1e-5)
+    assert scores == brats_scores(filled, data.target, data.voided, data.healthy)
+
+
+def test_the_ceiling_of_a_coder_that_loses_nothing_is_the_truth(data, on_grid):
+    filled, scores = upper_bound(data, on_grid.target, 2)
+    np.testing.assert_allclose(filled, data.target, rtol=1e-5)
+    assert scores["psnr_01"] > 100
+
+
+def test_reconstruction_goes_through_the_latent(on_grid, tiny_autoencoder_folder):
+    autoencoder = load_model(tiny_autoencoder_folder, Autoencoder)
+    latent = torch.from_numpy(reconstruct(autoencoder, on_grid.target, **HOW).latent)[None]
+    with torch.inference_mode():
+        decoded = autoencoder.decode(latent)[0, 0].numpy()
+    assert np.array_equal(decoded, reconstruct(autoencoder, on_grid.target, **HOW).rebuilt)
+
+
+def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
+    filled, _ = upper_bound(data, reconstruct(fresh(), on_grid.target, **HOW).rebuilt, 2)
+    rows = by_tissue(data, filled)
+    assert rows == scores_by_tissue(filled, data.target, data.voided, data.healthy, data.tissue)
+    assert sum(row["voxels"] for row in rows) == (data.healthy & (data.tissue > 0)).sum() > 0
+    assert by_tissue(replace(data, tissue=None), filled) == []
+
+
+# ---- crops against whole volumes
+
+
+def test_a_code_of_single_blocks_does_not_see_where_it_is_cut(cases, on_grid):
+    coder = LinearCodec(3, 2).requires_grad_(False)
+    coder.fit(*block_statistics(cases[:1], 2))
+    found = against_whole(coder, on_grid.target, 8)
+    assert found["crop_psnr"] == pytest.approx(found["whole_psnr"], abs=1e-4)
+
+
+def test_crops_that_fill_the_volume_are_compared_in_closed_form():
+    """A coder that takes its input's mean away errs by that mean: the crop's or the whole's."""
+    image = np.kron(np.array([0.1, 0.3], np.float32), np.ones((16, 16, 8), np.float32))
+    found = against_whole(Erring(4, lambda volume: volume - volume.mean()), image, 10)  # 10 becomes 8
+    assert found["crop_psnr"] == pytest.approx(-10 * np.log10((0.1**2 + 0.3**2) / 2))
+    assert found["whole_psnr"] == pytest.approx(-10 * np.log10(0.2**2))
+
+
+def test_crops_meet_in_the_middle_of_the_brain_and_only_its_voxels_count():
+    image = np.zeros((32, 32, 32), np.float32)
+    image[4:12, 20:28, 8:16] = 0.5
+    seen = []
+    coder = Erring(4, lambda volume: seen.append(volume) or volume + 0.1 + 9 * (volume == 0))
+    found = against_whole(coder, image, 4)
+    assert [tuple(v.shape[2:]) for v in seen] == [(32, 32, 32)] + 8 * [(4, 4, 4)]
+    assert all(v.min() == 0.5 for v in seen[1:])
+    assert found == pytest.approx({"crop_psnr": 20, "whole_psnr": 20}, rel=1e-5)
+
+
+def test_a_crop_larger_than_the_volume_is_the_volume(on_grid):
+    found = against_whole(fresh(norm="group"), on_grid.target, 64)
+    whole = brain_scores(reconstruct(fresh(norm="group"), on_grid.target, **HOW).rebuilt, on_grid.target)["psnr"]
+    assert found == pytest.approx({"crop_psnr": whole, "whole_psnr": whole}, rel=1e-5)
+
+
+def test_norms_of_the_whole_grid_code_a_crop_differently(on_grid):
+    found = against_whole(fresh(norm="group"), on_grid.target, 8)
+    assert abs(found["crop_psnr"] - found["whole_psnr"]) > 0.01
+
+
+# ---- alignment
+
+
+@pytest.mark.parametrize("factor", [1, 4, 8, 16])
+def test_what_is_returned_unchanged_is_aligned(factor):
+    rows = alignment(Erring(factor), noise(9, 7, 155), **HOW)
+    assert rows == [{"slices": n, "shift_vox": 0, "correlation": pytest.approx(1)} for n in (155, 156)]
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 1, 2])
+def test_a_shifted_reconstruction_is_found(shift):
+    coder = Erring(8, lambda volume: volume.roll(shift, -1))
+    rows = alignment(coder, noise(8, 8, 40), (33, 40), **HOW)
+    assert [row["shift_vox"] for row in rows] == [shift, shift]
+
+
+@pytest.mark.parametrize(("given", "depths"), [(20, (155, 156)), (160, (155, 156)), (12, (11, 13))])
+def test_any_depth_is_cut_or_padded(given, depths):
+    rows = alignment(Erring(4), noise(5, 6, given), depths, **HOW)
+    assert [(row["slices"], row["shift_vox"]) for row in rows] == [(n, 0) for n in depths]
+    assert all(row["correlation"] == pytest.approx(1) for row in rows)
+
+
+def test_the_middle_of_a_deeper_volume_is_kept():
+    image = np.zeros((4, 4, 24), np.float32)
+    image[..., 10:14] = noise(4, 4, 4)
+    assert alignment(Erring(4), image, (9,), **HOW) == [{"slices": 9, "shift_vox": 0, "correlation": pytest.approx(1)}]
+
+
+def test_a_real_code_is_aligned_at_155_and_156_slices(cases, data):
+    coder = linear_code(cases[:2], 6, 4)
+    rows = alignment(coder, data.lps(data.target / data.scale).astype(np.float32), **HOW)
+    assert [(row["slices"], row["shift_vox"]) for row in rows] == [(155, 0), (156, 0)]
+    assert min(row["correlation"] for row in rows) > 0.8
+
+
+# ---- decoding a box
+
+
+def test_a_box_holds_its_cells_and_the_margin_and_no_more():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        cells, margin = rng.random((6, 9, 7)) < 0.02, int(rng.integers(4))
+        cells[tuple(rng.integers(0, cells.shape))] = True
+        grid = np.indices(cells.shape).reshape(3, -1).T
+        low, high = np.argwhere(cells).min(axis=0) - margin, np.argwhere(cells).max(axis=0) + margin
+        expected = ((grid >= low) & (grid <= high)).all(axis=1).reshape(cells.shape)
+        found = np.zeros(cells.shape, bool)
+        found[cell_box(cells, margin)] = True
+        assert np.array_equal(found, expected)
+
+
+def test_no_hole_has_no_box():
+    with pytest.raises(InputError, match="the mask is empty"):
+        cell_box(np.zeros((3, 3, 3), bool), 1)
+
+
+HOLES = {"middle": np.s_[20:23, 5:8, 3:9], "corner": np.s_[:3, :2, 9:], "whole": np.s_[:]}
+
+
+def decoded(autoencoder, hole, margin):
+    """The decoded box, the whole decoding, and where they should agree: the box of cells that hold any of the hole."""
+    latent = torch.from_numpy(noise(1, 3, 24, 6, 6))
+    mask, expected = np.zeros((48, 12, 12), bool), np.zeros((48, 12, 12), bool)
+    mask[HOLES[hole]] = True
+    places = np.argwhere(mask)
+    low, high = places.min(axis=0) // 2 * 2, places.max(axis=0) // 2 * 2 + 2
+    expected[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = True
+    with torch.inference_mode():
+        box, whole = decode_box(autoencoder, latent, mask, margin), autoencoder.decode(latent)
+    return box[0, 0].numpy(), whole[0, 0].numpy(), expected
+
+
+def difference_in_box(autoencoder, hole, margin):
+    box, whole, expected = decoded(autoencoder, hole, margin)
+    return np.abs(box - whole)[expected].max()
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_with_local_norms_a_wide_box_is_whole_decoding(hole):
+    box, whole, expected = decoded(fresh(norm="local"), hole, margin=10)
+    np.testing.assert_allclose(box[expected], whole[expected], rtol=0, atol=1e-5)
+    assert not box[~expected].any() and np.abs(whole[expected]).min() > 0
+
+
+@pytest.mark.parametrize("input_transform", ["half", "haar"])
+def test_front_ends_are_decoded_in_boxes_too(input_transform):
+    autoencoder = fresh(input_transform=input_transform, channels=(4, 8) if input_transform == "half" else (8, 8))
+    factor = autoencoder.factor
+    latent, mask = torch.from_numpy(noise(1, 3, 16, 4, 4)), np.zeros((16 * factor, 4 * factor, 4 * factor), bool)
+    mask[factor + 1, 5:9, 6] = True
+    with torch.inference_mode():
+        box, whole = decode_box(autoencoder, latent, mask, 10)[0, 0], autoencoder.decode(latent)[0, 0]
+    assert box[factor : 2 * factor].any()
+    np.testing.assert_allclose(box[mask], whole[mask], rtol=0, atol=1e-5)
+
+
+def test_a_narrow_box_loses_something_and_norms_of_the_grid_always_do():
+    assert difference_in_box(fresh(norm="local"), "middle", 0) > 1e-3
+    assert difference_in_box(fresh(norm="group"), "middle", 10) > 1e-4
+    assert difference_in_box(fresh(norm="group"), "whole", 0) == 0
+
+
+def test_only_the_box_is_decoded(monkeypatch):
+    autoencoder, seen = fresh(), []
+    decode = autoencoder.decode
+    monkeypatch.setattr(autoencoder, "decode", lambda latent: seen.append(latent.shape) or decode(latent))
+    mask = np.zeros((48, 12, 12), bool)
+    mask[20:23, 5:8, 3:9] = True
+    with torch.inference_mode():
+        decode_box(autoencoder, torch.zeros(1, 3, 24, 6, 6), mask, 1)
+    assert seen == [(1, 3, 4, 4, 6)]
+
+
+def test_the_loss_of_a_box_in_db(cases, data, on_grid):
+    coder = linear_code(cases[:1], 3, 2)
+    assert box_loss(data, on_grid, coder, 1) == pytest.approx(0, abs=1e-4)
+    assert box_loss(data, on_grid, coder, 0) > 0.01
+    autoencoder = fresh(norm="local", linear_start=True)
+    fit_linear_code(autoencoder.linear, cases[:1])
+    torch.nn.init.normal_(autoencoder.network.decoder.blocks[-1].conv.weight, std=0.02)
+    assert box_loss(data, on_grid, autoencoder, 15) == pytest.approx(0, abs=1e-4)
+    narrow = box_loss(data, on_grid, autoencoder, 0)
+    latent = torch.from_numpy(reconstruct(autoencoder, on_grid.target, **HOW).latent)[None]
+    with torch.inference_mode():
+        box = decode_box(autoencoder, latent, on_grid.mask, 0)[0, 0].numpy()
+    scores = brats_scores(data.paste(box, 2), data.target, data.voided, data.healthy)
+    whole = upper_bound(data, reconstruct(autoencoder, on_grid.target, **HOW).rebuilt, 2)[1]["psnr_01"]
+    assert narrow == pytest.approx(whole - scores["psnr_01"], abs=1e-4) and abs(narrow) > 1e-3

@@ -1,0 +1,146 @@
+"""The job scripts, run by bash with stand-ins for the cluster: what they call, hand on, and ask for again."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "slurm").iterdir())
+JOBS = [path for path in SCRIPTS if path.suffix == ".sbatch"]
+KNOWN = {"job-name", "ntasks", "ntasks-per-node", "requeue", "signal", "open-mode"}
+SITES = {"partition", "account", "qos", "constraint", "nodelist", "chdir", "mail-user"}
+# Tells the words it was called by; as $LONG, stays until SIGTERM and ends with $ON_TERM; else ends with $STATUS.
+STAND_IN = """#!/usr/bin/env bash
+printf '%s' "{name}" >> "$CALLS"; printf ' %q' "$@" >> "$CALLS"; echo >> "$CALLS"
+if [ "{name}" = "${{LONG:-}}" ]; then
+  trap 'sleep 0.3; echo "{name} heard TERM" >> "$CALLS"; exit "$ON_TERM"' TERM
+  touch "$CALLS.ready"
+  for k in $(seq 100); do sleep 0.1; done
+fi
+exit "${{STATUS:-0}}"
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Start a job script in a folder of fakes: `start(script, *words, **variables)` -> process, and `calls()`."""
+    bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_folder.mkdir()
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    for name in ("python", "srun"):
+        (bin_folder / name).write_text(STAND_IN.format(name=name))
+    hosts = 'echo "scontrol $*" >> "$CALLS"; if [ "$1" = show ]; then echo node7; echo node9; fi\n'
+    (bin_folder / "scontrol").write_text("#!/usr/bin/env bash\n" + hosts)
+    for path in bin_folder.iterdir():
+        path.chmod(0o755)
+    environment = {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "4321",
+        "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "3", "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[7,9]", "SLURM_GPUS_ON_NODE": "4",
+    }  # fmt: skip
+
+    def start(script, *words, **variables):
+        command = ["bash", str(ROOT / "slurm" / script), *words]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment | variables, stderr=subprocess.PIPE, text=True)
+
+    return start, lambda: calls.read_text().splitlines(), tmp_path / "calls.ready"
+
+
+def ended(process):
+    _, told = process.communicate(timeout=30)
+    return process.returncode, told
+
+
+def stopped(process, ready):
+    """End a job as the cluster does, once its work has begun."""
+    end = time.monotonic() + 20
+    while not ready.exists():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    return ended(process)[0]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_it(path):
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_its_options_are_known_and_of_no_site(path):
+    lines = path.read_text().splitlines()
+    options = dict(
+        re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", line).groups() for line in lines if "#SBATCH" in line
+    )
+    assert set(options) <= KNOWN and not set(options) & SITES
+    assert options["signal"] == "B:TERM@120" and "requeue" in options
+    first = next(k for k, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not [line for line in lines[first:] if line.startswith("#SBATCH")], (
+        "sbatch stops reading at the first command"
+    )
+
+
+def test_a_task_makes_the_run_of_its_place(cluster):
+    start, calls, _ = cluster
+    assert ended(start("sweep.sbatch", "my grid.yaml"))[0] == 0
+    assert calls() == [r"python -m ldm_lib sweep my\ grid.yaml --only 3"]
+
+
+@pytest.mark.parametrize(("status", "again"), [(0, False), (1, False), (143, True)])
+@pytest.mark.parametrize("words", [("sweep.sbatch", "grid.yaml"), ("train.sbatch", "brats", "full")])
+def test_only_what_was_stopped_is_queued_again(cluster, words, status, again):
+    start, calls, _ = cluster
+    assert ended(start(*words, STATUS=str(status)))[0] == status
+    assert ("scontrol requeue 4321" in calls()) == again
+
+
+@pytest.mark.parametrize(
+    ("words", "long", "code"),
+    [
+        (("sweep.sbatch", "grid.yaml"), "python", 143),
+        (("train.sbatch", "brats", "full"), "srun", 143),
+        (("train.sbatch", "brats", "full"), "srun", 1),  # what torchrun ends with when it is stopped
+        (("train.sbatch", "brats", "full"), "python", 143),  # while the stage is being closed
+    ],
+)
+def test_sigterm_reaches_the_work_which_is_waited_for_and_queued_again(cluster, words, long, code):
+    start, calls, ready = cluster
+    assert stopped(start(*words, LONG=long, ON_TERM=str(code)), ready) == code
+    assert calls()[-2:] == [f"{long} heard TERM", "scontrol requeue 4321"]
+
+
+def test_work_that_ends_well_in_spite_of_sigterm_is_not_queued_again(cluster):
+    start, calls, ready = cluster
+    assert stopped(start("sweep.sbatch", "grid.yaml", LONG="python", ON_TERM="0"), ready) == 0
+    assert calls()[-1] == "python heard TERM"
+
+
+def test_a_training_starts_a_launcher_a_node_and_closes_its_stage(cluster):
+    start, calls, _ = cluster
+    assert ended(start("train.sbatch", "brats", "full", "max_epochs=9", "data_dir=a b"))[0] == 0
+    _, launched, closed = calls()
+    assert launched == (
+        "srun python -m torch.distributed.run --nnodes=2 --nproc-per-node=4 --rdzv-id=4321 --rdzv-backend=c10d "
+        "--rdzv-endpoint=node7:24321 -m ldm_lib.experiment.launch_training -- --run brats"
+    )
+    assert closed == (
+        r"python -m ldm_lib run 04 --run brats --preset full --set devices=8 --set max_epochs=9 --set data_dir=a\ b"
+    )
+
+
+def test_a_training_that_failed_is_not_closed(cluster):
+    start, calls, _ = cluster
+    assert ended(start("train.sbatch", "brats", "full", STATUS="1"))[0] == 1
+    assert [call.split()[0] for call in calls()] == ["scontrol", "srun"]
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_without_its_words_it_says_how_it_is_used(cluster, path):
+    start, _, _ = cluster
+    status, told = ended(start(path.name))
+    assert status != 0 and "usage: sbatch" in told

@@ -1,0 +1,618 @@
+"""Sweeps: what a grid file means, what is refused before anything runs, what is shared, ended, continued and told."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm_lib.__main__ import STOPPED, main
+from ldm_lib.errors import ConfigError, InputError, LdmError, RunError
+from ldm_lib.evaluation.metrics import bootstrap_by_patient
+from ldm_lib.experiment import run_folder, runner, sweep, sweep_table
+from ldm_lib.experiment.run_folder import tracked
+from ldm_lib.experiment.stage_reuse import adopt
+from ldm_lib.experiment.stages import STAGES
+from ldm_lib.experiment.sweep_file import read_grid
+from ldm_lib.experiment.sweep_table import gather, sweep_folder, write_results
+from ldm_lib.files import sha256, write_json
+from ldm_lib.options import safe_name
+
+ROOT = Path(__file__).parents[2]
+FIRST_THREE = list(STAGES)[:3]
+GRID = """\
+name: objectives
+preset: smoke
+set: {max_epochs: 20}
+grid:
+  prediction: [noise, velocity]
+  learning_rate: [1e-4, 1e-3]
+runs:
+  - {prediction: noise, base_width: 32}
+"""
+NAMES = ["objectives-noise-0.0001", "objectives-noise-0.001", "objectives-velocity-0.0001",
+         "objectives-velocity-0.001", "objectives-noise-32"]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("outputs")
+
+
+@pytest.fixture
+def grid_of(tmp_path):
+    """Write a grid file and read it."""
+
+    def read(text=GRID):
+        path = tmp_path / "grid.yaml"
+        path.write_text(text)
+        return read_grid(path)
+
+    return read
+
+
+def names(grid):
+    return [run.name for run in grid.runs]
+
+
+# ---- the grid file
+
+
+def test_every_combination_and_every_listed_run_with_its_whole_configuration(grid_of):
+    grid = grid_of()
+    assert names(grid) == NAMES and grid.stages == tuple(STAGES) and grid.preset == "smoke"
+    assert grid.varying == ("prediction", "learning_rate", "base_width")
+    training = [run.configs["04_training"] for run in grid.runs]
+    assert [(c.prediction, c.learning_rate, c.base_width) for c in training] == [
+        ("noise", 1e-4, 16), ("noise", 1e-3, 16), ("velocity", 1e-4, 16), ("velocity", 1e-3, 16), ("noise", 1e-3, 32)
+    ]  # fmt: skip
+    assert {c.max_epochs for c in training} == {20} and [c.run for c in training] == NAMES
+
+
+def test_a_run_keeps_its_name_when_the_grid_grows_or_is_written_otherwise(grid_of):
+    before = names(grid_of())
+    wider = names(grid_of(GRID.replace("[noise, velocity]", "[velocity, noise]").replace("1e-4,", "0.01, 0.0001, ")))
+    assert set(before) < set(wider)
+
+
+def test_values_mean_what_was_typed(grid_of):
+    grid = grid_of("name: a\nset: {make_missing: no, multipliers: '1,2,2', synthetic_first: 0012}\nruns: [{}]\n")
+    config = grid.runs[0].configs
+    assert config["03_conditioning"].make_missing is False and config["01_data_audit"].synthetic_first == 12
+    assert names(grid) == ["a"] and grid.preset == "demo"
+
+
+def test_stages_are_put_in_order(grid_of):
+    assert grid_of(f"{GRID}stages: [03, 1, 02_autoencoder_check]\n").stages == tuple(FIRST_THREE)
+
+
+def test_folders_are_meant_from_where_the_command_was_typed(grid_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = grid_of("name: a\ngrid: {data_dir: [one/data, two/data]}\n")
+    assert [run.configs["01_data_audit"].data_dir for run in grid.runs] == [
+        f"{tmp_path}/{k}/data" for k in ("one", "two")
+    ]
+    assert names(grid) == ["a-one-data", "a-two-data"], "no name tells where this machine keeps things"
+
+
+def test_names_are_safe_unique_and_stable_whatever_the_values(grid_of):
+    long = ",".join(["0"] * 90)
+    text = f"name: a\ngrid:\n  guidance_scales: ['{long},1', '{long},2', '0, 1']\n  sampler: [dpm++2m, ddim]\n"
+    found = names(grid_of(text))
+    assert [safe_name(name) for name in found] == found and len(set(found)) == 6
+    assert found[-2:] == ["a-0-1-dpm-2m", "a-0-1-ddim"]
+    assert set(found[:2]) <= set(names(grid_of(text.replace("'0, 1'", "'7'"))))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", r"the file: '' is no mapping\. Fix: write `parameter"),
+        ("- a\n", r"the file: \['a'\] is no mapping"),
+        ("name: a\n", r"0 runs; from 1 to 1000 are allowed"),
+        ("name: a\ngrid: {}\nruns: []\n", r"0 runs; "),
+        ("name: a\ngrid: {seed: []}\n", r"grid: 'seed' has no values"),
+        ("name: a\ngrid: {seed: 1}\n", r"grid, seed: '1' is no list\. Fix: write \[a, b\]"),
+        ("name: a\ngrid: {seed: [[1, 2]]}\n", r"line 2: nested deeper than 3"),
+        ("name: a\nset: {channels: [8, 8]}\nruns: [{}]\n", r"set, channels: \['8', '8'\] is not one value\. Fix: "),
+        ("name: a\nruns: {seed: 1}\n", r"runs: \{'seed': '1'\} is no list"),
+        ("name: a\nruns: [1]\n", r"runs: '1' is no mapping"),
+        ("name: a/b\nruns: [{}]\n", r"name = 'a/b': letters, digits, .* Fix: name the sweep"),
+        ("runs: [{}]\n", r"name = '': letters"),
+        ("name: a\ngrids: {seed: [1]}\n", r"unknown key 'grids'; there are .* Fix: did you mean 'grid'\?"),
+        ("name: a\npreset: huge\nruns: [{}]\n", r"no preset 'huge'"),
+        ("name: a\nstages: [09]\nruns: [{}]\n", r"no stage '09'"),
+        ("name: a\nruns: [{max_epoch: 1}]\n", r"unknown parameter 'max_epoch'. Fix: did you mean 'max_epochs'\?"),
+        ("name: a\nruns: [{seed: 1}, {seed: x}]\n", r"seed = 'x': Input should be a valid integer"),
+        ("name: a\nset: {seed: 1}\nruns: [{seed: 2}]\n", r"'seed' is in `set` and varies\. Fix: keep one"),
+        ("name: a\nset: {run: b}\nruns: [{}]\n", r"'run' is not yours to set"),
+        ("name: a\ngrid: {learning_rate: [1e-3, 0.001]}\n", r"two runs come to the same name 'a-0\.001'"),
+        ("name: a\nruns: [{seed: 2}, {samples: 2}]\n", r"two runs come to the same name 'a-2'"),
+        ("name: a\nname: b\nruns: [{}]\n", r"line 2: 'name' is given twice\. Fix: keep one"),
+        ("name: a\nruns: [{seed: 1, seed: 2}]\n", r"line 2: 'seed' is given twice"),
+        ("name: a\nset: &x {seed: 1}\nruns: [*x]\n", r"line 2: anchors, aliases and tags are not read"),
+        ("name: !!python/object/apply:os.system [id]\n", r"line 1: anchors, aliases and tags are not read"),
+        ("name: !x a\nruns: [{}]\n", r"line 1: anchors, aliases and tags"),
+        ("name: a\n? [b]\n: c\n", r"line 2: a key that is no name"),
+        ("name: a\nruns: [{]\n", r"is not YAML \(.*line 2"),
+        ("name: a\n---\nname: b\n", r"is not YAML \("),
+        (f"name: a\ngrid: {{seed: {list(range(101))}, samples: {list(range(1, 11))}}}\n", r"1010 runs; from 1 to 1000"),
+        ("name: a\ngrid:\n" + "".join(f"  p{k}: [{'1,' * 99}1]\n" for k in range(100)), r"0{20} runs; from 1 to 1000"),
+    ],
+)  # fmt: skip
+def test_what_a_file_may_not_say_is_one_line_that_names_it(grid_of, text, told):
+    with pytest.raises(ConfigError, match=told) as refused:
+        grid_of(text)
+    assert "grid.yaml" in refused.value.where and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"a" * 65537, "is larger than 65536 bytes"),
+        (b"name: \xff", r"is no text in UTF-8 \(byte 6\)"),
+        (b"name: a\nruns: " + b"[" * 60000, "nested deeper than 3"),
+    ],
+)
+def test_a_file_that_would_cost_much_is_refused_at_once(tmp_path, content, told):
+    (tmp_path / "grid.yaml").write_bytes(content)
+    start = time.monotonic()
+    with pytest.raises(LdmError, match=told):
+        read_grid(tmp_path / "grid.yaml")
+    assert time.monotonic() - start < 5
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: cannot be read \(No such file"):
+        read_grid(tmp_path / "nowhere")
+
+
+def test_the_example_is_accepted():
+    assert len(read_grid(ROOT / "docs" / "sweep.yaml").runs) == 4
+
+
+# ---- runs at work, with a stand-in for `python -m ldm_lib run`
+
+STAND_IN = """\
+import json, os, pathlib, signal, sys, time
+words = sys.argv[1:]
+name, calls = words[words.index("--run") + 1], pathlib.Path(os.environ["CALLS"])
+values = dict(word.split("=", 1) for word in words if "=" in word)
+def tell(event):
+    record = {"run": name, "event": event, "time": time.monotonic(), "words": words, "pid": os.getpid(),
+              "threads": os.environ.get("OMP_NUM_THREADS"), "cwd": os.getcwd()}
+    with calls.open("a") as stream:
+        stream.write(json.dumps(record) + "\\n")
+def end(*_):
+    tell("terminated")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+tell("started")
+time.sleep(float(os.environ.get("TAKES", "0.3")))
+if values["seed"] in os.environ.get("FAILS", "").split(","):
+    print("ERROR 04_training: loss is nan. Fix: a lower rate.\\nand more", flush=True)
+    sys.exit(1)
+tell("ended")
+"""
+SEEDS = "name: seeds\npreset: smoke\nstages: [01, 02]\nset: {data_dir: a=b c}\ngrid: {seed: [0, 1, 2, 3]}\n"
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """What the stand-in noted, event by event."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "a=b c").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep, "COMMAND", (sys.executable, str(tmp_path / "stand_in.py"), "run"))
+    monkeypatch.setattr(sweep, "LOOK_EVERY_S", 0.02)
+    return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """The path of a grid of four runs."""
+    path = tmp_path / "seeds.yaml"
+    path.write_text(SEEDS)
+    return str(path)
+
+
+def most_at_once(events):
+    """How many runs were at work at the same time."""
+    level, most = 0, 0
+    for event in sorted(events, key=lambda event: event["time"]):
+        level += 1 if event["event"] == "started" else -1
+        most = max(most, level)
+    return most
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 4])
+def test_so_many_runs_are_at_work_and_share_the_cores(calls, seeds, jobs, capsys):
+    assert main(["sweep", seeds, "--jobs", str(jobs)]) == 0
+    events = calls()
+    assert most_at_once(events) == jobs
+    assert sorted(e["run"] for e in events if e["event"] == "ended") == [f"seeds-{k}" for k in range(4)]
+    share = None if jobs == 1 else str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    assert {e["threads"] for e in events} == {share}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("[1/4] seeds-0: started, told in ") and said[0].endswith("seeds-0.txt")
+    ends = [line for line in said if re.fullmatch(r"\[\d/4\] seeds-\d: done after \d+ s; \d left(, .*)?", line)]
+    assert [line.split("; ")[1][0] for line in ends] == ["3", "2", "1", "0"]
+
+
+def test_a_run_is_called_as_a_user_would_call_it(calls, seeds, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert main(["sweep", seeds, "--jobs", "2", "--only", "3"]) == 0
+    (event,) = [event for event in calls() if event["event"] == "started"]
+    assert event["words"] == [
+        "run", "01_data_audit", "02_autoencoder_check", "--run", "seeds-3", "--preset", "smoke",
+        "--set", "data_dir=a=b c", "--set", "seed=3",
+    ]  # fmt: skip
+    assert event["threads"] == "7" and event["cwd"] == str(tmp_path), "as the user has decided; where it was typed"
+    assert (sweep_folder("seeds") / "grid.yaml").read_text() == SEEDS.replace("a=b c", "$LDM_DATA_DIR")
+    assert not (sweep_folder("seeds") / "table.csv").exists(), "tasks of an array do not write the table of all"
+
+
+def test_a_run_that_fails_stops_no_other_and_is_told_at_the_end(calls, seeds, capsys, monkeypatch):
+    monkeypatch.setenv("FAILS", "0,2")
+    monkeypatch.setenv("TAKES", "0")
+    assert main(["sweep", seeds]) == 1
+    assert sorted(e["run"] for e in calls() if e["event"] == "ended") == ["seeds-1", "seeds-3"]
+    why = "ended with status 1 (ERROR 04_training: loss is nan. Fix: a lower rate.)"
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [f"ERROR seeds-0: {why}", f"ERROR seeds-2: {why}"]
+    assert f"[1/4] seeds-0: {why} after 0 s; 3 left, less than a minute" in told.out.splitlines()
+    assert [row["state"] for row in gather(read_grid(seeds))] == ["failed", "missing", "failed", "missing"]
+    monkeypatch.setenv("FAILS", "")
+    assert main(["sweep", seeds]) == 0
+    assert [row["state"] for row in gather(read_grid(seeds))] == ["missing"] * 4, "nothing of it failed any more"
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_end_it_ends_its_runs_first(calls, seeds, tmp_path, sent, status):
+    script = (
+        "import sys\nfrom ldm_lib import sweeps\nfrom ldm_lib.__main__ import main\n"
+        "sweeps.COMMAND = (sys.executable, 'stand_in.py', 'run')\nsys.exit(main(['sweep', sys.argv[1], '--jobs', '2']))"
+    )
+    environment = {**os.environ, "TAKES": "60"}
+    command = [sys.executable, "-c", script, seeds]
+    # Whoever starts the tests in the background leaves them deaf to SIGINT, and their children too.
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    end = time.monotonic() + 30
+    while not (tmp_path / "calls").exists() or len(calls()) < 2:
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == status and told == f"ERROR {STOPPED}\n"
+    events = calls()
+    assert sorted(e["event"] for e in events) == ["started"] * 2 + ["terminated"] * 2, "and no other was started"
+    assert not [e for e in events if Path(f"/proc/{e['pid']}").exists()]
+    assert [row["state"] for row in gather(read_grid(seeds))] == ["missing"] * 4, "ended is not failed"
+
+
+def test_a_run_that_does_not_listen_is_killed(calls, seeds, monkeypatch):
+    monkeypatch.setattr(sweep, "PATIENCE_S", 0.2)
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    grid = read_grid(seeds)
+    sweep._stop([sweep._Active(grid.runs[0], 0, Path("log"), process)])
+    assert process.returncode == -signal.SIGKILL
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--only", "4"], "ERROR --only 4: the runs are 0 to 3. Fix: ask --count how many there are."),
+        (["--only", "-1"], "ERROR --only -1: the runs are 0 to 3. Fix: "),
+        (["--jobs", "0"], "ERROR --jobs 0: at least 1. Fix: write for example --jobs 2."),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(calls, seeds, tmp_path, words, told, capsys):
+    assert main(["sweep", seeds, *words]) == 1
+    assert capsys.readouterr().err.startswith(told)
+    assert not (tmp_path / "calls").exists()
+
+
+def test_one_bad_run_keeps_all_from_running(calls, tmp_path, outputs, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: bad\ngrid: {seed: [0, 1, -1]}\n")
+    assert main(["sweep", str(path)]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"ERROR {path}: seed = '-1': Input should be greater") and told.count("\n") == 1
+    assert not (tmp_path / "calls").exists() and not outputs.exists()
+
+
+def test_counting_runs_nothing_and_loads_nothing_heavy(seeds, outputs):
+    script = (
+        "import sys\nfrom ldm_lib.__main__ import main\nmain(['sweep', sys.argv[1], '--count'])\n"
+        "print(sorted({'torch', 'papermill', 'pandas', 'matplotlib', 'lightning', 'monai'} & set(sys.modules)))"
+    )
+    told = subprocess.run([sys.executable, "-c", script, seeds], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == ["4", "[]"] and not outputs.exists()
+
+
+# ---- stages that another run has made
+
+
+@pytest.fixture
+def plain(executed, monkeypatch):
+    """Stages by stand-ins, with reports that are none and versions asked for once, for both take most of the time."""
+
+    def write(stage, folder):
+        (folder / "report.html").write_text(f"{folder.parent.name}: {stage}")
+
+    testimony = run_folder.provenance()
+    monkeypatch.setattr(runner, "_write_report", write)
+    monkeypatch.setattr(run_folder, "provenance", lambda: testimony)
+    return executed
+
+
+def content(folder):
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run(sweep_run, grid, **more):
+    """What the runner says about a run of a sweep."""
+    said = []
+    values = sweep_run.values | more
+    runner.run(
+        grid.stages, name=sweep_run.name, preset=grid.preset, overrides=values, command=["test"], say=said.append
+    )
+    return said
+
+
+def adopted(grid, place, outputs):
+    one = grid.runs[place]
+    return adopt(outputs / one.name, one.configs, grid.stages, [outputs / other for other in names(grid)])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "values", "shared"),
+    [("masks_per_patient", "1, 2", 0), pytest.param("pooling", "area, nearest", 2, marks=pytest.mark.slow),
+     ("prediction", "noise, velocity", 3), pytest.param("samples", "2, 3", 4, marks=pytest.mark.slow),
+     ("baselines", "yes, no", 5), ("device", "auto, cpu", 6)],
+)  # fmt: skip
+def test_what_two_runs_would_make_alike_is_made_once(grid_of, plain, outputs, parameter, values, shared):
+    grid = grid_of(f"name: s\npreset: smoke\ngrid: {{{parameter}: [{values}]}}\n")
+    first, second = (outputs / name for name in names(grid))
+    run(grid.runs[0], grid)
+    stages = list(STAGES)
+    assert adopted(grid, 1, outputs) == dict.fromkeys(stages[:shared], first.name)
+    assert [content(second / stage) for stage in stages[:shared]] == [content(first / s) for s in stages[:shared]]
+    said = run(grid.runs[1], grid)
+    assert said[:shared] == [f"{stage}: done already, skipped" for stage in stages[:shared]]
+    assert plain == stages + stages[shared:]
+    assert adopted(grid, 1, outputs) == {}, "what is done is not taken again"
+
+
+@pytest.fixture
+def pair(grid_of, plain, outputs):
+    """A sweep of two runs that share three stages, the first of them made, with maps and latents."""
+    grid = grid_of("name: s\npreset: smoke\ngrid: {prediction: [noise, velocity]}\n")
+    run(grid.runs[0], grid)
+    first, second = (outputs / name for name in names(grid))
+    for name in ("maps/a.nii.gz", "maps/a.json", "latents/a-0-12.safetensors", "latents/.a.part"):
+        (first / name).parent.mkdir(exist_ok=True)
+        (first / name).write_text(name)
+    return grid, first, second
+
+
+def test_maps_and_latents_come_along_but_nothing_unfinished(pair, outputs):
+    grid, first, second = pair
+    adopted(grid, 1, outputs)
+    assert content(second / "maps") == content(first / "maps")
+    assert list(content(second / "latents")) == ["a-0-12.safetensors"]
+    for large, shared in (("maps/a.nii.gz", True), ("latents/a-0-12.safetensors", True), ("maps/a.json", False)):
+        assert (first / large).samefile(second / large) == shared
+    assert sorted(p.name for p in second.iterdir() if p.is_dir()) == [*FIRST_THREE, "latents", "maps"]
+    assert (second / "log.txt").read_text().count(f"taken over from {first.name}") == 3
+
+
+def test_what_becomes_of_a_copy_never_reaches_its_donor(pair, outputs):
+    grid, first, second = pair
+    adopted(grid, 1, outputs)
+    before = content(first)
+    run(grid.runs[1], grid, seed=5, overwrite=True)
+    assert (second / FIRST_THREE[0] / "result.txt").read_text() == "seed 5"
+    assert content(first) == before
+
+
+@pytest.mark.parametrize("harm", ["damaged", "open", "other settings", "other code's record"])
+def test_a_donor_must_be_whole_and_made_alike(pair, outputs, harm):
+    grid, first, _ = pair
+    stage = first / FIRST_THREE[1]
+    if harm == "damaged":
+        (stage / "result.txt").write_text("tampered")
+    elif harm == "open":
+        (stage / "done.json").unlink()
+    else:
+        record = json.loads((stage / "parameters.json").read_text())
+        record["parameters" if harm == "other settings" else "inputs"] |= {"seed": 1}
+        write_json(stage / "parameters.json", record)
+    assert list(adopted(grid, 1, outputs)) == FIRST_THREE[:1]
+
+
+def test_a_stage_that_was_begun_is_left_to_the_runner(pair, outputs):
+    grid, _, second = pair
+    (second / FIRST_THREE[1]).mkdir(parents=True)
+    (second / FIRST_THREE[1] / "checkpoint").write_text("half way")
+    assert list(adopted(grid, 1, outputs)) == FIRST_THREE[:1]
+    assert list(content(second / FIRST_THREE[1])) == ["checkpoint"]
+
+
+def test_a_run_that_another_process_holds_is_left_alone(pair, outputs):
+    grid, _, second = pair
+    hold = (
+        "import sys, time\nfrom pathlib import Path\nfrom ldm_lib.locking import FolderLock\n"
+        "FolderLock(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(second)], stdout=subprocess.PIPE, text=True)
+    try:
+        holder.stdout.readline()
+        with pytest.raises(RunError, match=f"locked by pid {holder.pid}"):
+            adopted(grid, 1, outputs)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert not (second / FIRST_THREE[0]).exists()
+
+
+def test_other_file_systems_get_copies(pair, outputs, monkeypatch):
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    grid, first, second = pair
+    monkeypatch.setattr(os, "link", refuse)
+    adopted(grid, 1, outputs)
+    assert content(second / "maps") == content(first / "maps")
+    assert not (first / "maps/a.nii.gz").samefile(second / "maps/a.nii.gz")
+
+
+# ---- table and figure
+
+HOLES = {  # patient -> PSNR of each of its holes, of one sample; the mean of K is 1 dB better
+    "P0": [10.0, 12.0, 14.0], "P1": [20.0], "P2": [16.0, 18.0],
+}  # fmt: skip
+
+
+def make_done(grid, place, outputs, *, holes=HOLES, stages=None, seconds=10.0, **other):
+    """What a run leaves for the table to read."""
+    one = grid.runs[place]
+    for stage in stages or grid.stages:
+        folder = outputs / one.name / stage
+        folder.mkdir(parents=True)
+        record = {"parameters": tracked(one.configs[stage]) | other, "seconds": seconds, "peak_memory_mb": 1}
+        write_json(folder / "done.json", record | {"outputs": {}, "checks": [], "finished": "2030-01-01"})
+        write_json(folder / "summary.json", {"val_psnr_at_best": 11.5, "sha256": "abc", "optimiser_steps": 7})
+    with (outputs / one.name / list(STAGES)[-1] / "metrics.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["case", "patient", "method", "ssim", "psnr_01", "mse"])
+        writer.writeheader()
+        for patient, values in holes.items():
+            for k, value in enumerate(values):
+                for method, more in (("one sample", 0), (f"mean of {one.value('samples')}", 1), ("ceiling", 9)):
+                    scores = {"ssim": 0.5, "psnr_01": value + more, "mse": 10 ** -(value / 10)}
+                    writer.writerow({"case": f"{patient}-{k}", "patient": patient, "method": method} | scores)
+
+
+@pytest.fixture
+def three(grid_of, outputs):
+    """A sweep of three runs: one done, one failed, one not begun."""
+    grid = grid_of(
+        "name: t\npreset: smoke\ngrid: {prediction: [noise, velocity], learning_rate: [1e-3]}\nruns: [{seed: 4}]\n"
+    )
+    make_done(grid, 0, outputs)
+    sweep_table.log_path(grid, grid.runs[1]).parent.mkdir(parents=True)
+    sweep_table.log_path(grid, grid.runs[1]).write_text("ERROR no\nended with status 1\n")
+    return grid
+
+
+def test_scores_are_means_over_patients_with_their_interval(three):
+    row = gather(three)[0]
+    means = [12.0, 20.0, 17.0]  # a patient of three holes counts once
+    assert row["one sample: PSNR"] == pytest.approx(np.mean(means))
+    assert row["mean of 2: PSNR"] == pytest.approx(np.mean(means) + 1)
+    expected = bootstrap_by_patient(means, ["a", "b", "c"])
+    assert (row["one sample: PSNR low"], row["one sample: PSNR high"]) == (expected["low"], expected["high"])
+    assert expected["low"] < np.mean(means) < expected["high"]
+    assert row["patients"] == 3 and row["holes"] == 6 and row["seconds"] == 60 and row["state"] == "done"
+    assert (row["one sample: SSIM low"], row["one sample: SSIM"], row["one sample: SSIM high"]) == (0.5, 0.5, 0.5)
+    assert (row["prediction"], row["learning_rate"], row["seed"]) == ("noise", 1e-3, 0)
+
+
+def test_the_table_has_every_run_in_the_grids_order_and_tells_what_is_not_there(three):
+    table = write_results(three)
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert lines[0][:4] == ["run", "prediction", "learning_rate", "seed"] and lines[0][-1] == "state"
+    assert [line[0] for line in lines[2:]] == names(three) and len({len(line) for line in lines[2:]}) == 1
+    assert [line[-1] for line in lines[2:]] == ["done", "failed", "missing"]
+    assert lines[2][lines[0].index("one sample: PSNR")] == "16.33 [12, 20]"
+    folder = sweep_folder("t")
+    assert (folder / "table.md").read_text() == f"{table}\n"
+    with (folder / "table.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert float(rows[0]["one sample: PSNR"]) == gather(three)[0]["one sample: PSNR"], "no digit is lost"
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_made_with_other_settings_is_not_this_run(grid_of, outputs):
+    grid = grid_of(GRID)
+    make_done(grid, 0, outputs, seed=1)
+    row = gather(grid)[0]
+    assert row["state"] == "missing" and row["seconds"] == 0 and "one sample: PSNR" not in row
+
+
+def test_one_patient_has_no_interval_and_is_drawn_without(grid_of, outputs):
+    grid = grid_of(GRID)
+    make_done(grid, 0, outputs, holes={"P0": [10.0, 14.0]})
+    row = gather(grid)[0]
+    assert row["one sample: PSNR"] == 12 and np.isnan(row["one sample: PSNR low"]) and row["patients"] == 1
+    assert "| 12 | " in write_results(grid)
+
+
+def test_k_is_told_where_it_does_not_vary(grid_of, outputs):
+    grid = grid_of("name: t\npreset: smoke\ngrid: {samples: [2, 3]}\n")
+    for place in (0, 1):
+        make_done(grid, place, outputs)
+    assert [row["mean of K: PSNR"] for row in gather(grid)] == pytest.approx([17 + 1 / 3] * 2)
+
+
+def test_without_stage_06_the_last_stages_own_figures_are_told(grid_of, outputs):
+    grid = grid_of(f"{GRID}stages: [01, 02, 03, 04]\n")
+    make_done(grid, 0, outputs, stages=STAGES)
+    row = gather(grid)[0]
+    assert row["val_psnr_at_best"] == 11.5 and row["optimiser_steps"] == 7 and "sha256" not in row
+    assert "one sample: PSNR" not in row and row["seconds"] == 40
+    assert "| 11.5 | " in write_results(grid) and (sweep_folder(grid.name) / "figure.png").exists()
+
+
+def test_a_sweep_of_which_nothing_is_done_has_a_table_and_no_figure(grid_of, tmp_path, capsys):
+    grid_of(GRID)
+    assert main(["sweep", str(tmp_path / "grid.yaml"), "--table"]) == 0
+    assert capsys.readouterr().out.count("| missing |") == 5
+    assert [p.name for p in sorted(sweep_folder("objectives").iterdir())] == ["table.csv", "table.md"]
+
+
+# ---- in earnest
+
+TINY = {"synthetic_patients": 3, "autoencoder_steps": 20, "max_epochs": 1, "num_inference_steps": 2, "base_width": 8,
+        "fidelity_cases": 0, "counterfactual_days": "0", "guidance_scales": "1"}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_goes_on_and_ends_with_table_and_figure(tmp_path, outputs):
+    settings = ", ".join(f"{name}: '{value}'" for name, value in TINY.items())
+    path = tmp_path / "grid.yaml"
+    path.write_text(f"name: real\npreset: smoke\nset: {{{settings}}}\ngrid: {{prediction: [noise, velocity]}}\n")
+    command = [sys.executable, "-m", "ldm_lib", "sweep", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("[2/2] real-velocity: started"):
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143
+    first, second = outputs / "real-noise", outputs / "real-velocity"
+    made = content(first)
+    assert not (second / list(STAGES)[-1]).exists()
+    told = subprocess.run(command, capture_output=True, text=True)
+    print(told.stdout, told.stderr)
+    assert told.returncode == 0, told.stdout + told.stderr
+    changing = {"index.html", ".lock"}
+    assert {k: v for k, v in content(first).items() if k not in changing} == {
+        k: v for k, v in made.items() if k not in changing
+    }, "what was done is not made again"
+    for stage in FIRST_THREE:
+        assert content(second / stage) == content(first / stage)
+    assert told.stdout.count("| done |") == 2
+    folder = sweep_folder("real")
+    assert sorted(p.name for p in folder.iterdir()) == ["figure.png", "grid.yaml", "logs", "table.csv", "table.md"]
+    log = (folder / "logs" / "real-velocity.txt").read_text()
+    assert all(f"{stage}: done already, skipped" in log for stage in FIRST_THREE) and "04_training: done in" in log

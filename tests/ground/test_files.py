@@ -1,0 +1,267 @@
+"""Files are there whole or not at all; a folder belongs to one process; digests are what they say."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm_lib.errors import ConfigError, InputError, RunError
+from ldm_lib.files import (
+    digests,
+    fingerprint,
+    given_path,
+    now,
+    replacing,
+    require_writable,
+    sha256,
+    write_csv,
+    write_json,
+)
+from ldm_lib.locking import OWNER_VARIABLE, FolderLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ldm_lib.locking import FolderLock
+FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+TRY = """
+import sys
+from pathlib import Path
+from ldm_lib.errors import RunError
+from ldm_lib.locking import FolderLock
+try:
+    FolderLock(Path(sys.argv[1]))
+    print("taken")
+except RunError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder to lock, let go at the end."""
+    yield tmp_path / "run"
+    FolderLock(tmp_path / "run").release()
+
+
+@pytest.fixture
+def holder(folder):
+    """Another process that holds the lock of `folder`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def another_process_tries(folder, **environment):
+    command = [sys.executable, "-c", TRY, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=True).stdout
+
+
+def test_replacing_leaves_the_new_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with path.open() as reader:
+        with replacing(path) as partial:
+            partial.write_text("new")
+            assert path.read_text() == "old"
+        assert partial.parent == path.parent, "renaming works within a folder only"
+        assert reader.read() == "old", "whoever began to read the old file reads it to its end"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(143)])
+def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path, failure):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(type(failure), match=r"No space|143|^$"), replacing(path) as partial:
+        partial.write_text("half")
+        raise failure
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_replacing_that_wrote_nothing_fails_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError, match=r"a\.json"), replacing(path):
+        pass
+    assert path.read_text() == "old"
+
+
+def test_write_json_is_sorted_readable_and_the_same_content(tmp_path):
+    content = {"b": np.float32(0.5), "a": {"d": Path("x/y"), "c": np.int64(3)}}
+    write_json(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text()
+    assert text == '{\n  "a": {\n    "c": 3,\n    "d": "x/y"\n  },\n  "b": 0.5\n}\n'
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_write_json_keeps_the_old_file_when_the_content_cannot_be_written(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    loop = {}
+    loop["itself"] = loop
+    with pytest.raises(ValueError, match="Circular"):
+        write_json(path, loop)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_fingerprint_does_not_depend_on_the_order_of_keys():
+    keys = [f"key {k}" for k in range(20)]
+    content = {key: {"inner": [1, 2], "other": key} for key in keys}
+    shuffled = {key: dict(reversed(content[key].items())) for key in random.Random(0).sample(keys, 20)}
+    assert list(shuffled) != list(content)
+    assert fingerprint(shuffled) == fingerprint(content)
+
+
+@pytest.mark.parametrize("other", [{"a": [2, 1]}, {"a": [1, 2, 3]}, {"b": [1, 2]}, {"a": ["1", "2"]}, {"a": [1.5, 2]}])
+def test_fingerprint_depends_on_everything_else(other):
+    assert fingerprint(other) != fingerprint({"a": [1, 2]})
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**18 - 1, 2**18, 2**20 + 7])
+def test_sha256_is_that_of_the_bytes(tmp_path, size):
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_second_process_is_refused_and_told_by_whom(folder, holder):
+    with pytest.raises(RunError, match=rf"run: locked by pid {holder.pid} since 20\d\d-.*\+00:00. Fix: wait"):
+        FolderLock(folder)
+
+
+def test_a_lock_is_free_again_when_its_owner_was_killed(folder, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    FolderLock(folder)
+    assert f"locked by pid {os.getpid()} since" in another_process_tries(folder)
+
+
+def test_a_kernel_passes_under_the_lock_of_its_own_runner_only(folder):
+    FolderLock(folder)
+    assert another_process_tries(folder, **{OWNER_VARIABLE: str(os.getpid())}) == "taken\n"
+    assert "locked by" in another_process_tries(folder, **{OWNER_VARIABLE: str(os.getpid() + 1)})
+    assert "locked by" in another_process_tries(folder, **{OWNER_VARIABLE: str(os.getpid())[:-1]})
+    assert "locked by" in another_process_tries(folder), "the kernel's passing must not have freed it"
+
+
+def test_the_owner_may_ask_again_and_lets_go_once(folder):
+    first = FolderLock(folder)
+    second = FolderLock(folder)
+    del first
+    assert "locked by" in another_process_tries(folder)
+    second.release()
+    assert another_process_tries(folder) == "taken\n"
+    second.release()
+
+
+def test_letting_go_works_while_a_forked_child_lives(folder):
+    """Loader processes inherit the open file; the lock must not live on in them."""
+    lock = FolderLock(folder)
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[FolderLock._held[lock.path].fileno()])
+    try:
+        lock.release()
+        assert another_process_tries(folder) == "taken\n"
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_two_folders_have_two_locks(tmp_path, holder):
+    lock = FolderLock(tmp_path / "other")
+    assert "locked by" in another_process_tries(tmp_path / "other")
+    lock.release()
+
+
+def test_a_link_in_the_locks_place_is_refused_and_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to("precious")
+    with pytest.raises(
+        RunError, match=r"\.lock: is a link, and what it leads to would be overwritten\. Fix: remove it"
+    ):
+        FolderLock(tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("write", [write_json, lambda path, _: write_csv(path, [{"a": 1}])])
+def test_a_link_in_the_place_of_what_is_half_written_is_not_followed(tmp_path, write):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / f".a.json.{os.getpid()}.part").symlink_to("precious")
+    write(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.json").is_symlink()
+
+
+def test_a_file_is_flushed_to_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"old": 1})
+    held = []
+    monkeypatch.setattr(os, "fsync", lambda stream: held.append((tmp_path / "a.json").read_text()))
+    write_json(tmp_path / "a.json", {"new": 1})
+    assert len(held) == 1 and "old" in held[0] and "new" in (tmp_path / "a.json").read_text()
+
+
+def test_what_is_no_file_is_never_replaced_by_one(tmp_path):
+    """A rename as root would put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    for refuse in (lambda path: write_json(path, {}), require_writable):
+        with pytest.raises(InputError, match=r"pipe: is a device, a pipe or a socket\. Fix: name a file"):
+            refuse(tmp_path / "pipe")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_path_that_no_system_has_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="holds a zero byte"):
+        require_writable(given_path("a\0b"))
+    with pytest.raises(ConfigError, match=r"nobody-here/a: nobody of this name has a home here"):
+        require_writable(given_path("~nobody-here/a"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file/run: cannot be written \(Not a directory\)\. Fix: choose another"):
+        FolderLock(tmp_path / "file" / "run")
+
+
+def test_now_is_utc_to_the_second():
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", now())
+    assert abs(datetime.fromisoformat(now()).timestamp() - time.time()) < 3
+
+
+def test_digests_of_files_and_folders_and_of_nothing(tmp_path):
+    (tmp_path / "model" / "deeper").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "net.pth").write_bytes(b"net")
+    (tmp_path / "net.json").write_text("{}")
+    found = digests(str(tmp_path / "model"), "", str(tmp_path / "net.pth"), str(tmp_path / "absent"))
+    json_digest, net_digest = (hashlib.sha256(content).hexdigest() for content in (b"{}", b"net"))
+    here = tmp_path.name
+    assert found == {"model/config.json": json_digest, f"{here}/net.pth": net_digest, f"{here}/net.json": json_digest}
+
+
+def test_a_table_has_every_column_of_every_row_in_order_of_appearance(tmp_path):
+    rows = [{"b": "1", "a": "x, y"}, {"a": 'say "z"', "c": "3"}]
+    assert write_csv(tmp_path / "t.csv", rows) == ["b", "a", "c"]
+    with (tmp_path / "t.csv").open(newline="") as stream:
+        assert [{k: v for k, v in row.items() if v} for row in csv.DictReader(stream)] == rows

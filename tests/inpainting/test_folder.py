@@ -1,0 +1,363 @@
+"""Laws of filling many cases: shares make the whole, whoever is interrupted; what is bad stops nothing, and is told."""
+
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from ldm_lib.__main__ import main
+from ldm_lib.data.cohort import find_cases
+from ldm_lib.data.volume import read_volume
+from ldm_lib.errors import ConfigError, InputError, RunError
+from ldm_lib.experiment.presets import resolve
+from ldm_lib.experiment.stages import SamplingConfig
+from ldm_lib.inpainting.folder import (
+    FILLED,
+    FOUND,
+    REFUSED,
+    Job,
+    fill_cases,
+    inpaint_folder,
+    require_all,
+    require_recorded,
+)
+from ldm_lib.inpainting.inpainter import Inpainter
+from ldm_lib.inpainting.single_file import inpaint
+from ldm_lib.locking import FolderLock
+
+QUIET = {"say": lambda line: None}
+
+
+@pytest.fixture(scope="module")
+def inpainter(tiny_model_folder):
+    return Inpainter.load(tiny_model_folder, device="cpu", precision="32")
+
+
+def settings(**changes):
+    return resolve("smoke", {"num_inference_steps": 2, "samples": 2} | changes)["05_sampling"]
+
+
+def volumes(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.nii.gz")}
+
+
+def statuses(rows):
+    return [row["status"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(inpainter, cases, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return fill_cases(inpainter, cases[:4], settings(), folder), folder
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shares_make_the_whole_byte_for_byte(inpainter, cases, whole, tmp_path, world):
+    rows, folder = whole
+    shares = [fill_cases(inpainter, cases[:4][rank::world], settings(), tmp_path) for rank in range(world)]
+    assert volumes(tmp_path) == volumes(folder) and len(volumes(folder)) == 4 * 5
+    assert sorted(row["case"] for share in shares for row in share) == sorted(row["case"] for row in rows)
+
+
+def test_what_is_filled_is_found_and_what_is_damaged_or_missing_is_made_again(inpainter, cases, whole, tmp_path):
+    rows, folder = whole
+    fill_cases(inpainter, cases[:3], settings(), tmp_path)
+    again = fill_cases(inpainter, cases[:4], settings(), tmp_path)
+    assert statuses(again) == [FOUND] * 3 + [FILLED]
+    told = ("case", "result", "spread", "reason")
+    assert [[row[name] for name in told] for row in again] == [[row[name] for name in told] for row in rows]
+    results = [tmp_path / case.result_name for case in cases[:4]]
+    results[0].write_bytes(results[0].read_bytes()[:-1])
+    results[1].unlink()
+    (tmp_path / "filled" / f"{cases[2].key}.json").unlink()
+    assert statuses(fill_cases(inpainter, cases[:4], settings(), tmp_path)) == [FILLED] * 3 + [FOUND]
+    assert volumes(tmp_path) == volumes(folder)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"samples": 1}, {"num_inference_steps": 3}, {"sampler": "ddim"}])
+def test_other_settings_are_other_results(inpainter, cases, tmp_path, changes):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    first = read_volume(tmp_path / cases[0].result_name).raw
+    assert statuses(fill_cases(inpainter, cases[:1], settings(**changes), tmp_path)) == [FILLED]
+    assert not np.array_equal(first, read_volume(tmp_path / cases[0].result_name).raw)
+
+
+def test_a_changed_source_is_filled_anew(inpainter, cases, cohort_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(cohort_folder / cases[0].id, folder / cases[0].id)
+    case = find_cases(folder)[0][0].to_fill()
+    fill_cases(inpainter, [case], settings(), tmp_path)
+    shutil.copy(folder / case.id / f"{case.id}-t1n.nii.gz", case.t1n_voided)
+    assert statuses(fill_cases(inpainter, [case], settings(), tmp_path)) == [FILLED]
+
+
+# ---- a bad case
+
+
+@pytest.fixture
+def cohort(cohort_folder, tmp_path):
+    """A copy of the six cases, free to be spoiled."""
+    return shutil.copytree(cohort_folder, tmp_path / "cohort" / "data")
+
+
+def spoil(folder, case):
+    path = folder / case.id / case.mask.name
+    path.write_bytes(path.read_bytes()[:50])
+
+
+@pytest.mark.parametrize(
+    ("spoil_mask", "told"),
+    [
+        (os.mkfifo, "not a regular file"),
+        (lambda path: path.symlink_to("/data/JOHN_DOE/m.nii.gz"), "broken link to m.nii.gz"),
+        (lambda path: path.mkdir(), "is a directory, not a NIfTI file"),
+    ],
+    ids=["pipe", "broken link", "folder"],
+)
+def test_what_is_no_file_is_refused_by_the_gate_and_waited_for_by_nobody(inpainter, cohort, tmp_path, spoil_mask, told):
+    cases = [case.to_fill() for case in find_cases(cohort)[0][:2]]
+    cases[0].mask.unlink()
+    spoil_mask(cases[0].mask)
+    rows = fill_cases(inpainter, cases, settings(samples=1), tmp_path / "out", **QUIET)
+    assert statuses(rows) == [REFUSED, FILLED]
+    assert rows[0]["reason"].startswith(f"{cases[0].id}/{cases[0].mask.name}: {told}"), "told from the data folder on"
+
+
+@pytest.mark.parametrize("outputs", [{"../victim.nii.gz": "00"}, {"victim.nii.gz": "00"}, ["a"], {"a": 3}])
+def test_a_record_never_has_another_file_removed(inpainter, cases, tmp_path, outputs):
+    """Whoever wrote it; one that names what is not the case's is as none."""
+    victims = [tmp_path / "victim.nii.gz", tmp_path / "out" / "victim.nii.gz"]
+    record = tmp_path / "out" / "filled" / f"{cases[0].key}.json"
+    record.parent.mkdir(parents=True)
+    for victim in victims:
+        victim.write_text("precious")
+    record.write_text(json.dumps({"made_from": "x", "outputs": outputs, "row": {}}))
+    rows = fill_cases(inpainter, cases[:1], settings(samples=1), tmp_path / "out", **QUIET)
+    assert statuses(rows) == [FILLED] and all(victim.read_text() == "precious" for victim in victims)
+
+
+def test_a_bad_case_stops_no_other_and_is_told(cohort, cases, tiny_model_folder, tmp_path, capsys):
+    spoil(cohort, cases[1])
+    (cohort / "empty").mkdir()
+    arguments = ["inpaint", "--data", str(cohort), "--output", str(tmp_path / "out"), "--steps", "2", "--model",
+                 str(tiny_model_folder), "--device", "cpu"]  # fmt: skip
+    assert main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("empty: refused: empty: no mask file; present: nothing")
+    assert f"[2/6] {cases[1].key}: refused: " in lines[2] and "gzip ends early" in lines[2]
+    assert lines[-1] == "7 cases: 2 refused, 5 filled"
+    assert ", 0:00:0" in lines[1] and "left" not in lines[-2]
+    results = {case.result_name for case in cases if case is not cases[1]}
+    assert set(volumes(tmp_path / "out")) == results
+    with (tmp_path / "out" / "results.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["case"] for row in rows] == ["empty", *(case.key for case in cases)]
+    assert [row["status"] for row in rows] == [REFUSED, FILLED, REFUSED, *[FILLED] * 4]
+    shutil.copy(cases[1].mask, cohort / cases[1].id)
+    (cohort / "empty").rmdir()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "6 cases: 5 found, 1 filled"
+
+
+def test_a_result_that_cannot_be_written_is_told_of_its_case(inpainter, cases, tmp_path):
+    (tmp_path / cases[0].result_name).mkdir()
+    rows = fill_cases(inpainter, cases[:2], settings(), tmp_path)
+    assert statuses(rows) == [REFUSED, FILLED] and rows[0]["reason"].startswith(
+        f"{cases[0].result_name}: is a directory"
+    )
+    with pytest.raises(InputError, match=r"1 of 2 cases could not be filled; .*is a directory"):
+        require_all(rows)
+    require_all(rows[1:])
+
+
+def test_a_folder_comes_out_as_its_files_one_by_one(cohort_folder, cases, tiny_model_folder, tmp_path):
+    config = SamplingConfig(num_inference_steps=2, samples=1, device="cpu")
+    maps = cohort_folder.parent / "conditioning_data"
+    rows = inpaint_folder(cohort_folder, tmp_path / "out", config, model=tiny_model_folder, **QUIET)
+    assert statuses(rows) == [FILLED] * 6
+    for case in cases[::3]:
+        inpaint(case.t1n_voided, case.mask, tmp_path / "one.nii.gz", steps=2, model=tiny_model_folder, device="cpu",
+                growth=maps / "growth_model" / f"{case.id}.nii.gz",
+                tissue=maps / "tissue_segmentation" / f"{case.id}.nii.gz")  # fmt: skip
+        assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "out" / case.result_name).read_bytes()
+
+
+# ---- interruptions
+
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(cohort_folder, tiny_model_folder, tmp_path):
+    config = SamplingConfig(num_inference_steps=2, samples=2, device="cpu")
+
+    def work(output):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        inpaint_folder(cohort_folder, output, config, model=tiny_model_folder, **QUIET)
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    started = time.monotonic()
+    work(undisturbed)
+    seconds, rng, kills = time.monotonic() - started, np.random.default_rng(0), 0
+    for _ in range(8):
+        process = multiprocessing.get_context("fork").Process(target=work, args=(killed,))
+        process.start()
+        process.join(rng.uniform(0.1, 0.8) * seconds)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+    work(killed)
+    assert volumes(killed) == volumes(undisturbed) and kills
+    records = [json.loads(path.read_text()) for path in sorted((killed / "filled").glob("*.json"))]
+    assert len(records) == 6 and not list(killed.glob(".*.part"))
+
+
+def test_two_processes_do_not_fill_one_folder(cohort_folder, tiny_model_folder, tmp_path):
+    def hold(folder, ready, done):
+        FolderLock(folder)
+        ready.set()
+        done.wait(60)
+
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "out", ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(RunError, match="locked by pid"):
+        inpaint_folder(cohort_folder, tmp_path / "out", SamplingConfig(), model=tiny_model_folder, **QUIET)
+    done.set()
+    other.join()
+
+
+@pytest.mark.parametrize("inside", ["", "results"])
+def test_results_among_the_cases_are_refused(cohort_folder, tiny_model_folder, inside):
+    with pytest.raises(InputError, match=r"lies inside the folder of cases\. Fix: name one outside it"):
+        inpaint_folder(cohort_folder, cohort_folder / inside, SamplingConfig(), model=tiny_model_folder, **QUIET)
+
+
+def test_at_most_three_cases_are_held_at_once(inpainter, cases, tmp_path, monkeypatch):
+    """Read ahead, at work, written behind: counted at every step."""
+    held, most = set(), []
+
+    def counted(part, enter=False, leave=False):
+        def call(self, first, *rest):
+            data = rest[0] if part == "write" else first
+            key = data.key if part == "read" else data.case.key
+            held.add(key) if enter else None
+            most.append(len(held))
+            result = parts[part](self, first, *rest)
+            held.discard(key) if leave else None
+            return result
+
+        return call
+
+    parts = {name: getattr(Job, name) for name in ("read", "fill", "write")}
+    monkeypatch.setattr(Job, "read", counted("read", enter=True))
+    monkeypatch.setattr(Job, "write", counted("write", leave=True))
+    fill_cases(inpainter, cases, settings(), tmp_path)
+    assert 2 <= max(most) <= 4  # a fourth is being read while the third waits for its predecessor to be written
+
+
+@pytest.mark.parametrize("content", ["garbage", "{}", "[1]", "[" * 100_000])
+def test_a_damaged_record_is_as_none(inpainter, cases, tmp_path, content):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    (tmp_path / "filled" / f"{cases[0].key}.json").write_text(content)
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FOUND]
+
+
+@pytest.mark.parametrize("row", [{}, {"case": "x\x1b[31m", "result": "/etc/passwd", "spread": "much", "seconds": []}])
+def test_a_rows_words_are_the_cases_own_whatever_its_record_says(inpainter, cases, tmp_path, row):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    record = tmp_path / "filled" / f"{cases[0].key}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"row": row}))
+    (found,) = fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    assert found == {"case": cases[0].key, "status": FOUND, "result": cases[0].result_name, "spread": None,
+                     "seconds": None, "reason": ""}  # fmt: skip
+
+
+def test_a_record_without_its_result_is_no_result(inpainter, cases, tmp_path):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    record = tmp_path / "filled" / f"{cases[0].key}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"outputs": {}}))
+    (tmp_path / cases[0].result_name).unlink()
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
+    assert (tmp_path / cases[0].result_name).exists()
+
+
+def test_a_pipe_in_the_place_of_a_record_or_a_result_is_waited_for_by_nobody(inpainter, cases, tmp_path):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    record, result = tmp_path / "filled" / f"{cases[0].key}.json", tmp_path / cases[0].result_name
+    result.unlink()
+    os.mkfifo(result)
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED] and result.is_file()
+    record.unlink()
+    os.mkfifo(record)
+    (row,) = fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    assert row["status"] == REFUSED and "is a device, a pipe or a socket" in row["reason"]
+
+
+@pytest.mark.parametrize("plant", [lambda path: path.symlink_to("/nowhere"), lambda path: path.touch()])
+def test_a_folder_of_records_that_is_none_is_refused(inpainter, cases, tmp_path, plant):
+    plant(tmp_path / "filled")
+    with pytest.raises(InputError, match=r"filled: is no folder of this one's own\. Fix: remove it"):
+        fill_cases(inpainter, cases[:1], settings(), tmp_path)
+
+
+def test_nothing_of_other_settings_stays_beside_a_new_result(inpainter, cases, tmp_path):
+    fill_cases(inpainter, cases[:1], settings(samples=3), tmp_path)
+    fill_cases(inpainter, cases[:1], settings(samples=1), tmp_path)
+    beside = cases[0].result_name.replace(".nii.gz", "-sample-0000.nii.gz")
+    assert set(volumes(tmp_path)) == {cases[0].result_name, beside}
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"sampler": "euler"}, "'euler' given, the model was trained on a variance-preserving"),
+    ({"num_inference_steps": 5000}, "5000 sampling steps given, 1 to 1000 allowed"),
+])  # fmt: skip
+def test_what_no_case_can_take_is_refused_before_any_is_read(inpainter, cases, tmp_path, monkeypatch, changes, told):
+    monkeypatch.setattr(Job, "read", lambda *_: pytest.fail("a case was read"))
+    with pytest.raises(ConfigError, match=told):
+        fill_cases(inpainter, cases[:2], SamplingConfig(**changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("too large"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_case_that_does_not_fit_into_memory_stops_no_other(inpainter, cases, tmp_path, monkeypatch, error):
+    fill = Inpainter.fill
+
+    def fails_once(self, data, **how):
+        if data.case.key == cases[0].key:
+            raise error
+        return fill(self, data, **how)
+
+    monkeypatch.setattr(Inpainter, "fill", fails_once)
+    rows = fill_cases(inpainter, cases[:2], settings(), tmp_path)
+    assert statuses(rows) == [REFUSED, FILLED]
+    with pytest.raises(InputError, match="1 of 2 cases are not filled, the first"):
+        require_recorded(cases[:2], tmp_path)
+
+
+def test_a_reader_that_leaves_does_not_end_the_work(cohort_folder, tiny_model_folder, tmp_path, monkeypatch):
+    class Gone:
+        def write(self, _):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    arguments = ["inpaint", "--data", str(cohort_folder), "--output", str(tmp_path), "--steps", "1", "--model",
+                 str(tiny_model_folder), "--device", "cpu"]  # fmt: skip
+    assert main(arguments) == 0 and len(volumes(tmp_path)) == 6
+
+
+def test_the_lock_is_let_go_when_something_is_refused(cohort_folder, tiny_model_folder, tmp_path):
+    config = SamplingConfig(sampler="euler", device="cpu")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="'euler' given"):
+            inpaint_folder(cohort_folder, tmp_path, config, model=tiny_model_folder, **QUIET)
+    assert not FolderLock._held

@@ -1,0 +1,98 @@
+"""The weights in the box: they are what their config says, small enough to ship, and better than what costs nothing."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_lib.data.case import load_case
+from ldm_lib.data.cohort import find_cases
+from ldm_lib.data.synthetic_cohort import TEST_PATIENTS, write_patient
+from ldm_lib.evaluation.metrics import brats_scores
+from ldm_lib.experiment.presets import resolve
+from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED
+from ldm_lib.inpainting.baselines import harmonic_fill
+from ldm_lib.inpainting.inpainter import Inpainter
+from ldm_lib.model_io import WEIGHTS, read_tensors
+from ldm_lib.training.export import LOG
+
+CARD = PRETRAINED / "MODEL_CARD.md"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Inpainter.load(device="cpu")
+
+
+def test_all_of_it_is_below_64_mb_and_in_half_precision():
+    files = [path for path in PRETRAINED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 64e6
+    for folder in (PRETRAINED, PRETRAINED / AUTOENCODER_FOLDER):
+        assert {t.dtype for t in read_tensors(folder / WEIGHTS).values()} == {torch.float16}
+
+
+def test_the_networks_are_small(shipped):
+    count = {name: sum(p.numel() for p in net.parameters()) for name, net in vars(shipped).items() if name in NETWORKS}
+    assert count["autoencoder"] <= 10e6 and count["denoiser"] <= 20e6
+
+
+NETWORKS = ("autoencoder", "denoiser")
+
+
+@pytest.mark.parametrize("preset", ["demo", "weights"])
+def test_the_presets_describe_the_model_that_is_shipped(shipped, preset):
+    """Else `demo` could not go on from it, and `make weights` would make another."""
+    from ldm_lib.training.initialise import build_denoiser
+
+    configs = resolve(preset)
+    training, conditioning = configs["04_training"], configs["03_conditioning"]
+    channels = shipped.autoencoder.latent_channels
+    built = build_denoiser(training, in_channels=shipped.denoiser.config["in_channels"], out_channels=channels)
+    assert {**built.config, "dropout": 0} == {**shipped.denoiser.config, "dropout": 0}
+    assert (training.prediction, training.latent_crop) == (shipped.prediction, shipped.crop)
+    assert (conditioning.context, conditioning.mask_dilation) == (
+        shipped.model.spec.context,
+        shipped.model.spec.mask_dilation,
+    )
+    assert configs["02_autoencoder_check"].latent_channels == channels
+    assert configs["01_data_audit"].spacing_mm == shipped.autoencoder.spacing_mm == 1.0
+
+
+def test_a_flip_of_its_latents_is_exact(shipped):
+    volume = torch.rand((1, 1, 48, 32, 32), generator=torch.Generator().manual_seed(0))
+    flipped = shipped.autoencoder.encode(volume.flip(2))
+    again = shipped.autoencoder.encode(volume).flip(2) * shipped.autoencoder.mirror.view(1, -1, 1, 1, 1)
+    torch.testing.assert_close(flipped, again, atol=2e-2, rtol=0)  # of numbers around 1, from axes in half precision
+
+
+def test_the_log_of_its_training_and_its_card_are_there():
+    steps = [line.split(",") for line in (PRETRAINED / LOG).read_text().splitlines()]
+    assert "train_loss" in steps[0] and len(steps) > 20
+    card = CARD.read_text()
+    for told in ("Intended use", "Limits", "Data", "Scores", "Research"):
+        assert told in card
+    assert "@" not in card, "a figure that was to be filled in"
+
+
+def test_the_makefile_ships_at_the_temperature_that_is_shipped(shipped):
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{shipped.temperature:g}"]
+
+
+def test_a_wheel_would_carry_them():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["package-data"]["ldm_lib"] == ["weights/**"]
+
+
+@pytest.mark.slow
+def test_one_sample_is_better_than_the_harmonic_fill_in_a_brain_never_seen(shipped, tmp_path):
+    write_patient(tmp_path, 0, TEST_PATIENTS[-1], masks=1, domain_randomisation="wide", tissue_map="registered")
+    data = load_case(find_cases(tmp_path / "data")[0][0])
+    fills = {"ours": shipped.fill(data).sample(0), "harmonic": harmonic_fill(data.voided, data.mask)}
+    scores = {name: brats_scores(v, data.target, data.voided, data.scored)["psnr_01"] for name, v in fills.items()}
+    assert scores["ours"] > scores["harmonic"], scores
+    np.testing.assert_array_equal(fills["ours"][~data.mask], data.voided[~data.mask])

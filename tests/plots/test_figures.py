@@ -1,0 +1,124 @@
+"""Pictures: one window for all rows, nothing changed, numbers as computed by hand."""
+
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from ldm_lib.errors import InputError
+from ldm_lib.plots import figures
+
+RNG = np.random.default_rng(0)
+SHAPE, SPACING = (12, 14, 10), (1.0, 1.0, 2.0)
+TARGET = RNG.random(SHAPE) * 800
+MASK = np.zeros(SHAPE, bool)
+MASK[4:8, 5:9, 3:7] = True
+OTHER = np.where(MASK, TARGET + RNG.normal(size=SHAPE) * 30, TARGET)
+TISSUE = RNG.integers(0, 4, SHAPE)
+GROWTH = np.clip(1.2 - np.linalg.norm(np.indices(SHAPE).T - [6, 7, 5], axis=-1).T / 4, 0, 1)
+EVERY = {
+    "planes": lambda: figures.planes({"voided": OTHER, "target": TARGET}, spacing_mm=SPACING, mask=MASK),
+    "overlay": lambda: figures.overlay(TARGET, spacing_mm=SPACING, tissue=TISSUE, growth=GROWTH),
+    "conditioning": lambda: figures.conditioning_channels(np.stack([GROWTH] * 4), MASK, spacing_mm=SPACING),
+    "difference": lambda: figures.difference(OTHER, TARGET, MASK, spacing_mm=SPACING),
+    "trajectory": lambda: figures.trajectory([OTHER, TARGET], ["t = 1", "t = 0"], spacing_mm=SPACING, mask=MASK),
+    "samples": lambda: figures.samples_grid([OTHER, TARGET], TARGET, spacing_mm=SPACING, mask=MASK),
+}
+
+
+def shown(ax, k=0):
+    return np.ma.filled(ax.get_images()[k].get_array().astype(float), np.nan)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_picture_shows_itself_and_leaves_its_inputs_alone(name):
+    inputs = (TARGET, OTHER, MASK, TISSUE, GROWTH)
+    before = [array.copy() for array in inputs]
+    drawn = EVERY[name]()._repr_png_()
+    assert drawn.startswith(b"\x89PNG") and drawn == EVERY[name]()._repr_png_()
+    assert all(np.array_equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_letter_is_smaller_than_eight_points(name):
+    texts = EVERY[name]().findobj(lambda artist: hasattr(artist, "get_fontsize") and artist.get_text())
+    assert min(text.get_fontsize() for text in texts) >= 8
+
+
+def test_all_rows_share_one_window_and_the_picture_states_it():
+    figure = figures.planes({"dark": TARGET / 5, "bright": TARGET}, spacing_mm=SPACING, title="case 7")
+    high = np.percentile(TARGET / 5, 99.5)
+    assert {ax.get_images()[0].get_clim() for ax in figure.axes} == {(0.0, high)}
+    assert figure.get_suptitle() == f"case 7   window 0 to {high:.4g}"
+
+
+def test_the_difference_is_signed_symmetric_and_only_in_the_hole():
+    figure = figures.difference(OTHER, TARGET, MASK, spacing_mm=SPACING, centre_vox=(5, 6, 4))
+    errors = [shown(ax, 1) for ax in figure.axes if len(ax.get_images()) > 1]
+    axial = np.where(MASK, OTHER - TARGET, np.nan)[:, :, 4].T
+    np.testing.assert_allclose(errors[0], axial, rtol=0, atol=1e-12)
+    low, high = figure.axes[6].get_images()[1].get_clim()
+    assert low == -high == -np.percentile(np.abs(OTHER - TARGET)[MASK], 99)
+
+
+def test_unsigned_inputs_do_not_wrap_in_the_difference():
+    low, high = np.full(SHAPE, 3, np.uint16), np.full(SHAPE, 5, np.uint16)
+    figure = figures.difference(low, high, MASK, spacing_mm=SPACING)
+    assert np.nanmax(shown(figure.axes[6], 1)) == np.nanmin(shown(figure.axes[6], 1)) == -2
+
+
+def test_growth_lines_lie_at_the_three_thresholds_and_are_named():
+    figure = figures.overlay(TARGET, spacing_mm=SPACING, growth=GROWTH)
+    lines = next(c for c in figure.axes[0].collections if hasattr(c, "levels"))
+    assert list(lines.levels) == [0.2, 0.25, 0.675]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["growth 0.2", "growth 0.25", "growth 0.675"]
+    spreads = [np.ptp(path.vertices[:, 0]) for path in lines.get_paths()]
+    assert all(outer > inner for outer, inner in pairwise(spreads))
+
+
+@pytest.mark.parametrize(("axis", "panel", "coordinate"), [(0, 0, 0), (1, 0, 1), (2, 1, 1), (1, 2, 0), (2, 2, 1)])
+def test_growth_lines_run_through_voxel_centres_in_millimetres(axis, panel, coordinate):
+    ramp = np.indices(SHAPE)[axis] / 40  # 0.2 at the centre of voxel 8
+    figure = figures.overlay(TARGET, spacing_mm=SPACING, growth=ramp, centre_vox=(5, 6, 4))
+    lines = next(c for c in figure.axes[panel].collections if hasattr(c, "levels"))
+    np.testing.assert_allclose(lines.get_paths()[0].vertices[:, coordinate], 8.5 * SPACING[axis], atol=1e-9)
+
+
+def test_tissue_colours_tell_the_labels_apart_and_leave_air_clear():
+    figure = figures.overlay(TARGET, spacing_mm=SPACING, tissue=TISSUE, centre_vox=(5, 6, 4))
+    image, labels = figure.axes[0].get_images()[1], TISSUE[:, :, 4].T
+    rgba = image.to_rgba(image.get_array())
+    assert set(rgba[labels == 0][:, 3]) == {0.0}
+    assert len({tuple(np.unique(rgba[labels == k], axis=0)[0]) for k in (1, 2, 3)}) == 3
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["CSF", "GM", "WM"]
+
+
+def test_samples_come_with_their_mean_and_population_deviation():
+    samples = [TARGET, OTHER, TARGET * 0.5]
+    figure = figures.samples_grid(samples, spacing_mm=SPACING, centre_vox=(5, 6, 4))
+    by_name = {ax.get_title(): shown(ax) for ax in figure.axes if ax.get_title()}
+    np.testing.assert_allclose(by_name["mean"], np.mean(samples, 0)[:, :, 4].T)
+    np.testing.assert_allclose(by_name["standard deviation"], np.std(samples, 0)[:, :, 4].T)
+
+
+def test_each_conditioning_channel_is_drawn_in_its_row():
+    channels = np.stack([GROWTH, TISSUE == 1, TISSUE == 2, TISSUE == 3]).astype(float)
+    figure = figures.conditioning_channels(channels, spacing_mm=(8, 8, 8), centre_vox=(5, 6, 4))
+    for row, name in enumerate(figures.CHANNELS):
+        assert figure.axes[3 * row].get_ylabel() == name
+        assert np.array_equal(shown(figure.axes[3 * row]), channels[row, :, :, 4].T)
+
+
+def test_an_empty_hole_has_no_error():
+    with pytest.raises(InputError, match="the mask is empty"):
+        figures.difference(OTHER, TARGET, np.zeros(SHAPE), spacing_mm=SPACING)
+
+
+def test_growth_is_drawn_on_each_frame_of_a_trajectory_at_its_own_levels():
+    frames = {"labels": ["young", "old"], "spacing_mm": SPACING, "mask": MASK}
+    plain, grown = (figures.trajectory([OTHER, TARGET], growths=g, **frames) for g in (None, [0 * GROWTH, GROWTH]))
+    lines = [[c for c in ax.collections if hasattr(c, "levels")] for plate in (plain, grown) for ax in plate.axes[:2]]
+    assert [len(found) for found in lines] == [0, 0, 0, 1]
+    np.testing.assert_array_equal(lines[3][0].levels, list(figures.GROWTH_LINES))

@@ -1,0 +1,152 @@
+"""What is typed after `make` reaches the command as it was typed: one argument, never a command of its own."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MAKEFILE = (Path(__file__).parents[2] / "Makefile").read_text()
+HOSTILE = {
+    "command": "x; touch PWNED",
+    "substitution": "$(touch PWNED)",
+    "make's own": "$(shell touch PWNED)",
+    "backquotes": "`touch PWNED`",
+    "quotes": "a'b\"c",
+    "glob": "*",
+    "spaces and lines": " a  b\nc; touch PWNED ",
+    "end of quotes": '"; touch PWNED; "',
+    "unicode": "é\u2028$HOME",
+}
+FROM_ENVIRONMENT = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+# A dollar sign on make's own command line is make's to expand, and the user's who typed it: see SECURITY.md.
+TYPED = pytest.mark.parametrize("value", [v for v in HOSTILE.values() if "$" not in v and "\n" not in v])
+OF_STAGES = ["DATA_DIR", "CONDITIONING_DIR", "BATCH_SIZE", "LEARNING_RATE", "MAX_EPOCHS", "ACCUMULATE_GRAD_BATCHES",
+             "DEVICES"]  # fmt: skip
+ALL = {*OF_STAGES, "RUN", "PRESET", "OVERWRITE", "GRID", "JOBS", "NB", "RESULTS", "OUTPUT", "FULL"}
+SETUP = {"PYTHON", "LOCKED"}
+FAKE = """#!/bin/sh
+if [ "$1" = -c ]; then exit 0; elif [ "$1" = --version ]; then echo 'Python 3.11.0'; exit; fi
+if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
+printf '%s\\0' "$@" >> called; printf '\\n\\0' >> called
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the Makefile and a Python that notes how it is called; files that a glob would find."""
+    fake = tmp_path / ".venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    (tmp_path / "Makefile").write_text(MAKEFILE)
+    for name in ("pyproject.toml", "seed=1", "seed=2"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".venv" / "ready").write_text("")
+    return tmp_path
+
+
+def called(folder, target, typed=(), **variables):
+    """The calls of the fake Python, each a list of words."""
+    path = f"{folder}/bin:/usr/local/bin:/usr/bin:/bin"
+    subprocess.run(["make", target, *typed], cwd=folder, env={"PATH": path} | variables, check=True)
+    assert not list(folder.rglob("PWNED"))
+    calls = (folder / "called").read_bytes().decode().split("\n\0")[:-1]
+    (folder / "called").unlink()
+    return [call.split("\0")[:-1] for call in calls]
+
+
+def expected(value):
+    """Target -> the words that follow `python -m ldm_lib` when every variable is this text."""
+    stages = [word for name in OF_STAGES for word in ("--set", f"{name.lower()}={value}")]
+    options = ["--run", value, "--preset", value, *stages, "--overwrite"]
+    return {
+        "run": ["run", *options],
+        "05": ["run", "05", *options],
+        "train": ["run", "01", "02", "03", "04", *options],
+        "sweep": ["sweep", value, "--jobs", value],
+        "params": ["params", value, "--preset", value],
+        "validate": ["validate", value, "--conditioning-dir", value],
+        "submission": ["submission", "--data", value, "--results", value, "--output", value],
+        "bench": ["bench", "--full"],
+        "doctor": ["doctor"],
+    }
+
+
+@FROM_ENVIRONMENT
+def test_from_the_environment_every_variable_is_one_argument(project, value):
+    for target, words in expected(value).items():
+        assert called(project, target, **dict.fromkeys(ALL, value)) == [["-m", "ldm_lib", *words]]
+
+
+@TYPED
+def test_typed_after_make_every_variable_is_one_argument(project, value):
+    typed = [f"{name}={value}" for name in sorted(ALL)]
+    for target, words in expected(value).items():
+        assert called(project, target, typed) == [["-m", "ldm_lib", *words]]
+
+
+@FROM_ENVIRONMENT
+def test_set_is_split_at_spaces_and_nothing_else_happens_to_it(project, value):
+    words = ["seed=*", *value.split()]
+    (call,) = called(project, "04", SET=" ".join(words))
+    assert call[-2 * len(words) :] == [word for pair in words for word in ("--set", pair)]
+
+
+def test_a_run_without_a_name_is_named_after_its_preset(project):
+    for given, run in (({}, "demo"), ({"PRESET": "$(shell touch PWNED)"}, "$(shell touch PWNED)"), ({"RUN": "a"}, "a")):
+        (call,) = called(project, "01", **given)
+        assert call[4:] == ["--run", run, "--preset", given.get("PRESET", "demo")]
+
+
+@pytest.mark.parametrize("by", ["environment", "line"])
+def test_what_ships_is_made_by_its_own_preset_from_synthetic_patients(project, by):
+    how = {"typed": ["PRESET=coarse"]} if by == "line" else {"PRESET": "coarse"}
+    stages, ship = called(project, "weights", **how)
+    assert stages[:8] == ["-m", "ldm_lib", "run", "01", "02", "03", "04", "--run"]
+    assert stages[8:] == ["weights", "--preset", "weights"]
+    assert ship[2:] == ["ship", "outputs/weights/04_training/model", "--temperature", "0.6"]
+    with pytest.raises(subprocess.CalledProcessError):
+        called(project, "weights", DATA_DIR="patients")
+    assert not (project / "called").exists()
+
+
+def test_every_variable_of_the_makefile_is_tried_here():
+    """Those of recipes; PWD, HEAD and lower-case ones are its own."""
+    read = set(re.findall(r"\$\$\{?([A-Z][A-Z_]+)", MAKEFILE)) | set(
+        re.findall(r"for name in ([A-Z_ ]+);", MAKEFILE)[0].split()
+    )
+    assert read - {"PWD", "HEAD", "LDM_OUTPUTS"} == ALL | SETUP | {"SET"}
+    assert not set(re.findall(r"(?<!\$)\$\(([A-Z_]+)\)", MAKEFILE)) & (ALL | SETUP | {"SET"}), "spliced by make itself"
+
+
+@FROM_ENVIRONMENT
+def test_set_up_takes_a_python_of_any_name(project, value):
+    (project / ".venv" / "bin" / "python").rename(project / "fake")
+    (project / ".venv" / "ready").unlink()
+    (project / "bin").mkdir()
+    (project / "fake").rename(project / "bin" / value)
+    calls = called(project, "setup", PYTHON=value)
+    assert calls[0] == ["-m", "venv", ".venv"] and calls[1][-2:] == ["--editable", ".[dev]"] and len(calls) == 2
+
+
+@pytest.mark.parametrize("locked", ["", "0", "1", "x; touch PWNED"])
+def test_set_up_takes_the_lock_when_told(project, locked):
+    (project / ".venv" / "ready").unlink()
+    (project / "bin").mkdir()
+    (project / ".venv" / "bin" / "python").rename(project / "bin" / "python3.11")
+    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    made = [[*pip, "--editable", ".[dev]"]]
+    if locked not in ("", "0"):
+        made = [[*pip, "--require-hashes", "--requirement", "requirements.lock"],
+                [*pip, "--no-deps", "--no-build-isolation", "--editable", "."]]  # fmt: skip
+    assert called(project, "setup", LOCKED=locked) == [["-m", "venv", ".venv"], *made]
+
+
+def test_clean_removes_caches_and_nothing_that_is_named_alike(project):
+    kept = project / "notebooks" / "a"
+    for folder in (kept, project / "notebooks" / "a b" / "__pycache__", project / "ldm_lib", project / "tests"):
+        folder.mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=project, check=True, capture_output=True)
+    assert kept.is_dir() and (project / "notebooks" / "a b").is_dir()
+    assert not list(project.rglob("__pycache__"))
