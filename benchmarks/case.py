@@ -107,8 +107,8 @@ def ours(asked: Row) -> Row:
     parts = dict(zip(PARTS, (read_s, encode_s, steps_s, fill_s - steps_s, write_s), strict=True))
     row = _row(parts, load_s, device, inpainter.model.denoiser, DEFAULT_STEPS)
     litre = float(np.prod(data.source.spacing_mm)) / 1000
-    hole = {"ml": float(data.mask.sum()) * litre, "cells": int(latents["hole"].sum()), "box": cells,
-            "grid": list(latents["hole"].shape[1:])}  # fmt: skip
+    hole = {"ml": float(data.mask.sum()) * litre, "cells": int(latents["mask"].sum()), "box": cells,
+            "grid": list(latents["mask"].shape[1:])}  # fmt: skip
     rates.append(matmul_rate(device, inpainter.model.precision))
     flops = count_flops(inpainter.model.denoiser, cells)
     share = DEFAULT_STEPS * flops / steps_s / max(rates)

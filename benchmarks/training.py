@@ -136,7 +136,12 @@ def made_up_latents(grid: Sequence[int], channels: int, seed: int) -> Latents:
     images = {name: torch.randn(channels, *grid, generator=draw) for name in ("voided", "target")}
     hole = torch.zeros(1, *grid)
     hole[:, *(slice(n // 4, n - n // 4) for n in grid)] = 1
-    return images | {"conditioning": torch.rand(4, *grid, generator=draw), "hole": hole, "loss": hole, "share": hole}
+    return images | {
+        "conditioning": torch.rand(4, *grid, generator=draw),
+        "mask": hole,
+        "loss": hole,
+        "mask_fraction": hole,
+    }
 
 
 def _model(config: TrainingConfig, device: torch.device, precision: str) -> LatentDiffusion:

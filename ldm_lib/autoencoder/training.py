@@ -137,7 +137,6 @@ def build_autoencoder(config: AutoencoderTrainingOptions, *, spacing_mm: float) 
             blocks=config.blocks,
             spacing_mm=spacing_mm,
             input_transform=config.input_transform,
-            norm=config.norm,
             linear_start=config.linear_start,
             learned=config.learned,
         )

@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import get_args
 
 from ldm_lib.data.options import ReadOptions

@@ -44,7 +44,7 @@ from ldm_lib.files import fingerprint, replacing, sha256
 log = logging.getLogger("ldm_lib")
 
 CODE_VERSION = 2  # raise it when encoding, conditioning or storing change their meaning
-MASKS = ("hole", "loss")
+MASKS = ("mask", "loss")
 CLAIMS = ".claims"  # a file in the folder, always empty
 CASES_IN_MEMORY = 3  # the holes of one scan, loaded once for all its variants
 

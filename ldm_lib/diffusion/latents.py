@@ -83,9 +83,9 @@ def encode_case(
         "conditioning": conditioning(
             case.growth, case.tissue, factor=factor, threshold=spec.growth_threshold, pooling=spec.pooling
         ),
-        "hole": latent_mask(case.mask, factor, spec.mask_dilation)[None],
+        "mask": latent_mask(case.mask, factor, spec.mask_dilation)[None],
         "loss": loss_cells(case, factor, spec.mask_dilation)[None],
-        "share": cell_share(case.mask, factor)[None],
+        "mask_fraction": cell_share(case.mask, factor)[None],
     }
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in cells.items()}
 
@@ -110,9 +110,9 @@ def denoiser_input(noisy: Tensor, batch: Latents, spec: LatentSpec) -> Tensor:
         noisy: (b c x y z) latents at some noise level; only its holes are used.
         batch: voided, conditioning, hole, share and, with the context "initial_estimate", draft, each (b . x y z).
     """
-    channels = [keep_known(noisy, batch), batch["conditioning"], batch["hole"]]
+    channels = [keep_known(noisy, batch), batch["conditioning"], batch["mask"]]
     if spec.context in SHOWN:
-        channels += [batch[SHOWN[spec.context]], batch["share"]]
+        channels += [batch[SHOWN[spec.context]], batch["mask_fraction"]]
     return torch.cat(channels, dim=1)
 
 
@@ -135,7 +135,7 @@ def generated(sampled: Tensor, latents: Latents, spec: LatentSpec) -> Tensor:
 
 def keep_known(latent: Tensor, batch: Latents) -> Tensor:
     """(1 - m) * z_voided + m * z: known cells are the clean z_voided at every t."""
-    hole = batch["hole"]
+    hole = batch["mask"]
     return (1 - hole) * batch["voided"] + hole * latent
 
 

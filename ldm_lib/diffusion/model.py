@@ -195,7 +195,7 @@ class LatentDiffusion:
 
     def context(self, latents: Latents) -> tuple[slice, ...]:
         """Return the box of latent voxels that the denoiser sees, as in training: around the mask, or the whole grid."""
-        mask = latents["hole"][0].numpy() > 0
+        mask = latents["mask"][0].numpy() > 0
         if not self.crop:
             return tuple(slice(0, n) for n in mask.shape)
         return context_box(mask, edge=self.crop, multiple=self.denoiser.multiple)

@@ -84,13 +84,13 @@ class ADM(nn.Module):
         """Whether it can be run without its conditioning."""
         return bool(self._config["conditioning"])
 
-    def forward(self, x: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioned: Tensor | None = None) -> Tensor:
         """Predict the noise in x.
 
         Args:
             x: (b c x y z) latents of any size; padded with zeros inside, and cropped back.
             t: (b,) timesteps.
-            told: (b,) 1 where it may see the conditioning in x, 0 where not; None shows it to all.
+            conditioned: (b,) 1 where it may see the conditioning in x, 0 where not; None shows it to all.
 
         Returns:
             (b out_channels x y z), in the dtype of x.
@@ -102,8 +102,8 @@ class ADM(nn.Module):
                 fix="concatenate latents, conditioning and mask as the network was built for",
             )
         embedding = self.embed(timestep_embedding(t, self._config["base_width"]))
-        if told is not None:
-            x, embedding = self._without_conditioning(x, embedding, told.to(x.dtype))
+        if conditioned is not None:
+            x, embedding = self._without_conditioning(x, embedding, conditioned.to(x.dtype))
         padding = [_split(-size % self.multiple) for size in x.shape[2:]]
         h = self.stem(F.pad(x, [side for axis in reversed(padding) for side in axis]))
         skips = [h]
@@ -117,17 +117,17 @@ class ADM(nn.Module):
         box = [slice(start, start + n) for (start, _), n in zip(padding, x.shape[2:], strict=True)]
         return h[:, :, *box].to(x.dtype)
 
-    def _without_conditioning(self, x: Tensor, embedding: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the learned null in the place of what an element is not told, and raise the flag."""
+    def _without_conditioning(self, x: Tensor, embedding: Tensor, conditioned: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the learned null in the place of what an element is not conditioned, and raise the flag."""
         if not self.can_do_without:
             raise ConfigError("it always had its conditioning in training and cannot do without", where="ADM",
                               fix="train with conditioning_dropout above 0")  # fmt: skip
         start, stop = self._config["conditioning"]
-        shown = told[:, None, None, None, None]
+        shown = conditioned[:, None, None, None, None]
         given = x[:, start:stop]
         null = self.null.to(x.dtype)[:, None, None, None].expand_as(given)
         x = torch.cat([x[:, :start], shown * given + (1 - shown) * null, x[:, stop:]], dim=1)
-        return x, embedding + (1 - told[:, None]) * self.untold
+        return x, embedding + (1 - conditioned[:, None]) * self.untold
 
     def _build(self, embedding: int) -> tuple[nn.ModuleList, BlockSequence, nn.ModuleList]:
         config, rates = self._config, self._config["attention_rates"]

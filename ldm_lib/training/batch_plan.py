@@ -120,10 +120,10 @@ class TrainingSamples(Dataset):
             jitter = torch.randn(sample["voided"].shape, generator=draw)
             sample["voided"] = sample["voided"] + self.config.latent_noise * jitter
         if self.config.outside_weight:
-            sample["outside"] = 1 - sample["hole"]
+            sample["outside"] = 1 - sample["mask"]
         if self.config.conditioning_dropout:
             told = self.config.overfit_batches or rng.random() >= self.config.conditioning_dropout
-            sample["told"] = torch.tensor(float(bool(told)))
+            sample["conditioned"] = torch.tensor(float(bool(told)))
         return sample | {"t": t, "noise": noise}
 
     def _changed(self, sample: Latents, rng: np.random.Generator) -> Latents:
@@ -136,9 +136,9 @@ class TrainingSamples(Dataset):
 
 def crop_around_hole(sample: Latents, edge: int, rng: np.random.Generator) -> Latents:
     """Cut every tensor (c x y z) to at most `edge` cells an axis, somewhere around a random cell of the hole."""
-    hole = sample["hole"][0].nonzero().numpy()
+    hole = sample["mask"][0].nonzero().numpy()
     centre = hole[rng.integers(len(hole))] + rng.integers(-(edge // 4), edge // 4 + 1, 3)
-    shape = np.array(sample["hole"].shape[1:])
+    shape = np.array(sample["mask"].shape[1:])
     corner = np.clip(centre - edge // 2, 0, np.maximum(shape - edge, 0))
     box = (slice(None), *(slice(int(c), int(c) + edge) for c in corner))
     return {name: tensor[box] for name, tensor in sample.items()}

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.diffusion.options import SamplerOptions
+from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import WeightsError
 from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED, given_path
 from ldm_lib.model_io import load_model, require_pair, save_model
@@ -37,7 +39,7 @@ def ship(model: str | Path, folder: Path = PRETRAINED, *, temperature: float = 0
     """
     model, own = given_path(model), {"temperature": temperature} if temperature else {}
     SamplerOptions.parse(own)
-    autoencoder, denoiser = _fitting(model / AUTOENCODER_FOLDER, "autoencoder"), _fitting(model, "adm")
+    autoencoder, denoiser = _fitting(model / AUTOENCODER_FOLDER, Autoencoder), _fitting(model, ADM)
     require_pair(denoiser, autoencoder, where=model)
     log = model.with_name("metrics.csv")
     if not log.is_file():
@@ -58,9 +60,9 @@ def _moved(path: Path, to: Path) -> Path:
     return path.replace(to)
 
 
-def _fitting(source: Path, kind: str) -> nn.Module:
+def _fitting(source: Path, cls: type[nn.Module]) -> nn.Module:
     """The network of a folder, if float16 can hold it."""
-    network = load_model(source, kind)
+    network = load_model(source, cls)
     largest = max(float(value.abs().max()) for value in network.state_dict().values() if value.is_floating_point())
     if largest > LARGEST:
         raise WeightsError(f"weights up to {largest:g}, float16 ends at {LARGEST:g}", where=source, fix="train again")

@@ -41,7 +41,7 @@ def noise_loss(network: nn.Module, batch: Latents, model: LatentDiffusion) -> Te
 def _answer(network: nn.Module, batch: Latents, model: LatentDiffusion) -> tuple[Tensor, Tensor]:
     noisy = model.schedule.add_noise(batch["target"], batch["noise"], batch["t"])
     shown = denoiser_input(noisy, batch, model.spec)
-    return noisy, network(shown, batch["t"], batch.get("told")).float()
+    return noisy, network(shown, batch["t"], batch.get("conditioned")).float()
 
 
 def loss_by_noise_level(

@@ -152,7 +152,7 @@ def test_an_empty_mask_needs_leave(tmp_path, like):
 def test_labels_that_a_mask_does_not_hold_are_told_with_those_it_does(tmp_path, like):
     path = _save(tmp_path / "m.nii", BALL * np.uint8(4))
     with pytest.raises(InputError, match=r"is empty .*Fix: name labels that it holds \(4\), not 1, 9"):
-        read_mask(path, like, ReadOptions(mask_labels=(1, 9)))
+        read_mask(path, like, ReadOptions(mask_labels="1,9"))
 
 
 SOFT = np.clip(BALL + np.roll(BALL, 1, 0) * 0.51, 0, 1) * np.linspace(0.9, 1, SHAPE[1])[None, :, None]

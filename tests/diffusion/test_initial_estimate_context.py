@@ -106,9 +106,9 @@ def test_the_denoiser_is_shown_the_draft_and_how_much_of_a_cell_is_hole(autoenco
     noisy = torch.randn(batch["initial_estimate"].shape, generator=torch.Generator().manual_seed(0))
     seen = denoiser_input(noisy, batch, SCALED)
     assert seen.shape[1] == input_channels(3, SCALED) == 12
-    assert torch.equal(seen[:, :3], batch["hole"] * noisy), "known cells lack nothing"
+    assert torch.equal(seen[:, :3], batch["mask"] * noisy), "known cells lack nothing"
     assert torch.equal(seen[:, :3], keep_known(noisy, batch))
-    assert torch.equal(seen[:, 8:11], batch["initial_estimate"]) and torch.equal(seen[:, 11:], batch["share"])
+    assert torch.equal(seen[:, 8:11], batch["initial_estimate"]) and torch.equal(seen[:, 11:], batch["mask_fraction"])
 
 
 # ---- how much drafts lack
@@ -173,7 +173,7 @@ def test_a_denoiser_with_nothing_to_mend_fills_the_draft(inpainter, cases):
 def test_known_cells_are_those_of_the_draft_whatever_is_sampled(inpainter, cases):
     latents = inpainter.encode(load_case(cases[0]))
     drawn = inpainter.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=2)[0]
-    known = (latents["hole"] == 0).expand_as(drawn)
+    known = (latents["mask"] == 0).expand_as(drawn)
     assert torch.equal(drawn[known], latents["initial_estimate"][known])
     assert (drawn - latents["initial_estimate"])[~known].abs().max() > 0.1
 

@@ -30,7 +30,7 @@ from ldm_lib.model_io import load_model
 
 HOW = {"device": torch.device("cpu"), "precision": "32"}
 CHANGE = Augmentation(flip_probability=0.5, rotation_degrees=8.0, intensity_shift=0.1, tissue_deformation_mm=8.0)
-MASKS = {"hole", "loss"}
+MASKS = {"mask", "loss"}
 
 
 class Counting(nn.Module):
@@ -97,7 +97,7 @@ def test_one_file_holds_all_holes_of_a_scan_in_one_variant(sources, autoencoder,
     found = {path.name.rpartition("-")[0]: load_file(path) for path in entries(tmp_path / "c")}
     first, second = sources[0].id, sources[2].id
     assert sorted(found) == [f"{first}-0", f"{first}-1", f"{second}-0", f"{second}-1"]
-    own = ("hole", "loss", "share", "target", "voided")
+    own = ("mask", "loss", "mask_fraction", "target", "voided")
     names = {f"{case.key}/{name}" for case in sources[:2] for name in own}
     assert found[f"{first}-0"].keys() == names | {"conditioning"}  # the same for all holes, so kept once
     assert found[f"{first}-1"].keys() == names | {f"{case.key}/conditioning" for case in sources[:2]}
@@ -169,7 +169,7 @@ def test_a_handle_reads_when_asked_and_holds_nothing(sources, autoencoder, tmp_p
     read = handles[0][0]
     for path in entries(tmp_path / "c"):
         path.write_bytes(b"")
-    assert same(read, read | {"hole": read["hole"].clone()})  # what was read is not the file's own memory
+    assert same(read, read | {"mask": read["mask"].clone()})  # what was read is not the file's own memory
     with pytest.raises(RunError, match=r"safetensors: cannot be read \(.*\). Fix: run the stage again"):
         handles[0][0]
     entries(tmp_path / "c")[0].unlink()
@@ -181,7 +181,7 @@ def test_handles_come_in_the_order_of_the_cases(sources, autoencoder, tmp_path):
     mixed = [sources[k] for k in (3, 0, 2, 1)]
     handles = cache(tmp_path / "c", autoencoder).fill(mixed)
     assert [handle.case.key for handle in handles] == [case.key for case in mixed]
-    assert all(torch.equal(h[0]["hole"], encoded(h.case, autoencoder)["hole"]) for h in handles)
+    assert all(torch.equal(h[0]["mask"], encoded(h.case, autoencoder)["mask"]) for h in handles)
     assert same(filled(tmp_path / "c", autoencoder, cases=sources)[1], handles[3][0])
     assert autoencoder.calls == 8 + 8  # one of each pair to compare with; asked in another order, nothing anew
 

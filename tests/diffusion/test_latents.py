@@ -24,24 +24,24 @@ def test_a_case_is_encoded_by_its_definition(cases, tiny_autoencoder_folder, dil
     for name, image in (("target", case.target), ("voided", case.voided)):
         with torch.inference_mode():
             assert torch.equal(latents[name], autoencoder.encode(torch.from_numpy(image)[None, None])[0])
-    assert np.array_equal(latents["hole"][0].numpy() > 0, latent_mask(case.mask, 2, dilation))
+    assert np.array_equal(latents["mask"][0].numpy() > 0, latent_mask(case.mask, 2, dilation))
     blocks = case.mask.reshape(15, 2, 15, 2, 10, 2)
-    assert np.array_equal(latents["share"][0].numpy(), blocks.mean((1, 3, 5), dtype=np.float32))
+    assert np.array_equal(latents["mask_fraction"][0].numpy(), blocks.mean((1, 3, 5), dtype=np.float32))
     without = encode_case(replace(case, target=None), autoencoder, LatentSpec(), device=CPU, precision="32")
     assert without.keys() == latents.keys() - {"target"} and torch.equal(without["voided"], latents["voided"])
 
 
 def random_batch(c=3, shape=(4, 4, 4), b=2):
     draw = torch.Generator().manual_seed(0)
-    sizes = {"voided": c, "target": c, "conditioning": 4, "share": 1}
+    sizes = {"voided": c, "target": c, "conditioning": 4, "mask_fraction": 1}
     batch = {name: torch.randn(b, n, *shape, generator=draw) for name, n in sizes.items()}
-    return batch | {"hole": (torch.rand(b, 1, *shape, generator=draw) > 0.5).float()}
+    return batch | {"mask": (torch.rand(b, 1, *shape, generator=draw) > 0.5).float()}
 
 
 def test_known_cells_are_the_voided_ones_whatever_the_rest():
     batch = random_batch()
     kept = keep_known(torch.full_like(batch["voided"], 9.0), batch)
-    hole = batch["hole"].expand_as(kept) > 0
+    hole = batch["mask"].expand_as(kept) > 0
     assert (kept[hole] == 9).all() and torch.equal(kept[~hole], batch["voided"][~hole])
 
 
@@ -51,9 +51,9 @@ def test_the_denoiser_sees_what_the_context_says(context):
     seen = denoiser_input(noisy, batch, settings)
     assert seen.shape[1] == input_channels(3, settings) == (8 if context == "composite" else 12)
     assert torch.equal(seen[:, :3], keep_known(noisy, batch))
-    assert torch.equal(seen[:, 3:7], batch["conditioning"]) and torch.equal(seen[:, 7:8], batch["hole"])
+    assert torch.equal(seen[:, 3:7], batch["conditioning"]) and torch.equal(seen[:, 7:8], batch["mask"])
     if context == "concat":
-        assert torch.equal(seen[:, 8:11], batch["voided"]) and torch.equal(seen[:, 11:], batch["share"])
+        assert torch.equal(seen[:, 8:11], batch["voided"]) and torch.equal(seen[:, 11:], batch["mask_fraction"])
 
 
 def test_collating_pads_behind_with_what_no_loss_sees():

@@ -46,7 +46,7 @@ def encoded(cases, inpainter):
 def drawn(inpainter, encoded, temperature, sampler):
     """What two samples hold in the hole's cells, at some temperature."""
     found = changed(inpainter, temperature=temperature).model.sample(encoded, ["a/0", "a/1"], sampler=sampler, **HOW)
-    return found[:, :, encoded["hole"][0] > 0].double()
+    return found[:, :, encoded["mask"][0] > 0].double()
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
@@ -69,7 +69,7 @@ def test_noise_that_is_drawn_on_the_way_is_not_scaled(gaussian, encoded):
 @pytest.mark.parametrize("sampler", samplers_for(noise_schedule()))
 def test_known_cells_are_as_warm_as_ever(inpainter, encoded, sampler):
     found = changed(inpainter, temperature=0.3).model.sample(encoded, ["a/0"], sampler=sampler, **HOW)[0]
-    known = (encoded["hole"] == 0).expand_as(found)
+    known = (encoded["mask"] == 0).expand_as(found)
     assert torch.equal(found[known], encoded["voided"][known])
 
 

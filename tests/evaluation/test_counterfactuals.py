@@ -97,7 +97,7 @@ def test_each_telling_has_the_draft_that_its_own_map_makes(tiny_draft_folder, da
             assert torch.equal(
                 told[name].latents["initial_estimate"], mending.autoencoder.encode(image[None, None])[0]
             ), name
-        for same in ("voided", "hole", "share"):
+        for same in ("voided", "mask", "mask_fraction"):
             assert torch.equal(told[name].latents[same], told["as used"].latents[same])
     assert len({telling.latents["initial_estimate"].numpy().tobytes() for telling in told.values()}) == 4
 

@@ -337,7 +337,7 @@ def test_the_denoiser_sees_the_hole_and_a_crop_around_it_and_its_noise_is_that_o
         changed(inpainter, crop=crop, denoiser=spy).model.sample(encoded, ["a/0"], seed=0, sampler="ddim", steps=1)
     box = changed(inpainter, crop=6).model.context(encoded)
     assert torch.equal(seen[0], whole[0][(..., *box)]) and seen[0].numel() < whole[0].numel()
-    outside = encoded["hole"].clone()
+    outside = encoded["mask"].clone()
     outside[(..., *box)] = 0
     assert not outside.any()
 
@@ -359,7 +359,7 @@ def test_a_callback_is_told_of_whole_latents(encoded, inpainter):
     drawn = changed(inpainter, crop=6).model.sample(
         encoded, ["a/0"], seed=0, sampler="ddim", steps=2, callback=states.append
     )
-    known = (encoded["hole"] == 0).expand_as(encoded["voided"])
+    known = (encoded["mask"] == 0).expand_as(encoded["voided"])
     for state in states:
         assert torch.equal(state["x"][0][known], encoded["voided"][known]) and state["x0"].shape == drawn.shape
     assert torch.equal(drawn[0][known], encoded["voided"][known])
@@ -381,7 +381,7 @@ def test_the_edge_is_made_to_fit_unless_told_otherwise(tmp_path):
 
 
 def test_memory_bounds_how_many_samples_are_drawn_at_once(encoded, inpainter, monkeypatch):
-    cells = encoded["hole"].numel() * inpainter.model.denoiser.config["base_width"]
+    cells = encoded["mask"].numel() * inpainter.model.denoiser.config["base_width"]
     for fitting, at_once in ((0.5, 1), (2.5, 2), (1e6, engine.MOST_AT_ONCE["cpu"])):
         bytes_in_all = fitting * cells * engine.BYTES_AT_WORK / engine.MEMORY_SHARE
         monkeypatch.setattr(engine, "total_memory", lambda device, told=bytes_in_all: told)
@@ -452,7 +452,7 @@ def test_noise_is_standard_and_a_function_of_its_name():
 def test_known_cells_are_clean_at_every_step(cases, inpainter, sampler, context):
     data, settings = load_case(cases[0]), LatentSpec(context=context)
     latents = encode_case(grid_case(data, 2), inpainter.model.autoencoder, settings, device=CPU, precision="32")
-    known, seen = (latents["hole"] == 0).expand_as(latents["voided"]), []
+    known, seen = (latents["mask"] == 0).expand_as(latents["voided"]), []
 
     def spy(x, t, told=None):
         seen.append((int(t[0]), x[0]))
@@ -467,7 +467,9 @@ def test_known_cells_are_clean_at_every_step(cases, inpainter, sampler, context)
         assert torch.equal(x[:3][known], latents["voided"][known])
     assert torch.equal(drawn[0][known], latents["voided"][known])
     if context == "concat":
-        assert all(torch.equal(x[8:11], latents["voided"]) and torch.equal(x[11:], latents["share"]) for _, x in seen)
+        assert all(
+            torch.equal(x[8:11], latents["voided"]) and torch.equal(x[11:], latents["mask_fraction"]) for _, x in seen
+        )
 
 
 # ---- refusals, before anything is loaded or written

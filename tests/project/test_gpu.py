@@ -69,8 +69,8 @@ def test_no_step_waits_for_the_gpu(precision, changes):
     model = LatentDiffusion(autoencoder, denoiser, schedule, LatentSpec(), GPU, precision, config.prediction)
     hole = torch.zeros(1, 8, 8, 8)
     hole[:, 2:6, 2:6, 2:6] = 1
-    latents = {"target": torch.randn(3, 8, 8, 8), "voided": torch.randn(3, 8, 8, 8), "hole": hole, "loss": hole,
-               "share": hole, "conditioning": torch.rand(4, 8, 8, 8)}  # fmt: skip
+    latents = {"target": torch.randn(3, 8, 8, 8), "voided": torch.randn(3, 8, 8, 8), "mask": hole, "loss": hole,
+               "mask_fraction": hole, "conditioning": torch.rand(4, 8, 8, 8)}  # fmt: skip
     plan = BatchPlan(2, config)
     trainer = Trainer(model, config, plan, Processes(GPU, precision))
     samples = TrainingSamples([[latents]] * 2, config, schedule.steps, global_batch=plan.global_batch)

@@ -24,7 +24,7 @@ def latents(k, variant=0, shape=(6, 5, 4)):
     hole = torch.zeros(1, *shape)
     hole[:, 1:3, 1:3, 1:3] = 1
     target = place + 1000 * k + 10000 * variant
-    return {"target": target, "voided": target * (1 - hole), "hole": hole, "loss": hole, "share": hole,
+    return {"target": target, "voided": target * (1 - hole), "mask": hole, "loss": hole, "mask_fraction": hole,
             "conditioning": place.expand(4, *shape).clone()}  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_a_crop_holds_a_part_of_the_hole_and_keeps_tensors_together(edge):
     for position in range(40):
         item = data[0, position, 0]
         assert item["target"].shape == (1, *(min(edge, n) for n in (6, 5, 4))) == item["noise"].shape
-        assert item["hole"].any()
+        assert item["mask"].any()
         assert torch.equal(item["conditioning"][:1], item["target"])  # both tell their place
         corners.add(float(item["target"][0, 0, 0, 0]))
     assert len(corners) > 1 or edge == 16
@@ -208,7 +208,7 @@ def test_debug_mode_fits_a_short_schedule():
 
 def test_cells_outside_are_told_when_they_count():
     item = samples(1, outside_weight=0.1)[0, 0, 0]
-    assert torch.equal(item.pop("outside"), 1 - item["hole"]) and same(item, samples(1)[0, 0, 0])
+    assert torch.equal(item.pop("outside"), 1 - item["mask"]) and same(item, samples(1)[0, 0, 0])
 
 
 def test_samples_of_larger_weight_count_more():
@@ -267,11 +267,11 @@ def test_the_share_of_the_untold_is_the_one_asked_for_and_changes_no_other_draw(
     told = []
     for where in places:
         plain, dropped = always[where], often[where]
-        told.append(float(dropped.pop("told")))
-        assert "told" not in plain and same(plain, dropped)
+        told.append(float(dropped.pop("conditioned")))
+        assert "conditioned" not in plain and same(plain, dropped)
     assert set(told) == {0.0, 1.0} and abs(1 - np.mean(told) - 0.3) < 0.05
 
 
 def test_debug_mode_is_always_told():
     data = samples(2, overfit_batches=1, conditioning_dropout=1.0)
-    assert all(data[0, position, 0]["told"] == 1 for position in range(8))
+    assert all(data[0, position, 0]["conditioned"] == 1 for position in range(8))

@@ -480,16 +480,16 @@ def test_known_cells_are_clean_in_every_training_step(which, request, tmp_path):
     places = [BatchPlan(3, config).places(step)[0] for step in range(3)]
     for (x, t), where in zip(seen, places, strict=True):
         sample = TrainingSamples(list(study.variants.values()), config, 1000, global_batch=1)[where]
-        known = (sample["hole"] == 0).expand_as(sample["voided"])
+        known = (sample["mask"] == 0).expand_as(sample["voided"])
         assert x.shape[1] == input_channels(3, study.cells) == (8 if which == "study" else 12)
         assert int(t) == int(sample["t"])
         assert torch.equal(x[0, :3][known], sample["voided"][known])
         alpha_bar = model.schedule.alpha_bar[sample["t"]]
         noisy = alpha_bar.sqrt() * sample["target"] + (1 - alpha_bar).sqrt() * sample["noise"]
         assert torch.allclose(x[0, :3][~known], noisy.float()[~known], atol=1e-5)
-        assert torch.equal(x[0, 3:7], sample["conditioning"]) and torch.equal(x[0, 7:8], sample["hole"])
+        assert torch.equal(x[0, 3:7], sample["conditioning"]) and torch.equal(x[0, 7:8], sample["mask"])
         if which == "concat":
-            assert torch.equal(x[0, 8:11], sample["voided"]) and torch.equal(x[0, 11:], sample["share"])
+            assert torch.equal(x[0, 8:11], sample["voided"]) and torch.equal(x[0, 11:], sample["mask_fraction"])
 
 
 def test_concat_is_trained_saved_and_sampled(concat, cases, tmp_path):
@@ -512,7 +512,7 @@ TRAINED = [pytest.param(o, marks=[pytest.mark.slow] * (o["prediction"] in ("nois
 def batch_at(study, t):
     (sample,) = next(iter(study.variants.values()))
     noise = torch.randn(sample["target"].shape, generator=torch.Generator().manual_seed(4))
-    return collate([sample | {"t": torch.tensor(t), "noise": noise, "outside": 1 - sample["hole"]}])
+    return collate([sample | {"t": torch.tensor(t), "noise": noise, "outside": 1 - sample["mask"]}])
 
 
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
@@ -676,7 +676,7 @@ def test_the_composite_that_is_shown_is_the_one_that_is_trained_on(study):
     batch = collate([next(iter(study.variants.values()))[0]])
     model = study.model(settings())
     clean, noisy = (noisy_composite(batch, model, t=t, seed=0) for t in (0, 999))
-    hole = batch["hole"].expand_as(clean) > 0
+    hole = batch["mask"].expand_as(clean) > 0
     assert torch.equal(clean[~hole], batch["voided"][~hole]) and torch.equal(noisy[~hole], batch["voided"][~hole])
     assert torch.allclose(clean[hole], batch["target"][hole], atol=0.1) and abs(noisy[hole].std() - 1) < 0.1
 
