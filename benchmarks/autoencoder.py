@@ -11,7 +11,7 @@ from ldm_lib.autoencoder.training import build_autoencoder
 from ldm_lib.devices import autocast, forget_peak, peak_memory, pick_device, pick_precision, timed
 from ldm_lib.experiment.presets import resolve
 
-AnyAutoencoder = Callable[[Tensor], Tensor]
+AnyCodec = Callable[[Tensor], Tensor]
 
 
 def bench_autoencoders(shape: Sequence[int], *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def bench_autoencoders(shape: Sequence[int], *, say: Callable[[str], None] = pri
     return {"autoencoders": rows, "ratios": {"encode_decode_speedup_vs_monai_fp32": theirs / ours}}
 
 
-def coded(encode: AnyAutoencoder, decode: AnyAutoencoder, volume: Tensor, precision: str) -> dict[str, float]:
+def coded(encode: AnyCodec, decode: AnyCodec, volume: Tensor, precision: str) -> dict[str, float]:
     """Seconds of encoding and decoding, and the peak of memory so far (resident on a CPU, allocated on a GPU)."""
     device = volume.device
     forget_peak(device)

@@ -24,14 +24,14 @@ PATIENTS = 24  # are enough: at 1 mm and 8 voxels a cell more than 100,000 block
 
 def fit_linear_parts(autoencoder: Autoencoder, cases: Sequence[Case]) -> None:
     """Fit what is not learnt by descent: the front end's deviations and the linear code."""
-    if autoencoder.front.channels > 1:
-        _, covariance = block_statistics(cases, autoencoder.front.factor)
-        autoencoder.front.fit(covariance)
+    if autoencoder.transform.channels > 1:
+        _, covariance = block_statistics(cases, autoencoder.transform.factor)
+        autoencoder.transform.fit(covariance)
     if autoencoder.linear is not None:
-        fit_linear_code(autoencoder.linear, cases)
+        fit_linear_codec(autoencoder.linear, cases)
 
 
-def linear_bounds(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[str, LinearCodec]:
+def linear_baselines(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[str, LinearCodec]:
     """What an autoencoder has to beat: codes of its size that need no descent, on its device.
 
     Returns:
@@ -41,12 +41,12 @@ def linear_bounds(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[str, 
     linear = autoencoder.linear
     if linear is None:
         linear = LinearCodec(autoencoder.latent_channels, autoencoder.factor).requires_grad_(False)
-        fit_linear_code(linear, cases)
+        fit_linear_codec(linear, cases)
     linear = linear.to(autoencoder.latent_mean.device)
-    return {"pca": deepcopy(linear).forget_neighbours(), "linear": linear}
+    return {"pca": deepcopy(linear).decode_blocks_separately(), "linear": linear}
 
 
-def fit_linear_code(code: LinearCodec, cases: Sequence[Case]) -> None:
+def fit_linear_codec(code: LinearCodec, cases: Sequence[Case]) -> None:
     """Fit a linear code both ways."""
     code.fit(*block_statistics(cases, code.factor))
     count, codes, products = 0, 0, 0
@@ -72,7 +72,7 @@ def block_statistics(cases: Sequence[Case], factor: int) -> tuple[Tensor, Tensor
 
 def _images(cases: Sequence[Case], factor: int) -> Iterator[np.ndarray]:
     """The full image of a few patients, or the voided one where there is no other, (x, y, z) on the model's grid."""
-    for case in one_hole_each(cases)[:PATIENTS]:
+    for case in one_case_per_patient(cases)[:PATIENTS]:
         data = grid_case(load_case(case), factor)
         yield data.voided if data.target is None else data.target
 
@@ -82,7 +82,7 @@ def _blocks(image: np.ndarray, factor: int) -> np.ndarray:
     return rearrange(image, "(x a) (y b) (z c) -> (x y z) (a b c)", a=factor, b=factor, c=factor)
 
 
-def brain_cells(image: np.ndarray, factor: int) -> np.ndarray:
+def latent_brain_mask(image: np.ndarray, factor: int) -> np.ndarray:
     """Latent cells (x/f, y/f, z/f) bool that lie mostly in the brain."""
     return cell_share(image > 0, factor) > 0.5
 
@@ -99,7 +99,7 @@ def latent_statistics(
     for image in _images(cases, autoencoder.factor):
         with torch.inference_mode(), autocast(device, precision):
             mean, _ = autoencoder.moments(torch.from_numpy(image)[None, None].to(device))
-        brain = torch.from_numpy(brain_cells(image, autoencoder.factor)).to(device)
+        brain = torch.from_numpy(latent_brain_mask(image, autoencoder.factor)).to(device)
         inside = mean[0].double()[:, brain]
         total = total + torch.stack([inside.sum(1), inside.square().sum(1)])
         count += inside.shape[1]
@@ -109,7 +109,7 @@ def latent_statistics(
     return mean.float().cpu(), (square - mean.square()).clamp(min=0).sqrt().float().cpu()
 
 
-def one_hole_each(cases: Sequence[Case]) -> list[Case]:
+def one_case_per_patient(cases: Sequence[Case]) -> list[Case]:
     """The first case of each patient."""
     first: dict[str, Case] = {}
     for case in cases:

@@ -79,7 +79,7 @@ class Half(Plain):
         return F.interpolate(bands, scale_factor=self.factor, mode="trilinear")
 
 
-FRONT_ENDS: dict[str, type[Plain]] = {"plain": Plain, "haar": Haar, "half": Half}
+TRANSFORMS: dict[str, type[Plain]] = {"plain": Plain, "haar": Haar, "half": Half}
 
 
 def haar_packets(levels: int) -> Tensor:

@@ -58,7 +58,7 @@ class LinearCodec(nn.Module):
         deviation = torch.einsum("ki,ij,kj->k", axes, covariance, axes).clamp(min=1e-8).sqrt()[:, None]
         self.project.weight.copy_((axes / deviation).view_as(self.project.weight))
         self.air.copy_(-(axes / deviation) @ mean)
-        self.forget_neighbours()
+        self.decode_blocks_separately()
 
     @property
     def _mirrored(self) -> Tensor:
@@ -74,7 +74,7 @@ class LinearCodec(nn.Module):
         return alike.sign() if bool((alike.abs() > ALIKE).all()) else None
 
     @torch.no_grad()
-    def forget_neighbours(self) -> "LinearCodec":
+    def decode_blocks_separately(self) -> "LinearCodec":
         """Rebuild each block by itself from here on."""
         self.estimate.weight.zero_()
         self.estimate.weight[:, :, 1, 1, 1] = torch.linalg.pinv(self.project.weight.flatten(1).double()).float()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_lib.autoencoder._monai import AutoencoderKL, AutoencoderKlMaisi
-from ldm_lib.autoencoder.input_transforms import FRONT_ENDS
+from ldm_lib.autoencoder.input_transforms import TRANSFORMS
 from ldm_lib.autoencoder.linear_codec import QUIET_LOG_VARIANCE, LinearCodec, per_channel
 from ldm_lib.errors import ConfigError, InputError
 
@@ -56,7 +56,7 @@ class Autoencoder(nn.Module):
             "learned": learned,
         }
         _require_known(self.config)
-        self.front = FRONT_ENDS[input_transform]()
+        self.transform = TRANSFORMS[input_transform]()
         self.network = None if learned == "none" else self._build_network()
         self.linear = LinearCodec(self.latent_channels, self.factor).requires_grad_(False) if linear_start else None
         self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
@@ -85,8 +85,8 @@ class Autoencoder(nn.Module):
         network = {
             "class": "AutoencoderKL",
             "spatial_dims": 3,
-            "in_channels": FRONT_ENDS[input_transform].channels,
-            "out_channels": FRONT_ENDS[input_transform].channels,
+            "in_channels": TRANSFORMS[input_transform].channels,
+            "out_channels": TRANSFORMS[input_transform].channels,
             "channels": list(channels),
             "attention_levels": [False] * len(channels),
             "num_res_blocks": [blocks] * len(channels),
@@ -118,7 +118,7 @@ class Autoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """Voxels per latent cell and axis."""
-        return self.front.factor * 2 ** (self.levels - 1)
+        return self.transform.factor * 2 ** (self.levels - 1)
 
     @property
     def latent_channels(self) -> int:
@@ -139,14 +139,14 @@ class Autoencoder(nn.Module):
         if self.config["learned"] != "both":
             mean = self.linear.encode(volume)
             return mean, torch.full_like(mean, math.exp(QUIET_LOG_VARIANCE / 2))
-        mean, std = self.network.encode(self.front.analyse(volume))
+        mean, std = self.network.encode(self.transform.analyse(volume))
         return (mean, std) if self.linear is None else (mean.float() + self.linear.encode(volume), std)
 
-    def rebuild(self, code: Tensor) -> Tensor:
+    def decode_raw(self, code: Tensor) -> Tensor:
         """Volume (b 1 fx fy fz) from latents before standardisation."""
         if self.network is None:
             return self.linear.decode(code)
-        volume = self.front.synthesise(self.network.decode(code))
+        volume = self.transform.synthesise(self.network.decode(code))
         return volume if self.linear is None else volume.float() + self.linear.decode(code)
 
     def encode(self, volume: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Autoencoder(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Standardised latent (b c x y z) -> normalised volume (b 1 fx fy fz), float32."""
         raw = latent / per_channel(self.scale_factor) + per_channel(self.latent_mean)
-        return self.rebuild(raw).float()
+        return self.decode_raw(raw).float()
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Set shift and scale (c,) from latents' statistics before standardisation; scale factor = 1 / std.
@@ -204,7 +204,7 @@ def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
 
 def _require_known(config: Mapping[str, Any]) -> None:
     """Refuse what cannot be built, as a config.json may ask for it."""
-    known = {"input_transform": FRONT_ENDS, "norm": NORMS, "learned": LEARNED}
+    known = {"input_transform": TRANSFORMS, "norm": NORMS, "learned": LEARNED}
     wrong = [f"{name} {config[name]!r}" for name, choices in known.items() if config[name] not in choices]
     if (name := config["network"].get("class")) not in NETWORKS:
         wrong.append(f"class {name!r}")

@@ -14,7 +14,7 @@ from ldm_lib.devices import autocast
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import latent_mask
 
-AnyAutoencoder = Autoencoder | LinearCodec
+AnyCodec = Autoencoder | LinearCodec
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ class Reconstruction:
     decode_s: float
 
 
-def reconstruct(
-    autoencoder: AnyAutoencoder, image: np.ndarray, *, device: torch.device, precision: str
-) -> Reconstruction:
+def reconstruct(autoencoder: AnyCodec, image: np.ndarray, *, device: torch.device, precision: str) -> Reconstruction:
     """Encode and decode an image (x, y, z), both ways through the posterior mean."""
     moments = [time.perf_counter()]
     with torch.inference_mode(), autocast(device, precision):
@@ -46,7 +44,7 @@ def reconstruct(
     return Reconstruction(latent[0].numpy(), rebuilt[0, 0].numpy(), *np.diff(moments).tolist())
 
 
-def decode_box(autoencoder: AnyAutoencoder, latent: Tensor, mask: np.ndarray, margin: int) -> Tensor:
+def decode_box(autoencoder: AnyCodec, latent: Tensor, mask: np.ndarray, margin: int) -> Tensor:
     """Decode only what is needed around the hole.
 
     The cells that hold any of the hole, boxed, are decoded together with `margin` cells around the box, as far as the
@@ -66,7 +64,7 @@ def decode_box(autoencoder: AnyAutoencoder, latent: Tensor, mask: np.ndarray, ma
     """
     factor = autoencoder.factor
     cells = latent_mask(mask, factor)
-    box, wide = cell_box(cells, 0), cell_box(cells, margin)
+    box, wide = latent_box(cells, 0), latent_box(cells, margin)
     decoded = autoencoder.decode(latent[(..., *wide)])
     inside = tuple(
         slice((b.start - w.start) * factor, (b.stop - w.start) * factor) for b, w in zip(box, wide, strict=True)
@@ -76,7 +74,7 @@ def decode_box(autoencoder: AnyAutoencoder, latent: Tensor, mask: np.ndarray, ma
     return volume
 
 
-def cell_box(cells: np.ndarray, margin: int) -> tuple[slice, ...]:
+def latent_box(cells: np.ndarray, margin: int) -> tuple[slice, ...]:
     """Bounding box of cells (x, y, z) bool, grown by `margin` cells on every side as far as the grid goes.
 
     Raises:

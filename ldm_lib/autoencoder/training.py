@@ -71,7 +71,7 @@ class AutoencoderTraining:
         judged = self.judge is not None and step >= config.adversarial_start * config.autoencoder_steps
         with autocast(self.device, self.precision):
             mean, std = self.autoencoder.moments(volume)
-            rebuilt = self.autoencoder.rebuild(mean + std * self._noise(mean, step)).float()
+            rebuilt = self.autoencoder.decode_raw(mean + std * self._noise(mean, step)).float()
             terms = {
                 "l1": F.l1_loss(self._inside(rebuilt), self._inside(volume)),
                 "kl": kl_divergence(mean.float(), std.float()),

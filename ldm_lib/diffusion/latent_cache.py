@@ -127,7 +127,7 @@ class LatentCache:
         }
         folder.mkdir(parents=True, exist_ok=True)
 
-    def fill(self, cases: Sequence[Case], *, variants: int = 1) -> list[CachedCase]:
+    def encode(self, cases: Sequence[Case], *, variants: int = 1) -> list[CachedCase]:
         """Encode what is missing, stale or damaged, and return a handle for each case.
 
         What another process is encoding is left to it, and waited for at the end. Entries of the same scans that were

@@ -90,7 +90,7 @@ def encode_case(
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in cells.items()}
 
 
-def measured(spec: LatentSpec, cases: Iterable[CaseData], autoencoder: Autoencoder) -> LatentSpec:
+def measure_residual_std(spec: LatentSpec, cases: Iterable[CaseData], autoencoder: Autoencoder) -> LatentSpec:
     """The settings with what drafts lack in the cells that are generated, on the first `MEASURED` cases with a target.
 
     Runs on the processor in float32. Means are over cells: a large hole counts for more.
@@ -126,7 +126,7 @@ def conditioning_channels(latent_channels: int) -> tuple[int, int]:
     return latent_channels, latent_channels + len(CONDITIONING_CHANNELS)
 
 
-def generated(sampled: Tensor, latents: Latents, spec: LatentSpec) -> Tensor:
+def add_initial_estimate(sampled: Tensor, latents: Latents, spec: LatentSpec) -> Tensor:
     """The latent of a case, standardised (... c x y z), from what was sampled: that itself, or a draft's residual."""
     if spec.context != "initial_estimate":
         return sampled

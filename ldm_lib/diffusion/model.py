@@ -19,9 +19,9 @@ from ldm_lib.devices import autocast, pick_device, pick_precision, total_memory
 from ldm_lib.diffusion.latents import (
     Latents,
     LatentSpec,
+    add_initial_estimate,
     context_box,
     denoiser_input,
-    generated,
     keep_known,
     on_device,
 )
@@ -182,7 +182,7 @@ class LatentDiffusion:
         def placed(x: Tensor) -> Tensor:
             filled = whole.expand(len(names), -1, -1, -1, -1).clone()
             filled[box] = x.to(filled)
-            return generated(filled, latents, self.spec)
+            return add_initial_estimate(filled, latents, self.spec)
 
         def report(state: dict[str, Any]) -> None:
             callback(state | {name: placed(state[name]) for name in ("x", "x0")})

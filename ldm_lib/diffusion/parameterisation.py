@@ -19,14 +19,14 @@ from ldm_lib.diffusion.schedule import NoiseSchedule
 PREDICTIONS = ("noise", "x0", "velocity", "flow")
 
 
-def wanted(prediction: str, schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def prediction_target(prediction: str, schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What a perfect denoiser answers, like x0 in shape and dtype.
 
     Args:
         x0, noise: (b c x y z).
         t: (b,) integers in [0, schedule.steps - 1].
     """
-    alpha, sigma = schedule.rates(t, x0)
+    alpha, sigma = schedule.alpha_sigma(t, x0)
     answers = {
         "noise": lambda: noise,
         "x0": lambda: x0,
@@ -40,7 +40,7 @@ def to_x0_and_noise(
     prediction: str, schedule: NoiseSchedule, answer: Tensor, x_t: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(x_0, ε) that an answer means at x_t (b c x y z); never clipped."""
-    alpha, sigma = schedule.rates(t, x_t)
+    alpha, sigma = schedule.alpha_sigma(t, x_t)
     means = {
         "noise": lambda: (schedule.predict_x0(x_t, answer, t), answer),
         "x0": lambda: (answer, (x_t - alpha * answer) / sigma),
@@ -57,7 +57,7 @@ def min_snr_weight(prediction: str, schedule: NoiseSchedule, t: Tensor, gamma: f
     Of x_0 it is min(SNR, γ) (Hang et al. 2023, arXiv 2303.09556, section 3.4); the other answers' errors are that of
     x_0 over a factor (σ / α for the noise, σ for velocity and flow), so that all weigh the same error alike.
     """
-    alpha, sigma = schedule.rates(t, t)
+    alpha, sigma = schedule.alpha_sigma(t, t)
     snr = (alpha / sigma) ** 2
     if prediction == "noise":  # min(SNR, γ) / SNR, also where SNR is 0
         return (gamma / snr).clamp(max=1.0)

@@ -57,7 +57,7 @@ class NoiseSchedule:
         Returns:
             x_t, like x0 in shape, dtype and device; computed in float64.
         """
-        alpha, sigma = self.rates(t, x0)
+        alpha, sigma = self.alpha_sigma(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def predict_x0(self, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -70,15 +70,15 @@ class NoiseSchedule:
         Returns:
             x_0, like x_t in shape, dtype and device; computed in float64, never clipped.
         """
-        alpha, sigma = self.rates(t, x_t)
+        alpha, sigma = self.alpha_sigma(t, x_t)
         return ((x_t - sigma * noise) / alpha).to(x_t.dtype)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(α² / σ²) in float64, of the shape of t; falls with t, to -inf where there is no signal."""
-        alpha, sigma = self.rates(t, t)
+        alpha, sigma = self.alpha_sigma(t, t)
         return 2 * (alpha.log() - sigma.log())
 
-    def rates(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and σ_t, float64, on the device of x and shaped to broadcast over it.
 
         Raises:

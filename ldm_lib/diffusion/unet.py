@@ -80,7 +80,7 @@ class ADM(nn.Module):
         return {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}
 
     @property
-    def can_do_without(self) -> bool:
+    def supports_unconditional(self) -> bool:
         """Whether it can be run without its conditioning."""
         return bool(self._config["conditioning"])
 
@@ -119,7 +119,7 @@ class ADM(nn.Module):
 
     def _without_conditioning(self, x: Tensor, embedding: Tensor, conditioned: Tensor) -> tuple[Tensor, Tensor]:
         """Put the learned null in the place of what an element is not conditioned, and raise the flag."""
-        if not self.can_do_without:
+        if not self.supports_unconditional:
             raise ConfigError("it always had its conditioning in training and cannot do without", where="ADM",
                               fix="train with conditioning_dropout above 0")  # fmt: skip
         start, stop = self._config["conditioning"]

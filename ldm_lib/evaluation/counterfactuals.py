@@ -38,7 +38,9 @@ def tellings(
     told[SHUFFLED] = replace(data, **{name: on_grid_of(data, other, name) for name in ("growth", "tissue")})
     found = {name: ConditioningVariant(inpainter.encode(case), guidance) for name, case in told.items()}
     nothing = inpainter.encode(replace(data, growth=np.zeros_like(data.voided), tissue=None))
-    return found | {EMPTY: ConditioningVariant(nothing, 0.0 if inpainter.model.denoiser.can_do_without else guidance)}
+    return found | {
+        EMPTY: ConditioningVariant(nothing, 0.0 if inpainter.model.denoiser.supports_unconditional else guidance)
+    }
 
 
 def on_grid_of(data: CaseData, other: CaseData, name: str) -> np.ndarray | None:

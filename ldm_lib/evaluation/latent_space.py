@@ -62,7 +62,7 @@ def flip_error(
     flipped = (signs * torch.from_numpy(np.flip(coded.latent, lateral).copy()))[None].to(device)
     with torch.inference_mode(), autocast(device, precision):
         back = autoencoder.decode(flipped)[0, 0].flip(lateral - 1).float().cpu().numpy()
-    volumes = {"coding": coded.rebuilt, "coding with a latent flip": back}
+    volumes = {"coding": coded.volume, "coding with a latent flip": back}
     return {name: rms((volume - image)[brain]) for name, volume in volumes.items()}
 
 

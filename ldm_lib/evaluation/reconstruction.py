@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from ldm_lib.autoencoder.region_decoding import AnyAutoencoder, Reconstruction, decode_box, reconstruct
+from ldm_lib.autoencoder.region_decoding import AnyCodec, Reconstruction, decode_box, reconstruct
 from ldm_lib.data.case import CaseData
 from ldm_lib.devices import autocast
 from ldm_lib.evaluation.image_quality import psnr
@@ -50,7 +50,7 @@ def by_tissue(data: CaseData, filled: np.ndarray) -> list[dict[str, str | int | 
 
 
 def crop_against_whole(
-    autoencoder: AnyAutoencoder,
+    autoencoder: AnyCodec,
     image: np.ndarray,
     rebuilt: np.ndarray,
     edge: int,
@@ -65,14 +65,14 @@ def crop_against_whole(
     """
     brain, errors = image > 0, {"crop_psnr": [], "whole_psnr": []}
     for box in _central_boxes(brain, edge - edge % autoencoder.factor, autoencoder.factor):
-        alone = reconstruct(autoencoder, np.ascontiguousarray(image[box]), device=device, precision=precision).rebuilt
+        alone = reconstruct(autoencoder, np.ascontiguousarray(image[box]), device=device, precision=precision).volume
         errors["crop_psnr"].append((alone - image[box])[brain[box]])
         errors["whole_psnr"].append((rebuilt - image)[box][brain[box]])
     return {name: psnr(np.concatenate(parts)) for name, parts in errors.items()}
 
 
 def alignment(
-    autoencoder: AnyAutoencoder,
+    autoencoder: AnyCodec,
     image: np.ndarray,
     depths: Sequence[int] = (155, 156),
     *,
@@ -95,14 +95,14 @@ def alignment(
         cut = _middle(column, (*column.shape[:2], depth))
         cut = np.pad(cut, [(0, 0), (0, 0), (0, depth - cut.shape[2])])
         frame = Frame.of(LPS, cut.shape, autoencoder.factor)
-        rebuilt = reconstruct(autoencoder, frame.to_model(cut), device=device, precision=precision).rebuilt
+        rebuilt = reconstruct(autoencoder, frame.to_model(cut), device=device, precision=precision).volume
         rows.append({"slices": depth, **_shift(frame.to_file(rebuilt), cut)})
     return rows
 
 
 def box_loss_db(
     data: CaseData,
-    autoencoder: AnyAutoencoder,
+    autoencoder: AnyCodec,
     coded: Reconstruction,
     margin: int,
     *,
@@ -117,7 +117,7 @@ def box_loss_db(
     mask = data.frame(autoencoder.factor).to_model(data.mask)
     with torch.inference_mode(), autocast(device, precision):
         box = decode_box(autoencoder, torch.from_numpy(coded.latent)[None].to(device), mask, margin)
-    volumes = coded.rebuilt, box[0, 0].float().cpu().numpy()
+    volumes = coded.volume, box[0, 0].float().cpu().numpy()
     whole, boxed = (upper_bound(data, volume, autoencoder.factor)[1]["psnr_01"] for volume in volumes)
     return whole - boxed
 

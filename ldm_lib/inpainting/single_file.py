@@ -104,7 +104,7 @@ def write_upper_bound(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
     """Write the truth of a case as it comes back from the autoencoder, pasted into the hole, for scores beside ours."""
     where = {"device": inpainter.model.device, "precision": inpainter.model.precision}
     on_grid, factor = grid_case(data, inpainter.model.autoencoder.factor), inpainter.model.autoencoder.factor
-    rebuilt = reconstruct(inpainter.model.autoencoder, on_grid.target, **where).rebuilt
+    rebuilt = reconstruct(inpainter.model.autoencoder, on_grid.target, **where).volume
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_like(path, data.source, data.paste(rebuilt, factor), data.mask)
 

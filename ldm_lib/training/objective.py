@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm_lib.diffusion.latents import Latents, collate, denoiser_input, keep_known, on_device
 from ldm_lib.diffusion.model import LatentDiffusion
-from ldm_lib.diffusion.parameterisation import min_snr_weight, to_x0_and_noise, wanted
+from ldm_lib.diffusion.parameterisation import min_snr_weight, prediction_target, to_x0_and_noise
 from ldm_lib.training.options import TrainingOptions
 
 
@@ -24,9 +24,11 @@ def training_loss(network: nn.Module, batch: Latents, model: LatentDiffusion, co
     schedule, how, t = model.schedule, model.prediction, batch["t"]
     _, answer = _answer(network, batch, model)
     weight = min_snr_weight(how, schedule, t, config.min_snr_gamma) if config.min_snr_gamma else None
-    loss = masked_loss(answer, wanted(how, schedule, batch["target"], batch["noise"], t), batch["loss"], weight)
+    loss = masked_loss(
+        answer, prediction_target(how, schedule, batch["target"], batch["noise"], t), batch["loss"], weight
+    )
     if config.outside_weight:
-        known = wanted(how, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
+        known = prediction_target(how, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
         loss = loss + config.outside_weight * masked_loss(answer, known, batch["outside"], weight)
     return loss
 

@@ -57,11 +57,11 @@ def encode(
     cache: LatentCache, training: Sequence[Case], validation: Sequence[Case], config: TrainingOptions
 ) -> tuple[list[CachedCase], list[CachedCase], list[dict[str, Any]]]:
     """Cases to train on, cases to watch, and what encoding them cost; in debug mode the watched are trained on."""
-    cached = cache.fill(training, variants=1 if config.overfit_batches else config.cache_variants)
+    cached = cache.encode(training, variants=1 if config.overfit_batches else config.cache_variants)
     costs = [{"cases": "training"} | cache.costs]
     if config.overfit_batches:
         return cached, cached[: config.val_cases], costs
-    watched = cache.fill(validation[: config.val_cases])
+    watched = cache.encode(validation[: config.val_cases])
     return cached, watched, costs + [{"cases": "watched"} | cache.costs]
 
 

@@ -10,10 +10,10 @@ from scipy import ndimage
 from ldm_lib.autoencoder import fitting
 from ldm_lib.autoencoder.fitting import (
     block_statistics,
-    fit_linear_code,
+    fit_linear_codec,
     fit_linear_parts,
     latent_statistics,
-    linear_bounds,
+    linear_baselines,
 )
 from ldm_lib.autoencoder.linear_codec import LinearCodec
 from ldm_lib.autoencoder.model import QUIET_LOG_VARIANCE, Autoencoder
@@ -37,7 +37,7 @@ def fitted(cases, latent_channels=3, factor=2, *, alone=False):
     if alone:
         code.fit(*block_statistics(cases, factor))
     else:
-        fit_linear_code(code, cases)
+        fit_linear_codec(code, cases)
     return code
 
 
@@ -184,7 +184,7 @@ def test_the_network_beside_a_linear_code_is_silent_at_first(cases):
     with torch.inference_mode():
         mean, std = autoencoder.moments(image)
         assert torch.equal(mean, code.encode(image)) and std.max() == pytest.approx(np.exp(QUIET_LOG_VARIANCE / 2))
-        assert torch.equal(autoencoder.rebuild(mean), code.decode(mean))
+        assert torch.equal(autoencoder.decode_raw(mean), code.decode(mean))
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -192,7 +192,7 @@ def test_the_bounds_are_the_autoencoders_own_code_or_one_that_is_fitted(cases, o
     autoencoder, image = fresh(linear_start=own), image_of(cases[4])
     if own:
         fit_linear_parts(autoencoder, cases[:4])
-    bounds = linear_bounds(autoencoder, [] if own else cases[:4])
+    bounds = linear_baselines(autoencoder, [] if own else cases[:4])
     for name, oracle in (("linear", fitted(cases[:4])), ("pca", fitted(cases[:4], alone=True))):
         assert mean_square(bounds[name], image) == pytest.approx(mean_square(oracle, image), rel=1e-4)
 
@@ -200,7 +200,7 @@ def test_the_bounds_are_the_autoencoders_own_code_or_one_that_is_fitted(cases, o
 def test_the_haar_front_end_is_fitted_before_the_first_step(cases):
     autoencoder = fresh(input_transform="haar", channels=(8, 8))
     fit_linear_parts(autoencoder, cases[:1])
-    bands = autoencoder.front.analyse(image_of(cases[0], 4))[0].flatten(1)
+    bands = autoencoder.transform.analyse(image_of(cases[0], 4))[0].flatten(1)
     inside = bands[:, (bands != 0).any(dim=0)]
     np.testing.assert_allclose(inside.std(dim=1), 1, rtol=1e-3)
 

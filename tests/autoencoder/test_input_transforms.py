@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 
-from ldm_lib.autoencoder.input_transforms import FRONT_ENDS, Haar, Half, haar_packets
+from ldm_lib.autoencoder.input_transforms import TRANSFORMS, Haar, Half, haar_packets
 from ldm_lib.autoencoder.options import TRANSFORM_FACTORS
 from ldm_lib.experiment.stages import AutoencoderConfig
 
@@ -32,7 +32,7 @@ def test_the_lowest_sub_band_is_the_mean_with_gain_8():
 
 @pytest.mark.parametrize("name", ["plain", "haar"])
 def test_the_inverse_is_exact(name):
-    front, image = FRONT_ENDS[name](), volume(16, 8, 12)
+    front, image = TRANSFORMS[name](), volume(16, 8, 12)
     if name == "haar":
         front.deviation.uniform_(0.01, 3)
     bands = front.analyse(image)
@@ -65,5 +65,5 @@ def test_half_keeps_what_varies_slowly():
 
 
 def test_parameters_know_every_front_end_and_its_factor():
-    assert {name: cls.factor for name, cls in FRONT_ENDS.items()} == TRANSFORM_FACTORS
-    assert list(FRONT_ENDS) == list(get_args(AutoencoderConfig.model_fields["input_transform"].annotation))
+    assert {name: cls.factor for name, cls in TRANSFORMS.items()} == TRANSFORM_FACTORS
+    assert list(TRANSFORMS) == list(get_args(AutoencoderConfig.model_fields["input_transform"].annotation))

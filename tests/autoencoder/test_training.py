@@ -64,7 +64,7 @@ def test_what_lacks_neighbours_in_a_crop_is_not_judged():
     volume = torch.rand(2, 1, 12, 12, 12)
     with torch.no_grad():
         mean, std = training.autoencoder.moments(volume)
-        wrong = (training.autoencoder.rebuild(mean + std * training._noise(mean, 0)) - volume).abs()
+        wrong = (training.autoencoder.decode_raw(mean + std * training._noise(mean, 0)) - volume).abs()
     found = training.step(0, volume, ["case"])["l1"]
     assert found == pytest.approx(wrong[..., 2:-2, 2:-2, 2:-2].mean().item(), rel=1e-5)
     assert found != pytest.approx(wrong.mean().item(), rel=1e-3)
@@ -81,7 +81,7 @@ def test_training_is_a_function_of_the_seed(cases, train):
 def test_a_linear_start_is_no_worse_after_training(cases, train):
     def error(coder):
         images = [grid_case(load_case(case), 2).target for case in (cases[0], cases[2])]
-        return np.mean([np.abs(reconstruct(coder, image, **HOW).rebuilt - image)[image > 0].mean() for image in images])
+        return np.mean([np.abs(reconstruct(coder, image, **HOW).volume - image)[image > 0].mean() for image in images])
 
     trained, random = fresh(linear_start=True), fresh()
     train(trained, cases[:4], autoencoder_steps=60)

@@ -112,7 +112,7 @@ def test_the_common_stacks_steps_end_at_the_truth_if_the_network_knows_it(steps)
 
     def knows(x, t):
         assert torch.equal(x[:, :2] * (1 - hole), voided * (1 - hole)) and x.shape[1] == 2 + 4 + 1
-        alpha, sigma = schedule.rates(t, x)
+        alpha, sigma = schedule.alpha_sigma(t, x)
         return ((x[:, :2] - alpha * truth) / sigma).float()
 
     filled = ddim_steps(knows, voided, torch.zeros(1, 4, 6, 6, 6), hole, schedule, steps=steps)

@@ -15,13 +15,13 @@ from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.diffusion.latents import (
     LatentSpec,
+    add_initial_estimate,
     collate,
     denoiser_input,
     encode_case,
-    generated,
     input_channels,
     keep_known,
-    measured,
+    measure_residual_std,
 )
 from ldm_lib.errors import WeightsError
 from ldm_lib.inpainting.inpainter import Inpainter
@@ -82,15 +82,15 @@ def test_what_it_lacks_is_told_in_units_of_its_own(autoencoder, case, truth, gue
 @pytest.mark.parametrize("settings", [PLAIN, SCALED])
 def test_what_was_made_of_the_truth_gives_it_back(autoencoder, case, truth, settings):
     latents = encode_case(case, autoencoder, settings, **HOW)
-    torch.testing.assert_close(generated(latents["target"], latents, settings), truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(add_initial_estimate(latents["target"], latents, settings), truth, atol=1e-5, rtol=1e-5)
     two = torch.stack([latents["target"], 0 * latents["target"]])
-    found = generated(two, latents, settings)
-    assert torch.equal(found[0], generated(latents["target"], latents, settings))
+    found = add_initial_estimate(two, latents, settings)
+    assert torch.equal(found[0], add_initial_estimate(latents["target"], latents, settings))
     assert torch.equal(found[1], latents["initial_estimate"]), "nothing to mend is the draft"
 
 
 def test_without_drafts_what_is_sampled_is_the_latent(truth):
-    assert generated(truth, {}, LatentSpec()) is truth
+    assert add_initial_estimate(truth, {}, LatentSpec()) is truth
 
 
 @pytest.mark.parametrize("hidden", [0.0, 7.0, np.nan])
@@ -124,14 +124,14 @@ def test_it_is_the_root_of_the_mean_square_over_the_cells_that_are_generated(aut
         lacks.append(difference[:, torch.from_numpy(blocks)].double().numpy())
     wanted = np.sqrt(np.square(np.concatenate(lacks, axis=1)).mean(axis=1))
     settings = LatentSpec(context="initial_estimate", mask_dilation=0)
-    found = measured(settings, map(load_case, (cases[0], cases[2])), autoencoder)
+    found = measure_residual_std(settings, map(load_case, (cases[0], cases[2])), autoencoder)
     np.testing.assert_allclose(found.residual_std, wanted, rtol=1e-5)
     assert replace(found, residual_std=()) == settings and lacks[0].shape[1] != lacks[1].shape[1]
 
 
 def test_the_targets_of_what_was_measured_have_a_mean_square_of_1(autoencoder, cases):
     data = load_case(cases[0])
-    settings = measured(PLAIN, [data], autoencoder)
+    settings = measure_residual_std(PLAIN, [data], autoencoder)
     latents = encode_case(grid_case(data, 2), autoencoder, settings, **HOW)
     square = latents["target"][:, latents["loss"][0] > 0].square().mean(dim=1)
     torch.testing.assert_close(square, torch.ones(3), atol=1e-4, rtol=0)
@@ -140,8 +140,8 @@ def test_the_targets_of_what_was_measured_have_a_mean_square_of_1(autoencoder, c
 def test_no_more_cases_are_measured_than_are_enough(autoencoder, cases, monkeypatch):
     monkeypatch.setattr("ldm_lib.diffusion.latents.MEASURED", 1)
     seen = []
-    found = measured(PLAIN, (seen.append(case) or load_case(case) for case in cases), autoencoder)
-    assert seen == cases[:1] and found == measured(PLAIN, [load_case(cases[0])], autoencoder)
+    found = measure_residual_std(PLAIN, (seen.append(case) or load_case(case) for case in cases), autoencoder)
+    assert seen == cases[:1] and found == measure_residual_std(PLAIN, [load_case(cases[0])], autoencoder)
 
 
 # ---- the model
@@ -159,7 +159,7 @@ def test_a_denoiser_with_nothing_to_mend_fills_the_draft(inpainter, cases):
     data = load_case(cases[0])
 
     def silent(shown, t, told=None):
-        _, sigma = inpainter.model.schedule.rates(t, shown)
+        _, sigma = inpainter.model.schedule.alpha_sigma(t, shown)
         return shown[:, :3] / sigma  # all of x is noise: x_0 = 0
 
     mending = changed(inpainter, denoiser=silent, blend_mm=0.0)

@@ -65,7 +65,7 @@ def cache(folder, autoencoder, weights="w", settings=None, **options):
 
 def filled(*args, cases, variants=1, **options):
     """All encodings of a cache over these cases."""
-    return [latents for case in cache(*args, **options).fill(cases, variants=variants) for latents in case]
+    return [latents for case in cache(*args, **options).encode(cases, variants=variants) for latents in case]
 
 
 def same(a, b):
@@ -107,7 +107,7 @@ def test_one_file_holds_all_holes_of_a_scan_in_one_variant(sources, autoencoder,
 
 def test_an_entry_takes_the_bytes_of_its_numbers_and_little_more(sources, autoencoder, tmp_path):
     made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
-    made.fill(sources, variants=2)
+    made.encode(sources, variants=2)
     cells = 15 * 15 * 10
     plain, augmented = (2 * (2 * 3 * 2 + 2 + 2 * 1) + maps * 4 * 2 for maps in (1, 2))  # a cell, two holes
     for path in entries(tmp_path / "c"):
@@ -161,7 +161,7 @@ def test_latents_that_float16_cannot_hold_are_refused(sources, autoencoder, tmp_
 
 
 def test_a_handle_reads_when_asked_and_holds_nothing(sources, autoencoder, tmp_path):
-    handles = cache(tmp_path / "c", autoencoder, augmentation=CHANGE).fill(sources, variants=2)
+    handles = cache(tmp_path / "c", autoencoder, augmentation=CHANGE).encode(sources, variants=2)
     assert [handle.case for handle in handles] == sources and {len(handle) for handle in handles} == {2}
     assert same(handles[0][1], handles[0][-1]) and not same(handles[0][0], handles[0][1])
     copied = pickle.loads(pickle.dumps(handles[3]))  # noqa: S301, as a loader process gets it
@@ -179,7 +179,7 @@ def test_a_handle_reads_when_asked_and_holds_nothing(sources, autoencoder, tmp_p
 
 def test_handles_come_in_the_order_of_the_cases(sources, autoencoder, tmp_path):
     mixed = [sources[k] for k in (3, 0, 2, 1)]
-    handles = cache(tmp_path / "c", autoencoder).fill(mixed)
+    handles = cache(tmp_path / "c", autoencoder).encode(mixed)
     assert [handle.case.key for handle in handles] == [case.key for case in mixed]
     assert all(torch.equal(h[0]["mask"], encoded(h.case, autoencoder)["mask"]) for h in handles)
     assert same(filled(tmp_path / "c", autoencoder, cases=sources)[1], handles[3][0])
@@ -216,14 +216,14 @@ def test_other_weights_settings_or_code_never_find_an_entry(
     sources, autoencoder, tmp_path, monkeypatch, caplog, change
 ):
     made = cache(tmp_path / "c", autoencoder)
-    made.fill(sources[:2])
+    made.encode(sources[:2])
     before = entries(tmp_path / "c")
     if "code" in change:
         monkeypatch.setattr(module, "CODE_VERSION", change.pop("code"))
     autoencoder.config = autoencoder.config | change.pop("build", {})
     made = cache(tmp_path / "c", autoencoder, **change)
     assert not caplog.records
-    made.fill(sources[:2])
+    made.encode(sources[:2])
     assert autoencoder.calls == 8 and made.costs["replaced"] == 1
     assert not set(before) & set(entries(tmp_path / "c")) and len(entries(tmp_path / "c")) == 1
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
@@ -282,7 +282,7 @@ def test_a_map_that_went_missing_is_noticed(sources, autoencoder, tmp_path):
 def assert_mended(sources, autoencoder, folder, before, caplog):
     """The next fill says so and encodes this one entry again, the one after it none."""
     made = cache(folder, autoencoder)
-    assert all(same(a, handle[0]) for a, handle in zip(before, made.fill(sources[:2]), strict=True))
+    assert all(same(a, handle[0]) for a, handle in zip(before, made.encode(sources[:2]), strict=True))
     assert autoencoder.calls == 8 and made.costs["replaced"] == 1
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 1 and "encoded again" in told[0] and entries(folder)[0].name in told[0]
@@ -353,7 +353,7 @@ def fill_slowly(heard, folder, model, cases, seconds):
     torch.set_num_threads(1)
     autoencoder = Counting(model, seconds)
     autoencoder.encode = lambda volume: (heard.put("began"), Counting.encode(autoencoder, volume))[1]
-    handles = cache(folder, autoencoder, augmentation=CHANGE).fill(cases, variants=2)
+    handles = cache(folder, autoencoder, augmentation=CHANGE).encode(cases, variants=2)
     heard.put((autoencoder.calls, sum(float(latents["voided"].sum()) for handle in handles for latents in handle)))
 
 
@@ -363,7 +363,7 @@ def test_two_processes_share_the_work(sources, autoencoder, tiny_autoencoder_fol
     process, heard = other_process(method, tmp_path / "c", tiny_autoencoder_folder, sources, 0.08)
     assert heard.get(timeout=60) == "began"
     autoencoder.seconds = 0.08
-    handles = cache(tmp_path / "c", autoencoder, augmentation=CHANGE).fill(sources, variants=2)
+    handles = cache(tmp_path / "c", autoencoder, augmentation=CHANGE).encode(sources, variants=2)
     assert "16/16" in capsys.readouterr().out  # the bar counts what the other one did
     while (theirs := heard.get(timeout=60)) == "began":
         pass
@@ -410,7 +410,7 @@ def test_what_another_process_mends_meanwhile_is_not_made_again(sources, autoenc
 
     monkeypatch.setattr(LatentCache, "_make", mended_first)
     made = cache(tmp_path / "c", autoencoder)
-    made.fill(sources[:2])
+    made.encode(sources[:2])
     assert autoencoder.calls == 4 and made.costs["encoded now"] == 0
 
 
@@ -419,26 +419,26 @@ def test_what_another_process_mends_meanwhile_is_not_made_again(sources, autoenc
 
 def test_a_bar_is_shown_for_what_is_encoded_and_none_when_all_is_there(sources, autoencoder, tmp_path, capsys):
     made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
-    made.fill(sources[:2])
+    made.encode(sources[:2])
     shown = capsys.readouterr()
     assert "encoding: 100%|##########| 4/4 [00:0" in shown.out and not shown.err and shown.out.isascii()
-    made.fill(sources, variants=2)
+    made.encode(sources, variants=2)
     assert "12/12" in capsys.readouterr().out  # what is missing, not all
-    made.fill(sources, variants=2)
+    made.encode(sources, variants=2)
     assert capsys.readouterr() == ("", "")
 
 
 def test_costs_are_those_of_the_last_fill(sources, autoencoder, tmp_path):
     autoencoder.seconds = 0.05
     made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
-    made.fill(sources[:2])
+    made.encode(sources[:2])
     plain = made.costs
-    made.fill(sources[:3], variants=2)
+    made.encode(sources[:3], variants=2)
     both = made.costs
     assert [plain[name] for name in ("patients", "holes", "variants", "encoded now")] == [1, 2, 1, 4]
     assert [both[name] for name in ("patients", "holes", "variants", "encoded now")] == [2, 3, 2, 8]
     assert 0.05 < both["s per volume"] < 0.5
     assert both["s per patient"] == pytest.approx(both["s per volume"] * 3 * 2 * 2 / 2)
-    made.fill(sources[:3], variants=2)
+    made.encode(sources[:3], variants=2)
     assert made.costs["s per volume"] == made.costs["s per patient"] == "all cached"
     assert made.costs["MB per patient"] == both["MB per patient"]

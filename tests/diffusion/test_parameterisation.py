@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm_lib.diffusion.parameterisation import PREDICTIONS, min_snr_weight, to_x0_and_noise, wanted
+from ldm_lib.diffusion.parameterisation import PREDICTIONS, min_snr_weight, prediction_target, to_x0_and_noise
 from ldm_lib.diffusion.schedule import noise_schedule
 
 SCHEDULES = {name: noise_schedule("flow" if name == "flow" else "cosine") for name in PREDICTIONS}
@@ -19,7 +19,7 @@ def pair(dtype=torch.float64):
 def test_a_perfect_answer_means_the_pair_that_made_x_t(prediction):
     schedule, (x0, noise) = SCHEDULES[prediction], pair()
     x_t = schedule.add_noise(x0, noise, T)
-    found = to_x0_and_noise(prediction, schedule, wanted(prediction, schedule, x0, noise, T), x_t, T)
+    found = to_x0_and_noise(prediction, schedule, prediction_target(prediction, schedule, x0, noise, T), x_t, T)
     torch.testing.assert_close(found[0], x0)
     torch.testing.assert_close(found[1], noise)
 
@@ -45,7 +45,7 @@ def test_without_signal_the_answer_is_still_finite(prediction):
 def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(prediction, gamma):
     """weight * |error of the answer|^2 = min(SNR, gamma) * |error of x_0|^2, the definition of Hang et al."""
     schedule, (x0, noise) = SCHEDULES[prediction], pair()
-    x_t, right = schedule.add_noise(x0, noise, T), wanted(prediction, schedule, x0, noise, T)
+    x_t, right = schedule.add_noise(x0, noise, T), prediction_target(prediction, schedule, x0, noise, T)
     wrong = right + 0.1 * torch.randn(right.shape, generator=torch.Generator().manual_seed(1), dtype=right.dtype)
     guess, _ = to_x0_and_noise(prediction, schedule, wrong, x_t, T)
     weighted = min_snr_weight(prediction, schedule, T, gamma) * (wrong - right).square().mean(dim=(1, 2, 3, 4))
@@ -62,6 +62,6 @@ def test_min_snr_at_no_signal_at_all():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_half_precision_is_rounded_once(prediction):
     schedule, (x0, noise) = SCHEDULES[prediction], pair(torch.bfloat16)
-    found = wanted(prediction, schedule, x0, noise, T)
+    found = prediction_target(prediction, schedule, x0, noise, T)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, wanted(prediction, schedule, x0.double(), noise.double(), T).bfloat16())
+    assert torch.equal(found, prediction_target(prediction, schedule, x0.double(), noise.double(), T).bfloat16())

@@ -16,7 +16,7 @@ DIFFUSION = {name: SAMPLERS[name] for name in samplers_for(SCHEDULE)}
 every_sampler = pytest.mark.parametrize("sampler", DIFFUSION.values(), ids=DIFFUSION.keys())
 
 
-def rates(t, x):
+def alpha_sigma(t, x):
     """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t, shaped like x."""
     alpha_bar = SCHEDULE.alpha_bar[t].view(-1, 1, 1, 1, 1).to(x.dtype)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -24,7 +24,7 @@ def rates(t, x):
 
 def gaussian(x, t):
     """The exact noise predictor for data ~ N(MEAN, STD^2)."""
-    alpha, sigma = rates(t, x)
+    alpha, sigma = alpha_sigma(t, x)
     return sigma * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
 
 
@@ -105,7 +105,7 @@ def test_a_denoiser_that_knows_the_truth_gets_it_back(sampler, steps):
     truth, x = 3 * standard(2, 1, 3, 4, 5, seed=1), standard(2, 1, 3, 4, 5)
 
     def omniscient(x, t):
-        alpha, sigma = rates(t, x)
+        alpha, sigma = alpha_sigma(t, x)
         return (x - alpha * truth) / sigma
 
     y = run(sampler, omniscient, x, steps)
@@ -145,7 +145,7 @@ def test_dpm_solver_extrapolates_x0_to_the_middle_of_uneven_steps(monkeypatch):
     lambdas = SCHEDULE.log_snr(times) / 2
     (h1, h2), (first, second) = lambdas.diff(), (s["x0"] for s in states[:2])
     middle = second + (second - first) / h1 * (h2 / 2)
-    (_, alpha), (sigma, next_sigma) = (rate.flatten() for rate in rates(times[1:], middle))
+    (_, alpha), (sigma, next_sigma) = (rate.flatten() for rate in alpha_sigma(times[1:], middle))
     expected = next_sigma / sigma * states[1]["x"] + alpha * (1 - torch.exp(-h2)) * middle
     torch.testing.assert_close(states[2]["x"], expected)
 
@@ -312,7 +312,7 @@ def test_without_terminal_signal_the_gaussian_comes_back_too(name, sampler):
     schedule = noise_schedule(name, zero_terminal_snr=True)
 
     def exact(x, t):
-        alpha, sigma = schedule.rates(t, x)
+        alpha, sigma = schedule.alpha_sigma(t, x)
         gain = 1 / (alpha**2 * STD**2 + sigma**2)
         return MEAN + alpha * STD**2 * (x - alpha * MEAN) * gain, sigma * (x - alpha * MEAN) * gain
 

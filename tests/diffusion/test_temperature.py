@@ -32,7 +32,7 @@ def gaussian(inpainter):
     """Of data that are standard normal in every cell, the noise it believes in is sigma x: linear."""
 
     def denoiser(shown, t, told=None):
-        _, sigma = inpainter.model.schedule.rates(t, shown)
+        _, sigma = inpainter.model.schedule.alpha_sigma(t, shown)
         return sigma * shown[:, :3]
 
     return changed(inpainter, denoiser=denoiser)

@@ -361,7 +361,7 @@ def test_null_and_flag_are_learned_from_the_untold_alone():
 
 def test_a_network_that_was_always_told_cannot_do_without():
     network = awake()
-    assert not network.can_do_without
+    assert not network.supports_unconditional
     with pytest.raises(ConfigError, match="ADM: it always had its conditioning in training"):
         network(latents(4, 4, 4), torch.tensor([0, 1]), torch.zeros(2))
 

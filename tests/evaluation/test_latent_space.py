@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
-from ldm_lib.autoencoder.fitting import brain_cells, fit_linear_code
+from ldm_lib.autoencoder.fitting import fit_linear_codec, latent_brain_mask
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.autoencoder.region_decoding import reconstruct
 from ldm_lib.data.case import load_case
@@ -40,7 +40,7 @@ def on_grid(cases):
 def test_a_brain_cell_is_one_mostly_above_0():
     image = np.zeros((4, 2, 2))
     image[:2].flat[:5], image[2:].flat[:4] = 1, 1
-    assert brain_cells(image, 2).ravel().tolist() == [True, False]
+    assert latent_brain_mask(image, 2).ravel().tolist() == [True, False]
 
 
 def test_moments_are_those_of_scipy():
@@ -68,7 +68,7 @@ def test_a_dead_channel_has_numbers_too():
 
 
 def test_kl_is_that_of_two_normals_over_the_chosen_cells(on_grid):
-    autoencoder, cells = fresh(), brain_cells(on_grid.target, 2)
+    autoencoder, cells = fresh(), latent_brain_mask(on_grid.target, 2)
     found = posterior_kl(autoencoder, on_grid.target, cells, **HOW)
     mean, std = autoencoder.moments(torch.from_numpy(on_grid.target)[None, None])
     oracle = kl_divergence(Normal(mean, std), Normal(0.0, 1.0))[0].numpy()[:, cells].mean(axis=1)
@@ -82,7 +82,7 @@ def test_flip_errors_are_those_of_flipped_arrays(on_grid):
     with torch.inference_mode():
         decoded = autoencoder.decode(torch.from_numpy(mirrored)[None])[0, 0].numpy()[::-1]
     errors, brain = flip_error(autoencoder, image, reconstruct(autoencoder, image, **HOW), **HOW), image > 0
-    plain = reconstruct(autoencoder, image, **HOW).rebuilt
+    plain = reconstruct(autoencoder, image, **HOW).volume
     assert errors["coding"] == pytest.approx(np.sqrt(np.mean((plain - image)[brain] ** 2)), rel=1e-5)
     assert errors["coding with a latent flip"] == pytest.approx(
         np.sqrt(np.mean((decoded - image)[brain] ** 2)), rel=1e-5
@@ -108,7 +108,7 @@ def test_the_reach_by_its_definition(on_grid):
     rows = reach(autoencoder, on_grid)
     images = (on_grid.target, on_grid.voided)
     difference = np.subtract(*(reconstruct(autoencoder, image, **HOW).latent for image in images))
-    hole, brain = np.argwhere(latent_mask(on_grid.mask, 2)), brain_cells(on_grid.target, 2)
+    hole, brain = np.argwhere(latent_mask(on_grid.mask, 2)), latent_brain_mask(on_grid.target, 2)
     squares = {k: [] for k in range(FARTHEST_CELL + 1)}
     for cell in np.argwhere(brain):
         nearest = np.abs(hole - cell).max(axis=1).min()
@@ -122,7 +122,7 @@ def test_the_reach_by_its_definition(on_grid):
 
 def test_a_code_of_blocks_changes_in_the_hole_alone(cases, on_grid):
     autoencoder = fresh(linear_start=True)
-    fit_linear_code(autoencoder.linear, cases[:1])
+    fit_linear_codec(autoencoder.linear, cases[:1])
     first, *others = [row["rms_difference"] for row in reach(autoencoder, on_grid)]
     assert first > 0.1 and not np.nansum(others)
     assert dilation_needed(reach(autoencoder, on_grid)) == 0
@@ -131,7 +131,7 @@ def test_a_code_of_blocks_changes_in_the_hole_alone(cases, on_grid):
 def reach(autoencoder, case):
     """Of a case's hole, by way of its two images."""
     full, voided = (reconstruct(autoencoder, image, **HOW).latent for image in (case.target, case.voided))
-    return hole_reach(full, voided, latent_mask(case.mask, 2), brain_cells(case.target, 2))
+    return hole_reach(full, voided, latent_mask(case.mask, 2), latent_brain_mask(case.target, 2))
 
 
 def column(length, norm):

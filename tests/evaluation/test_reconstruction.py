@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lib.autoencoder.fitting import block_statistics, fit_linear_code
+from ldm_lib.autoencoder.fitting import block_statistics, fit_linear_codec
 from ldm_lib.autoencoder.linear_codec import LinearCodec
 from ldm_lib.autoencoder.model import Autoencoder
-from ldm_lib.autoencoder.region_decoding import cell_box, decode_box, reconstruct
+from ldm_lib.autoencoder.region_decoding import decode_box, latent_box, reconstruct
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.errors import InputError
@@ -29,12 +29,12 @@ def fresh(seed=0, **options):
 
 def linear_code(cases, latent_channels, factor):
     code = LinearCodec(latent_channels, factor).requires_grad_(False)
-    fit_linear_code(code, cases)
+    fit_linear_codec(code, cases)
     return code
 
 
 def against_whole(coder, image, edge):
-    return crop_against_whole(coder, image, reconstruct(coder, image, **HOW).rebuilt, edge, **HOW)
+    return crop_against_whole(coder, image, reconstruct(coder, image, **HOW).volume, edge, **HOW)
 
 
 def box_loss(data, on_grid, coder, margin):
@@ -71,10 +71,10 @@ def on_grid(data):
 
 def test_the_ceiling_is_the_truth_through_the_autoencoder(data, on_grid, tiny_autoencoder_folder):
     autoencoder = load_model(tiny_autoencoder_folder, Autoencoder)
-    filled, scores = upper_bound(data, reconstruct(autoencoder, on_grid.target, **HOW).rebuilt, 2)
+    filled, scores = upper_bound(data, reconstruct(autoencoder, on_grid.target, **HOW).volume, 2)
     outside = ~data.mask
     assert np.array_equal(filled[outside], data.voided[outside])
-    rebuilt = reconstruct(autoencoder, on_grid.target, **HOW).rebuilt
+    rebuilt = reconstruct(autoencoder, on_grid.target, **HOW).volume
     inside = data.frame(autoencoder.factor).to_model(data.mask)
     order = data.frame(autoencoder.factor).to_model(np.where(data.mask, filled, 0))
     np.testing.assert_allclose(order[inside], np.maximum(rebuilt[inside], 0) * data.scale, rtol=1e-5)
@@ -92,11 +92,11 @@ def test_reconstruction_goes_through_the_latent(on_grid, tiny_autoencoder_folder
     latent = torch.from_numpy(reconstruct(autoencoder, on_grid.target, **HOW).latent)[None]
     with torch.inference_mode():
         decoded = autoencoder.decode(latent)[0, 0].numpy()
-    assert np.array_equal(decoded, reconstruct(autoencoder, on_grid.target, **HOW).rebuilt)
+    assert np.array_equal(decoded, reconstruct(autoencoder, on_grid.target, **HOW).volume)
 
 
 def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
-    filled, _ = upper_bound(data, reconstruct(fresh(), on_grid.target, **HOW).rebuilt, 2)
+    filled, _ = upper_bound(data, reconstruct(fresh(), on_grid.target, **HOW).volume, 2)
     rows = by_tissue(data, filled)
     assert rows == scores_by_tissue(filled, data.target, data.voided, data.healthy, data.tissue)
     assert sum(row["voxels"] for row in rows) == (data.healthy & (data.tissue > 0)).sum() > 0
@@ -134,7 +134,7 @@ def test_crops_meet_in_the_middle_of_the_brain_and_only_its_voxels_count():
 
 def test_a_crop_larger_than_the_volume_is_the_volume(on_grid):
     found = against_whole(fresh(norm="group"), on_grid.target, 64)
-    whole = brain_scores(reconstruct(fresh(norm="group"), on_grid.target, **HOW).rebuilt, on_grid.target)["psnr"]
+    whole = brain_scores(reconstruct(fresh(norm="group"), on_grid.target, **HOW).volume, on_grid.target)["psnr"]
     assert found == pytest.approx({"crop_psnr": whole, "whole_psnr": whole}, rel=1e-5)
 
 
@@ -191,13 +191,13 @@ def test_a_box_holds_its_cells_and_the_margin_and_no_more():
         low, high = np.argwhere(cells).min(axis=0) - margin, np.argwhere(cells).max(axis=0) + margin
         expected = ((grid >= low) & (grid <= high)).all(axis=1).reshape(cells.shape)
         found = np.zeros(cells.shape, bool)
-        found[cell_box(cells, margin)] = True
+        found[latent_box(cells, margin)] = True
         assert np.array_equal(found, expected)
 
 
 def test_no_hole_has_no_box():
     with pytest.raises(InputError, match="the mask is empty"):
-        cell_box(np.zeros((3, 3, 3), bool), 1)
+        latent_box(np.zeros((3, 3, 3), bool), 1)
 
 
 HOLES = {"middle": np.s_[20:23, 5:8, 3:9], "corner": np.s_[:3, :2, 9:], "whole": np.s_[:]}
@@ -262,7 +262,7 @@ def test_the_loss_of_a_box_in_db(cases, data, on_grid):
     assert box_loss(data, on_grid, coder, 1) == pytest.approx(0, abs=1e-4)
     assert box_loss(data, on_grid, coder, 0) > 0.01
     autoencoder = fresh(norm="local", linear_start=True)
-    fit_linear_code(autoencoder.linear, cases[:1])
+    fit_linear_codec(autoencoder.linear, cases[:1])
     torch.nn.init.normal_(autoencoder.network.decoder.blocks[-1].conv.weight, std=0.02)
     assert box_loss(data, on_grid, autoencoder, 15) == pytest.approx(0, abs=1e-4)
     narrow = box_loss(data, on_grid, autoencoder, 0)
@@ -270,5 +270,5 @@ def test_the_loss_of_a_box_in_db(cases, data, on_grid):
     with torch.inference_mode():
         box = decode_box(autoencoder, latent, on_grid.mask, 0)[0, 0].numpy()
     scores = brats_scores(data.paste(box, 2), data.target, data.voided, data.healthy)
-    whole = upper_bound(data, reconstruct(autoencoder, on_grid.target, **HOW).rebuilt, 2)[1]["psnr_01"]
+    whole = upper_bound(data, reconstruct(autoencoder, on_grid.target, **HOW).volume, 2)[1]["psnr_01"]
     assert narrow == pytest.approx(whole - scores["psnr_01"], abs=1e-4) and abs(narrow) > 1e-3

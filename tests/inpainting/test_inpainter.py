@@ -20,7 +20,7 @@ from ldm_lib.data.resampling import resampled, resampling
 from ldm_lib.data.volume import read_volume, write_map
 from ldm_lib.diffusion.latents import LatentSpec, context_box, encode_case
 from ldm_lib.diffusion.model import CaseNoise, LatentDiffusion
-from ldm_lib.diffusion.parameterisation import wanted
+from ldm_lib.diffusion.parameterisation import prediction_target
 from ldm_lib.diffusion.samplers import samplers_for
 from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.errors import ConfigError, InputError
@@ -215,9 +215,9 @@ class KnowsTheTruth(nn.Module):
 
     def forward(self, x, t, told=None):
         z = x[:, : self.truth.shape[1]].double()
-        alpha, sigma = self.schedule.rates(t, z)
+        alpha, sigma = self.schedule.alpha_sigma(t, z)
         noise = (z - alpha * self.truth) / sigma
-        return wanted(self.prediction, self.schedule, self.truth, noise, t).to(x.dtype)
+        return prediction_target(self.prediction, self.schedule, self.truth, noise, t).to(x.dtype)
 
 
 def write_head(folder, depth, orientation):

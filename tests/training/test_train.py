@@ -18,7 +18,7 @@ from ldm_lib.data.volume import normalise, read_volume
 from ldm_lib.diffusion.latent_cache import LatentCache
 from ldm_lib.diffusion.latents import LatentSpec, collate, encode_case, input_channels
 from ldm_lib.diffusion.model import LatentDiffusion
-from ldm_lib.diffusion.parameterisation import min_snr_weight, wanted
+from ldm_lib.diffusion.parameterisation import min_snr_weight, prediction_target
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import ConfigError, InterruptionError, TrainingError, WeightsError
 from ldm_lib.evaluation.metrics import brats_scores
@@ -228,7 +228,7 @@ def test_loader_processes_change_nothing_and_can_be_resumed(study, straight, tmp
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_from_the_cache_is_training_from_memory(study, cases, tmp_path, workers):
     cache = LatentCache(tmp_path / "latents", study.autoencoder, "w", study.cells, device=CPU, precision="32")
-    cached = {entry.case.key: entry for entry in cache.fill(cases[:3], variants=2)}
+    cached = {entry.case.key: entry for entry in cache.encode(cases[:3], variants=2)}
     trained = [
         study.train(place(tmp_path, name), config, variants)
         for name, variants, config in (
@@ -521,7 +521,7 @@ def test_the_loss_is_that_of_what_is_predicted(study, objective, gamma):
     """Closed form: an untrained denoiser is silent, so its loss is the mean square of what it should have said."""
     config = settings(min_snr_gamma=gamma, **objective)
     model, batch = study.model(config), batch_at(study, 600)
-    asked = wanted(config.prediction, model.schedule, batch["target"], batch["noise"], batch["t"])
+    asked = prediction_target(config.prediction, model.schedule, batch["target"], batch["noise"], batch["t"])
     cells = batch["loss"].expand_as(asked) > 0
     weight = float(min_snr_weight(config.prediction, model.schedule, batch["t"], gamma)) if gamma else 1.0
     found = training_loss(model.denoiser, batch, model, config)
@@ -704,6 +704,6 @@ def test_one_case_can_be_learnt_by_heart(cases, tmp_path):
     assert np.mean(losses[-3:]) < 0.1 * losses[0], f"{losses[0]:.3f} to {losses[-1]:.3f}"
     filled = Inpainter(trained.model).fill(data, samples=8, steps=config.num_inference_steps).mean
     ours = brats_scores(filled, data.target, data.voided, data.healthy)["psnr_01"]
-    rebuilt = reconstruct(autoencoder, grid_case(data, autoencoder.factor).target, **how).rebuilt
+    rebuilt = reconstruct(autoencoder, grid_case(data, autoencoder.factor).target, **how).volume
     _, best = upper_bound(data, rebuilt, autoencoder.factor)
     assert ours > best["psnr_01"] - 3, f"{ours:.2f} dB, ceiling {best['psnr_01']:.2f} dB"
