@@ -1,8 +1,8 @@
-"""Voxel order, padding and latent cells, each with an exact inverse.
+"""Convert voxel order, padding and resolution between a file's grid and the network's grid, with exact inverses.
 
-A file's voxels come in any axis order and any shape; the network wants one order and axes divisible by its factor.
-`Frame` is the way there and exactly back. The offset of the padding is recorded: padding by centre and cropping by
-centre shifts an odd remainder by one slice.
+The voxels of a file come in any axis order and any shape; the network needs LPS order and axes that are divisible by
+its downsampling factor. The offset of the padding is recorded, because padding to the centre and cropping from the
+centre shifts a volume by one slice when the remainder is odd.
 """
 
 from dataclasses import dataclass
@@ -13,105 +13,137 @@ from einops import reduce
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
+from ldm_lib.errors import InputError
+
 MODEL_ORIENTATION = "LPS"  # the order of BraTS files
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Zeros around a grid: `before` and `after` are voxels per axis, never negative."""
+    """Pad a grid with zeros: `before` and `after` are voxels per axis, never negative."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
 
     @classmethod
     def to_multiple(cls, shape: tuple[int, ...], multiple: int) -> "Padding":
-        """The smallest padding that makes every axis divisible by `multiple`, the odd voxel behind."""
+        """Return the smallest padding that makes every axis divisible by `multiple`; an odd voxel goes to the end."""
         total = [-n % multiple for n in shape]
         return cls(tuple(t // 2 for t in total), tuple(t - t // 2 for t in total))
 
     def pad(self, array: np.ndarray) -> np.ndarray:
-        """(x, y, z) -> padded (x, y, z), with zeros (False for a mask)."""
+        """Pad (x, y, z) with zeros (False for a mask)."""
         return np.pad(array, list(zip(self.before, self.after, strict=True)))
 
     def crop(self, array: np.ndarray) -> np.ndarray:
-        """The exact inverse of `pad`, on the last three axes of an array or tensor."""
+        """Remove the padding from the last three axes of an array or tensor: the exact inverse of `pad`."""
         ends = [n - a for n, a in zip(array.shape[-3:], self.after, strict=True)]
         return array[(..., *(slice(b, e) for b, e in zip(self.before, ends, strict=True)))]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """From a file's voxel order (x, y, z) to the model's padded LPS grid, and exactly back.
+    """Convert between a file's voxel order (x, y, z) and the model's padded LPS grid.
 
     Attributes:
-        turn: nibabel orientation transform, file order to LPS.
-        turn_back: its inverse.
-        padding: of the turned grid.
-        shape: the padded LPS grid.
+        to_lps_transform: nibabel orientation transform from file order to LPS.
+        to_file_transform: its inverse.
+        padding: padding of the LPS grid.
+        shape: shape of the padded LPS grid.
     """
 
-    turn: np.ndarray
-    turn_back: np.ndarray
+    to_lps_transform: np.ndarray
+    to_file_transform: np.ndarray
     padding: Padding
     shape: tuple[int, int, int]
 
     @classmethod
     def of(cls, affine: np.ndarray, shape: tuple[int, int, int], multiple: int) -> "Frame":
-        """The frame of a grid with this affine and shape, for a network that divides each axis by `multiple`."""
-        here = nib.orientations.io_orientation(affine)
-        there = nib.orientations.axcodes2ornt(MODEL_ORIENTATION)
-        turn = nib.orientations.ornt_transform(here, there)
-        turned = tuple(np.array(shape)[np.argsort(turn[:, 0])].tolist())
-        padding = Padding.to_multiple(turned, multiple)
-        padded = tuple(b + n + a for b, n, a in zip(padding.before, turned, padding.after, strict=True))
-        return cls(turn, nib.orientations.ornt_transform(there, here), padding, padded)
+        """Build the frame of a grid for a network that divides each axis by `multiple`.
+
+        Args:
+            affine: voxel to world (RAS, mm), 4 x 4; an oblique grid is assigned to its nearest axes.
+            shape: shape of the file's grid.
+            multiple: what every axis of the model's grid is divisible by.
+        """
+        file_order = nib.orientations.io_orientation(affine)
+        lps = nib.orientations.axcodes2ornt(MODEL_ORIENTATION)
+        to_lps = nib.orientations.ornt_transform(file_order, lps)
+        lps_shape = tuple(np.array(shape)[np.argsort(to_lps[:, 0])].tolist())
+        padding = Padding.to_multiple(lps_shape, multiple)
+        padded = tuple(b + n + a for b, n, a in zip(padding.before, lps_shape, padding.after, strict=True))
+        return cls(to_lps, nib.orientations.ornt_transform(lps, file_order), padding, padded)
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
-        """File order (x, y, z) -> padded LPS (x, y, z), contiguous."""
+        """Reorder (x, y, z) to LPS and pad it; the result is contiguous."""
         return np.ascontiguousarray(self.padding.pad(self.to_lps(array)))
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The exact inverse of `to_model`."""
-        return nib.orientations.apply_orientation(self.padding.crop(array), self.turn_back)
+        """Crop and reorder a volume on the model's grid to the file's: the exact inverse of `to_model`."""
+        return nib.orientations.apply_orientation(self.padding.crop(array), self.to_file_transform)
 
-    def turn_spacing(self, spacing_mm: tuple[float, ...]) -> tuple[float, ...]:
-        """Voxel sizes along the file's axes -> along the model's."""
-        return tuple(spacing_mm[int(axis)] for axis in np.argsort(self.turn[:, 0]))
+    def lps_spacing(self, spacing_mm: tuple[float, ...]) -> tuple[float, ...]:
+        """Reorder voxel sizes along the file's axes to those along the LPS axes."""
+        return tuple(spacing_mm[int(axis)] for axis in np.argsort(self.to_lps_transform[:, 0]))
 
     def to_lps(self, array: np.ndarray) -> np.ndarray:
-        """Turn without padding: what figures show."""
-        return nib.orientations.apply_orientation(array, self.turn)
+        """Reorder (x, y, z) to LPS without padding, as figures show it."""
+        return nib.orientations.apply_orientation(array, self.to_lps_transform)
 
 
-def cell_share(array: np.ndarray, factor: int) -> np.ndarray:
-    """(..., x, y, z) -> (..., x/f, y/f, z/f) float32: the mean of each cell, for a mask its share of set voxels."""
-    cells = "... (x fx) (y fy) (z fz) -> ... x y z"
-    return reduce(np.asarray(array, np.float32), cells, "mean", fx=factor, fy=factor, fz=factor)
+def block_mean(array: np.ndarray, factor: int) -> np.ndarray:
+    """Average blocks of `factor`^3 voxels: (..., x, y, z) -> (..., x/f, y/f, z/f) float32.
 
-
-def latent_mask(mask: np.ndarray, factor: int, dilation: int = 0) -> np.ndarray:
-    """(x, y, z) bool -> latent (x/f, y/f, z/f) bool: cells that hold any voxel of the mask.
-
-    Args:
-        dilation: cells by which the result grows (26-neighbourhood), because the encoder carries the hole's edge
-            into the neighbouring cells.
+    The mean of a mask is the fraction of set voxels in each latent voxel.
     """
-    cells = cell_share(mask, factor) > 0
-    if dilation == 0:
-        return cells
-    return ndimage.binary_dilation(cells, np.ones((3, 3, 3), bool), iterations=dilation)
+    blocks = "... (x fx) (y fy) (z fz) -> ... x y z"
+    return reduce(np.asarray(array, np.float32), blocks, "mean", fx=factor, fy=factor, fz=factor)
 
 
-def cell_centre(array: np.ndarray, factor: int) -> np.ndarray:
-    """(..., x, y, z) -> (..., x/f, y/f, z/f): the voxel at each cell's centre (the upper one of the middle pair)."""
+def block_centre(array: np.ndarray, factor: int) -> np.ndarray:
+    """Return the voxel at the centre of each block of `factor`^3 voxels: (..., x, y, z) -> (..., x/f, y/f, z/f).
+
+    For an even factor it is the upper one of the two middle voxels along each axis.
+    """
     middle = slice(factor // 2, None, factor)
     return np.asarray(array)[..., middle, middle, middle]
 
 
-def box_around(mask: np.ndarray, margin_vox: ArrayLike = 0) -> tuple[slice, ...]:
-    """Bounding box of a mask that is not empty, widened by a margin, one or three, and clipped to the volume."""
-    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+def latent_mask(mask: np.ndarray, factor: int, dilation: int = 0) -> np.ndarray:
+    """Return the latent voxels that contain any voxel of the mask: (x, y, z) bool -> (x/f, y/f, z/f) bool.
+
+    Args:
+        mask: voxels to inpaint.
+        factor: downsampling factor of the autoencoder.
+        dilation: latent voxels by which the result grows (26-neighbourhood), because the encoder mixes voxels across
+            the edge of the mask into the neighbouring latent voxels.
+    """
+    latent = block_mean(mask, factor) > 0
+    if dilation == 0:
+        return latent
+    return ndimage.binary_dilation(latent, np.ones((3, 3, 3), bool), iterations=dilation)
+
+
+def bounding_box(mask: np.ndarray, margin_vox: ArrayLike = 0) -> tuple[slice, ...]:
+    """Return the bounding box of a mask (x, y, z), widened by a margin and clipped to the volume.
+
+    Args:
+        mask: bool or integer, not empty.
+        margin_vox: voxels on every side; one number, or one per axis.
+
+    Raises:
+        InputError: the mask is empty.
+
+    Example:
+        >>> mask = np.zeros((8, 8, 8), bool)
+        >>> mask[2:5, 3, 7] = True
+        >>> bounding_box(mask, 1)
+        (slice(1, 6, None), slice(2, 5, None), slice(6, 8, None))
+    """
+    if not mask.any():
+        raise InputError("the mask is empty", fix="give a mask with at least one voxel")
+    box = ndimage.find_objects((mask != 0).astype(np.uint8))[0]
+    margins = np.broadcast_to(margin_vox, mask.ndim).tolist()
     return tuple(
-        slice(max(b.start - m, 0), min(b.stop + m, n))
-        for b, m, n in zip(box, np.broadcast_to(margin_vox, 3).tolist(), mask.shape, strict=True)
+        slice(max(b.start - m, 0), min(b.stop + m, n)) for b, m, n in zip(box, margins, mask.shape, strict=True)
     )

@@ -1,11 +1,22 @@
-"""The discrete Laplacian of the voxels in a hole: what fills, drafts and the fit at the edge are solved with."""
+"""Build the discrete Laplacian of masked voxels, for harmonic inpainting, initial estimates and edge blending."""
 
 import numpy as np
 from scipy.sparse import csr_array
 
 
-def laplace_system(known: np.ndarray, mask: np.ndarray) -> tuple[csr_array, np.ndarray]:
-    """The 6-neighbour Laplacian of the masked voxels, in C order, and the sum of their known neighbours."""
+def masked_laplacian(known: np.ndarray, mask: np.ndarray) -> tuple[csr_array, np.ndarray]:
+    """Return the 6-neighbour Laplacian of the masked voxels and the sum of their known neighbours.
+
+    Solving `laplacian @ values = edge_sum` gives the harmonic continuation of the known voxels into the mask.
+
+    Args:
+        known: (x, y, z) intensities; those under the mask are not read.
+        mask: (x, y, z) bool, the n unknown voxels, in C order.
+
+    Returns:
+        The Laplacian (n, n), positive on its diagonal, and for each masked voxel the sum of its neighbours outside
+        the mask (n,). Neighbours outside the volume do not count: no flux through the border.
+    """
     count = int(mask.sum())
     number = np.full(mask.shape, -1)
     number[mask] = np.arange(count)
@@ -13,9 +24,9 @@ def laplace_system(known: np.ndarray, mask: np.ndarray) -> tuple[csr_array, np.n
     rows, columns = [], []
     for axis in range(3):
         lower, upper = np.s_[:-1], np.s_[1:]
-        for here, there in ((lower, upper), (upper, lower)):
-            a, b = (np.moveaxis(number, axis, 0)[part] for part in (here, there))
-            value = np.moveaxis(known, axis, 0)[there]
+        for first, second in ((lower, upper), (upper, lower)):
+            a, b = (np.moveaxis(number, axis, 0)[part] for part in (first, second))
+            value = np.moveaxis(known, axis, 0)[second]
             inside, edge = (a >= 0) & (b >= 0), (a >= 0) & (b < 0)
             rows.append(a[inside])
             columns.append(b[inside])

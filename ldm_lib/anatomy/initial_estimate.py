@@ -12,8 +12,8 @@ from scipy import ndimage
 from scipy.sparse.linalg import cg
 
 from ldm_lib.anatomy.tissue import TISSUES
-from ldm_lib.geometry import box_around
-from ldm_lib.poisson import laplace_system
+from ldm_lib.geometry import bounding_box
+from ldm_lib.poisson import masked_laplacian
 
 TRUST = 0.5  # a: the other half of the regression's contrast is left to the edge
 WIDTHS_MM = (2.0, 4.0)  # s: a registered atlas is off by about so much
@@ -40,9 +40,9 @@ def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *,
     filled = np.where(mask, 0, image).astype(np.float32)
     if not mask.any():
         return filled
-    box = box_around(mask, int(np.ceil(FAR_MM / spacing_mm)))
+    box = bounding_box(mask, int(np.ceil(FAR_MM / spacing_mm)))
     told = TRUST * _regressed(filled[box], mask[box], tissue[box], spacing_mm)
-    core = box_around(mask[box], 1)
+    core = bounding_box(mask[box], 1)
     known, hole = np.where(mask[box], 0, filled[box] - told)[core], mask[box][core]
     values = told[core][hole] + _harmonic(known, hole)
     filled[mask] = np.maximum(values, 0)
@@ -75,7 +75,7 @@ def _regressed(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing_
 
 def _harmonic(known: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """(n,) float32: the harmonic continuation of what is known into the hole's n voxels."""
-    laplacian, edge = laplace_system(known, hole)
+    laplacian, edge = masked_laplacian(known, hole)
     if not laplacian.sum():  # no voxel around the hole
         return np.zeros(len(edge), np.float32)
     start = np.full(len(edge), edge.sum() / laplacian.sum(), np.float32)

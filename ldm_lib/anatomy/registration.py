@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from ldm_lib.anatomy.atlas import Atlas, mni152
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import Frame, cell_share
+from ldm_lib.geometry import Frame, block_mean
 
 AFFINE_MM, SYN_MM = 8.0, 2.0  # voxels are merged to about this size; an affine map found at 4 mm takes 6 times as long
 SYN_ITERATIONS = (40, 40, 20)  # from coarse to fine
@@ -89,7 +89,7 @@ class Registration:
     def shown(self) -> dict[str, Any]:
         """What `figures.planes` needs to show whether it fits: scan and atlas in LPS order, the hole outlined."""
         frame = Frame.of(self.affine, self.image.shape, 1)
-        spacing_mm = frame.turn_spacing(tuple(np.linalg.norm(self.affine[:3, :3], axis=0)))
+        spacing_mm = frame.lps_spacing(tuple(np.linalg.norm(self.affine[:3, :3], axis=0)))
         views = {"scan": self.image, "atlas, as brought to it": self.carry(self.atlas.t1)}
         turned = {name: frame.to_lps(view) for name, view in views.items()}
         return {"volumes": turned, "spacing_mm": spacing_mm, "mask": frame.to_lps(self.hole)}
@@ -195,7 +195,7 @@ def _shrunk(image: np.ndarray, hole: np.ndarray, affine: np.ndarray, size_mm: fl
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0).mean()
     factor = max(1, round(size_mm / spacing_mm))
     padding = [(0, -n % factor) for n in image.shape]
-    image, hole = (cell_share(np.pad(volume, padding), factor) for volume in (image, hole))
+    image, hole = (block_mean(np.pad(volume, padding), factor) for volume in (image, hole))
     centre = affine @ [*[(factor - 1) / 2] * 3, 1]
     coarse = affine @ np.diag([factor, factor, factor, 1.0])
     coarse[:3, 3] = centre[:3]

@@ -17,7 +17,7 @@ from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.devices import autocast
 from ldm_lib.errors import TrainingError
-from ldm_lib.geometry import cell_share
+from ldm_lib.geometry import block_mean
 
 PATIENTS = 24  # are enough: at 1 mm and 8 voxels a cell more than 100,000 blocks
 
@@ -84,7 +84,7 @@ def _blocks(image: np.ndarray, factor: int) -> np.ndarray:
 
 def latent_brain_mask(image: np.ndarray, factor: int) -> np.ndarray:
     """Latent cells (x/f, y/f, z/f) bool that lie mostly in the brain."""
-    return cell_share(image > 0, factor) > 0.5
+    return block_mean(image > 0, factor) > 0.5
 
 
 def latent_statistics(

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from ldm_lib.autoencoder.linear_codec import LinearCodec
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.devices import autocast
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import latent_mask
+from ldm_lib.geometry import bounding_box, latent_mask
 
 AnyCodec = Autoencoder | LinearCodec
 
@@ -82,10 +81,7 @@ def latent_box(cells: np.ndarray, margin: int) -> tuple[slice, ...]:
     """
     if not cells.any():
         raise InputError("the mask is empty", fix="give the mask of a hole")
-    spans = ndimage.find_objects(cells.astype(np.uint8))[0]
-    return tuple(
-        slice(max(s.start - margin, 0), min(s.stop + margin, n)) for s, n in zip(spans, cells.shape, strict=True)
-    )
+    return bounding_box(cells, margin)
 
 
 def as_batch(image: np.ndarray, device: torch.device) -> Tensor:

@@ -150,7 +150,7 @@ class CaseData:
     @property
     def lps_spacing_mm(self) -> tuple[float, ...]:
         """Voxel size along the axes of `lps`."""
-        return self.frame(1).turn_spacing(self.source.spacing_mm)
+        return self.frame(1).lps_spacing(self.source.spacing_mm)
 
 
 def case_of_files(

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import box_around
+from ldm_lib.geometry import bounding_box
 
 UNHEALTHY_MARGIN_MM = 5.0  # around a tumour's segmentation
 TURNS, PLACES_PER_TURN = 40, 60  # tries before a healthy mask is given up
@@ -27,7 +27,7 @@ def dilate_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[f
     out = mask != 0
     if not out.any():
         return out
-    box = box_around(out, np.ceil(radius_mm / h).astype(int))
+    box = bounding_box(out, np.ceil(radius_mm / h).astype(int))
     # a hair's breadth of tolerance: 3 steps of 1.1 mm are 3.3 mm
     out[box] = ndimage.distance_transform_edt(~out[box], sampling=h) <= radius_mm + 1e-6
     return out
@@ -107,7 +107,7 @@ def void(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: float) -> np.ndarray:
     """The donor's bounding box, turned about a random axis by a random angle and scaled; at least one voxel."""
     # a rim of zeros, so that interpolation reaches the outer half of the outermost voxels
-    shape = np.pad((donor != 0)[box_around(donor != 0)], 1)
+    shape = np.pad((donor != 0)[bounding_box(donor != 0)], 1)
     # QR of a normal matrix is uniform over rotations once the signs are fixed; it may mirror, as tumours do
     q, r = np.linalg.qr(rng.standard_normal((3, 3)))
     turn = (q * np.sign(np.diag(r))) / scale
@@ -117,7 +117,7 @@ def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: f
     offset = (np.array(shape.shape) - 1) / 2 - matrix @ ((size - 1) / 2)
     soft = ndimage.affine_transform(shape.astype(np.float32), matrix, offset, output_shape=tuple(size), order=1)
     turned = soft >= min(0.5, float(soft.max()))
-    return turned[box_around(turned)]
+    return turned[bounding_box(turned)]
 
 
 def _candidates(
@@ -129,7 +129,7 @@ def _candidates(
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """Turned copies of the donor, each at places drawn from the brain's box: the place's box and the copy."""
     h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
-    bounds = box_around(brain)
+    bounds = bounding_box(brain)
     low, extent = np.array([b.start for b in bounds]), np.array([b.stop - 1 - b.start for b in bounds])
     for _ in range(TURNS):
         copy = _turned(donor, rng, h, rng.uniform(*scale))

@@ -13,7 +13,7 @@ from ldm_lib.anatomy.tissue import one_hot
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.volume import normalise
-from ldm_lib.geometry import cell_centre, cell_share, latent_mask
+from ldm_lib.geometry import block_centre, block_mean, latent_mask
 
 CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
 
@@ -66,7 +66,7 @@ def conditioning(
             the cell's centre.
     """
     channels = np.concatenate([threshold_growth(growth, threshold)[None], one_hot(tissue)])
-    pool = {"area": cell_share, "nearest": cell_centre}[pooling]
+    pool = {"area": block_mean, "nearest": block_centre}[pooling]
     return pool(channels, factor).astype(np.float32)
 
 

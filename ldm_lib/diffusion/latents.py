@@ -14,7 +14,6 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
-from scipy import ndimage
 from torch import Tensor
 
 from ldm_lib.anatomy.initial_estimate import initial_estimate
@@ -23,7 +22,7 @@ from ldm_lib.data.case import CaseData
 from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_cells
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.options import LatentOptions
-from ldm_lib.geometry import cell_share, latent_mask
+from ldm_lib.geometry import block_mean, bounding_box, latent_mask
 
 SHOWN = {
     "concat": "voided",
@@ -85,7 +84,7 @@ def encode_case(
         ),
         "mask": latent_mask(case.mask, factor, spec.mask_dilation)[None],
         "loss": loss_cells(case, factor, spec.mask_dilation)[None],
-        "mask_fraction": cell_share(case.mask, factor)[None],
+        "mask_fraction": block_mean(case.mask, factor)[None],
     }
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in cells.items()}
 
@@ -148,7 +147,7 @@ def context_box(hole: np.ndarray, *, edge: int, multiple: int) -> tuple[slice, .
         multiple: of cells, to which the network would pad the box.
     """
     box = []
-    for span, n in zip(ndimage.find_objects(hole.astype(np.uint8))[0], hole.shape, strict=True):
+    for span, n in zip(bounding_box(hole), hole.shape, strict=True):
         wanted = max(span.stop - span.start + 2 * MARGIN, edge)
         size = min(n, -(-wanted // multiple) * multiple)
         start = min(max((span.start + span.stop - size) // 2, 0), n - size)

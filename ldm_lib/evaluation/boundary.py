@@ -6,9 +6,9 @@ next inward | inside || outside | next outward      along each axis, both ways; 
 from collections.abc import Iterator
 
 import numpy as np
-from scipy import ndimage
 
 from ldm_lib.errors import InputError
+from ldm_lib.geometry import bounding_box
 
 STEP, BIAS, GRADIENT = "edge step", "edge bias", "edge gradient"
 
@@ -48,8 +48,7 @@ def _lines(volume: np.ndarray, brain: np.ndarray, mask: np.ndarray) -> Iterator[
     """For each axis and way along it, of each array the four neighbours of every place, from inside to outside."""
     if not mask.any():
         return
-    spans = ndimage.find_objects(mask.astype(np.uint8))[0]
-    box = tuple(slice(max(span.start - 2, 0), span.stop + 2) for span in spans)
+    box = bounding_box(mask, 2)
     # beyond the volume there is neither hole nor brain
     padded = [np.pad(array[box], 2) for array in (volume.astype(np.float64), brain, mask)]
     for axis in range(3):

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.ndimage import find_objects, gaussian_filter
+from scipy.ndimage import gaussian_filter
 
 from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.errors import InputError
+from ldm_lib.geometry import bounding_box
 
 PERCENTILES = (0.5, 99.5)
 WINDOW_SIGMA_VOX, WINDOW_RADIUS_VOX = 1.5, 5
@@ -238,9 +239,7 @@ def _window_box(mask: np.ndarray) -> Box:
     The window has no extent in x, but the growth there puts unmasked voxels into the box whenever the
     volume has any: the range of intensities is then that of the whole volume too.
     """
-    spans = find_objects(mask.astype(np.uint8))[0]
-    reach = WINDOW_RADIUS_VOX
-    return tuple(slice(max(span.start - reach, 0), span.stop + reach) for span in spans)
+    return bounding_box(mask, WINDOW_RADIUS_VOX)
 
 
 def _check_shapes(volumes: Mapping[str, np.ndarray], where: str) -> None:

@@ -11,14 +11,13 @@ from itertools import product
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from ldm_lib.autoencoder.region_decoding import AnyCodec, Reconstruction, decode_box, reconstruct
 from ldm_lib.data.case import CaseData
 from ldm_lib.devices import autocast
 from ldm_lib.evaluation.image_quality import psnr
 from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
-from ldm_lib.geometry import Frame
+from ldm_lib.geometry import Frame, bounding_box
 
 FARTHEST_SHIFT_VOX = 2
 COLUMN_VOX = 64
@@ -124,7 +123,7 @@ def box_loss_db(
 
 def _central_boxes(brain: np.ndarray, edge: int, factor: int) -> list[tuple[slice, ...]]:
     """Cubes on the cells' grid on all sides of the brain's middle, shifted into the volume, each once."""
-    spans, corners = ndimage.find_objects(brain.astype(np.uint8))[0], []
+    spans, corners = bounding_box(brain), []
     for span, n in zip(spans, brain.shape, strict=True):
         middle = (span.start + span.stop) // 2 // factor * factor
         corners.append(sorted({min(max(start, 0), max(n - edge, 0)) for start in (middle - edge, middle)}))

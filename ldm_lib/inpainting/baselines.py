@@ -15,7 +15,7 @@ from scipy.sparse.linalg import cg
 
 from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.errors import InputError
-from ldm_lib.poisson import laplace_system
+from ldm_lib.poisson import masked_laplacian
 
 RELATIVE_RESIDUAL = 5e-7  # with room for rounding the solution to float32
 
@@ -112,7 +112,7 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
             where="harmonic_fill",
             fix="give a mask that leaves part of the volume",
         )
-    laplacian, edge_sum = laplace_system(known, mask)
+    laplacian, edge_sum = masked_laplacian(known, mask)
     # The Laplacian's sum counts the faces of the hole's edge: this is the mean over them.
     start = np.full(edge_sum.size, edge_sum.sum() / laplacian.sum())
     values, _ = cg(laplacian, edge_sum, x0=start, rtol=RELATIVE_RESIDUAL)

@@ -20,7 +20,7 @@ from ldm_lib.autoencoder.model import QUIET_LOG_VARIANCE, Autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.errors import TrainingError
-from ldm_lib.geometry import cell_share
+from ldm_lib.geometry import block_mean
 
 HOW = {"device": torch.device("cpu"), "precision": "32"}
 
@@ -50,7 +50,7 @@ def blocks_of(cases):
     rows = []
     for case in cases:
         image = grid_case(load_case(case), 2).target
-        for x, y, z in np.argwhere(cell_share(image > 0, 2) > 0):
+        for x, y, z in np.argwhere(block_mean(image > 0, 2) > 0):
             rows.append(image[2 * x : 2 * x + 2, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2].ravel())
     return np.array(rows, np.float64)
 
@@ -155,7 +155,7 @@ def test_a_code_sees_its_block_alone_and_a_block_its_neighbours_codes(cases):
         before, after = code.encode(image), code.encode(changed)
         moved = (code.decode(after) != code.decode(before))[0, 0].numpy()
     assert np.argwhere((before != after)[0].any(0).numpy()).tolist() == [[7, 7, 4]]
-    cells = np.argwhere(cell_share(moved, 2) > 0)
+    cells = np.argwhere(block_mean(moved, 2) > 0)
     assert cells.min(axis=0).tolist() == [6, 6, 3] and cells.max(axis=0).tolist() == [8, 8, 5]
 
 
@@ -206,6 +206,6 @@ def test_the_haar_front_end_is_fitted_before_the_first_step(cases):
 
 
 def test_no_brain_cell_at_all_is_an_error(monkeypatch, cases):
-    monkeypatch.setattr(fitting, "cell_share", lambda image, factor: np.zeros([n // factor for n in image.shape]))
+    monkeypatch.setattr(fitting, "block_mean", lambda image, factor: np.zeros([n // factor for n in image.shape]))
     with pytest.raises(TrainingError, match="no cell lies mostly in the brain"):
         latent_statistics(fresh().freeze(), cases[:1], **HOW)

@@ -12,7 +12,7 @@ from ldm_lib.autoencoder.model import Autoencoder, LocalNorm, kl_divergence
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.errors import ConfigError, InputError
-from ldm_lib.geometry import cell_share
+from ldm_lib.geometry import block_mean
 from ldm_lib.model_io import load_model
 
 
@@ -87,7 +87,7 @@ def test_standardised_brain_cells_have_mean_0_and_std_1(cases, tiny_autoencoder_
     for case in cases[:4]:
         image = grid_case(load_case(case), autoencoder.factor).target
         latent = autoencoder.encode(torch.from_numpy(image)[None, None])[0].numpy()
-        seen.append(latent[:, cell_share(image > 0, autoencoder.factor) > 0.5])
+        seen.append(latent[:, block_mean(image > 0, autoencoder.factor) > 0.5])
     seen = np.concatenate(seen, axis=1)
     assert seen.shape[1] > 100
     np.testing.assert_allclose(seen.mean(axis=1), 0, atol=1e-4)

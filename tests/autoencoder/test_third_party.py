@@ -24,7 +24,7 @@ from ldm_lib.diffusion.latents import LatentSpec, encode_case
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import WeightsError
 from ldm_lib.experiment.presets import resolve
-from ldm_lib.geometry import cell_share
+from ldm_lib.geometry import block_mean
 from ldm_lib.model_io import load_model, save_model
 from ldm_lib.training.initialise import new_model
 
@@ -256,7 +256,7 @@ def test_notebooks_core_path(kind, tmp_path, cases, tiny_autoencoder_folder):
     autoencoder = load_model(tmp_path / "model", Autoencoder)
     grids = [grid_case(load_case(case), autoencoder.factor) for case in seen]
     encoded = [encode_case(grid, autoencoder, LatentSpec(), device=CPU, precision="32") for grid in grids]
-    inside = [e["target"][:, torch.from_numpy(cell_share(g.target > 0, autoencoder.factor) > 0.5)]
+    inside = [e["target"][:, torch.from_numpy(block_mean(g.target > 0, autoencoder.factor) > 0.5)]
               for e, g in zip(encoded, grids, strict=True)]  # fmt: skip
     inside = torch.cat(inside, dim=1).double()
     assert torch.allclose(inside.mean(1), torch.zeros(len(inside)).double(), atol=1e-3)

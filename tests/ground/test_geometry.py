@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lib.geometry import Frame, Padding, cell_centre, cell_share, latent_mask
+from ldm_lib.errors import InputError
+from ldm_lib.geometry import Frame, Padding, block_centre, block_mean, bounding_box, latent_mask
 
 ORIENTATIONS = [(axes, signs) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3)]
 
@@ -50,7 +51,7 @@ def test_every_orientation_becomes_lps():
         frame, positions_mm = Frame.of(affine, shape, 1), _positions_mm(affine, shape)
         left, posterior, superior = (sign * frame.to_lps(p) for sign, p in zip((-1, -1, 1), positions_mm, strict=True))
         steps = [np.diff(field, axis=axis) for axis, field in enumerate((left, posterior, superior))]
-        spacing_mm = frame.turn_spacing((1.0, 2.0, 3.0))
+        spacing_mm = frame.lps_spacing((1.0, 2.0, 3.0))
         for axis, (step, length) in enumerate(zip(steps, spacing_mm, strict=True)):
             np.testing.assert_allclose(step, length, err_msg=f"axis {axis} of {axes} {signs}")
 
@@ -114,14 +115,14 @@ def _cells(shape, factor):
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_a_cells_share_is_the_mean_of_its_voxels(factor):
     array = np.random.default_rng(0).uniform(size=(2, 8, 12, 4)).astype(np.float32)
-    shares = cell_share(array, factor)
+    shares = block_mean(array, factor)
     for index, box in _cells(array.shape[1:], factor):
         np.testing.assert_allclose(shares[(slice(None), *index)], array[(slice(None), *box)].mean((1, 2, 3)), rtol=1e-6)
     mask = np.zeros((8, 8, 8), bool)
     mask[0, 0, 0] = mask[4:, 4:, 4:] = True
-    assert cell_share(mask, 4)[0, 0, 0] == 1 / 64
-    assert cell_share(mask, 4)[1, 1, 1] == 1
-    assert cell_share(mask, 4).sum() == 1 + 1 / 64
+    assert block_mean(mask, 4)[0, 0, 0] == 1 / 64
+    assert block_mean(mask, 4)[1, 1, 1] == 1
+    assert block_mean(mask, 4).sum() == 1 + 1 / 64
 
 
 @pytest.mark.parametrize("dilation", [0, 1, 2])
@@ -146,7 +147,26 @@ def test_latent_mask_of_nothing_is_nothing():
 @pytest.mark.parametrize(("factor", "inside"), [(1, 0), (2, 1), (4, 2), (8, 4)])
 def test_the_centre_of_a_cell_is_one_voxel_of_it(factor, inside):
     array = np.random.default_rng(0).uniform(size=(3, 16, 8, 24))
-    centres = cell_centre(array, factor)
+    centres = block_centre(array, factor)
     for index, _ in _cells(array.shape[1:], factor):
         x, y, z = (i * factor + inside for i in index)
         np.testing.assert_array_equal(centres[(slice(None), *index)], array[:, x, y, z])
+
+
+@pytest.mark.parametrize("margin_vox", [0, 2, (0, 1, 9)])
+def test_bounding_box_holds_the_mask_and_the_margin_and_ends_at_the_volume(margin_vox):
+    mask = np.zeros((12, 9, 10), bool)
+    mask[3, 4, 5] = mask[5, 4, 6] = True
+    margins = np.broadcast_to(margin_vox, 3)
+    inside = np.zeros(mask.shape, bool)
+    inside[bounding_box(mask, margin_vox)] = True
+    for axis, (low, high) in enumerate([(3, 5), (4, 4), (5, 6)]):
+        expected = np.arange(max(low - margins[axis], 0), min(high + margins[axis], mask.shape[axis] - 1) + 1)
+        others = tuple({0, 1, 2} - {axis})
+        np.testing.assert_array_equal(np.flatnonzero(inside.any(axis=others)), expected)
+    assert inside.sum() == np.prod([s.stop - s.start for s in bounding_box(mask, margin_vox)])
+
+
+def test_bounding_box_of_an_empty_mask_is_rejected():
+    with pytest.raises(InputError, match="the mask is empty"):
+        bounding_box(np.zeros((3, 3, 3), bool))

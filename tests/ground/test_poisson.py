@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ldm_lib.poisson import laplace_system
+from ldm_lib.poisson import masked_laplacian
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 4, 6)
@@ -24,7 +24,7 @@ def neighbours(voxel):
     "mask", [RAGGED, np.ones(SHAPE, bool), np.arange(6) % 2 == np.zeros((5, 4, 1))], ids=["ragged", "all", "layers"]
 )
 def test_rows_sum_to_the_number_of_known_neighbours_and_these_to_the_edge(mask):
-    laplacian, edge = laplace_system(KNOWN, mask)
+    laplacian, edge = masked_laplacian(KNOWN, mask)
     known = [[place for place in neighbours(voxel) if not mask[place]] for voxel in np.argwhere(mask)]
     np.testing.assert_array_equal(laplacian.sum(axis=1), [len(places) for places in known])
     np.testing.assert_array_equal(edge, [sum(KNOWN[place] for place in places) for places in known])
@@ -33,14 +33,14 @@ def test_rows_sum_to_the_number_of_known_neighbours_and_these_to_the_edge(mask):
 def test_it_is_the_number_of_neighbours_less_the_masked_ones():
     voxels = [tuple(voxel) for voxel in np.argwhere(RAGGED)]
     wanted = [[len(neighbours(a)) * (a == b) - (b in neighbours(a)) for b in voxels] for a in voxels]
-    np.testing.assert_array_equal(laplace_system(KNOWN, RAGGED)[0].toarray(), wanted)
+    np.testing.assert_array_equal(masked_laplacian(KNOWN, RAGGED)[0].toarray(), wanted)
 
 
 @pytest.mark.parametrize(("voxel", "faces"), [((2, 2, 2), 6), ((0, 2, 2), 5), ((0, 3, 2), 4), ((4, 3, 5), 3)])
 def test_a_voxel_by_itself_has_as_many_faces_as_lie_in_the_volume(voxel, faces):
     mask = np.zeros(SHAPE, bool)
     mask[voxel] = True
-    laplacian, edge = laplace_system(np.full(SHAPE, 7.0), mask)
+    laplacian, edge = masked_laplacian(np.full(SHAPE, 7.0), mask)
     assert laplacian.toarray().tolist() == [[faces]] and edge.tolist() == [7.0 * faces]
 
 
@@ -48,5 +48,5 @@ def test_what_is_linear_in_place_solves_it_inside_the_volume():
     mask, (x, y, z) = np.zeros(SHAPE, bool), np.indices(SHAPE)
     mask[1:-1, 1:-1, 1:-1] = RAGGED[1:-1, 1:-1, 1:-1]
     plane = 3.0 * x - 2 * y + z
-    laplacian, edge = laplace_system(np.where(mask, 1e9, plane), mask)
+    laplacian, edge = masked_laplacian(np.where(mask, 1e9, plane), mask)
     np.testing.assert_allclose(laplacian @ plane[mask], edge, atol=1e-9)
