@@ -53,15 +53,15 @@ def test_guidance_is_the_line_through_told_and_untold(free, data):
     batch = collate([free.encode(data)] * 2)
     x, t = torch.randn(batch["voided"].shape, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
     with torch.inference_mode():
-        untold, told = (free.predict(x, t, batch, scale) for scale in (0.0, 1.0))
+        untold, told = (free.model.predict(x, t, batch, scale) for scale in (0.0, 1.0))
         for scale in (0.5, 2.0, 3.0):
-            found, line = free.predict(x, t, batch, scale), untold + scale * (told - untold)
+            found, line = free.model.predict(x, t, batch, scale), untold + scale * (told - untold)
             torch.testing.assert_close(found, line, atol=1e-4, rtol=1e-4)
     assert (told - untold).abs().max() > 1e-3
     empty = batch | {"conditioning": torch.zeros_like(batch["conditioning"])}
     with torch.inference_mode():
-        assert torch.equal(free.predict(x, t, empty, 0.0), untold)
-        assert not torch.allclose(free.predict(x, t, empty, 1.0), untold)
+        assert torch.equal(free.model.predict(x, t, empty, 0.0), untold)
+        assert not torch.allclose(free.model.predict(x, t, empty, 1.0), untold)
 
 
 def test_a_model_that_was_always_told_cannot_be_guided(inpainter, data):
@@ -95,7 +95,7 @@ def test_each_telling_has_the_draft_that_its_own_map_makes(tiny_draft_folder, da
         image = torch.from_numpy(initial_estimate(case.voided, case.mask, labels, spacing_mm=8.0))
         with torch.inference_mode():
             assert torch.equal(
-                told[name].latents["initial_estimate"], mending.autoencoder.encode(image[None, None])[0]
+                told[name].latents["initial_estimate"], mending.model.autoencoder.encode(image[None, None])[0]
             ), name
         for same in ("voided", "mask", "mask_fraction"):
             assert torch.equal(told[name].latents[same], told["as used"].latents[same])

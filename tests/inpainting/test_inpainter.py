@@ -18,14 +18,13 @@ from ldm_lib.data.case import case_of_files, load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.data.resampling import resampled, resampling
 from ldm_lib.data.volume import read_volume, write_map
+from ldm_lib.diffusion import model as model_module
 from ldm_lib.diffusion.latents import LatentSpec, context_box, encode_case
 from ldm_lib.diffusion.model import CaseNoise, LatentDiffusion
 from ldm_lib.diffusion.parameterisation import prediction_target
 from ldm_lib.diffusion.samplers import samplers_for
 from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.errors import ConfigError, InputError
-from ldm_lib.inpainting import inpainter as engine
-from ldm_lib.inpainting import inpainter as inpainter_module
 from ldm_lib.inpainting import single_file
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.preprocess import Inpainting
@@ -382,10 +381,10 @@ def test_the_edge_is_made_to_fit_unless_told_otherwise(tmp_path):
 
 def test_memory_bounds_how_many_samples_are_drawn_at_once(encoded, inpainter, monkeypatch):
     cells = encoded["mask"].numel() * inpainter.model.denoiser.config["base_width"]
-    for fitting, at_once in ((0.5, 1), (2.5, 2), (1e6, engine.MOST_AT_ONCE["cpu"])):
-        bytes_in_all = fitting * cells * engine.BYTES_AT_WORK / engine.MEMORY_SHARE
-        monkeypatch.setattr(engine, "total_memory", lambda device, told=bytes_in_all: told)
-        assert inpainter.samples_at_once(encoded) == at_once
+    for fitting, at_once in ((0.5, 1), (2.5, 2), (1e6, model_module.LARGEST_BATCH["cpu"])):
+        bytes_in_all = fitting * cells * model_module.BYTES_PER_CHANNEL / model_module.MEMORY_FRACTION
+        monkeypatch.setattr(model_module, "total_memory", lambda device, told=bytes_in_all: told)
+        assert inpainter.model.samples_at_once(encoded) == at_once
 
 
 # ---- law 4: a batch equals its elements; case and seed determine a sample
@@ -495,7 +494,7 @@ def test_parameters_out_of_range_are_refused(pair, tmp_path, model, wrong, reaso
 @pytest.mark.parametrize("output", ["missing/out.nii.gz", "out.png", "folder.nii.gz", "out"])
 def test_an_output_that_cannot_be_written_is_refused_first(pair, tmp_path, model, monkeypatch, output):
     (tmp_path / "folder.nii.gz").mkdir()
-    for module, name in ((single_file, "load_case"), (engine, "load_model")):
+    for module, name in ((single_file, "load_case"), (model_module, "load_model")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("something was loaded"))
     with pytest.raises(InputError, match=r"must end in|folder does not exist|is a directory"):
         inpaint(*pair, tmp_path / output, **model)
@@ -551,9 +550,9 @@ def test_another_voxel_size_than_the_models_is_told(pair, tmp_path, model, caplo
 
 
 def test_without_a_model_the_shipped_weights_serve(tiny_model_folder, monkeypatch):
-    monkeypatch.setattr(inpainter_module, "PRETRAINED", tiny_model_folder)
+    monkeypatch.setattr(model_module, "PRETRAINED", tiny_model_folder)
     found, named = Inpainter.load(device="cpu"), Inpainter.load(tiny_model_folder, device="cpu")
-    assert found.denoiser.folder_config["sha256"] == named.denoiser.folder_config["sha256"]
+    assert found.model.denoiser.folder_config["sha256"] == named.model.denoiser.folder_config["sha256"]
 
 
 @pytest.mark.parametrize(("name", "key"), [

@@ -34,7 +34,7 @@ def test_all_of_it_is_below_64_mb_and_in_half_precision():
 
 
 def test_the_networks_are_small(shipped):
-    count = {name: sum(p.numel() for p in net.parameters()) for name, net in vars(shipped).items() if name in NETWORKS}
+    count = {name: sum(p.numel() for p in net.parameters()) for name, net in vars(shipped.model).items() if name in NETWORKS}
     assert count["autoencoder"] <= 10e6 and count["denoiser"] <= 20e6
 
 
@@ -48,22 +48,22 @@ def test_the_presets_describe_the_model_that_is_shipped(shipped, preset):
 
     configs = resolve(preset)
     training, conditioning = configs["04_training"], configs["03_conditioning"]
-    channels = shipped.autoencoder.latent_channels
-    built = build_denoiser(training, in_channels=shipped.denoiser.config["in_channels"], out_channels=channels)
-    assert {**built.config, "dropout": 0} == {**shipped.denoiser.config, "dropout": 0}
-    assert (training.prediction, training.latent_crop) == (shipped.prediction, shipped.crop)
+    channels = shipped.model.autoencoder.latent_channels
+    built = build_denoiser(training, in_channels=shipped.model.denoiser.config["in_channels"], out_channels=channels)
+    assert {**built.config, "dropout": 0} == {**shipped.model.denoiser.config, "dropout": 0}
+    assert (training.prediction, training.latent_crop) == (shipped.model.prediction, shipped.model.crop)
     assert (conditioning.context, conditioning.mask_dilation) == (
         shipped.model.spec.context,
         shipped.model.spec.mask_dilation,
     )
     assert configs["02_autoencoder_check"].latent_channels == channels
-    assert configs["01_data_audit"].spacing_mm == shipped.autoencoder.spacing_mm == 1.0
+    assert configs["01_data_audit"].spacing_mm == shipped.model.autoencoder.spacing_mm == 1.0
 
 
 def test_a_flip_of_its_latents_is_exact(shipped):
     volume = torch.rand((1, 1, 48, 32, 32), generator=torch.Generator().manual_seed(0))
-    flipped = shipped.autoencoder.encode(volume.flip(2))
-    again = shipped.autoencoder.encode(volume).flip(2) * shipped.autoencoder.mirror.view(1, -1, 1, 1, 1)
+    flipped = shipped.model.autoencoder.encode(volume.flip(2))
+    again = shipped.model.autoencoder.encode(volume).flip(2) * shipped.model.autoencoder.mirror.view(1, -1, 1, 1, 1)
     torch.testing.assert_close(flipped, again, atol=2e-2, rtol=0)  # of numbers around 1, from axes in half precision
 
 
@@ -78,14 +78,14 @@ def test_the_log_of_its_training_and_its_card_are_there():
 
 def test_the_makefile_ships_at_the_temperature_that_is_shipped(shipped):
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{shipped.temperature:g}"]
+    assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{shipped.model.temperature:g}"]
 
 
 def test_a_wheel_would_carry_them():
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"]["ldm_lib"] == ["weights/**"]
+    assert project["tool"]["setuptools"]["package-data"]["ldm_lib"] == ["pretrained/**"]
 
 
 @pytest.mark.slow
