@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.reference_models import standard_autoencoder
 from ldm_lib.autoencoder.training import build_autoencoder
-from ldm_lib.devices import autocast, forget_peak, peak_memory, pick_device, pick_precision, timed
+from ldm_lib.devices import autocast, peak_memory, pick_device, pick_precision, reset_peak_memory, timed
 from ldm_lib.experiment.presets import resolve
 
 AnyCodec = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ def bench_autoencoders(shape: Sequence[int], *, say: Callable[[str], None] = pri
 def coded(encode: AnyCodec, decode: AnyCodec, volume: Tensor, precision: str) -> dict[str, float]:
     """Seconds of encoding and decoding, and the peak of memory so far (resident on a CPU, allocated on a GPU)."""
     device = volume.device
-    forget_peak(device)
+    reset_peak_memory(device)
     with torch.inference_mode(), autocast(device, precision):
         decode(encode(volume[..., :32, :32, :32]))  # whatever is made once is made now
         encode_s, latent = timed(lambda: encode(volume), device)

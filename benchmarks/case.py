@@ -28,7 +28,7 @@ from ldm_lib.autoencoder.training import build_autoencoder
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.synthetic_cohort import write_synthetic_cohort
-from ldm_lib.devices import forget_peak, peak_memory, pick_device, pick_precision, timed
+from ldm_lib.devices import peak_memory, pick_device, pick_precision, reset_peak_memory, timed
 from ldm_lib.diffusion.latents import LatentSpec, input_channels
 from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.diffusion.unet import count_flops
@@ -91,7 +91,7 @@ def bench_case(
 def ours(asked: Row) -> Row:
     """Fill the case as `inpaint` does; then code the whole volume, for comparison."""
     folder, device = Path(asked["folder"]), pick_device("auto")
-    forget_peak(device)
+    reset_peak_memory(device)
     rates = [matmul_rate(device, pick_precision("auto", device))]
     load_s, inpainter = timed(lambda: Inpainter.load(folder / "model"), device)
     marks: list[float] = []
@@ -125,7 +125,7 @@ def common_stack(asked: Row) -> Row:
     """Fill the case as it is mostly written; of the steps some are run, and their seconds stand for the others'."""
     folder, device, run = Path(asked["folder"]), pick_device("auto"), asked["steps_run"]
     schedule = noise_schedule()
-    forget_peak(device)
+    reset_peak_memory(device)
     load_s, (autoencoder, denoiser) = timed(lambda: _standard_networks(asked, device), device)
     case = _case(folder)
     read_s, (source, voided, hole, maps) = timed(lambda: _read_plainly(case), device)

@@ -21,7 +21,7 @@ from benchmarks.levels import level_rows
 from benchmarks.machine import matmul_rate
 from benchmarks.reference_models import standard_autoencoder, standard_denoiser
 from ldm_lib.autoencoder.training import build_autoencoder
-from ldm_lib.devices import forget_peak, peak_memory, pick_device, pick_precision, timed
+from ldm_lib.devices import peak_memory, pick_device, pick_precision, reset_peak_memory, timed
 from ldm_lib.diffusion.latents import Latents, LatentSpec, collate, denoiser_input, input_channels, on_device
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.schedule import NoiseSchedule, noise_schedule
@@ -194,7 +194,7 @@ def _raced(
 def _warm(make: Callable[[], Contestant], batch: Latents, device: torch.device) -> Contestant:
     """A contestant after its first steps, in which all that is made once is made; its memory is what it added."""
     held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    forget_peak(device)
+    reset_peak_memory(device)
     contestant = make()
     for _ in range(WARM_UPS[device.type]):
         contestant.advance(batch)
