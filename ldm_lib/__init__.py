@@ -7,7 +7,7 @@ first use: torch, MONAI and Lightning cost seconds, and most commands need none 
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.8.0"
 __all__ = ["inpaint"]
 
 

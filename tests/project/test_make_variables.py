@@ -1,4 +1,4 @@
-"""What is typed after `make` reaches the command as it was typed: one argument, never a command of its own."""
+"""Values given to `make` reach the command unchanged, as one argument, and are never executed."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ HOSTILE = {
     "unicode": "é\u2028$HOME",
 }
 FROM_ENVIRONMENT = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
-# A dollar sign on make's own command line is make's to expand, and the user's who typed it: see SECURITY.md.
+# make expands a dollar sign on its own command line, which its user typed: see SECURITY.md.
 TYPED = pytest.mark.parametrize("value", [v for v in HOSTILE.values() if "$" not in v and "\n" not in v])
 OF_STAGES = ["DATA_DIR", "CONDITIONING_DIR", "BATCH_SIZE", "LEARNING_RATE", "MAX_EPOCHS", "ACCUMULATE_GRAD_BATCHES",
              "DEVICES"]  # fmt: skip
@@ -34,7 +34,7 @@ printf '%s\\0' "$@" >> called; printf '\\n\\0' >> called
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder with the Makefile and a Python that notes how it is called; files that a glob would find."""
+    """A folder with the Makefile, a Python that records its arguments, and files that a glob would match."""
     fake = tmp_path / ".venv" / "bin" / "python"
     fake.parent.mkdir(parents=True)
     fake.write_text(FAKE)
@@ -57,10 +57,10 @@ def called(folder, target, typed=(), **variables):
 
 
 def expected(value):
-    """Target -> the words that follow `python -m ldm_lib` when every variable is this text."""
+    """Target -> the arguments of `python -m` when every variable is this text."""
     stages = [word for name in OF_STAGES for word in ("--set", f"{name.lower()}={value}")]
     options = ["--run", value, "--preset", value, *stages, "--overwrite"]
-    return {
+    commands = {
         "run": ["run", *options],
         "05": ["run", "05", *options],
         "train": ["run", "01", "02", "03", "04", *options],
@@ -68,26 +68,26 @@ def expected(value):
         "params": ["params", value, "--preset", value],
         "validate": ["validate", value, "--conditioning-dir", value],
         "submission": ["submission", "--data", value, "--results", value, "--output", value],
-        "bench": ["bench", "--full"],
         "doctor": ["doctor"],
     }
+    return {target: ["ldm_lib", *words] for target, words in commands.items()} | {"bench": ["benchmarks", "--full"]}
 
 
 @FROM_ENVIRONMENT
 def test_from_the_environment_every_variable_is_one_argument(project, value):
     for target, words in expected(value).items():
-        assert called(project, target, **dict.fromkeys(ALL, value)) == [["-m", "ldm_lib", *words]]
+        assert called(project, target, **dict.fromkeys(ALL, value)) == [["-m", *words]]
 
 
 @TYPED
 def test_typed_after_make_every_variable_is_one_argument(project, value):
     typed = [f"{name}={value}" for name in sorted(ALL)]
     for target, words in expected(value).items():
-        assert called(project, target, typed) == [["-m", "ldm_lib", *words]]
+        assert called(project, target, typed) == [["-m", *words]]
 
 
 @FROM_ENVIRONMENT
-def test_set_is_split_at_spaces_and_nothing_else_happens_to_it(project, value):
+def test_set_is_split_at_spaces_and_otherwise_unchanged(project, value):
     words = ["seed=*", *value.split()]
     (call,) = called(project, "04", SET=" ".join(words))
     assert call[-2 * len(words) :] == [word for pair in words for word in ("--set", pair)]
@@ -100,28 +100,37 @@ def test_a_run_without_a_name_is_named_after_its_preset(project):
 
 
 @pytest.mark.parametrize("by", ["environment", "line"])
-def test_what_ships_is_made_by_its_own_preset_from_synthetic_patients(project, by):
+def test_the_weights_target_trains_on_synthetic_patients_with_its_own_preset(project, by):
     how = {"typed": ["PRESET=coarse"]} if by == "line" else {"PRESET": "coarse"}
-    stages, ship = called(project, "weights", **how)
+    stages, export = called(project, "weights", **how)
     assert stages[:8] == ["-m", "ldm_lib", "run", "01", "02", "03", "04", "--run"]
     assert stages[8:] == ["weights", "--preset", "weights"]
-    assert ship[2:] == ["ship", "outputs/weights/04_training/model", "--temperature", "0.6"]
+    assert export[2:] == ["export", "outputs/weights/04_training/model", "--temperature", "0.6"]
     with pytest.raises(subprocess.CalledProcessError):
         called(project, "weights", DATA_DIR="patients")
     assert not (project / "called").exists()
 
 
-def test_every_variable_of_the_makefile_is_tried_here():
-    """Those of recipes; PWD, HEAD and lower-case ones are its own."""
+@FROM_ENVIRONMENT
+def test_lab_options_are_split_at_spaces_and_the_address_stays_local(project, value):
+    (project / ".venv" / "bin" / "python").rename(project / ".venv" / "bin" / "jupyter")
+    (call,) = called(project, "lab", LAB_OPTIONS=value)
+    words = value.split(" ") if "\n" not in value else value.split()
+    assert call[1:-3] == [word for word in words if word]
+    assert call[-3:-1] == ["--ServerApp.ip=127.0.0.1", "--ServerApp.root_dir=."]
+
+
+def test_every_variable_of_the_makefile_is_tested():
+    """PWD, HEAD and lower-case variables belong to the recipes."""
     read = set(re.findall(r"\$\$\{?([A-Z][A-Z_]+)", MAKEFILE)) | set(
         re.findall(r"for name in ([A-Z_ ]+);", MAKEFILE)[0].split()
     )
-    assert read - {"PWD", "HEAD", "LDM_OUTPUTS"} == ALL | SETUP | {"SET"}
+    assert read - {"PWD", "HEAD", "LDM_OUTPUTS"} == ALL | SETUP | {"SET", "LAB_OPTIONS"}
     assert not set(re.findall(r"(?<!\$)\$\(([A-Z_]+)\)", MAKEFILE)) & (ALL | SETUP | {"SET"}), "spliced by make itself"
 
 
 @FROM_ENVIRONMENT
-def test_set_up_takes_a_python_of_any_name(project, value):
+def test_setup_takes_a_python_of_any_name(project, value):
     (project / ".venv" / "bin" / "python").rename(project / "fake")
     (project / ".venv" / "ready").unlink()
     (project / "bin").mkdir()
@@ -131,7 +140,7 @@ def test_set_up_takes_a_python_of_any_name(project, value):
 
 
 @pytest.mark.parametrize("locked", ["", "0", "1", "x; touch PWNED"])
-def test_set_up_takes_the_lock_when_told(project, locked):
+def test_setup_installs_the_lock_on_request(project, locked):
     (project / ".venv" / "ready").unlink()
     (project / "bin").mkdir()
     (project / ".venv" / "bin" / "python").rename(project / "bin" / "python3.11")
@@ -143,7 +152,7 @@ def test_set_up_takes_the_lock_when_told(project, locked):
     assert called(project, "setup", LOCKED=locked) == [["-m", "venv", ".venv"], *made]
 
 
-def test_clean_removes_caches_and_nothing_that_is_named_alike(project):
+def test_clean_removes_caches_and_no_folder_with_a_similar_name(project):
     kept = project / "notebooks" / "a"
     for folder in (kept, project / "notebooks" / "a b" / "__pycache__", project / "ldm_lib", project / "tests"):
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The files around the library say one thing each, and the same thing."""
+"""The files around the library agree with each other."""
 
 import re
 import subprocess
@@ -6,36 +6,51 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 PACKAGES = {re.split(r"[\[<>=!~; ]", line)[0].lower() for line in PROJECT["dependencies"]}
-ASKED = [
+REQUIRED = [
     "torch", "monai", "monai-generative", "einops", "lightning", "jupyterlab", "papermill", "nibabel", "nilearn",
     "dipy", "scipy", "matplotlib", "ipywidgets", "wandb", "mlflow", "pydantic", "safetensors", "tqdm",
 ]  # fmt: skip
 
 
-def test_every_package_asked_for_is_there_with_a_ceiling():
-    assert set(ASKED) <= PACKAGES
+def test_required_packages_are_dependencies_with_upper_bounds():
+    assert set(REQUIRED) <= PACKAGES
     assert all("<" in line or "==" in line for line in PROJECT["dependencies"])
     assert "torch==2.13.*" in PROJECT["dependencies"]
 
 
-def test_environment_names_nothing_that_pyproject_does_not():
+def test_the_conda_environment_takes_its_packages_from_pyproject():
     lines = [line.strip("- ").strip() for line in (ROOT / "environment.yml").read_text().splitlines()]
     listed = lines[lines.index("dependencies:") + 1 :]
     assert [line for line in listed if line] == ["python=3.11", "pip", "pip:", "editable .[dev]"]
     assert "conda-forge" in lines and "defaults" not in lines
 
 
-def test_versions_agree():
+def test_version_and_release_date_agree():
     import ldm_lib
 
-    assert ldm_lib.__version__ == PROJECT["version"]
-    assert f"version: {PROJECT['version']}" in (ROOT / "CITATION.cff").read_text()
-    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    version = PROJECT["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    released = re.search(r"^date-released: (\S+)$", citation, re.M).group(1)
+    assert ldm_lib.__version__ == version and f"\nversion: {version}\n" in citation
+    entries = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert entries[0] == f"{version} ({released})"
 
 
-def test_licence_is_the_one_named():
+def test_the_metadata_declare_posix():
+    assert "Operating System :: POSIX" in PROJECT["classifiers"]
+
+
+def test_the_wheel_holds_every_room_and_the_notebooks():
+    rooms = {f"ldm_lib.{path.parent.name}" for path in (ROOT / "ldm_lib").glob("*/__init__.py")}
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == rooms | {"ldm_lib", "ldm_lib.notebooks"}
+    assert setuptools["package-dir"]["ldm_lib.notebooks"] == "notebooks"
+
+
+def test_the_licence_file_is_the_one_in_the_metadata():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0" in text and PROJECT["license"] == "Apache-2.0"
 
@@ -45,17 +60,17 @@ TARGETS = {t for line in re.findall(r"^([a-z0-9][a-z0-9 -]*):", MAKEFILE, re.M) 
 
 
 def test_make_alone_prints_every_target():
-    told = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    named = {word for line in told.splitlines() if line.startswith("  ") for word in line.split("  ")[1].split()}
+    printed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = {word for line in printed.splitlines() if line.startswith("  ") for word in line.split("  ")[1].split()}
     assert named == TARGETS
 
 
-def test_readme_names_only_targets_there_are():
+def test_the_readme_names_existing_targets_only():
     named = set(re.findall(r"(?:`|^ {4})make ([a-z0-9][a-z0-9-]*)", (ROOT / "README.md").read_text(), re.M))
     assert named <= TARGETS and {"run", "test", "lab"} <= named
 
 
-def test_ci_runs_the_readmes_test_command():
+def test_ci_runs_the_test_command_of_the_readme():
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "make test" in (ROOT / "README.md").read_text()
 
 
