@@ -27,7 +27,7 @@ from benchmarks.reference_models import ddim_steps, standard_autoencoder, standa
 from ldm_lib.autoencoder.training import build_autoencoder
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import find_cases
-from ldm_lib.data.synthetic_cohort import write_synthetic_cohort
+from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
 from ldm_lib.devices import peak_memory, pick_device, pick_precision, reset_peak_memory, timed
 from ldm_lib.diffusion.latents import LatentSpec, input_channels
 from ldm_lib.diffusion.schedule import noise_schedule
@@ -68,7 +68,7 @@ def bench_case(
         "case", rows of both; "autoencoders", seconds and memory of coding the whole volume; "hole"; "ratios".
     """
     with tempfile.TemporaryDirectory() as folder:
-        write_synthetic_cohort(Path(folder), seed=0, patients=range(1), spacing_mm=spacing_mm, masks=1)
+        make_synthetic_cohort(folder, 1, first=0, spacing_mm=spacing_mm, masks=1)
         asked = {"folder": folder, "spacing_mm": spacing_mm, "changes": changes or {},
                  "steps_run": COMMON_STEPS if whole else STEPS_RUN}  # fmt: skip
         _save_model(Path(folder) / "model", asked)
@@ -202,7 +202,7 @@ def _standard_networks(asked: Row, device: torch.device) -> tuple[torch.nn.Modul
 
 
 def _case(folder: Path) -> Case:
-    return find_cases(folder / "data")[0][0]
+    return find_cases(folder / "data")[0]
 
 
 def _read_plainly(case: Case) -> tuple[nib.Nifti1Image, np.ndarray, np.ndarray, list[np.ndarray]]:

@@ -24,10 +24,10 @@ def outputs(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory) -> Path:
     """Three synthetic patients with two holes each, 8 mm voxels (30 30 20), in the seed layout."""
-    from ldm_lib.data.synthetic_cohort import write_synthetic_cohort
+    from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
 
     folder = tmp_path_factory.mktemp("cohort")
-    write_synthetic_cohort(folder, seed=0, patients=range(3), spacing_mm=8.0, masks=2)
+    make_synthetic_cohort(folder, 3, first=0, spacing_mm=8.0, masks=2)
     return folder / "data"
 
 
@@ -36,7 +36,7 @@ def cases(cohort_folder) -> list:
     """Its six cases, patient by patient."""
     from ldm_lib.data.cohort import find_cases
 
-    return find_cases(cohort_folder)[0]
+    return find_cases(cohort_folder)
 
 
 @pytest.fixture(scope="session")

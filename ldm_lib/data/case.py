@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 
@@ -119,6 +120,47 @@ class CaseData:
     tissue: np.ndarray | None
     warnings: tuple[str, ...]
 
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4) voxel indices to millimetres, RAS+ world."""
+        return self.source.affine
+
+    def with_maps(
+        self,
+        *,
+        growth: np.ndarray | EllipsisType | None = ...,
+        tissue: np.ndarray | EllipsisType | None = ...,
+    ) -> "CaseData":
+        """Return the case with other conditioning maps; a map that is not named stays.
+
+        Args:
+            growth: (x, y, z) on the case's grid, tumour-cell concentration in [0, 1]; None: no tumour.
+            tissue: (x, y, z) on the case's grid, labels 0 none, 1 CSF, 2 GM, 3 WM; None: no map.
+
+        Raises:
+            InputError: a map of another shape, or with other values.
+        """
+        maps = {kind: given for kind, given in (("growth", growth), ("tissue", tissue)) if given is not ...}
+        for kind, given in maps.items():
+            maps[kind] = None if given is None else self._checked_map(kind, np.asarray(given))
+        absent = {kind: NO_MAP.format(kind) for kind in maps}
+        warnings = [warning for warning in self.warnings if warning not in absent.values()]
+        warnings += [absent[kind] for kind, given in maps.items() if given is None]
+        return replace(self, **maps, warnings=tuple(warnings))
+
+    def _checked_map(self, kind: str, given: np.ndarray) -> np.ndarray:
+        where = f"{kind} map of {self.case.key}"
+        if given.shape != self.mask.shape:
+            raise InputError(f"shape {given.shape}, but the case has {self.mask.shape}", where=where,
+                             fix="resample it to the case's grid")  # fmt: skip
+        if kind == "tissue" and (wrong := np.setdiff1d(given, TISSUE_LABELS)).size:
+            raise InputError(f"labels {wrong[:4].tolist()} are not among {TISSUE_LABELS}", where=where,
+                             fix="relabel it: 1 CSF, 2 GM, 3 WM")  # fmt: skip
+        if kind == "growth" and not ((given >= 0) & (given <= 1)).all():
+            raise InputError(f"values from {given.min():g} to {given.max():g}, must lie in [0, 1]", where=where,
+                             fix="give concentrations")  # fmt: skip
+        return given.astype(np.float32 if kind == "growth" else np.uint8)
+
     def frame(self, multiple: int) -> Frame:
         """The way from this file's voxel order to the model's grid and back."""
         return Frame.of(self.source.affine, self.source.shape, multiple)
@@ -174,7 +216,17 @@ def load_case(case: Case) -> CaseData:
     """Read and check all files of a case.
 
     Raises:
-        InputError: a file is refused, or the files contradict each other.
+        InputError: a file is rejected, or the files contradict each other.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from ldm_lib.data.cohort import find_cases
+        >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
+        >>> with TemporaryDirectory() as folder:
+        ...     patients = make_synthetic_cohort(folder, 1, spacing_mm=8, masks=1)
+        ...     case = load_case(find_cases(f"{folder}/data")[0])
+        >>> case.voided.shape, case.source.orientation, bool(case.voided[case.mask].any())
+        ((30, 30, 20), 'LPS', False)
     """
     case.require_unchanged()
     source = read_image(case.t1n_voided or case.t1n, case.read_options)

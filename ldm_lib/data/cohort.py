@@ -7,6 +7,7 @@ and so on: one hole, the last three digits are a time point of the same patient.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,19 +22,44 @@ from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.errors import InputError
 from ldm_lib.files import fingerprint, sha256
 
+log = logging.getLogger("ldm_lib")
+
 
 def find_cases(
     data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY
-) -> tuple[list[Case], list[Exclusion]]:
-    """Every hole of every patient folder, in order of id, and what cannot be a case.
+) -> list[Case]:
+    """Find the cases of a folder: every mask of every patient, in order of id.
+
+    No voxel is read. Every folder that cannot be used as a case is logged as a warning.
 
     Args:
-        conditioning_dir: empty looks for `conditioning_data` inside and beside `data_dir`.
-        allow: what the gate is to let pass of these cases.
+        data_dir: folder that holds one folder per patient.
+        conditioning_dir: folder of growth and tissue maps; empty looks for `conditioning_data` in `data_dir` and next
+            to it.
+        read_options: how the files of these cases are to be read.
 
     Raises:
         InputError: the folder does not exist or holds no case at all.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
+        >>> with TemporaryDirectory() as folder:
+        ...     patients = make_synthetic_cohort(folder, 1, spacing_mm=8, masks=2)
+        ...     cases = find_cases(f"{folder}/data")
+        >>> [case.key for case in cases]
+        ['Synthetic_08000-0000', 'Synthetic_08000-0001']
     """
+    cases, exclusions = survey_cases(data_dir, conditioning_dir, read_options)
+    for exclusion in exclusions:
+        log.warning("%s", exclusion.reason)
+    return cases
+
+
+def survey_cases(
+    data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY
+) -> tuple[list[Case], list[Exclusion]]:
+    """Find the cases of a folder as `find_cases` does, and return what was excluded as well."""
     cases, exclusions = survey(data_dir, conditioning_dir)
     if not cases:
         refusals = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
@@ -114,14 +140,23 @@ class Audit:
 
 
 def audit(data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY) -> Audit:
-    """The audit of a folder.
+    """Validate every case of a folder: iterate over the result for one row a case.
 
     Raises:
         InputError: the folder does not exist, or holds nothing that looks like a case.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
+        >>> with TemporaryDirectory() as folder:
+        ...     patients = make_synthetic_cohort(folder, 1, spacing_mm=8, masks=1)
+        ...     rows = list(audit(f"{folder}/data"))
+        >>> [(row.key, row.status, row.facts["shape"]) for row in rows]
+        [('Synthetic_08000-0000', 'ok', '30x30x20')]
     """
     cases, exclusions = survey(data_dir, conditioning_dir)
     if not exclusions:
-        cases, _ = find_cases(data_dir, conditioning_dir)  # refused if there is none
+        cases, _ = survey_cases(data_dir, conditioning_dir)  # raises if there is none
     return Audit([replace(case, read_options=read_options) for case in cases], exclusions)
 
 

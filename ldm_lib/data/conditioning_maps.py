@@ -126,19 +126,35 @@ def make_growth_map(
 
 
 def add_conditioning_maps(
-    case: Case, folder: Path, *, tissue: bool, growth: bool, refine: str = "mixture"
+    case: Case, folder: str | Path, *, tissue: bool = True, growth: bool = True, refine: str = "mixture"
 ) -> tuple[Case, list[ConditioningMap]]:
-    """The case with maps made from its scan in the place of those it lacks, and what was made or found.
+    """Make a case's conditioning maps from its scan, and keep them in a folder.
+
+    A map that is there already, made from the same files with the same settings, is not made again.
 
     Args:
         folder: takes tissue_segmentation/<case>.nii.gz and growth_model/<case>.nii.gz.
-        tissue: make this map, even where one was given.
-        growth: make this map, from the unhealthy mask; a case without one keeps none, which means healthy.
-        refine: as in `make_tissue`.
+        tissue: make the tissue map, even if the case has one.
+        growth: make the growth map, even if the case has one; it needs a tissue map and an unhealthy mask. A case
+            without a growth map is healthy.
+        refine: as in `make_tissue_map`.
+
+    Returns:
+        The case with these maps, and a record of each. A map that could not be made leaves the case without one.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from ldm_lib.data.cohort import find_cases
+        >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
+        >>> with TemporaryDirectory() as folder:
+        ...     patients = make_synthetic_cohort(folder, 1, spacing_mm=8, masks=1)
+        ...     case, made = add_conditioning_maps(find_cases(f"{folder}/data")[0], f"{folder}/maps", growth=False)
+        >>> case.tissue.name, made[0].row["map"]
+        ('Synthetic_08000-0000.nii.gz', 'tissue_segmentation/Synthetic_08000-0000.nii.gz')
     """
     if not (tissue or growth):
         return case, []
-    data, made, maps = load_case(case), [], {}
+    folder, data, made, maps = given_path(folder), load_case(case), [], {}
     labels = data.tissue
     if tissue:
         made.append(make_tissue_map(data, _place(folder, "tissue", case), refine=refine))

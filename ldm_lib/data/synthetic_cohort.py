@@ -4,7 +4,7 @@ Everything random is drawn in millimetres from (seed, patient): a patient is the
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -82,11 +82,11 @@ def make_patient(
     """
     if min(seed, patient, masks, deformation) < 0 or not 0.5 <= spacing_mm <= 12:
         given = f"seed {seed}, patient {patient}, masks {masks}, spacing_mm {spacing_mm:g}, deformation {deformation:g}"
-        raise ConfigError(f"{given} given; allowed are 0 or more, and 0.5 to 12 mm", where="make_phantom")
+        raise ConfigError(f"{given} given; allowed are 0 or more, and 0.5 to 12 mm", where="make_patient")
     if domain_randomisation not in RANDOMISATIONS or tissue_map not in ("exact", "registered"):
         given = f"domain_randomisation {domain_randomisation!r}, tissue_map {tissue_map!r}"
         raise ConfigError(
-            f"{given} given; allowed are {', '.join(RANDOMISATIONS)}; exact, registered", where="make_phantom"
+            f"{given} given; allowed are {', '.join(RANDOMISATIONS)}; exact, registered", where="make_patient"
         )
     grid, rng, ranges = grid_of(spacing_mm), partial(_rng, seed, patient), RANDOMISATIONS[domain_randomisation]
     deformation *= rng(BENDING).uniform(*ranges.bending)
@@ -162,23 +162,43 @@ def write_patient(folder: str | Path, seed: int, patient: int, **how: Any) -> st
     return case
 
 
-def write_synthetic_cohort(
+def make_synthetic_cohort(
     folder: str | Path,
+    n_patients: int = 4,
     *,
-    seed: int,
-    patients: Iterable[int],
+    first: int = DEMO_PATIENTS.start,
+    seed: int = 0,
+    spacing_mm: float = 4.0,
     workers: int = 1,
     on_patient: Callable[[str], None] | None = None,
-    **how: Any,
+    **patient_kwargs: Any,
 ) -> list[str]:
-    """Write several patients as `write_patient` does; `on_patient` is called with each finished id, in their order.
+    """Write a cohort of synthetic patients and return their ids.
+
+    The cases are in `<folder>/data`, their growth and tissue maps in `<folder>/conditioning_data`. A patient that is
+    already there is not made again.
 
     Args:
-        workers: processes that make them; 1 makes them here. What is written does not depend on it.
+        first: number of the first patient; see TRAINING_PATIENTS, DEMO_PATIENTS and TEST_PATIENTS.
+        seed: seed of the cohort, 0 or more.
+        spacing_mm: isotropic voxel size; 1 is the BraTS grid of 240 x 240 x 155 voxels.
+        workers: processes that make the patients; 1 makes them in this process. The files do not depend on it.
+        on_patient: called with each finished id, in order.
+        patient_kwargs: `masks`, `deformation`, `domain_randomisation` and `tissue_map` of `make_patient`.
+
+    Raises:
+        ConfigError: a parameter is out of range.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     make_synthetic_cohort(folder, 2, spacing_mm=8, masks=1)
+        ['Synthetic_08000', 'Synthetic_08001']
     """
-    make, written = partial(write_patient, folder, seed, **how), []
-    tied = {"mp_context": get_context("spawn"), "initializer": die_with_parent, "initargs": (os.getpid(),)}
-    pool = ProcessPoolExecutor(workers, **tied) if workers > 1 else None
+    make = partial(write_patient, folder, seed, spacing_mm=spacing_mm, **patient_kwargs)
+    patients, written = range(first, first + n_patients), []
+    process_kwargs = {"mp_context": get_context("spawn"), "initializer": die_with_parent, "initargs": (os.getpid(),)}
+    pool = ProcessPoolExecutor(workers, **process_kwargs) if workers > 1 else None
     try:
         for case in pool.map(make, patients) if pool else map(make, patients):
             written.append(case)

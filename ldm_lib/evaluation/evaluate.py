@@ -64,7 +64,7 @@ def evaluate(
         raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")
     root, output = given_path(data_dir), given_path(output)
     require_outside(output, root)
-    cases = [case.with_maps(growth=None) for case in with_target(find_cases(root)[0])]
+    cases = [case.with_maps(growth=None) for case in with_target(find_cases(root))]
     inpainter = Inpainter.for_sampling(model, config)
     check_sampler(config.sampler, config.num_inference_steps, inpainter.model.schedule)
     lock = FolderLock(output)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lib.data.case import Case, CaseData, load_case
-from ldm_lib.data.cohort import find_cases
+from ldm_lib.data.cohort import survey_cases
 from ldm_lib.data.layouts import require_outside
 from ldm_lib.data.nifti import stem
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
@@ -66,7 +66,7 @@ def inpaint_folder(
     """
     root, output = given_path(data_dir), given_path(output)
     require_outside(output, root)
-    cases, exclusions = find_cases(root, conditioning_dir, read_options)
+    cases, exclusions = survey_cases(root, conditioning_dir, read_options)
     inpainter = Inpainter.for_sampling(model, config)
     lock = FolderLock(output)
     try:

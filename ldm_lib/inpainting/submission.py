@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm_lib.data.case import Case, CaseData, load_case
-from ldm_lib.data.cohort import find_cases
+from ldm_lib.data.cohort import find_cases, survey_cases
 from ldm_lib.data.layouts import require_outside
 from ldm_lib.data.volume import GRID_TOLERANCE_MM, read_volume
 from ldm_lib.errors import InputError, LdmError
@@ -40,7 +40,7 @@ def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
     folder = given_path(results)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, fix="give the folder that `inpaint --data` filled")
-    cases, exclusions = find_cases(data_dir)
+    cases, exclusions = survey_cases(data_dir)
     yield from (Finding(exclusion.case, exclusion.reason) for exclusion in exclusions)
     for case in cases:
         yield Finding(case.key, _problem(case, folder))
@@ -64,7 +64,7 @@ def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
     Raises:
         InputError: the archive cannot be read back.
     """
-    names = sorted(case.result_name for case in find_cases(data_dir)[0])
+    names = sorted(case.result_name for case in find_cases(data_dir))
     with replacing(given_path(output)) as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for name in names:
@@ -78,7 +78,7 @@ def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
 
 def several_holes(data_dir: str | Path) -> bool:
     """Whether results carry a hole's number, which the challenge's names do not have."""
-    return any(case.index for case in find_cases(data_dir)[0])
+    return any(case.index for case in find_cases(data_dir))
 
 
 def _problem(case: Case, folder: Path) -> str:

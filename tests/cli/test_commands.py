@@ -301,7 +301,7 @@ def scan(cohort_folder, tmp_path, hurried):
     from ldm_lib.data.case import load_case
     from ldm_lib.data.cohort import find_cases
 
-    case = find_cases(cohort_folder)[0][0]
+    case = find_cases(cohort_folder)[0]
     data = load_case(case)
     depth = ndimage.distance_transform_edt((data.tissue == 3) & ~data.mask)
     seed = data.source.affine @ [*np.unravel_index(depth.argmax(), depth.shape), 1]

@@ -81,7 +81,7 @@ def test_maps_are_told_apart_by_their_folders(tmp_path, cohort_folder):
     """Both of a case have one name; each link out of the data is told, and so is what is no map."""
     data = shutil.copytree(cohort_folder, tmp_path / "in" / "data")
     maps = shutil.copytree(cohort_folder.parent / "conditioning_data", tmp_path / "in" / "conditioning_data")
-    identity = find_cases(data)[0][0].id
+    identity = find_cases(data)[0].id
     for folder in ("growth_model", "tissue_segmentation"):
         (maps / folder / f"{identity}.nii.gz").rename(tmp_path / f"{folder}.nii.gz")
         (maps / folder / f"{identity}.nii.gz").symlink_to(tmp_path / f"{folder}.nii.gz")
@@ -178,7 +178,7 @@ def test_holes_and_time_points_of_one_patient_are_no_copies(tmp_path):
 def test_a_file_that_changes_during_a_run_refuses_its_case(tmp_path, role):
     root = tmp_path / "data"
     changed, kept = Place(root, FIRST, complete=True), Place(root, SECOND, complete=True)
-    cases, _ = find_cases(root)
+    cases = find_cases(root)
     split = split_patients((case.patient for case in cases), seed=0, validation_fraction=0.5)
     write_cohort(tmp_path / "cohort.json", cases, split, tmp_path)
     path = changed.paths[role]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import Case, case_of_files, load_case
-from ldm_lib.data.cohort import audit, find_cases, source_digests, split_patients, with_target
+from ldm_lib.data.cohort import audit, find_cases, source_digests, split_patients, survey_cases, with_target
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
 from ldm_lib.experiment.cohort_file import read_cohort, write_cohort
@@ -62,14 +62,14 @@ def data(tmp_path):
 
 
 def _only(root):
-    cases, exclusions = find_cases(root)
+    cases, exclusions = survey_cases(root)
     assert exclusions == []
     (case,) = cases
     return case
 
 
 def test_both_layouts_are_found_with_every_file(data):
-    cases, exclusions = find_cases(data)
+    cases, exclusions = survey_cases(data)
     assert exclusions == []
     assert [c.key for c in cases] == [CHALLENGE, f"{SEED}-0000", f"{SEED}-0001", f"{SEED}-0002"]
     assert [c.patient for c in cases] == ["BraTS-GLI-00007", SEED, SEED, SEED]
@@ -89,7 +89,7 @@ def test_both_layouts_are_found_with_every_file(data):
 
 
 def test_a_loaded_case_is_its_files(data):
-    loaded = load_case(find_cases(data)[0][1])
+    loaded = load_case(find_cases(data)[1])
     np.testing.assert_array_equal(loaded.target, T1N)
     np.testing.assert_array_equal(loaded.voided, np.where(MASK, 0, T1N))
     for found, expected in (
@@ -189,7 +189,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path, name):
 
 
 def test_maps_are_refused_out_of_range_and_brought_from_another_grid(data):
-    case = find_cases(data)[0][0]
+    case = find_cases(data)[0]
     write_map(case.growth, GROWTH * 2, LPS)
     with pytest.raises(InputError, match=r"values from 0 to 1\.4, must lie in \[0, 1\]"):
         load_case(case)
@@ -234,7 +234,7 @@ def test_names_in_progress_are_no_cases(tmp_path):
 def test_an_incomplete_case_is_excluded_with_its_reason(tmp_path, roles, key, reason):
     _write(tmp_path / CHALLENGE, CHALLENGE)
     _write(tmp_path / SEED, SEED, roles, holes=("-0000",))
-    cases, exclusions = find_cases(tmp_path)
+    cases, exclusions = survey_cases(tmp_path)
     assert [c.key for c in cases] == [CHALLENGE]
     (told,) = exclusions
     assert told.case == key and told.reason.startswith(f"{SEED}: {reason}. Fix: ")
@@ -242,7 +242,7 @@ def test_an_incomplete_case_is_excluded_with_its_reason(tmp_path, roles, key, re
 
 def test_one_hole_without_its_mask_is_told_and_the_others_stay(data):
     (data / SEED / f"{SEED}-mask-0001.nii.gz").unlink()
-    cases, exclusions = find_cases(data)
+    cases, exclusions = survey_cases(data)
     assert [c.index for c in cases] == ["", "0000", "0002"]
     assert [e.case for e in exclusions] == [f"{SEED}-0001"]
 
@@ -251,7 +251,7 @@ def test_one_hole_without_its_mask_is_told_and_the_others_stay(data):
 def test_a_folder_name_that_is_no_patient_id_is_excluded(tmp_path, name):
     _write(tmp_path / CHALLENGE, CHALLENGE)
     _write(tmp_path / name, "a")
-    cases, exclusions = find_cases(tmp_path)
+    cases, exclusions = survey_cases(tmp_path)
     assert [c.key for c in cases] == [CHALLENGE]
     assert exclusions[0].case == repr(name)
     assert exclusions[0].reason.startswith("folder name is not a patient id: letters, digits")
@@ -289,7 +289,7 @@ def test_an_unreadable_folder_is_excluded(tmp_path, monkeypatch):
         return list_folder(path)
 
     monkeypatch.setattr(type(tmp_path), "iterdir", forbid)
-    _, exclusions = find_cases(tmp_path)
+    _, exclusions = survey_cases(tmp_path)
     told = "cannot be listed (Permission denied). Fix: check the rights of its folder."
     assert [(e.case, e.reason) for e in exclusions] == [(SEED, told)]
 
@@ -298,11 +298,11 @@ def test_maps_are_looked_for_inside_beside_and_where_told(data, tmp_path):
     inside = data / "conditioning_data"
     for place in (data.parent / "conditioning_data", data / "maps", tmp_path / "elsewhere"):
         inside.rename(place)
-        cases, exclusions = find_cases(data, "" if place.name == "conditioning_data" else place)
+        cases, exclusions = survey_cases(data, "" if place.name == "conditioning_data" else place)
         assert exclusions == []
         assert cases[0].growth == place / "growth_model" / f"{CHALLENGE}.nii.gz"
         inside = place
-    assert find_cases(data)[0][0].growth is None
+    assert find_cases(data)[0].growth is None
     with pytest.raises(InputError, match=r"absent: no such folder.*leave CONDITIONING_DIR empty"):
         find_cases(data, data / "absent")
 
@@ -365,7 +365,7 @@ def test_time_points_and_holes_of_a_patient_stay_together(tmp_path):
     for identity in identities:
         _write(tmp_path / identity, identity, ("t1n", "mask"))
     _write(tmp_path / "PATIENT-100", "PATIENT-100", ("t1n", "mask"), holes=("-0000", "-0001", "-0002"))
-    cases, _ = find_cases(tmp_path)
+    cases = find_cases(tmp_path)
     for seed in range(10):
         split = split_patients((c.patient for c in cases), seed=seed, validation_fraction=0.4)
         write_cohort(tmp_path / "cohort.json", cases, split, tmp_path)
@@ -382,8 +382,8 @@ def test_a_cohort_moves_with_its_run_folder(data, tmp_path):
     data.rename(run / "data")
     outside = _write(tmp_path / "far" / "BraTS-GLI-00009-000", "BraTS-GLI-00009-000")
     (run / "data" / outside.name).symlink_to(outside)
-    cases, _ = find_cases(run / "data")
-    cases += find_cases(tmp_path / "far")[0]
+    cases = find_cases(run / "data")
+    cases += find_cases(tmp_path / "far")
     split = split_patients((c.patient for c in cases), seed=0, validation_fraction=0.3)
     write_cohort(run / "cohort.json", cases, split, run)
     text = (run / "cohort.json").read_text()
@@ -401,7 +401,7 @@ def test_a_cohort_moves_with_its_run_folder(data, tmp_path):
 
 def test_a_cohort_is_written_relative_to_a_relative_root(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cases, _ = find_cases("data")
+    cases = find_cases("data")
     split = split_patients((c.patient for c in cases), seed=0, validation_fraction=0.3)
     write_cohort(tmp_path / "cohort.json", cases, split, data.parent)
     assert os.fspath(tmp_path) not in (tmp_path / "cohort.json").read_text()
@@ -426,3 +426,30 @@ def test_only_cases_with_their_full_image_train():
     assert with_target([blind, known]) == [known]
     with pytest.raises(InputError, match="none of 2 cases has a t1n"):
         with_target([blind, blind])
+
+
+def test_other_maps_are_checked_and_replace_those_of_a_case(cases):
+    data = load_case(cases[0])
+    growth = np.zeros(data.mask.shape)
+    other = data.with_maps(growth=growth)
+    assert other.growth.dtype == np.float32 and not other.growth.any() and other.tissue is data.tissue
+    without = other.with_maps(growth=None, tissue=None)
+    assert (without.growth, without.tissue) == (None, None)
+    assert {"no growth map", "no tissue map"} <= set(without.warnings)
+    assert set(without.with_maps(growth=growth, tissue=data.tissue).warnings) == set(data.warnings)
+    np.testing.assert_array_equal(data.affine, data.source.affine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "match"),
+    [
+        ("growth", lambda a: a[1:], r"growth map of \S+: shape \(29, 30, 20\), but the case has \(30, 30, 20\)"),
+        ("growth", lambda a: a + 2.0, r"values from 2 to \S+, must lie in \[0, 1\]"),
+        ("growth", lambda a: a * np.nan, r"values from nan to nan, must lie in \[0, 1\]"),
+        ("tissue", lambda a: a * 0 + 7, r"tissue map of \S+: labels \[7\] are not among \(0, 1, 2, 3\)"),
+    ],
+)
+def test_maps_of_another_shape_or_range_are_rejected(cases, kind, change, match):
+    data = load_case(cases[0])
+    with pytest.raises(InputError, match=match):
+        data.with_maps(**{kind: change(getattr(data, kind))})

@@ -22,7 +22,7 @@ from ldm_lib.data.conditioning_maps import (
 from ldm_lib.data.map_sidecar import made_by, read_sidecar, sidecar_path
 from ldm_lib.data.mask_synthesis import void
 from ldm_lib.data.masks import read_labels, read_unit_map
-from ldm_lib.data.synthetic_cohort import write_synthetic_cohort
+from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
 
@@ -112,8 +112,8 @@ def test_who_made_a_map(case, tmp_path, by_atlas):
 
 
 def test_a_tumour_grown_from_an_unhealthy_mask_shows_inside_it(tmp_path):
-    write_synthetic_cohort(tmp_path, seed=0, patients=range(3), spacing_mm=4.0, masks=1)
-    for case in find_cases(tmp_path / "data")[0]:
+    make_synthetic_cohort(tmp_path, 3, first=0, spacing_mm=4.0, masks=1)
+    for case in find_cases(tmp_path / "data"):
         data = load_case(case)
         made = make_growth_map(data, data.tissue, tmp_path / f"{case.key}.nii.gz")
         growth = read_unit_map(made.path, data.source)

@@ -8,7 +8,7 @@ import pytest
 from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, DomainRandomisation, scan
 from ldm_lib.anatomy.synthetic_brain import Brain, grid_of
 from ldm_lib.data import synthetic_cohort as module
-from ldm_lib.data.synthetic_cohort import make_patient, write_patient, write_synthetic_cohort
+from ldm_lib.data.synthetic_cohort import make_patient, make_synthetic_cohort, write_patient
 from ldm_lib.errors import ConfigError
 
 COARSE = {"spacing_mm": 8.0, "masks": 1}
@@ -129,7 +129,7 @@ def test_what_a_registration_misses_is_a_function_of_seed_and_patient(registered
 def test_unknown_words_are_refused_in_one_line(wrong, told):
     with pytest.raises(ConfigError) as refusal:
         make_patient(0, 0, **COARSE, **wrong)
-    assert str(refusal.value).startswith(f"make_phantom: {told}") and "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(f"make_patient: {told}") and "\n" not in str(refusal.value)
 
 
 # ---- patients that are whole, and those that are not
@@ -155,7 +155,7 @@ def contents(folder):
 def test_a_patient_that_is_whole_is_not_made_again(quick, tmp_path):
     assert write_patient(tmp_path, 0, 1) == "Synthetic_00001" and quick == [1]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert write_synthetic_cohort(tmp_path, seed=0, patients=[1]) == ["Synthetic_00001"] and quick == [1]
+    assert make_synthetic_cohort(tmp_path, 1, first=1) == ["Synthetic_00001"] and quick == [1]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     (tmp_path / "data" / "Synthetic_00001" / "Synthetic_00001-t1n.nii.gz").unlink()
     write_patient(tmp_path, 0, 1)
@@ -182,9 +182,9 @@ def test_a_patient_cut_off_after_any_file_is_made_again_and_comes_out_the_same(q
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path):
     """20 seconds, for the most part until two processes have loaded what they need."""
-    how = {"seed": 0, "patients": [1, 0], **COARSE, "domain_randomisation": "wide", "tissue_map": "registered"}
-    told = []
-    written = write_synthetic_cohort(tmp_path / "two", workers=2, on_patient=told.append, **how)
-    assert written == told == ["Synthetic_00001", "Synthetic_00000"]
-    assert write_synthetic_cohort(tmp_path / "one", **how) == written
+    kwargs = {"first": 0, **COARSE, "domain_randomisation": "wide", "tissue_map": "registered"}
+    finished = []
+    written = make_synthetic_cohort(tmp_path / "two", 2, workers=2, on_patient=finished.append, **kwargs)
+    assert written == finished == ["Synthetic_00000", "Synthetic_00001"]
+    assert make_synthetic_cohort(tmp_path / "one", 2, **kwargs) == written
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -10,15 +10,15 @@ from scipy import ndimage
 
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
 from ldm_lib.data import synthetic_cohort as module
-from ldm_lib.data.cohort import find_cases, load_case
+from ldm_lib.data.cohort import load_case, survey_cases
 from ldm_lib.data.synthetic_cohort import (
     DEMO_PATIENTS,
     TEST_PATIENTS,
     TRAINING_PATIENTS,
     grid_of,
     make_patient,
+    make_synthetic_cohort,
     write_patient,
-    write_synthetic_cohort,
 )
 from ldm_lib.errors import ConfigError
 
@@ -34,7 +34,8 @@ def patients():
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cohort")
     seen = []
-    names = write_synthetic_cohort(folder, seed=0, patients=[0, 9001], spacing_mm=SPACING_MM, on_patient=seen.append)
+    kwargs = {"spacing_mm": SPACING_MM, "on_patient": seen.append}
+    names = [name for first in (0, 9001) for name in make_synthetic_cohort(folder, 1, first=first, **kwargs)]
     assert names == seen == ["Synthetic_00000", "Synthetic_09001"]
     return folder
 
@@ -160,7 +161,7 @@ def test_voided_is_zero_under_the_mask_and_equal_outside(written):
 
 
 def test_the_cohort_finds_its_patients(written):
-    cases, exclusions = find_cases(written / "data", written / "conditioning_data")
+    cases, exclusions = survey_cases(written / "data", written / "conditioning_data")
     assert [case.key for case in cases][:2] == ["Synthetic_00000-0000", "Synthetic_00000-0001"]
     assert (len(cases), exclusions) == (6, [])
     loaded, made = load_case(cases[0]), make_patient(0, 0, spacing_mm=SPACING_MM)
@@ -186,5 +187,5 @@ def test_ranges_of_patients_never_meet():
 )
 def test_numbers_out_of_range_are_refused(numbers):
     given = {"seed": 0, "patient": 0, "spacing_mm": 4.0, "masks": 1, **numbers}
-    with pytest.raises(ConfigError, match=r"make_phantom: seed .* given; allowed are 0 or more, and 0.5 to 12 mm"):
+    with pytest.raises(ConfigError, match=r"make_patient: seed .* given; allowed are 0 or more, and 0.5 to 12 mm"):
         make_patient(given.pop("seed"), given.pop("patient"), **given)

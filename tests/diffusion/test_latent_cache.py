@@ -56,7 +56,7 @@ def autoencoder(tiny_autoencoder_folder):
 def sources(cohort_folder, tmp_path):
     """Two scans of two holes each, of a copy of the cohort, to spoil."""
     shutil.copytree(cohort_folder.parent, tmp_path / "cohort")
-    return find_cases(tmp_path / "cohort" / "data")[0][:4]
+    return find_cases(tmp_path / "cohort" / "data")[:4]
 
 
 def cache(folder, autoencoder, weights="w", settings=None, **options):

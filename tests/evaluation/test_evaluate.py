@@ -94,7 +94,7 @@ def folder(cohort_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """As they are filled: told no growth."""
-    return [case.with_maps(growth=None) for case in find_cases(folder)[0]]
+    return [case.with_maps(growth=None) for case in find_cases(folder)]
 
 
 @pytest.fixture(scope="module")

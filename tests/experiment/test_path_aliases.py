@@ -83,7 +83,7 @@ def test_a_text_tells_the_longest_place_first_and_nothing_that_only_begins_alike
 def test_a_cohort_is_read_back_wherever_its_data_have_moved(run_folder, cohort_folder, tmp_path):
     data = shutil.copytree(cohort_folder.parent, tmp_path / PERSON) / "data"
     path_aliases.settle(run_folder, {"data_dir": str(data)})
-    cases, path = find_cases(data)[0], run_folder / "01_data_audit" / "cohort.json"
+    cases, path = find_cases(data), run_folder / "01_data_audit" / "cohort.json"
     path.parent.mkdir()
     split = split_patients([case.patient for case in cases], seed=0, validation_fraction=0.4)
     write_cohort(path, cases, split, path.parent)

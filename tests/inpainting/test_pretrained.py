@@ -91,7 +91,7 @@ def test_a_wheel_would_carry_them():
 @pytest.mark.slow
 def test_one_sample_is_better_than_the_harmonic_fill_in_a_brain_never_seen(shipped, tmp_path):
     write_patient(tmp_path, 0, TEST_PATIENTS[-1], masks=1, domain_randomisation="wide", tissue_map="registered")
-    data = load_case(find_cases(tmp_path / "data")[0][0])
+    data = load_case(find_cases(tmp_path / "data")[0])
     fills = {"ours": shipped.fill(data).sample(0), "harmonic": harmonic_fill(data.voided, data.mask)}
     scores = {name: brats_scores(v, data.target, data.voided, data.scored)["psnr_01"] for name, v in fills.items()}
     assert scores["ours"] > scores["harmonic"], scores

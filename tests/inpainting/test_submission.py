@@ -20,7 +20,7 @@ from ldm_lib.inpainting.submission import check, pack
 def data(cohort_folder, tmp_path):
     """Two patients with one hole each, in the challenge's layout."""
     folder = tmp_path / "data"
-    for k, case in enumerate(find_cases(cohort_folder)[0][::2][:2]):
+    for k, case in enumerate(find_cases(cohort_folder)[::2][:2]):
         name = f"BraTS-GLI-0000{k}-000"
         (folder / name).mkdir(parents=True)
         for path, role in ((case.t1n_voided, "t1n-voided"), (case.mask, "mask"), (case.t1n, "t1n")):
@@ -33,7 +33,7 @@ def results(data, tmp_path):
     """What a perfect model would send, and what stands beside it."""
     folder = tmp_path / "results"
     folder.mkdir()
-    for case in find_cases(data)[0]:
+    for case in find_cases(data):
         loaded = load_case(case)
         for name in (case.result_name, case.result_name.replace(".nii.gz", "-nearest.nii.gz")):
             write_like(folder / name, loaded.source, loaded.target, loaded.mask)
@@ -111,7 +111,7 @@ def test_the_archive_takes_the_place_of_nothing_else(data, results, tmp_path, ca
 
 
 def test_a_hole_that_was_left_void_is_told(data, results):
-    case = find_cases(data)[0][0]
+    case = find_cases(data)[0]
     shutil.copy(case.t1n_voided, results / case.result_name)
     voxels = int((read_volume(case.mask).voxels > 0).sum())
     assert problems(data, results) == [

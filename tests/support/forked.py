@@ -39,7 +39,7 @@ SMALL = {"base_width": 8, "multipliers": "1", "attention_rates": "1", "precision
 _, scenario, autoencoder_folder, cohort_folder, work = sys.argv
 AUTOENCODER, FOLDER = Path(autoencoder_folder), Path(work)
 NETWORK = load_model(AUTOENCODER, Autoencoder)
-CASES = find_cases(cohort_folder)[0]
+CASES = find_cases(cohort_folder)
 
 
 Validation._draw = lambda self, data, filled, epoch: None  # pictures take longer than these trainings
