@@ -110,7 +110,7 @@ def test_a_flip_turns_the_signs_of_latents_and_of_nothing_else():
     data = TrainingSamples([[many]], settings(latent_flip_probability=1.0), STEPS, global_batch=1, mirror=signs)
     item = data[0, 0, 0]
     for name, tensor in many.items():
-        turned = signs.view(2, 1, 1, 1) if name in ("target", "voided", "draft") else 1
+        turned = signs.view(2, 1, 1, 1) if name in ("target", "voided", "initial_estimate") else 1
         assert torch.equal(item[name], turned * tensor.flip(1))
     still = TrainingSamples([[many]], settings(), STEPS, global_batch=1, mirror=signs)[0, 0, 0]
     assert same({name: still[name] for name in many}, many), "what is not flipped keeps its signs"

@@ -71,7 +71,7 @@ def test_what_is_known_of_a_model_is_kept_beside_the_digests_of_what_was_written
 @pytest.mark.parametrize(("asked", "shipped"), [(0.0, 0.7), (0.4, 0.4)])
 def test_the_temperature_is_the_models_own_or_the_one_asked_for(stage, tmp_path, asked, shipped):
     ship(stage / "model", tmp_path / "weights", temperature=asked)
-    assert Inpainter.load(tmp_path / "weights", device="cpu").temperature == shipped
+    assert Inpainter.load(tmp_path / "weights", device="cpu").model.temperature == shipped
 
 
 def test_it_fills_as_the_original_does_but_for_rounding(stage, cases, tmp_path):

@@ -49,7 +49,7 @@ def same(a, b):
 
 def test_it_starts_from_the_very_weights_and_keeps_what_belongs_to_them(model, tiny_autoencoder_folder):
     config = settings(start_dir=str(model), learning_rate=1e-5, dropout=0.2)
-    started = new_model(tiny_autoencoder_folder, config, replace(CELLS, residual_std=(9.0, 9.0, 9.0)))
+    started = new_model(tiny_autoencoder_folder, config, CELLS.model_copy(update={"residual_std": (9.0, 9.0, 9.0)}))
     assert same(started.denoiser.state_dict(), load_model(model, ADM).state_dict())
     assert started.spec == CELLS.model_copy(update={"residual_std": STD}) and started.temperature == 0.8
     assert started.crop == 6 and started.denoiser.config["dropout"] == 0.2, "how it is trained is the parameters' say"
@@ -78,19 +78,19 @@ def other_autoencoder(tiny_autoencoder_folder, tmp_path):
     ({"schedule": "cosine"}, {}, "schedule is 'linear', not 'cosine'"),
     ({"diffusion_steps": 500}, {}, "steps is 1000, not 500"),
     ({"conditioning_dropout": 0.1}, {}, r"conditioning is \[\], not \[3, 7\]"),
-    ({}, {"context": "concat"}, "context is 'draft', not 'concat'"),
+    ({}, {"context": "concat"}, "context is 'initial_estimate', not 'concat'"),
     ({}, {"mask_dilation": 1}, "mask_dilation is 0, not 1"),
 ])  # fmt: skip
 def test_a_model_of_another_kind_is_refused(model, tiny_autoencoder_folder, changes, cells, told):
     config = settings(start_dir=str(model), **changes)
     with pytest.raises(ConfigError, match=rf"^the model to start from: {told}\. Fix: set them alike, or start from"):
-        new_model(tiny_autoencoder_folder, config, replace(CELLS, **cells))
+        new_model(tiny_autoencoder_folder, config, CELLS.model_copy(update=cells))
 
 
 def test_all_that_differs_is_told_in_one_line(model, other_autoencoder):
     config = settings(start_dir=str(model), base_width=16, prediction="velocity", schedule="cosine")
     with pytest.raises(ConfigError) as refusal:
-        new_model(other_autoencoder, config, replace(CELLS, context="composite"))
+        new_model(other_autoencoder, config, CELLS.model_copy(update={"context": "composite"}))
     told = str(refusal.value)
     for name in ("autoencoder is", "prediction is", "base_width is", "schedule is", "context is", "in_channels is 12"):
         assert told.count(name) == 1, told
@@ -132,5 +132,5 @@ def test_what_was_started_from_and_saved_again_is_the_model(model, tiny_autoenco
     save_trained(trained, tiny_autoencoder_folder, tmp_path / "again")
     one, other = (LatentDiffusion.load(folder, device="cpu") for folder in (model, tmp_path / "again"))
     assert same(one.denoiser.state_dict(), other.denoiser.state_dict())
-    for name in ("settings", "temperature", "crop", "prediction"):
+    for name in ("spec", "temperature", "crop", "prediction"):
         assert getattr(one, name) == getattr(other, name)
