@@ -18,7 +18,7 @@ from ldm_lib.devices import pick_device, pick_precision, processor_name
 from ldm_lib.experiment.run_folder import provenance
 from ldm_lib.files import write_json
 from ldm_lib.plots.charts import bars
-from ldm_lib.plots.slices import Plate
+from ldm_lib.plots.slices import InlineFigure
 
 FULL_GRID = (240, 240, 160)
 
@@ -71,7 +71,7 @@ def _add(found: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]
     found |= part
 
 
-def picture(found: dict[str, Any]) -> Plate:
+def picture(found: dict[str, Any]) -> InlineFigure:
     """What was measured as bars: seconds, each beside ours, and how much of the machine's rate a step reaches."""
     panels = _of_the_case(found["case"]) if "case" in found else {}
     if "autoencoders" in found:

@@ -16,7 +16,7 @@ from ldm_lib.anatomy.tissue import GM, WM
 from ldm_lib.errors import ConfigError, InputError
 
 GROWTH_THRESHOLD = 0.2  # below this concentration the conditioning calls a voxel healthy
-SEEN_IN = {
+VISIBLE_IN = {
     "FLAIR": 0.25,
     "T1c": 0.675,
 }  # concentration from which a tumour shows (Lipkova et al. 2019, IEEE TMI 38:1875)

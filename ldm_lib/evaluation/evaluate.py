@@ -24,7 +24,7 @@ from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.inpainting.single_file import write_upper_bound
 from ldm_lib.locking import FolderLock
-from ldm_lib.plots.figures import planes, with_spread
+from ldm_lib.plots import case_plots
 
 SCORES = {"PSNR, dB": ("psnr_01", 2), "SSIM": ("ssim", 3)}  # heading -> column, digits
 REFERENCE = "harmonic"
@@ -185,10 +185,8 @@ def _draw(case: Case, results: Path, samples: int, output: Path) -> None:
     fills = _fills(data, results, samples, baselines=False)
     shown = {name: fill for name, fill in fills.items() if name in (ONE_SAMPLE, mean_of(samples))}
     views = {"voided": data.voided, **shown, "truth": data.target}
-    views = {name: data.lps(view) for name, view in views.items()}
-    where = {"spacing_mm": data.lps_spacing_mm, "mask": data.lps(data.mask), "title": case.key}
     if samples > 1:
-        figure = with_spread(views, data.lps(read_volume(spread_path(results, data)).voxels), **where)
+        figure = case_plots.plot_series(data, views, std=read_volume(spread_path(results, data)).voxels)
     else:
-        figure = planes(views, **where)
+        figure = case_plots.plot(data, views)
     figure.savefig(output / f"{case.key}.png", dpi=110)

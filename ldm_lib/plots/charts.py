@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from ldm_lib.plots.slices import FONT, WIDTH, Plate
+from ldm_lib.plots.slices import FONT, WIDTH, InlineFigure
 
 GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_MARKS = 12
@@ -25,7 +25,7 @@ def curves(
     ys: Sequence[str | Sequence[str]],
     log: Collection[str] = (),
     title: str = "",
-) -> Plate:
+) -> InlineFigure:
     """Curves over a common axis: one panel for each item of `ys`; names grouped in a list share a panel.
 
     Args:
@@ -36,7 +36,7 @@ def curves(
         title: of the figure.
     """
     panels = [[y] if isinstance(y, str) else list(y) for y in ys]
-    figure = Plate(figsize=(WIDTH, 1.9 * len(panels) + 0.7), layout="constrained")
+    figure = InlineFigure(figsize=(WIDTH, 1.9 * len(panels) + 0.7), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for ax, names in zip(axes, panels, strict=True):
         for name, colour in zip(names, GROUPS, strict=False):
@@ -66,7 +66,7 @@ def histograms(
     normal: bool = False,
     bins: int = 80,
     title: str = "",
-) -> Plate:
+) -> InlineFigure:
     """Densities of several groups of values, one panel for each channel.
 
     Args:
@@ -79,7 +79,7 @@ def histograms(
     """
     columns = min(len(channels), 3)
     rows = -(-len(channels) // columns)
-    figure = Plate(figsize=(WIDTH, 2.3 * rows + 0.6), layout="constrained")
+    figure = InlineFigure(figsize=(WIDTH, 2.3 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     values = {name: np.reshape(v, (len(channels), -1)) for name, v in groups.items()}
     for c, (ax, channel) in enumerate(zip(axes, channels, strict=False)):
@@ -108,7 +108,7 @@ def _densities(ax: Axes, values: Mapping[str, np.ndarray], bins: int) -> np.ndar
     return edges
 
 
-def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], title: str = "") -> Plate:
+def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], title: str = "") -> InlineFigure:
     """Methods by scores: a dot for each case, a line joining a case's methods, a bar at the mean.
 
     Args:
@@ -118,7 +118,7 @@ def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], 
     """
     case, method = np.asarray(table["case"], str), np.asarray(table["method"], str)
     methods = list(dict.fromkeys(method))
-    figure = Plate(figsize=(WIDTH, 0.42 * len(methods) + 1.2), layout="constrained")
+    figure = InlineFigure(figsize=(WIDTH, 0.42 * len(methods) + 1.2), layout="constrained")
     axes = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
     for ax, score in zip(axes, scores, strict=True):
         values = np.asarray(table[score], float)
@@ -148,7 +148,7 @@ def interval_dots(
     unit: str,
     notes: Sequence[str] = (),
     title: str = "",
-) -> Plate:
+) -> InlineFigure:
     """One row a name: a dot for each group's value on a bar from the low to the high end of its interval.
 
     Args:
@@ -158,7 +158,7 @@ def interval_dots(
         notes: told in rows that have no value.
         title: of the figure.
     """
-    figure = Plate(figsize=(WIDTH, max(0.34 * len(names), 0.6) + 1.5), layout="constrained")
+    figure = InlineFigure(figsize=(WIDTH, max(0.34 * len(names), 0.6) + 1.5), layout="constrained")
     ax, step = figure.subplots(), 0.3 if len(groups) > 1 else 0.0
     for k, (group, colour) in enumerate(zip(groups, GROUPS, strict=False)):
         values, low, high = np.asarray(groups[group], float).reshape(-1, 3).T
@@ -185,7 +185,7 @@ def interval_dots(
     return figure
 
 
-def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = "") -> Plate:
+def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = "") -> InlineFigure:
     """A bar for each name with its text behind it; one panel below the other, the first bar of each in colour.
 
     Args:
@@ -193,7 +193,7 @@ def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = 
         title: of the figure.
     """
     counts = [len(values) for values in panels.values()]
-    figure = Plate(figsize=(WIDTH, 0.34 * sum(counts) + 0.55 * len(panels) + 0.5), layout="constrained")
+    figure = InlineFigure(figsize=(WIDTH, 0.34 * sum(counts) + 0.55 * len(panels) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[n + 0.6 for n in counts])[:, 0]
     for ax, (measured, values) in zip(axes, panels.items(), strict=True):
         lengths = [value for value, _ in values.values()]

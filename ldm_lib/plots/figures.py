@@ -1,21 +1,34 @@
-"""What a researcher wants to see: arrays in, matplotlib Figure out, one function per picture.
+"""Draw volumes as figures: arrays in, matplotlib Figure out, one function per kind of figure.
 
-Volumes are `x y z` in LPS order, spacing is in millimetres, and all panels are drawn by `slices`.
+Volumes are (x, y, z) in LPS order and spacing is in millimetres; `case_plots` does the same for arrays in the voxel
+order of a case's file. Slices and panels are drawn by `slices`.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ldm_lib.errors import InputError
-from ldm_lib.plots.slices import FONT, PLANES, Plate, colour_bar, cut, intensity_window, strip, three_planes
+from ldm_lib.plots.slices import (
+    FONT,
+    PLANES,
+    InlineFigure,
+    SliceGeometry,
+    colour_bar,
+    intensity_window,
+    single_plane,
+    slice_geometry,
+    three_planes,
+)
 
 TISSUES = {"CSF": "#0072B2", "GM": "#D55E00", "WM": "#F0E442"}  # Okabe and Ito: colour-blind safe
-GROWTH_LINES = {0.2: "#F0E442", 0.25: "#E69F00", 0.675: "#D55E00"}  # cut-off, seen in FLAIR, seen in T1c
+GROWTH_LINES = {0.2: "#F0E442", 0.25: "#E69F00", 0.675: "#D55E00"}  # growth threshold, visible in FLAIR, in T1c
 CHANNELS = ("growth", "CSF", "GM", "WM")
+BAR_INCHES = 1.1  # width of a colour bar with its label
 Window = tuple[float, float] | None
 
 
@@ -23,34 +36,52 @@ def planes(
     volumes: Mapping[str, np.ndarray],
     *,
     spacing_mm: Sequence[float],
+    maps: Mapping[str, np.ndarray] | None = None,
     mask: np.ndarray | None = None,
     centre_vox: Sequence[int] | None = None,
     window: Window = None,
     margin_mm: float | None = None,
     title: str = "",
-) -> Plate:
-    """Named volumes as rows, three planes as columns, one intensity window for all.
+) -> InlineFigure:
+    """Plot named volumes as rows and three planes as columns, with one intensity window for all.
 
     Args:
-        volumes: name to `x y z` array in LPS order, all of one shape.
-        spacing_mm: size of a voxel along x, y, z.
-        mask: outlined along its voxels' edges.
-        centre_vox: where the planes meet; by default the mask's centroid, else the middle.
-        window: lowest and highest intensity shown; by default 0 to the 99.5th percentile of
-            the first volume's voxels above 0. The picture states it.
-        margin_mm: show only the mask's box and so many millimetres around it.
+        volumes: name to (x, y, z) in LPS order, all of one shape.
+        spacing_mm: voxel size along x, y, z.
+        maps: volumes of other units than the images, such as standard deviations: further rows, each with its own
+            colour scale and a colour bar.
+        mask: voxels to outline along their edges.
+        centre_vox: voxel in which the planes meet; by default the centre of the mask's largest part, else the middle.
+        window: lowest and highest intensity; by default 0 to the 99.5th percentile of the positive voxels of the
+            first volume. The title states it.
+        margin_mm: crop to the bounding box of the mask and this margin; by default to all voxels that are not 0.
         title: usually the case id.
 
     Raises:
-        InputError: shapes are not alike, or the centre lies outside.
+        InputError: the shapes differ, or the centre is outside the volume.
     """
-    view = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
-    low, high = intensity_window(next(iter(volumes.values())), window)
-    figure, axes = three_planes(view, list(volumes), title=_stated(title, low, high))
-    for line, volume in zip(axes, volumes.values(), strict=True):
+    maps = maps or {}
+    geometry = slice_geometry({**volumes, **maps}, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
+    if volumes:
+        low, high = intensity_window(next(iter(volumes.values())), window)
+        title = _with_window(title, low, high)
+    names = [*volumes, *maps]
+    figure, axes = three_planes(geometry, names, title=title, bar=BAR_INCHES if maps else 0.0)
+    for line, volume in zip(axes, volumes.values(), strict=False):
         for ax, plane in zip(line, PLANES, strict=True):
-            view.draw(ax, volume, plane, vmin=low, vmax=high)
+            geometry.draw(ax, volume, plane, vmin=low, vmax=high)
+    for line, volume in zip(axes[len(volumes) :], maps.values(), strict=True):
+        _colour_row(figure, geometry, line, volume, high=float(np.max(volume)) or 1.0)
     return figure
+
+
+def _colour_row(
+    figure: InlineFigure, geometry: SliceGeometry, line: Sequence[Axes], volume: np.ndarray, *, high: float, label=""
+) -> None:
+    """Draw a row of three planes in colours from 0 to `high`, with a colour bar."""
+    for ax, plane in zip(line, PLANES, strict=True):
+        image = geometry.draw(ax, volume, plane, vmin=0, vmax=high, cmap="viridis")
+    colour_bar(figure, image, line, label)
 
 
 def overlay(
@@ -63,32 +94,37 @@ def overlay(
     centre_vox: Sequence[int] | None = None,
     window: Window = None,
     title: str = "",
-) -> Plate:
-    """Anatomy on three planes, with tissue as colours and growth as contour lines.
+) -> InlineFigure:
+    """Plot an image on three planes, with tissue labels as colours and tumour growth as contour lines.
 
-    `tissue` holds CSF 1, GM 2, WM 3 and 0 elsewhere; `growth` a concentration in [0, 1]. The other
-    arguments and errors are those of `planes`; without a mask the planes meet where growth peaks.
+    Args:
+        image: (x, y, z) in LPS order.
+        spacing_mm: voxel size along x, y, z.
+        tissue: labels 0 none, 1 CSF, 2 GM, 3 WM.
+        growth: tumour cell concentration in [0, 1]; lines at 0.2, 0.25 (visible in FLAIR) and 0.675 (in T1c).
+        mask, centre_vox, window, title: as in `planes`; without a mask the planes meet where growth is largest.
+
+    Raises:
+        InputError: the shapes differ, or the centre is outside the volume.
     """
     given = {"image": image, "tissue": tissue, "growth": growth}
     volumes = {name: volume for name, volume in given.items() if volume is not None}
     if centre_vox is None and mask is None and growth is not None and np.any(growth):
         centre_vox = np.unravel_index(np.argmax(growth), growth.shape)
-    view = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox)
+    geometry = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox)
     low, high = intensity_window(image, window)
-    figure, axes = three_planes(view, [""], title=_stated(title, low, high))
-    paint = {"cmap": ListedColormap(list(TISSUES.values())), "vmin": 1, "vmax": 3, "alpha": 0.5}
+    figure, axes = three_planes(geometry, [""], title=_with_window(title, low, high))
+    colours = {"cmap": ListedColormap(list(TISSUES.values())), "vmin": 1, "vmax": 3, "alpha": 0.5}
     for ax, plane in zip(axes[0], PLANES, strict=True):
-        view.draw(ax, image, plane, vmin=low, vmax=high)
+        geometry.draw(ax, image, plane, vmin=low, vmax=high)
         if tissue is not None:
-            view.paint(ax, np.ma.masked_equal(tissue, 0), plane, **paint)
+            geometry.paint(ax, np.ma.masked_equal(tissue, 0), plane, **colours)
         if growth is not None:
-            view.contour(ax, growth, plane, GROWTH_LINES)
+            geometry.contour(ax, growth, plane, GROWTH_LINES)
     keys = [Patch(color=c, label=n) for n, c in TISSUES.items() if tissue is not None]
-    keys += [
-        Line2D([], [], color=c, label=f"growth {level:g}") for level, c in GROWTH_LINES.items() if growth is not None
-    ]
-    legend = {"loc": "outside lower center", "ncols": len(keys), "fontsize": FONT}
-    figure.legend(handles=keys, frameon=False, **legend)
+    lines = GROWTH_LINES.items() if growth is not None else ()
+    keys += [Line2D([], [], color=c, label=f"growth {level:g}") for level, c in lines]
+    figure.legend(handles=keys, frameon=False, loc="outside lower center", ncols=max(len(keys), 1), fontsize=FONT)
     return figure
 
 
@@ -100,25 +136,23 @@ def conditioning_channels(
     names: Sequence[str] = CHANNELS,
     centre_vox: Sequence[int] | None = None,
     title: str = "",
-) -> Plate:
-    """What the network sees besides the latent: each channel, cell by cell.
+) -> InlineFigure:
+    """Plot the conditioning channels of the denoiser, one row per channel, at the latent resolution.
 
     Args:
-        conditioning: `c x y z` at latent resolution.
-        mask_latent: `x y z` cells to generate, outlined.
-        spacing_mm: size of a cell.
-        names: one for each channel.
-        centre_vox: the cell where the planes meet; by default the mask's centroid.
+        conditioning: (c, x, y, z) at latent resolution.
+        mask_latent: (x, y, z), the latent voxels to generate, outlined.
+        spacing_mm: size of a latent voxel.
+        names: one per channel.
+        centre_vox: latent voxel in which the planes meet; by default the centre of the mask.
         title: usually the case id.
     """
     channels = dict(zip(names, conditioning, strict=True))
-    view = cut(channels, spacing_mm, mask=mask_latent, centre_vox=centre_vox)
-    figure, axes = three_planes(view, list(channels), title=title, width=7.4, bar=0.9)
+    geometry = slice_geometry(channels, spacing_mm, mask=mask_latent, centre_vox=centre_vox)
+    figure, axes = three_planes(geometry, list(channels), title=title, width=7.4, bar=0.9)
     for line, (name, channel) in zip(axes, channels.items(), strict=True):
-        high = max(1.0, float(np.max(channel)))
-        for ax, plane in zip(line, PLANES, strict=True):
-            image = view.draw(ax, channel, plane, vmin=0, vmax=high, cmap="viridis")
-        colour_bar(figure, image, line, "concentration" if name == "growth" else "share of cell")
+        label = "concentration" if name == "growth" else "tissue fraction"
+        _colour_row(figure, geometry, line, channel, high=max(1.0, float(np.max(channel))), label=label)
     return figure
 
 
@@ -132,105 +166,109 @@ def difference(
     window: Window = None,
     margin_mm: float | None = None,
     title: str = "",
-) -> Plate:
-    """Target, prediction, and prediction minus target inside the hole, in the images' units.
+) -> InlineFigure:
+    """Plot the ground truth, the prediction, and prediction minus ground truth inside the mask.
 
-    The error's scale is symmetric, to the 99th percentile of its size. Arguments as in `planes`.
+    The error is in the units of the images; its colour scale is symmetric, to the 99th percentile of its magnitude.
+    The other arguments are those of `planes`.
+
+    Raises:
+        InputError: the mask is empty, the shapes differ, or the centre is outside the volume.
     """
-    hole = np.asarray(mask) != 0
-    if not hole.any():
-        raise InputError("the mask is empty, so there is no error to show", fix="give the hole")
-    volumes = {"target": target, "prediction": prediction}
-    view = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
+    inside = np.asarray(mask) != 0
+    if not inside.any():
+        raise InputError("the mask is empty, so there is no error to plot", fix="give the mask that was inpainted")
+    volumes = {"ground truth": target, "prediction": prediction}
+    geometry = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
     error = np.subtract(prediction, target, dtype=np.float64)
-    reach = float(np.percentile(np.abs(error[hole]), 99)) or 1.0
+    limit = float(np.percentile(np.abs(error[inside]), 99)) or 1.0
     low, high = intensity_window(target, window)
-    figure, axes = three_planes(view, [*volumes, "error"], title=_stated(title, low, high), bar=1.1)
+    title = _with_window(title, low, high)
+    figure, axes = three_planes(geometry, [*volumes, "error"], title=title, bar=BAR_INCHES)
     for line, volume in zip(axes, [target, prediction, target], strict=True):
         for ax, plane in zip(line, PLANES, strict=True):
-            view.draw(ax, volume, plane, vmin=low, vmax=high)
-    inside = np.ma.masked_array(error, ~hole)
+            geometry.draw(ax, volume, plane, vmin=low, vmax=high)
+    shown = np.ma.masked_array(error, ~inside)
     for ax, plane in zip(axes[2], PLANES, strict=True):
-        image = view.paint(ax, inside, plane, cmap="RdBu_r", vmin=-reach, vmax=reach)
-    bias, mae = error[hole].mean(), np.abs(error[hole]).mean()
-    colour_bar(figure, image, axes[2], f"prediction - target\nmean {bias:.3g}, absolute {mae:.3g}")
+        image = geometry.paint(ax, shown, plane, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    bias, mae = error[inside].mean(), np.abs(error[inside]).mean()
+    colour_bar(figure, image, axes[2], f"prediction - ground truth\nmean {bias:.3g}, absolute {mae:.3g}")
     return figure
 
 
-def trajectory(
-    frames: Sequence[np.ndarray],
-    labels: Sequence[str],
+def uncertainty(
+    mean: np.ndarray,
+    std: np.ndarray,
+    mask: np.ndarray,
     *,
     spacing_mm: Sequence[float],
+    centre_vox: Sequence[int] | None = None,
+    window: Window = None,
+    margin_mm: float | None = None,
+    title: str = "",
+) -> InlineFigure:
+    """Plot the mean of the samples, and on top of it their standard deviation inside the mask, in colour.
+
+    The colour scale ends at the 99th percentile of the standard deviation. The other arguments are those of `planes`.
+
+    Raises:
+        InputError: the mask is empty, the shapes differ, or the centre is outside the volume.
+    """
+    inside = np.asarray(mask) != 0
+    if not inside.any():
+        raise InputError("the mask is empty, so nothing is uncertain", fix="give the mask that was inpainted")
+    volumes = {"mean": mean, "standard deviation": std}
+    geometry = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
+    low, high = intensity_window(mean, window)
+    figure, axes = three_planes(geometry, list(volumes), title=_with_window(title, low, high), bar=BAR_INCHES)
+    limit = float(np.percentile(np.asarray(std)[inside], 99)) or 1.0
+    shown = np.ma.masked_array(std, ~inside)
+    for top, bottom, plane in zip(*axes, PLANES, strict=True):
+        for ax in (top, bottom):
+            geometry.draw(ax, mean, plane, vmin=low, vmax=high)
+        image = geometry.paint(bottom, shown, plane, cmap="inferno", vmin=0, vmax=limit)
+    colour_bar(figure, image, axes[1], f"standard deviation\nmean {np.asarray(std)[inside].mean():.3g}")
+    return figure
+
+
+def series(
+    volumes: Mapping[str, np.ndarray],
+    *,
+    spacing_mm: Sequence[float],
+    std: np.ndarray | None = None,
+    growths: Sequence[np.ndarray] | None = None,
     plane: str = "axial",
     mask: np.ndarray | None = None,
     centre_vox: Sequence[int] | None = None,
     window: Window = None,
     margin_mm: float | None = None,
-    growths: Sequence[np.ndarray] | None = None,
     title: str = "",
-) -> Plate:
-    """One slice of one case, frame by frame, through sampling or time; the window is the last frame's.
+) -> InlineFigure:
+    """Plot one slice of several volumes side by side, such as samples, sampling steps, epochs or tumour ages.
 
     Args:
-        growths: a concentration for each frame, drawn as contour lines at 0.2, 0.25 (seen in FLAIR) and 0.675 (in T1c).
+        volumes: name to (x, y, z) in LPS order; the window is by default that of the last one.
+        spacing_mm: voxel size along x, y, z.
+        std: a standard deviation, which becomes the last panel, in colours of its own.
+        growths: a tumour cell concentration per volume, drawn as contour lines at 0.2, 0.25 (visible in FLAIR) and
+            0.675 (in T1c).
+        plane: "axial", "coronal" or "sagittal".
+        mask, centre_vox, window, margin_mm, title: as in `planes`.
     """
-    volumes = dict(enumerate(frames))
-    view = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
-    low, high = intensity_window(frames[-1], window)
-    figure, axes = strip(view, plane, labels, title=_stated(title, low, high))
-    for ax, frame, growth in zip(axes, frames, growths or [None] * len(frames), strict=True):
-        view.draw(ax, frame, plane, vmin=low, vmax=high)
-        if growth is not None:
-            view.contour(ax, growth, plane, GROWTH_LINES)
-    return figure
-
-
-def samples_grid(
-    samples: Sequence[np.ndarray],
-    target: np.ndarray | None = None,
-    *,
-    spacing_mm: Sequence[float],
-    plane: str = "axial",
-    mask: np.ndarray | None = None,
-    centre_vox: Sequence[int] | None = None,
-    window: Window = None,
-    margin_mm: float | None = None,
-    title: str = "",
-) -> Plate:
-    """K samples of one case, their mean and population standard deviation, and the target."""
-    volumes = {f"sample {k}": sample for k, sample in enumerate(samples)}
-    volumes["mean"] = np.mean(samples, axis=0)
-    if target is not None:
-        volumes["target"] = target
-    window = intensity_window(target if target is not None else samples[0], window)
-    where = {"spacing_mm": spacing_mm, "mask": mask, "centre_vox": centre_vox, "margin_mm": margin_mm}
-    return with_spread(volumes, np.std(samples, axis=0), plane=plane, window=window, title=title, **where)
-
-
-def with_spread(
-    volumes: Mapping[str, np.ndarray],
-    spread: np.ndarray,
-    *,
-    spacing_mm: Sequence[float],
-    plane: str = "axial",
-    mask: np.ndarray | None = None,
-    centre_vox: Sequence[int] | None = None,
-    window: Window = None,
-    margin_mm: float | None = None,
-    title: str = "",
-) -> Plate:
-    """One slice of named volumes in one window, by default the last one's, and of their standard deviation."""
-    view = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
+    geometry = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
     low, high = intensity_window(list(volumes.values())[-1], window)
-    names = [*volumes, "standard deviation"]
-    figure, axes = strip(view, plane, names, title=_stated(title, low, high), bar=0.25)
-    for ax, volume in zip(axes, volumes.values(), strict=False):
-        view.draw(ax, volume, plane, vmin=low, vmax=high)
-    image = view.draw(axes[-1], spread, plane, cmap="magma", vmin=0)
-    colour_bar(figure, image, axes[-1], "", below=True)
+    names, bar = [*volumes, *(() if std is None else ["standard deviation"])], 0.0 if std is None else 0.25
+    figure, axes = single_plane(geometry, plane, names, title=_with_window(title, low, high), bar=bar)
+    panels = zip(axes[: len(volumes)], volumes.values(), growths or [None] * len(volumes), strict=True)
+    for ax, volume, growth in panels:
+        geometry.draw(ax, volume, plane, vmin=low, vmax=high)
+        if growth is not None:
+            geometry.contour(ax, growth, plane, GROWTH_LINES)
+    if std is not None:
+        image = geometry.draw(axes[-1], std, plane, cmap="magma", vmin=0)
+        colour_bar(figure, image, axes[-1], "", below=True)
     return figure
 
 
-def _stated(title: str, low: float, high: float) -> str:
+def _with_window(title: str, low: float, high: float) -> str:
     return f"{title}   window {low:.4g} to {high:.4g}".strip()

@@ -1,8 +1,8 @@
-"""How a volume is cut and drawn: one panel, its millimetres, its letters, the mask's outline.
+"""Draw slices of volumes: panels with millimetre axes, orientation letters and the outline of the mask.
 
-Volumes are `x y z` in LPS order (x to the patient's left, y to the back, z up). Pictures are
-radiological: anterior or superior up, the patient's left at the right. Axes are millimetres from
-the volume's first corner.
+Volumes are (x, y, z) in LPS order: x to the patient's left, y to the back, z up. Slices follow the radiological
+convention: anterior or superior is up, the patient's left is on the right. Axes are millimetres from the first corner
+of the volume.
 """
 
 import io
@@ -19,15 +19,15 @@ from scipy import ndimage
 
 from ldm_lib.errors import InputError
 
-PLANES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # across, down, through
-ENDS = ("RL", "AP", "IS")  # what lies at the low and at the high end of x, y, z
+PLANES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # axes across, down and through
+ENDS = ("RL", "AP", "IS")  # directions at the low and at the high end of x, y, z
 FONT = 8.5
 WIDTH = 9.6  # inches: the text width of a notebook at 100 dpi
 OUTLINE, CROSS, LETTER = "#00E5FF", "#9AA0A6", "#FFD54F"
 
 
-class Plate(Figure):
-    """A Figure that any kernel shows by itself: no pyplot, no backend, nothing left open."""
+class InlineFigure(Figure):
+    """Display a matplotlib Figure in any notebook without pyplot, a backend or figures that stay open."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -36,15 +36,15 @@ class Plate(Figure):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where volumes of one shape are cut, and which part of them is shown.
+class SliceGeometry:
+    """Describe where volumes of one shape are sliced, and which part of them is shown.
 
     Attributes:
         shape: voxels along x, y, z.
         spacing_mm: size of a voxel along x, y, z.
-        centre_vox: the voxel in which the three planes meet.
-        box_mm: (3, 2), lowest and highest millimetre shown of x, y, z.
-        mask: what is outlined, or None.
+        centre_vox: voxel in which the three planes meet.
+        box_mm: (3, 2), lowest and highest position shown along x, y, z.
+        mask: voxels to outline, or None.
     """
 
     shape: tuple[int, ...]
@@ -54,24 +54,24 @@ class Cut:
     mask: np.ndarray | None
 
     def extent_mm(self, plane: str) -> tuple[float, float, float, float]:
-        """Left, right, bottom and top of the whole slice, as `imshow` wants them."""
+        """Return left, right, bottom and top of the whole slice, the `extent` of `imshow`."""
         across, down = (np.asarray(self.shape) * self.spacing_mm)[list(PLANES[plane][:2])]
         return (0.0, across, down, 0.0) if plane == "axial" else (0.0, across, 0.0, down)
 
     def position(self, plane: str) -> str:
-        """Where the plane lies, in words."""
+        """Describe the position of the plane, such as "axial, z = 77.5 mm"."""
         through = PLANES[plane][2]
         at_mm = (self.centre_vox[through] + 0.5) * self.spacing_mm[through]
         return f"{plane}, {'xyz'[through]} = {at_mm:.4g} mm"
 
     def picture(self, volume: np.ndarray, plane: str) -> np.ndarray:
-        """The slice as rows from top to bottom."""
+        """Return the slice as rows from top to bottom."""
         through = PLANES[plane][2]
         rows = np.take(volume, self.centre_vox[through], axis=through).T
         return rows if plane == "axial" else rows[::-1]
 
     def outline_mm(self, plane: str) -> np.ndarray:
-        """The edges of voxels between mask and not mask, (n, 2 ends, across and down)."""
+        """Return the voxel edges between mask and background: (n, 2 ends, 2 coordinates: across, down)."""
         padded = np.pad(self.picture(self.mask, plane) != 0, 1)
         upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
         level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])
@@ -82,7 +82,7 @@ class Cut:
         return np.concatenate(edges)[..., ::-1] * pixel_mm + [left, top]
 
     def draw(self, ax: Axes, volume: np.ndarray, plane: str, **style: object) -> AxesImage:
-        """One panel: the slice, the mask's outline, where the other planes lie, the letters."""
+        """Draw a panel: the slice, the outline of the mask, the positions of the other planes, orientation letters."""
         style = {"cmap": "gray", "interpolation": "auto"} | style
         image = self.paint(ax, volume, plane, **style)
         if self.mask is not None:
@@ -98,12 +98,12 @@ class Cut:
         return image
 
     def paint(self, ax: Axes, volume: np.ndarray, plane: str, **style: object) -> AxesImage:
-        """The slice alone, to be laid over a panel."""
+        """Draw the slice alone, on top of a panel."""
         style = {"interpolation": "nearest"} | style
         return ax.imshow(self.picture(volume, plane), extent=self.extent_mm(plane), **style)
 
     def contour(self, ax: Axes, volume: np.ndarray, plane: str, lines: Mapping[float, str]) -> None:
-        """Smooth lines where the volume passes each level, in the level's colour."""
+        """Draw contour lines of the volume: level -> colour."""
         rows = self.picture(volume, plane)
         if np.ptp(rows) > 0:
             style = {"levels": list(lines), "colors": list(lines.values()), "linewidths": 1.3}
@@ -126,43 +126,50 @@ def _mark_directions(ax: Axes, left_right: str, bottom_top: str) -> None:
     ax.text(0.5, 0.96, bottom_top[1], ha="center", va="top", **style)
 
 
-def cut(
+def slice_geometry(
     volumes: Mapping[str, np.ndarray],
     spacing_mm: Sequence[float],
     *,
     mask: np.ndarray | None = None,
     centre_vox: Sequence[int] | None = None,
     margin_mm: float | None = None,
-) -> Cut:
-    """Cut through the mask's largest part; show all that is not 0, or `margin_mm` around the mask.
+) -> SliceGeometry:
+    """Choose the planes through the largest part of the mask, and the box that is shown.
+
+    Args:
+        volumes: name to (x, y, z) in LPS order.
+        spacing_mm: voxel size along x, y, z.
+        mask: voxels to outline.
+        centre_vox: voxel in which the planes meet; by default the centre of the mask, or of the volume.
+        margin_mm: show the bounding box of the mask and this margin; by default all voxels that are not 0.
 
     Raises:
-        InputError: shapes are not three-dimensional and alike, or the centre lies outside.
+        InputError: the volumes are not three-dimensional or differ in shape, or the centre is outside the volume.
     """
     arrays = dict(volumes) if mask is None else {**volumes, "mask": mask}
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     shape = next(iter(shapes.values()), ())
     if len(shape) != 3 or set(shapes.values()) != {shape}:
-        raise InputError(f"volumes must be x y z of one shape, got {shapes}", fix="crop them alike")
-    holed = mask is not None and np.any(mask)
+        raise InputError(f"volumes must be x y z of one shape, got {shapes}", fix="resample or crop them to one grid")
+    has_mask = mask is not None and np.any(mask)
     if centre_vox is None:
-        centre_vox = hole_centre(mask) if holed else np.asarray(shape) // 2
+        centre_vox = mask_centre(mask) if has_mask else np.asarray(shape) // 2
     centre_vox = tuple(int(c) for c in centre_vox)
     if any(not 0 <= c < n for c, n in zip(centre_vox, shape, strict=True)):
-        raise InputError(f"centre_vox {centre_vox} lies outside shape {shape}", fix="give voxels inside it")
+        raise InputError(f"centre_vox {centre_vox} lies outside shape {shape}", fix="give a voxel inside the volume")
     spacing = np.asarray(spacing_mm, float)
-    if holed and margin_mm is not None:
+    if has_mask and margin_mm is not None:
         box_mm = _box_mm(np.asarray(mask) != 0, spacing, margin_mm)
     else:
         anything = np.logical_or.reduce([np.asarray(array) != 0 for array in arrays.values()])
         box_mm = _box_mm(anything, spacing, margin_mm=6.0)
-    return Cut(shape, spacing, centre_vox, box_mm, mask)
+    return SliceGeometry(shape, spacing, centre_vox, box_mm, mask)
 
 
-def hole_centre(mask: np.ndarray) -> np.ndarray:
-    """The voxel (3,) of the mask's largest connected part that is nearest to that part's centroid.
+def mask_centre(mask: np.ndarray) -> np.ndarray:
+    """Return the voxel (3,) of the largest connected part of the mask that is nearest to the centroid of that part.
 
-    A mask is often two holes, and the centroid of both lies between them.
+    A mask often has two parts, and the centroid of both lies between them.
     """
     parts, _ = ndimage.label(np.asarray(mask) != 0)
     voxels = np.argwhere(parts == np.bincount(parts.ravel())[1:].argmax() + 1)
@@ -170,7 +177,7 @@ def hole_centre(mask: np.ndarray) -> np.ndarray:
 
 
 def _box_mm(shown: np.ndarray, spacing_mm: np.ndarray, margin_mm: float) -> np.ndarray:
-    """(3, 2), the box of what is shown with its margin, inside the volume."""
+    """Return the box (3, 2) of the nonzero voxels with a margin, clipped to the volume."""
     corners = np.argwhere(shown) if shown.any() else np.argwhere(np.ones_like(shown))
     low = corners.min(0) * spacing_mm - margin_mm
     high = (corners.max(0) + 1) * spacing_mm + margin_mm
@@ -178,16 +185,24 @@ def _box_mm(shown: np.ndarray, spacing_mm: np.ndarray, margin_mm: float) -> np.n
 
 
 def three_planes(
-    view: Cut, rows: Sequence[str], *, title: str = "", width: float = WIDTH, bar: float = 0.0
-) -> tuple[Plate, np.ndarray]:
-    """Empty axes, (rows, 3 planes), all panels at one scale; `bar` inches stay free at the right."""
-    sides = np.array([[np.ptp(view.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
+    geometry: SliceGeometry, rows: Sequence[str], *, title: str = "", width: float = WIDTH, bar: float = 0.0
+) -> tuple[InlineFigure, np.ndarray]:
+    """Create empty axes, one row per name and one column per plane, all panels at one scale.
+
+    Args:
+        geometry: of the volumes to draw.
+        rows: names of the rows.
+        title: of the figure.
+        width: of the figure, inches.
+        bar: inches to leave free at the right for a colour bar.
+    """
+    sides = np.array([[np.ptp(geometry.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
     height = sides[:, 1].max() * (width - 1.4 - bar) / sides[:, 0].sum() + 0.1
-    figure = Plate(figsize=(width, height * len(rows) + 0.9), layout="constrained")
+    figure = InlineFigure(figsize=(width, height * len(rows) + 0.9), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.04, w_pad=0.08, hspace=0.01, wspace=0.0)
     axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=sides[:, 0])
     for ax, plane in zip(axes[0], PLANES, strict=True):
-        ax.set_title(view.position(plane), fontsize=FONT + 1)
+        ax.set_title(geometry.position(plane), fontsize=FONT + 1)
     for line, name in zip(axes, rows, strict=True):
         line[0].set_ylabel(name, fontsize=FONT + 1.5, fontweight="bold")
     for ax in axes[:-1].flat:
@@ -198,16 +213,19 @@ def three_planes(
     return figure, axes
 
 
-def strip(
-    view: Cut, plane: str, names: Sequence[str], *, title: str = "", columns: int = 5, bar: float = 0.0
-) -> tuple[Plate, list[Axes]]:
-    """Empty axes for one slice of several volumes side by side, `columns` in a row; `bar` inches stay free below."""
+def single_plane(
+    geometry: SliceGeometry, plane: str, names: Sequence[str], *, title: str = "", columns: int = 5, bar: float = 0.0
+) -> tuple[InlineFigure, list[Axes]]:
+    """Create empty axes for one slice of several volumes side by side, `columns` in a row.
+
+    `bar` inches are left free below for a colour bar.
+    """
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
     across, down, _ = PLANES[plane]
-    ratio = np.ptp(view.box_mm[down]) / np.ptp(view.box_mm[across])
+    ratio = np.ptp(geometry.box_mm[down]) / np.ptp(geometry.box_mm[across])
     height = rows * ((WIDTH - 0.7) / columns * ratio + 0.25) + 0.75 + bar
-    figure = Plate(figsize=(WIDTH, height), layout="constrained")
+    figure = InlineFigure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for k, (ax, name) in enumerate(zip(axes, names, strict=False)):
         ax.set_title(name, fontsize=FONT + 0.5)
@@ -217,12 +235,12 @@ def strip(
         ax.set_xlabel("mm" if lowest else "", fontsize=FONT)
     for ax in axes[len(names) :]:
         ax.set_axis_off()
-    figure.suptitle(f"{title}   {view.position(plane)}".strip(), fontsize=FONT + 2.5)
+    figure.suptitle(f"{title}   {geometry.position(plane)}".strip(), fontsize=FONT + 2.5)
     return figure, list(axes[: len(names)])
 
 
 def intensity_window(volume: np.ndarray, window: tuple[float, float] | None = None) -> tuple[float, float]:
-    """The given window, or 0 to the 99.5th percentile of the voxels above 0."""
+    """Return the given window, or by default 0 to the 99.5th percentile of the positive voxels."""
     if window is not None:
         return window
     bright = np.asarray(volume)[np.asarray(volume) > 0]
@@ -230,8 +248,8 @@ def intensity_window(volume: np.ndarray, window: tuple[float, float] | None = No
 
 
 def colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray | Axes, label: str, *, below: bool = False) -> None:
-    """A bar at the right of its axes, or below them."""
-    place = {"location": "bottom" if below else "right", "fraction": 0.06, "pad": 0.02, "panchor": False}
-    bar = figure.colorbar(image, ax=axes, aspect=20, **place)
+    """Draw a colour bar at the right of its axes, or below them."""
+    layout = {"location": "bottom" if below else "right", "fraction": 0.06, "pad": 0.02, "panchor": False}
+    bar = figure.colorbar(image, ax=axes, aspect=20, **layout)
     bar.set_label(label, fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)

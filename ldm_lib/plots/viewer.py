@@ -1,8 +1,9 @@
-"""Look around in volumes with sliders; always beside a static picture, which is all that a headless run shows."""
+"""Browse volumes with sliders in a notebook; a static figure stands above them, and alone in a headless run."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import ipywidgets as widgets
 import numpy as np
@@ -11,21 +12,21 @@ from IPython.display import display
 
 from ldm_lib.locking import OWNER_VARIABLE
 from ldm_lib.plots.figures import planes
-from ldm_lib.plots.slices import Plate, cut, intensity_window
+from ldm_lib.plots.slices import InlineFigure, intensity_window, slice_geometry
 
-HEADLESS_VARIABLE = "LDM_HEADLESS"  # any value but "0": no widgets, whatever the kernel
+HEADLESS_VARIABLE = "LDM_HEADLESS"  # any value but "0": no widgets, in any kernel
 
 
 @dataclass(frozen=True)
 class Explorer:
-    """A static picture and, where someone can move a slider, the widget below it.
+    """Hold a static figure and, in an interactive session, the widget below it.
 
     Attributes:
-        figure: all volumes through the mask's centroid.
+        figure: all volumes through the centre of the mask.
         widget: one volume through any voxel, or None.
     """
 
-    figure: Plate
+    figure: InlineFigure
     widget: widgets.VBox | None
 
     def _ipython_display_(self) -> None:
@@ -42,25 +43,30 @@ def explore(
     centre_vox: Sequence[int] | None = None,
     window: tuple[float, float] | None = None,
     along: str = "",
+    interactive: bool | None = None,
     title: str = "",
 ) -> Explorer:
-    """Show named volumes on three planes; arguments and errors are those of `figures.planes`.
+    """Show named volumes on three planes, with sliders for position and window.
 
-    `along` says what the volumes follow, such as "age": a slider then moves through them instead of a list.
-    No widget is made in a headless run, so that no notebook keeps the state of one that nobody can move.
+    Args:
+        volumes, spacing_mm, mask, centre_vox, window, title: as in `figures.planes`, with the same errors.
+        along: quantity that the volumes are ordered by, such as "age": a slider selects the volume instead of a list.
+        interactive: make the widget; by default only in a Jupyter kernel, and neither in a headless run nor with
+            LDM_HEADLESS set, so that no notebook stores a widget that nobody can use.
     """
-    centre_vox = cut(volumes, spacing_mm, mask=mask, centre_vox=centre_vox).centre_vox
+    centre_vox = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox).centre_vox
     window = intensity_window(next(iter(volumes.values())), window)
-    where = {"spacing_mm": spacing_mm, "title": title}
-    figure = planes(volumes, mask=mask, centre_vox=centre_vox, window=window, **where)
-    widget = _controls(volumes, mask, centre_vox, window, along, **where) if interactive() else None
-    return Explorer(figure, widget)
+    draw = partial(planes, spacing_mm=spacing_mm, title=title)
+    figure = draw(volumes, mask=mask, centre_vox=centre_vox, window=window)
+    if interactive is None:
+        interactive = is_interactive()
+    return Explorer(figure, _controls(volumes, mask, centre_vox, window, along, draw) if interactive else None)
 
 
-def interactive() -> bool:
-    """Whether this is a Jupyter kernel that was not started by the runner or told to be headless."""
-    told = os.environ.get(HEADLESS_VARIABLE, "0") not in ("", "0")
-    return hasattr(get_ipython(), "kernel") and not told and OWNER_VARIABLE not in os.environ
+def is_interactive() -> bool:
+    """Return whether this is a Jupyter kernel with a front end: not started by the runner, LDM_HEADLESS not set."""
+    headless = os.environ.get(HEADLESS_VARIABLE, "0") not in ("", "0")
+    return hasattr(get_ipython(), "kernel") and not headless and OWNER_VARIABLE not in os.environ
 
 
 def _controls(
@@ -69,9 +75,9 @@ def _controls(
     centre_vox: Sequence[int],
     window: tuple[float, float],
     along: str,
-    **where: object,
+    draw: partial,
 ) -> widgets.VBox:
-    """Volume, three positions in voxels, window and outline; the picture is PNG bytes, redrawn when one changes."""
+    """Build the sliders and the PNG image that is redrawn when one of them changes."""
     shape = next(iter(volumes.values())).shape
     volume = (
         widgets.SelectionSlider(options=list(volumes), description=along, continuous_update=False)
@@ -87,14 +93,13 @@ def _controls(
     image = widgets.Image(format="png")
 
     def redraw(_change: object = None) -> None:
-        plate = planes(
+        figure = draw(
             {volume.value: volumes[volume.value]},
             mask=mask if outline.value else None,
             centre_vox=[slider.value for slider in position],
             window=shown.value,
-            **where,
         )
-        image.value = plate._repr_png_()
+        image.value = figure._repr_png_()
 
     for control in (volume, *position, shown, outline):
         control.observe(redraw, names="value")

@@ -19,7 +19,7 @@ from ldm_lib.inpainting.baselines import BASELINES, harmonic_fill
 from ldm_lib.inpainting.folder import fill_cases
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.locking import FolderLock
-from ldm_lib.plots.figures import planes
+from ldm_lib.plots import case_plots
 
 HOW = {"device": "cpu", "precision": "32", "blend_mm": 8.0, "temperature": 0.5}
 CONFIG = SamplingConfig(num_inference_steps=2, samples=2, **HOW)
@@ -186,7 +186,8 @@ def test_maps_are_made_of_scans_alone_even_where_some_were_given(
 
 def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_draft_folder, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(module, "planes", lambda views, **how: drawn.append(list(views)) or planes(views, **how))
+    plot = case_plots.plot
+    monkeypatch.setattr(case_plots, "plot", lambda data, views: drawn.append(list(views)) or plot(data, views))
     how = {"model": tiny_draft_folder, "tissue": "given", "pictures": 1, "say": lambda line: None}
     table = evaluate(folder, tmp_path, QUICK, **how)
     assert "mean of" not in table and table.count("| one sample |") == 2

@@ -1,11 +1,13 @@
-"""Pictures: one window for all rows, nothing changed, numbers as computed by hand."""
+"""Figures: one window for all rows, inputs unchanged, numbers as computed by hand."""
 
 import sys
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, VISIBLE_IN
 from ldm_lib.errors import InputError
 from ldm_lib.plots import figures
 
@@ -22,8 +24,8 @@ EVERY = {
     "overlay": lambda: figures.overlay(TARGET, spacing_mm=SPACING, tissue=TISSUE, growth=GROWTH),
     "conditioning": lambda: figures.conditioning_channels(np.stack([GROWTH] * 4), MASK, spacing_mm=SPACING),
     "difference": lambda: figures.difference(OTHER, TARGET, MASK, spacing_mm=SPACING),
-    "trajectory": lambda: figures.trajectory([OTHER, TARGET], ["t = 1", "t = 0"], spacing_mm=SPACING, mask=MASK),
-    "samples": lambda: figures.samples_grid([OTHER, TARGET], TARGET, spacing_mm=SPACING, mask=MASK),
+    "series": lambda: figures.series({"t = 1": OTHER, "t = 0": TARGET}, std=OTHER, spacing_mm=SPACING, mask=MASK),
+    "uncertainty": lambda: figures.uncertainty(TARGET, OTHER, MASK, spacing_mm=SPACING),
 }
 
 
@@ -32,7 +34,7 @@ def shown(ax, k=0):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_picture_shows_itself_and_leaves_its_inputs_alone(name):
+def test_every_figure_displays_itself_and_changes_no_input(name):
     inputs = (TARGET, OTHER, MASK, TISSUE, GROWTH)
     before = [array.copy() for array in inputs]
     drawn = EVERY[name]()._repr_png_()
@@ -47,14 +49,14 @@ def test_no_letter_is_smaller_than_eight_points(name):
     assert min(text.get_fontsize() for text in texts) >= 8
 
 
-def test_all_rows_share_one_window_and_the_picture_states_it():
+def test_all_images_share_one_window_and_the_title_states_it():
     figure = figures.planes({"dark": TARGET / 5, "bright": TARGET}, spacing_mm=SPACING, title="case 7")
     high = np.percentile(TARGET / 5, 99.5)
     assert {ax.get_images()[0].get_clim() for ax in figure.axes} == {(0.0, high)}
     assert figure.get_suptitle() == f"case 7   window 0 to {high:.4g}"
 
 
-def test_the_difference_is_signed_symmetric_and_only_in_the_hole():
+def test_the_difference_is_signed_symmetric_and_only_inside_the_mask():
     figure = figures.difference(OTHER, TARGET, MASK, spacing_mm=SPACING, centre_vox=(5, 6, 4))
     errors = [shown(ax, 1) for ax in figure.axes if len(ax.get_images()) > 1]
     axial = np.where(MASK, OTHER - TARGET, np.nan)[:, :, 4].T
@@ -69,13 +71,13 @@ def test_unsigned_inputs_do_not_wrap_in_the_difference():
     assert np.nanmax(shown(figure.axes[6], 1)) == np.nanmin(shown(figure.axes[6], 1)) == -2
 
 
-def test_growth_lines_lie_at_the_three_thresholds_and_are_named():
+def test_growth_lines_are_the_three_thresholds_and_have_a_legend():
     figure = figures.overlay(TARGET, spacing_mm=SPACING, growth=GROWTH)
     lines = next(c for c in figure.axes[0].collections if hasattr(c, "levels"))
-    assert list(lines.levels) == [0.2, 0.25, 0.675]
+    assert list(lines.levels) == [0.2, 0.25, 0.675] == [GROWTH_THRESHOLD, *VISIBLE_IN.values()]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["growth 0.2", "growth 0.25", "growth 0.675"]
-    spreads = [np.ptp(path.vertices[:, 0]) for path in lines.get_paths()]
-    assert all(outer > inner for outer, inner in pairwise(spreads))
+    widths = [np.ptp(path.vertices[:, 0]) for path in lines.get_paths()]
+    assert all(outer > inner for outer, inner in pairwise(widths))
 
 
 @pytest.mark.parametrize(("axis", "panel", "coordinate"), [(0, 0, 0), (1, 0, 1), (2, 1, 1), (1, 2, 0), (2, 2, 1)])
@@ -86,7 +88,7 @@ def test_growth_lines_run_through_voxel_centres_in_millimetres(axis, panel, coor
     np.testing.assert_allclose(lines.get_paths()[0].vertices[:, coordinate], 8.5 * SPACING[axis], atol=1e-9)
 
 
-def test_tissue_colours_tell_the_labels_apart_and_leave_air_clear():
+def test_each_tissue_has_a_colour_and_the_background_is_transparent():
     figure = figures.overlay(TARGET, spacing_mm=SPACING, tissue=TISSUE, centre_vox=(5, 6, 4))
     image, labels = figure.axes[0].get_images()[1], TISSUE[:, :, 4].T
     rgba = image.to_rgba(image.get_array())
@@ -95,12 +97,18 @@ def test_tissue_colours_tell_the_labels_apart_and_leave_air_clear():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["CSF", "GM", "WM"]
 
 
-def test_samples_come_with_their_mean_and_population_deviation():
-    samples = [TARGET, OTHER, TARGET * 0.5]
-    figure = figures.samples_grid(samples, spacing_mm=SPACING, centre_vox=(5, 6, 4))
-    by_name = {ax.get_title(): shown(ax) for ax in figure.axes if ax.get_title()}
-    np.testing.assert_allclose(by_name["mean"], np.mean(samples, 0)[:, :, 4].T)
-    np.testing.assert_allclose(by_name["standard deviation"], np.std(samples, 0)[:, :, 4].T)
+def test_maps_are_rows_with_a_colour_scale_of_their_own():
+    figure = figures.planes({"mean": TARGET}, maps={"growth": GROWTH}, spacing_mm=SPACING, centre_vox=(5, 6, 4))
+    assert [ax.get_ylabel() for ax in figure.axes[:6:3]] == ["mean", "growth"]
+    assert figure.axes[3].get_images()[0].get_clim() == (0, GROWTH.max())
+    np.testing.assert_array_equal(shown(figure.axes[3]), GROWTH[:, :, 4].T)
+
+
+def test_the_standard_deviation_covers_the_mean_inside_the_mask_only():
+    figure = figures.uncertainty(TARGET, GROWTH, MASK, spacing_mm=SPACING, centre_vox=(5, 6, 4))
+    np.testing.assert_array_equal(shown(figure.axes[3]), TARGET[:, :, 4].T)
+    np.testing.assert_array_equal(shown(figure.axes[3], 1), np.where(MASK, GROWTH, np.nan)[:, :, 4].T)
+    assert figure.axes[3].get_images()[1].get_clim() == (0, np.percentile(GROWTH[MASK], 99))
 
 
 def test_each_conditioning_channel_is_drawn_in_its_row():
@@ -111,14 +119,15 @@ def test_each_conditioning_channel_is_drawn_in_its_row():
         assert np.array_equal(shown(figure.axes[3 * row]), channels[row, :, :, 4].T)
 
 
-def test_an_empty_hole_has_no_error():
+@pytest.mark.parametrize("draw", [figures.difference, figures.uncertainty])
+def test_an_empty_mask_has_no_error(draw):
     with pytest.raises(InputError, match="the mask is empty"):
-        figures.difference(OTHER, TARGET, np.zeros(SHAPE), spacing_mm=SPACING)
+        draw(OTHER, TARGET, np.zeros(SHAPE), spacing_mm=SPACING)
 
 
-def test_growth_is_drawn_on_each_frame_of_a_trajectory_at_its_own_levels():
-    frames = {"labels": ["young", "old"], "spacing_mm": SPACING, "mask": MASK}
-    plain, grown = (figures.trajectory([OTHER, TARGET], growths=g, **frames) for g in (None, [0 * GROWTH, GROWTH]))
-    lines = [[c for c in ax.collections if hasattr(c, "levels")] for plate in (plain, grown) for ax in plate.axes[:2]]
+def test_growth_lines_are_drawn_on_each_panel_of_a_series():
+    draw = partial(figures.series, {"young": OTHER, "old": TARGET}, spacing_mm=SPACING, mask=MASK)
+    plain, grown = (draw(growths=growths) for growths in (None, [0 * GROWTH, GROWTH]))
+    lines = [[c for c in ax.collections if hasattr(c, "levels")] for figure in (plain, grown) for ax in figure.axes[:2]]
     assert [len(found) for found in lines] == [0, 0, 0, 1]
     np.testing.assert_array_equal(lines[3][0].levels, list(figures.GROWTH_LINES))

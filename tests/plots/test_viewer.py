@@ -1,4 +1,4 @@
-"""The explorer: a picture in any case, a widget only where someone can move it."""
+"""The explorer: always a static figure, a widget only in an interactive session."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ MASK[3:6, 4:7, 2:5] = True
 
 
 class Kernel:
-    """Stands for a shell with a front end."""
+    """Stand in for a shell with a front end."""
 
     kernel = object()
 
@@ -24,8 +24,8 @@ def live(monkeypatch):
     monkeypatch.delenv(viewer.OWNER_VARIABLE, raising=False)
 
 
-def explore():
-    return viewer.explore(VOLUMES, spacing_mm=(1, 1, 1), mask=MASK)
+def explore(**options):
+    return viewer.explore(VOLUMES, spacing_mm=(1, 1, 1), mask=MASK, **options)
 
 
 def parts(explorer):
@@ -33,48 +33,48 @@ def parts(explorer):
     return (*top.children, *positions.children, image)
 
 
-def test_without_a_front_end_there_is_a_picture_and_no_widget():
+def test_without_a_front_end_there_is_a_figure_and_no_widget():
     explorer = explore()
     assert explorer.widget is None
     assert [ax.get_ylabel() for ax in explorer.figure.axes[::3]] == ["voided", "target"]
 
 
 @pytest.mark.parametrize("variable", ["HEADLESS_VARIABLE", "OWNER_VARIABLE"])
-def test_a_run_in_the_background_makes_no_widget(live, monkeypatch, variable):
-    assert viewer.interactive()
+def test_a_headless_run_makes_no_widget(live, monkeypatch, variable):
+    assert viewer.is_interactive()
     monkeypatch.setenv(getattr(viewer, variable), "1")
     assert explore().widget is None
+    assert explore(interactive=True).widget is not None
 
 
-def test_every_control_changes_the_picture_and_back_again(live):
+def test_every_control_redraws_the_image(live):
     volume, window, outline, x, y, z, image = parts(explore())
     first = image.value
     assert bytes(first).startswith(b"\x89PNG")
     moves = [(volume, "target"), (window, (0.2, 0.6)), (outline, False), (x, 0), (y, 0), (z, 7)]
     pictures = [first]
-    for control, value in moves:  # one upon the other, so that each picture drawn is one compared
+    for control, value in moves:  # cumulative, so that every image drawn is compared
         control.value = value
         assert image.value not in pictures, control.description
         pictures.append(image.value)
     z.value = 3
-    assert image.value == pictures[-2], "a picture is that of the controls as they stand, whatever was before"
+    assert image.value == pictures[-2], "the image depends on the present values of the controls only"
 
 
-def test_sliders_start_at_the_centroid_of_the_mask_and_end_at_the_volume(live):
+def test_sliders_start_at_the_centre_of_the_mask_and_end_at_the_volume(live):
     *_, x, y, z, _image = parts(explore())
     assert [(s.min, s.value, s.max) for s in (x, y, z)] == [(0, 4, 9), (0, 5, 11), (0, 3, 7)]
 
 
-def test_along_a_line_a_slider_moves_through_the_volumes(live):
-    explorer = viewer.explore(VOLUMES, spacing_mm=(1, 1, 1), mask=MASK, along="age")
-    choice, *_, image = parts(explorer)
+def test_ordered_volumes_are_selected_by_a_slider(live):
+    choice, *_, image = parts(explore(along="age"))
     first = image.value
     assert type(choice).__name__ == "SelectionSlider" and choice.options == ("voided", "target")
     choice.value = "target"
     assert choice.description == "age" and image.value != first
 
 
-def test_the_static_picture_is_displayed_before_the_widget(live, monkeypatch):
+def test_the_static_figure_is_displayed_above_the_widget(live, monkeypatch):
     displayed = []
     monkeypatch.setattr(viewer, "display", displayed.append)
     explorer = explore()
