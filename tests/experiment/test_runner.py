@@ -131,7 +131,7 @@ def test_a_stage_that_failed_before_its_report_is_not_done_and_runs_again(output
 
 def test_parameters_are_refused_before_a_folder_or_a_kernel_is_made(outputs, tmp_path):
     script = (
-        "import sys\nfrom ldm_lib import runner\nfrom ldm_lib.errors import ConfigError\n"
+        "import sys\nfrom ldm_lib.experiment import runner\nfrom ldm_lib.errors import ConfigError\n"
         "try:\n    runner.run([], name='lab', preset='smoke', overrides={'max_epochs': '-1'}, command=[], say=print)\n"
         "except ConfigError as error:\n    print(error)\n"
         "print(sorted({'papermill', 'nbclient', 'torch', 'jupyter_client'} & set(sys.modules)))"
@@ -295,11 +295,10 @@ TELL = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()
 SLEEPY = f"{TELL}\ntime.sleep(120)"
 
 
-@pytest.mark.pipeline
 def started(tmp_path):
     """The runner as a process of its own, once the kernel is at work, and the kernel's process id."""
     script = (
-        "import sys\nfrom pathlib import Path\nfrom ldm_lib import runner\nfrom ldm_lib.__main__ import main\n"
+        "import sys\nfrom pathlib import Path\nfrom ldm_lib.experiment import runner\nfrom ldm_lib.__main__ import main\n"
         "runner.NOTEBOOKS = Path(sys.argv[1])\nsys.exit(main(['run', '01', '--run', 'lab', '--preset', 'smoke']))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "notebooks")], stderr=subprocess.PIPE)

@@ -275,8 +275,8 @@ def test_a_run_that_fails_stops_no_other_and_is_told_at_the_end(calls, seeds, ca
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_end_it_ends_its_runs_first(calls, seeds, tmp_path, sent, status):
     script = (
-        "import sys\nfrom ldm_lib import sweeps\nfrom ldm_lib.__main__ import main\n"
-        "sweeps.COMMAND = (sys.executable, 'stand_in.py', 'run')\nsys.exit(main(['sweep', sys.argv[1], '--jobs', '2']))"
+        "import sys\nfrom ldm_lib.experiment import sweep\nfrom ldm_lib.__main__ import main\n"
+        "sweep.COMMAND = (sys.executable, 'stand_in.py', 'run')\nsys.exit(main(['sweep', sys.argv[1], '--jobs', '2']))"
     )
     environment = {**os.environ, "TAKES": "60"}
     command = [sys.executable, "-c", script, seeds]
