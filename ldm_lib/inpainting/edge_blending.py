@@ -1,7 +1,7 @@
-"""The last step to the hole's edge: what the decoder gets wrong just outside is known, and made good just inside.
+"""Correct the intensity of inpainted voxels so that the edge of the mask is not visible.
 
-The error at the voxels around the hole is carried into it by the screened Laplace equation, so that it fades with
-distance. It is added to what fills the hole; no voxel outside is ever touched.
+The decoder's error is known at the voxels around the mask. The screened Laplace equation carries it into the mask, so
+that it fades with distance; the correction is added to the inpainted voxels, and no voxel outside is touched.
 """
 
 import numpy as np
@@ -11,23 +11,23 @@ from scipy.sparse.linalg import cg
 from ldm_lib.geometry import bounding_box
 from ldm_lib.poisson import masked_laplacian
 
-RELATIVE_RESIDUAL = 1e-4  # of a correction, which is itself small
+RELATIVE_RESIDUAL = 1e-4  # of the correction, which is small itself
 FACES = ndimage.generate_binary_structure(3, 1)
 
 
 def rim(mask: np.ndarray) -> np.ndarray:
-    """The hole and the voxels that share a face with it: (x, y, z) bool."""
+    """Return the mask and the voxels that share a face with it: (x, y, z) bool."""
     return ndimage.binary_dilation(mask, FACES)
 
 
 class EdgeCorrection:
-    """What to add in a hole so that its edge does not show.
+    """Compute the correction of the inpainted voxels of one mask.
 
-    It is r with (1 / reach^2 - Laplacian) r = 0 in the hole, r = known - decoded on the voxels around it, and no flux
-    through the volume's border.
+    The correction r satisfies (1 / reach^2 - Laplacian) r = 0 in the mask, r = known - decoded at the voxels around
+    it, and no flux through the volume's border.
 
     Args:
-        mask: (x, y, z) bool, True in the hole.
+        mask: (x, y, z) bool, True where voxels are inpainted.
         reach_vox: distance from a flat edge at which the correction has faded to 1/e, voxels, above 0.
 
     Source: Pérez et al. 2003, Poisson image editing, eq. 4, where nothing fades.
@@ -35,20 +35,20 @@ class EdgeCorrection:
 
     def __init__(self, mask: np.ndarray, *, reach_vox: float) -> None:
         self._box = bounding_box(mask, 1)
-        self._hole = mask[self._box]
-        self._around = rim(self._hole) & ~self._hole
-        laplacian, _ = masked_laplacian(np.zeros(self._hole.shape), self._hole)
+        self._mask = mask[self._box]
+        self._around = rim(self._mask) & ~self._mask
+        laplacian, _ = masked_laplacian(np.zeros(self._mask.shape), self._mask)
         screened = laplacian + sparse.identity(laplacian.shape[0], format="csr") / reach_vox**2
-        self._screened = screened.astype(np.float32)  # six times as fast as float64, and as exact as is asked for
+        self._screened = screened.astype(np.float32)  # six times as fast as float64, and exact enough
 
     def __call__(self, decoded: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """(n,) float32, in the order of `decoded[mask]`.
+        """Return the correction, (n,) float32 in the order of `decoded[mask]`.
 
         Args:
-            decoded: (x, y, z) what the decoder returns, of the hole and its `rim` at least.
-            known: (x, y, z) what is known outside the hole, in the same units.
+            decoded: (x, y, z) decoded volume, valid in the mask and its `rim` at least.
+            known: (x, y, z) image outside the mask, in the same units.
         """
         error = np.where(self._around, known[self._box] - decoded[self._box], 0).astype(np.float32)
-        at_edge = ndimage.convolve(error, FACES.astype(np.float32), mode="constant")[self._hole]
+        at_edge = ndimage.convolve(error, FACES.astype(np.float32), mode="constant")[self._mask]
         correction, _ = cg(self._screened, at_edge, rtol=RELATIVE_RESIDUAL)
         return correction

@@ -1,8 +1,8 @@
-"""Fill many cases, each once whoever is interrupted, while the next is read and the last is written.
+"""Inpaint many cases, each once: an interrupted call continues, and a case that fails does not stop the others.
 
-A sample depends on its case, its number and the seed alone, so that a case comes out the same whenever and by whomever
-it is filled. What is filled is noted in `filled/<case>.json`, with digests of what it was made from and of what was
-written: a case whose record and files agree is not filled again. A case that cannot be filled does not stop the others.
+A sample depends on its case, its number and the seed alone, so that a case has the same result whenever and by
+whichever process it is inpainted. `filled/<case>.json` records the digests of what a result was made from and of the
+files written: a case whose record and files agree is not inpainted again.
 """
 
 import time
@@ -24,13 +24,12 @@ from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import fingerprint, given_path, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.preprocess import Inpainting
-from ldm_lib.inpainting.single_file import make_ready, write_result
+from ldm_lib.inpainting.result import Inpainting
 from ldm_lib.locking import FolderLock
 
 RECORDS, TABLE = "filled", "results.csv"
 FILLED, FOUND, REFUSED = "filled", "found", "refused"
-REFUSALS = (LdmError, OSError, MemoryError)  # of one case: the others go on
+NO_RECORD: dict[str, Any] = {"made_from": "", "outputs": {}, "row": {}}
 Row = dict[str, Any]
 _print = partial(print, flush=True)
 
@@ -38,7 +37,7 @@ _print = partial(print, flush=True)
 def inpaint_folder(
     data_dir: str | Path,
     output: str | Path,
-    config: InpaintOptions,
+    options: InpaintOptions,
     *,
     conditioning_dir: str | Path = "",
     read_options: ReadOptions = READ_STRICTLY,
@@ -47,15 +46,15 @@ def inpaint_folder(
     each: bool = False,
     say: Callable[[str], None] = _print,
 ) -> list[Row]:
-    """Fill every case of a folder, in either layout, and write `results.csv` with a row for each.
+    """Inpaint every case of a folder, in either layout, and write `results.csv` with a row for each.
 
-    The same call goes on where an interrupted one stopped.
+    The same call continues where an interrupted one stopped.
 
     Args:
-        output: takes `<ID>-t1n-inference.nii.gz`, and with several samples what `write_filled` writes beside it.
-        config: samples, seed, sampler, steps, guidance, device and precision.
-        allow: what the gate is to let pass, and how it is read then.
-        make_missing: make the tissue maps that cases lack from their scans; None: if the model needs them.
+        output: takes `<ID>-t1n-inference.nii.gz`, and for several samples the other files of `Inpainting.save`.
+        options: samples, seed, sampler, steps, guidance, device and precision.
+        read_options: how input validation is relaxed.
+        make_missing: make the tissue maps that cases lack from their scans; None makes them if the model needs them.
         each: write every sample.
 
     Returns:
@@ -67,24 +66,24 @@ def inpaint_folder(
     root, output = given_path(data_dir), given_path(output)
     require_outside(output, root)
     cases, exclusions = survey_cases(root, conditioning_dir, read_options)
-    inpainter = Inpainter.for_sampling(model, config)
+    inpainter = Inpainter.for_sampling(model, options)
     lock = FolderLock(output)
     try:
         require_writable(output / TABLE)
-        _clear(output)
-        rows = [_refused(exclusion.case, exclusion.reason) for exclusion in exclusions]
+        _remove_leftovers(output)
+        rows = [_failed(exclusion.case, exclusion.reason) for exclusion in exclusions]
         for row in rows:
-            say(_told(row))
+            say(_line(row))
         cases = [case.to_fill() for case in cases]
-        rows += fill_cases(inpainter, cases, config, output, make_missing=make_missing, each=each, say=say)
+        rows += fill_cases(inpainter, cases, options, output, make_missing=make_missing, each=each, say=say)
         write_csv(output / TABLE, rows)
     finally:
         lock.release()
     return rows
 
 
-def _clear(output: Path) -> None:
-    """Remove what a killed process left half-written, and the table of an earlier call."""
+def _remove_leftovers(output: Path) -> None:
+    """Remove the partial files of a killed process, and the table of an earlier call."""
     for pattern in (".*.nii.gz.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part", TABLE):
         for path in output.glob(pattern):
             path.unlink()
@@ -93,204 +92,169 @@ def _clear(output: Path) -> None:
 def fill_cases(
     inpainter: Inpainter,
     cases: Sequence[Case],
-    config: InpaintOptions,
+    options: InpaintOptions,
     folder: Path,
     *,
     make_missing: bool | None = None,
     each: bool = True,
     say: Callable[[str], None] = _print,
 ) -> list[Row]:
-    """Fill each case that is not filled yet.
+    """Inpaint each case that has no result yet.
 
     Args:
         folder: takes the results and their records.
         each: write every sample.
-        say: is told a line a case, with the time that is left.
+        say: receives a line for each case, with the remaining time.
 
     Returns:
         a row for each case, in order: "case", "status" (filled, found or refused), "result", "spread" (mean standard
-        deviation in the hole over the case's scale), "seconds" and "reason".
+        deviation in the mask over the case's scale), "seconds" and "reason".
 
     Raises:
         ConfigError: a sampler or number of steps that this model cannot take.
     """
-    check_sampler(config.sampler, config.num_inference_steps, inpainter.model.schedule)  # refused now, not once a case
-    _make_room(folder / RECORDS)
+    check_sampler(options.sampler, options.num_inference_steps, inpainter.model.schedule)  # once, not for each case
+    _make_record_folder(folder / RECORDS)
     rows, started, filled = [], time.monotonic(), 0
-    job = Job(inpainter, config, folder, inpainter.makes_maps(make_missing), each)
-    for k, row in enumerate(_in_turn(job, cases), start=1):
+    job = Job(inpainter, options, folder, inpainter.makes_maps(make_missing), each)
+    for k, row in enumerate(_results(job, cases), start=1):
         rows.append(row)
         filled += row["status"] == FILLED
-        behind = len(cases) - k - 1  # the next one has been filled by the time this one is on the disk
-        left = timedelta(seconds=round((time.monotonic() - started) / (filled + 1) * behind))
-        told = f", {left} left" if filled and behind >= 0 else ""
-        say(f"[{k}/{len(cases)}] {_told(row)}{told}")
+        left = timedelta(seconds=round((time.monotonic() - started) / max(filled, 1) * (len(cases) - k)))
+        say(f"[{k}/{len(cases)}] {_line(row)}" + (f", {left} left" if filled and k < len(cases) else ""))
     return rows
 
 
-def _make_room(records: Path) -> None:
+def _make_record_folder(records: Path) -> None:
     if records.is_symlink() or (records.exists() and not records.is_dir()):
-        raise InputError("is no folder of this one's own", where=records, fix="remove it, or name another output")
+        raise InputError("is not a folder of its own", where=records, fix="remove it, or name another output")
     records.mkdir(parents=True, exist_ok=True)
 
 
 def require_all(rows: Sequence[Row]) -> None:
-    """Refuse, with the first reason, what is not filled altogether."""
-    if refused := [row for row in rows if row["status"] == REFUSED]:
-        raise InputError(f"{len(refused)} of {len(rows)} cases could not be filled; {_told(refused[0])}",
-                         where=RECORDS, fix="mend or remove them; what is filled is kept")  # fmt: skip
+    """Raise, with the first reason, unless every case has a result."""
+    if failed := [row for row in rows if row["status"] == REFUSED]:
+        raise InputError(f"{len(failed)} of {len(rows)} cases failed; {_line(failed[0])}",
+                         where=RECORDS, fix="correct or remove them; finished results are kept")  # fmt: skip
 
 
 def require_recorded(cases: Sequence[Case], folder: Path) -> None:
-    """Refuse when another process could not fill one of its cases."""
+    """Raise if another process could not inpaint one of its cases."""
     if missing := [case.key for case in cases if not record_path(case, folder).exists()]:
-        told = f"{len(missing)} of {len(cases)} cases are not filled, the first {missing[0]}"
-        raise InputError(told, where=folder.name, fix="see what the process that refused it said")
+        cause = f"{len(missing)} of {len(cases)} cases have no result, the first {missing[0]}"
+        raise InputError(cause, where=folder.name, fix="see the messages of the process that failed")
 
 
 def record_path(case: Case, folder: Path) -> Path:
-    """Where it is noted that a case is filled."""
+    """Return the record of a case's result."""
     return folder / RECORDS / f"{case.key}.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is done to each case, in three parts that may overlap from case to case."""
+    """Read, inpaint and write one case after the other."""
 
     inpainter: Inpainter
-    config: InpaintOptions
+    options: InpaintOptions
     folder: Path
     make_missing: bool
     each: bool
 
     def read(self, case: Case) -> tuple[Row | None, CaseData | None, str, float]:
-        """The row of a case that is filled already, or its data; digest of what it is made from; seconds."""
+        """Return the row of a case that has its result, or its data; the digest of its sources; seconds."""
         started, case = time.monotonic(), case.sealed()
         made_from = self._made_from(case)
         row = self._found(case, made_from)
-        data = None if row else make_ready(load_case(case), self.inpainter, make_missing=self.make_missing)
+        data = None if row else self.inpainter.prepare(load_case(case), make_missing=self.make_missing)
         return row, data, made_from, time.monotonic() - started
 
-    def fill(self, data: CaseData) -> tuple[Inpainting, float]:
-        """The samples of a case, and seconds."""
-        started, config = time.monotonic(), self.config
-        how = {"sampler": config.sampler, "steps": config.num_inference_steps, "guidance": config.guidance}
+    def fill(self, data: CaseData) -> Inpainting:
+        """Inpaint a case."""
         try:
-            filled = self.inpainter.fill(data, samples=config.samples, seed=config.seed, **how)
-        except RuntimeError as error:  # what torch raises, for a processor's memory without a type of its own
+            return self.inpainter(
+                data, n_samples=self.options.samples, seed=self.options.seed, sampler=self.options.sampler,
+                steps=self.options.num_inference_steps, guidance=self.options.guidance, make_missing=False,
+            )  # fmt: skip
+        except RuntimeError as error:  # torch has no type of its own for a full memory of a CPU
             if "memory" not in str(error):
                 raise
-            raise InputError("not enough memory to fill it", where=data.case.key, fix="take fewer samples") from error
-        return filled, time.monotonic() - started
+            raise InputError("not enough memory", where=data.case.key, fix="take fewer samples") from error
 
-    def write(self, filled: Inpainting, data: CaseData, made_from: str, seconds: float) -> Row:
+    def write(self, result: Inpainting, made_from: str, started: float) -> Row:
         """Write the result and, last, its record; return its row."""
-        started, case = time.monotonic(), data.case
-        for name in self._recorded(case)["outputs"]:  # of other settings: none of them may stay beside the new ones
+        case, data = result.data.case, result.data
+        for name in self._record(case)["outputs"]:  # of other settings: none may stay next to the new files
             (self.folder / name).unlink(missing_ok=True)
-        written = write_result(filled, data, self.folder / case.result_name, samples=self.each)
-        spread = float(filled.std[data.mask].mean() / data.scale)
-        seconds = round(seconds + time.monotonic() - started, 2)
-        row = {"case": case.key, "status": FILLED, "result": written[0].name, "spread": spread, "seconds": seconds}
+        written = result.save(self.folder / case.result_name, samples=self.each)
+        std = float(result.std[data.mask].mean() / data.scale)
+        seconds = round(time.monotonic() - started, 2)
+        row = {"case": case.key, "status": FILLED, "result": written[0].name, "spread": std, "seconds": seconds,
+               "reason": ""}  # fmt: skip
         outputs = {path.name: sha256(path) for path in written}
-        write_json(
-            record_path(case, self.folder), {"made_from": made_from, "outputs": outputs, "row": row | {"reason": ""}}
-        )
-        return row | {"reason": ""}
+        write_json(record_path(case, self.folder), {"made_from": made_from, "outputs": outputs, "row": row})
+        return row
 
     def _found(self, case: Case, made_from: str) -> Row | None:
-        """The row of a case filled from the same files, weights and settings, if its results are still whole."""
-        record, folder = self._recorded(case), self.folder
+        """Return the row of a result of the same files, weights and settings whose files are whole."""
+        record, folder = self._record(case), self.folder
         if record["made_from"] != made_from or case.result_name not in record["outputs"]:
             return None
         if not all((folder / n).is_file() and sha256(folder / n) == d for n, d in record["outputs"].items()):
             return None
-        figures = {name: _number(record["row"].get(name)) for name in ("spread", "seconds")}
-        return {"case": case.key, "status": FOUND, "result": case.result_name, **figures, "reason": ""}
+        numbers = {name: record["row"].get(name) for name in ("spread", "seconds")}
+        numbers = {name: value if isinstance(value, int | float) else None for name, value in numbers.items()}
+        return {"case": case.key, "status": FOUND, "result": case.result_name, **numbers, "reason": ""}
 
-    def _recorded(self, case: Case) -> dict[str, Any]:
-        """The record of a case; one that is not there, or is damaged, is as none."""
-        nothing = {"made_from": "", "outputs": {}, "row": {}}
+    def _record(self, case: Case) -> dict[str, Any]:
+        """Return the record of a case, or `NO_RECORD` if it is missing, damaged or names files of another case."""
         try:
             record = read_json(record_path(case, self.folder))
         except ValueError:
-            return nothing
-        known = all(isinstance(record.get(name), type(value)) for name, value in nothing.items())
-        return record if known and all(_is_result(name, case) for name in record["outputs"]) else nothing
+            return NO_RECORD
+        if not all(isinstance(record.get(name), type(value)) for name, value in NO_RECORD.items()):
+            return NO_RECORD
+        own = stem(Path(case.result_name))
+        return record if all(Path(n).name == n and n.startswith(own) for n in record["outputs"]) else NO_RECORD
 
     def _made_from(self, case: Case) -> str:
-        asked = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")
-        engine, networks = self.inpainter, (self.inpainter.model.denoiser, self.inpainter.model.autoencoder)
-        settings = {"make_missing": self.make_missing, "each": self.each, "precision": engine.model.precision}
-        settings |= {name: getattr(self.config, name) for name in asked} | {"temperature": engine.model.temperature}
-        model = {"cells": engine.model.spec.model_dump(), "crop": engine.model.crop, "box_margin": engine.model.box_margin,
-                 "prediction": engine.model.prediction, "schedule": engine.model.denoiser.folder_config["schedule"]}  # fmt: skip
-        weights = [network.folder_config["sha256"] for network in networks]
+        names = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")
+        model = self.inpainter.model
+        settings = {"make_missing": self.make_missing, "each": self.each, "precision": model.precision}
+        settings |= {name: getattr(self.options, name) for name in names} | {"temperature": model.temperature}
+        description = {"cells": model.spec.model_dump(), "crop": model.crop, "box_margin": model.box_margin,
+                       "prediction": model.prediction, "schedule": model.denoiser.folder_config["schedule"]}  # fmt: skip
+        weights = [network.folder_config["sha256"] for network in (model.denoiser, model.autoencoder)]
         settings |= {"read_options": case.read_options.model_dump()} if case.read_options != READ_STRICTLY else {}
-        return fingerprint({"weights": weights, "model": model, "files": dict(case.digests), "settings": settings})
+        return fingerprint({"weights": weights, "model": description, "files": dict(case.digests), "settings": settings})
 
 
-def _number(value: object) -> float | None:
-    return value if isinstance(value, int | float) else None
-
-
-def _is_result(name: str, case: Case) -> bool:
-    """Whether a file of this name may have been written for a case: never one of another folder's."""
-    return Path(name).name == name and name.startswith(stem(Path(case.result_name)))
-
-
-def _in_turn(job: Job, cases: Sequence[Case]) -> Iterator[Row]:
-    """The rows of the cases in order, each once its files are on the disk.
-
-    Any time one case is read ahead and one written behind, so that memory holds three, however many there are.
-    """
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+def _results(job: Job, cases: Sequence[Case]) -> Iterator[Row]:
+    """Yield the rows of the cases in order, each once its files are written; the next case is read meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(job.read, case) for case in cases[:1]]
-        behind: list[tuple[Case, Future]] = []
         for k, case in enumerate(cases):
             reading = ahead.pop()
             ahead += [reader.submit(job.read, later) for later in cases[k + 1 : k + 2]]
-            done = _begun(job, writer, reading)
-            yield from (_settled(*last, job.folder) for last in behind)
-            behind = [(case, done)]
-        yield from (_settled(*last, job.folder) for last in behind)
+            yield _result(job, case, reading)
 
 
-def _begun(job: Job, writer: ThreadPoolExecutor, reading: Future) -> Future:
-    """What becomes of a case that is being read: its row once it is written, or why it is refused."""
-    done: Future = Future()
+def _result(job: Job, case: Case, reading: Future) -> Row:
     try:
-        row, data, made_from, read_s = reading.result()
-        if row is None:
-            filled, fill_s = job.fill(data)
-            return writer.submit(job.write, filled, data, made_from, read_s + fill_s)
-        done.set_result(row)
-    except REFUSALS as error:
-        done.set_exception(error)
-    return done
+        row, data, made_from, seconds = reading.result()
+        started = time.monotonic() - seconds
+        return row or job.write(job.fill(data), made_from, started)
+    except LdmError as error:
+        return _failed(case.key, error.within(*case.folders, job.folder))  # no path of this machine
+    except (OSError, MemoryError) as error:
+        cause = getattr(error, "strerror", "") or "not enough memory"
+        return _failed(case.key, str(InputError(cause, where=case.key, fix="check the disk and the memory")))
 
 
-def _settled(case: Case, done: Future, folder: Path) -> Row:
-    try:
-        return done.result()
-    except REFUSALS as error:
-        return _refused(case.key, _why(error, case, folder))
-
-
-def _why(error: Exception, case: Case, folder: Path) -> str:
-    """One line, with no path of this machine."""
-    if isinstance(error, LdmError):
-        return error.within(*case.folders, folder)
-    cause = getattr(error, "strerror", "") or "not enough memory"
-    return str(InputError(cause, where=case.key, fix="check the disk and the memory"))
-
-
-def _refused(key: str, reason: str) -> Row:
+def _failed(key: str, reason: str) -> Row:
     return {"case": key, "status": REFUSED, "result": "", "spread": None, "seconds": None, "reason": reason}
 
 
-def _told(row: Row) -> str:
-    """One line about a case."""
+def _line(row: Row) -> str:
     if row["status"] == REFUSED:
         return f"{row['case']}: refused: {row['reason']}"
     return f"{row['case']}: {row['status']}" + (f" in {row['seconds']:.1f} s" if row["status"] == FILLED else "")

@@ -1,9 +1,10 @@
 """Inpaint a case with a latent diffusion model: encode, sample the latents of the mask, decode, paste.
 
-Voxels outside the mask come back bit for bit; voxels under the mask are never read. All samples of a case share what
-does not depend on their noise, and only the region around the mask is sampled and decoded.
+Voxels outside the mask keep their bits; voxels under the mask are never read. All samples of a case share what does
+not depend on their noise, and only the region around the mask is sampled and decoded.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,18 @@ import torch
 from torch import Tensor
 
 from ldm_lib.autoencoder.region_decoding import decode_box
-from ldm_lib.data.case import Case, CaseData
+from ldm_lib.data.case import NO_MAP, Case, CaseData, load_case
+from ldm_lib.data.resampling import resampling
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import Latents, encode_case
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.samplers import Callback
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.preprocess import CaseGrid, Inpainting
+from ldm_lib.inpainting.preprocess import CaseGrid
+from ldm_lib.inpainting.result import Inpainting
+from ldm_lib.inpainting.tissue_maps import add_tissue_map
+
+log = logging.getLogger("ldm_lib")
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_BLEND_MM = (
     InpaintOptions.model_fields[name].default for name in ("sampler", "num_inference_steps", "blend_mm")
@@ -32,6 +38,14 @@ class Inpainter:
     Attributes:
         model: autoencoder, denoiser and schedule.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
+
+    Example:
+        >>> import ldm_lib as ldm
+        >>> inpainter = ldm.Inpainter.load(model)  # a folder; without one, the pretrained weights
+        >>> case = ldm.load_case(ldm.find_cases(cohort)[0])
+        >>> result = inpainter(case, n_samples=2, seed=0, steps=2)
+        >>> result.mean.shape == case.voided.shape
+        True
     """
 
     model: LatentDiffusion
@@ -57,6 +71,62 @@ class Inpainter:
         names = ("device", "precision", "blend_mm", "temperature")
         return cls.load(folder, **{name: getattr(options, name) for name in names})
 
+    def __call__(
+        self,
+        case: Case | CaseData,
+        *,
+        n_samples: int = 1,
+        seed: int = 0,
+        sampler: str = DEFAULT_SAMPLER,
+        steps: int = DEFAULT_STEPS,
+        guidance: float = 1.0,
+        make_missing: bool | None = None,
+        latents: Latents | None = None,
+        callback: Callback | None = None,
+    ) -> Inpainting:
+        """Inpaint one case `n_samples` times; case, seed and number determine a sample.
+
+        Args:
+            case: a case, or one that `load_case` has read.
+            steps: denoiser evaluations of a sample.
+            guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
+            make_missing: make the tissue map of a case that has none; None makes it if the model needs one. Maps are
+                kept in the user's cache (`inpainting.tissue_maps`).
+            latents: of `encode`, where they are at hand or changed; no map is made then.
+            callback: is called after every step, as in `diffusion.samplers`.
+
+        Raises:
+            LdmError: a case, parameter or sampler that cannot be used.
+        """
+        sampling = {"sampler": sampler, "seed": seed, "guidance": guidance}
+        InpaintOptions.parse(sampling | {"samples": n_samples, "num_inference_steps": steps})
+        if isinstance(case, Case):
+            data = self.prepare(load_case(case), make_missing=make_missing)
+        else:
+            data = case if latents else self._with_map(case, make_missing)
+        case_grid, values = self.case_grid(data), []
+        latents = latents or self._encode(case_grid)
+        names = [sample_name(data.case, k) for k in range(n_samples)]
+        at_once = self.model.samples_at_once(latents) if n_samples > 1 else 1
+        for start in range(0, n_samples, at_once):
+            drawn = self.model.sample(latents, names[start : start + at_once], steps=steps, callback=callback, **sampling)
+            values += [self._values(latent, case_grid) for latent in drawn]
+        return Inpainting(data, np.stack(values))
+
+    def prepare(self, data: CaseData, *, make_missing: bool | None = None) -> CaseData:
+        """Log what is unusual about a case, and add the tissue map that it lacks if the model needs one.
+
+        A missing growth map is not unusual: it means healthy tissue.
+        """
+        trained_mm = self.model.autoencoder.spacing_mm
+        silent = {NO_MAP.format("growth"), *([NO_MAP.format("tissue")] if self.makes_maps(make_missing) else [])}
+        warnings = [text for text in data.warnings if text not in silent]
+        if resampling(data, trained_mm):
+            warnings.append(f"voxels of {data.source.spacing_mm} mm; inpainted at the model's {trained_mm:g} mm")
+        for warning in warnings:
+            log.warning("%s: %s", data.case.t1n_voided or data.case.t1n, warning)
+        return self._with_map(data, make_missing)
+
     def makes_maps(self, requested: bool | None) -> bool:
         """Return whether missing tissue maps are to be made: as requested, or, by default, if the model needs them."""
         return self.model.spec.context == "initial_estimate" if requested is None else requested
@@ -71,37 +141,21 @@ class Inpainter:
 
     def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
         """Decode a latent (c x y z) and paste it into the voided image: (x, y, z) in the file's order and units."""
-        return Inpainting(data.voided, data.mask, self._values(latent, self.case_grid(data))[None]).sample(0)
+        return Inpainting(data, self._values(latent, self.case_grid(data))[None]).mean
 
-    def fill(
-        self,
-        data: CaseData,
-        *,
-        samples: int = 1,
-        seed: int = 0,
-        sampler: str = DEFAULT_SAMPLER,
-        steps: int = DEFAULT_STEPS,
-        guidance: float = 1.0,
-        latents: Latents | None = None,
-        callback: Callback | None = None,
-    ) -> Inpainting:
-        """Inpaint one case K times; `latents` are those of `encode`, when they are at hand or changed."""
-        case_grid, values = self.case_grid(data), []
-        latents = latents or self._encode(case_grid)
-        names = [sample_name(data.case, k) for k in range(samples)]
-        how = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance, "callback": callback}
-        at_once = self.model.samples_at_once(latents) if samples > 1 else 1
-        for start in range(0, samples, at_once):
-            drawn = self.model.sample(latents, names[start : start + at_once], **how)
-            values += [self._values(latent, case_grid) for latent in drawn]
-        return Inpainting(data.voided, data.mask, np.stack(values))
+    def _with_map(self, data: CaseData, make_missing: bool | None) -> CaseData:
+        if data.tissue is not None or not self.makes_maps(make_missing):
+            return data
+        return add_tissue_map(data, refine=self.model.spec.refinement)
 
     def _encode(self, case_grid: CaseGrid) -> Latents:
-        where = {"device": self.model.device, "precision": self.model.precision}
-        return encode_case(case_grid.to_see, self.model.autoencoder, self.model.spec, **where)
+        return encode_case(
+            case_grid.to_see, self.model.autoencoder, self.model.spec,
+            device=self.model.device, precision=self.model.precision,
+        )  # fmt: skip
 
     def _values(self, latent: Tensor, case_grid: CaseGrid) -> np.ndarray:
-        """What a latent (c x y z) holds at the n voxels of the mask: (n,)."""
+        """Decode a latent (c x y z) at the n voxels of the mask: (n,)."""
         with torch.inference_mode(), autocast(self.model.device, self.model.precision):
             volume = self._decode(latent[None].to(self.model.device), case_grid.to_decode)
         return case_grid.values(volume[0, 0].float().cpu().numpy())

@@ -1,4 +1,4 @@
-"""Options of inpainting a case."""
+"""Define the options of inpainting a case."""
 
 from typing import Annotated
 

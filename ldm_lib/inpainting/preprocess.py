@@ -1,6 +1,6 @@
-"""One case between its file's voxels and a model's: what the model sees of it, and what of an answer fills the hole.
+"""Bring a case to the model's grid, and bring decoded volumes back to the voxels of the mask.
 
-file (x y z) => the model's voxel size, padded LPS => latents ... decoded volume => values of the hole's voxels
+file (x y z) => the model's voxel size, padded LPS => latents ... decoded volume => values at the voxels of the mask
 """
 
 from dataclasses import dataclass, replace
@@ -18,14 +18,14 @@ from ldm_lib.inpainting.edge_blending import EdgeCorrection, rim
 
 @dataclass(frozen=True)
 class CaseGrid:
-    """What all samples of one case share.
+    """Hold what all samples of one case share.
 
     Attributes:
         data: the case.
         spacing_mm: the model's voxel size.
-        multiple: voxels per latent cell and axis.
-        blend_mm: how far the hole's edge is made to fit (`blending`), 0: not at all. Voxels of unequal edges count as
-            cubes of their volume.
+        multiple: voxels per latent voxel and axis.
+        blend_mm: reach of the intensity correction at the mask's edge (`edge_blending`), 0 is off. Anisotropic voxels
+            count as cubes of their volume.
     """
 
     data: CaseData
@@ -35,91 +35,50 @@ class CaseGrid:
 
     @cached_property
     def to_see(self) -> GridCase:
-        """The case as the network sees it, without its truth."""
-        return replace(grid_case(self._there, self.multiple), target=None)
+        """Return the case as the network sees it, without its target."""
+        return replace(grid_case(self._resampled, self.multiple), target=None)
 
     @cached_property
     def to_decode(self) -> np.ndarray:
-        """(x, y, z) bool on the model's grid: the voxels that are needed, those of the hole and of its rim."""
-        return self._frame.to_model(rim(self._there.mask))
+        """Return the voxels to decode, (x, y, z) bool on the model's grid: the mask and its face neighbours."""
+        return self._frame.to_model(rim(self._resampled.mask))
 
     def values(self, volume: np.ndarray) -> np.ndarray:
-        """(n,) what fills the n voxels of the hole, in the file's units and from 0 up.
+        """Return the values at the n voxels of the mask, (n,), in the file's units and from 0 up.
 
         Args:
-            volume: (x, y, z) normalised, on the model's grid, decoded at least where `to_decode` says.
+            volume: (x, y, z) normalised, on the model's grid, decoded at least where `to_decode` is True.
         """
-        hole, decoded = self.data.mask, self._at_home(self._frame.to_file(volume))
-        values = decoded[hole]
+        decoded = self._on_file_grid(self._frame.to_file(volume))
+        values = decoded[self.data.mask]
         if self._edge:
             values = values + self._edge(decoded, normalise(self.data.voided, self.data.scale))
         return np.maximum(values, 0) * np.float32(self.data.scale)
 
-    def _at_home(self, volume: np.ndarray) -> np.ndarray:
-        """A volume in the model's voxels -> in the file's, in the hole and its rim at least."""
-        if self._way is None:
+    def _on_file_grid(self, volume: np.ndarray) -> np.ndarray:
+        """Resample a volume from the model's voxels to the file's, in the mask and its face neighbours at least."""
+        if self._resampling is None:
             return volume
-        known = normalise(self._there.voided, self.data.scale)
-        wanted, home = rim(self.data.mask), np.zeros(self.data.mask.shape, np.float32)
-        home[wanted] = self._way.back(np.where(rim(self._there.mask), volume, known), np.argwhere(wanted))
-        return home
+        known = normalise(self._resampled.voided, self.data.scale)
+        needed, result = rim(self.data.mask), np.zeros(self.data.mask.shape, np.float32)
+        combined = np.where(rim(self._resampled.mask), volume, known)
+        result[needed] = self._resampling.back(combined, np.argwhere(needed))
+        return result
 
     @cached_property
-    def _way(self) -> Resampling | None:
+    def _resampling(self) -> Resampling | None:
         return resampling(self.data, self.spacing_mm)
 
     @cached_property
-    def _there(self) -> CaseData:
-        return resampled(self.data, self._way)
+    def _resampled(self) -> CaseData:
+        return resampled(self.data, self._resampling)
 
     @cached_property
     def _frame(self) -> Frame:
-        return self._there.frame(self.multiple)
+        return self._resampled.frame(self.multiple)
 
     @cached_property
     def _edge(self) -> EdgeCorrection | None:
         if not self.blend_mm:
             return None
         return EdgeCorrection(self.data.mask, reach_vox=self.blend_mm / self.data.cube_mm)
-
-
-@dataclass(frozen=True)
-class Inpainting:
-    """K inpainted volumes of one case, kept as what differs between them; volumes are in the file's order and units.
-
-    Attributes:
-        voided: (x, y, z) float32.
-        mask: (x, y, z) bool.
-        values: (K, n) float32, what each sample holds at the n voxels of the mask.
-    """
-
-    voided: np.ndarray
-    mask: np.ndarray
-    values: np.ndarray
-
-    def sample(self, k: int) -> np.ndarray:
-        """The k-th sample (x, y, z), equal to the voided image outside the mask."""
-        return self._pasted(self.values[k])
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Of the samples, (x, y, z)."""
-        return self._pasted(self.values.mean(axis=0, dtype=np.float64))
-
-    @property
-    def std(self) -> np.ndarray:
-        """Standard deviation of each voxel over the samples (ddof 0), (x, y, z), 0 outside the mask."""
-        spread = np.zeros_like(self.voided)
-        spread[self.mask] = self.values.std(axis=0, dtype=np.float64)
-        return spread
-
-    @property
-    def nearest(self) -> np.ndarray:
-        """The sample with the smallest mean squared distance to the mean: the most typical that is no average."""
-        apart = self.values - self.values.mean(axis=0, dtype=np.float64)
-        return self._pasted(self.values[np.argmin(np.square(apart).sum(axis=1))])
-
-    def _pasted(self, values: np.ndarray) -> np.ndarray:
-        volume = self.voided.copy()
-        volume[self.mask] = values
-        return volume

@@ -1,0 +1,120 @@
+"""Hold the samples of one inpainted case, and write them in the scan's own grid, header and data type."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ldm_lib.data.case import CaseData
+from ldm_lib.data.nifti import require_results_writable, stem
+from ldm_lib.data.volume import write_like, write_map
+from ldm_lib.files import given_path
+
+ENDINGS = (".nii", ".nii.gz")
+
+
+class Samples(Sequence[np.ndarray]):
+    """Give the samples of a result as volumes (x, y, z), each made when it is asked for."""
+
+    def __init__(self, result: "Inpainting") -> None:
+        self._result = result
+
+    def __len__(self) -> int:
+        return len(self._result.values)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        return self._result.pasted(self._result.values[k])
+
+
+@dataclass(frozen=True)
+class Inpainting:
+    """Hold K inpainted volumes of one case; volumes are (x, y, z) in the file's voxel order and units.
+
+    Attributes:
+        data: the case that was inpainted.
+        values: (K, n) float32, the values of each sample at the n voxels of the mask.
+
+    Example:
+        >>> import ldm_lib as ldm
+        >>> case = ldm.load_case(ldm.find_cases(cohort)[0])
+        >>> result = ldm.Inpainter.load(model)(case, n_samples=2, steps=2)
+        >>> bool((result.mean == case.voided)[~case.mask].all())  # known voxels are untouched
+        True
+        >>> len(result.samples), float(result.std[~case.mask].max())
+        (2, 0.0)
+        >>> [path.name for path in result.save(folder)][:2]
+        ['Synthetic_00000-t1n-inference-0000.nii.gz', 'Synthetic_00000-t1n-inference-0000-std.nii.gz']
+    """
+
+    data: CaseData
+    values: np.ndarray
+
+    @property
+    def samples(self) -> Samples:
+        """Return the K samples, each equal to the voided image outside the mask."""
+        return Samples(self)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Return the mean over the samples."""
+        return self.pasted(self.values.mean(axis=0, dtype=np.float64))
+
+    @property
+    def std(self) -> np.ndarray:
+        """Return the standard deviation of each voxel over the samples (ddof 0); 0 outside the mask."""
+        std = np.zeros_like(self.data.voided)
+        std[self.data.mask] = self.values.std(axis=0, dtype=np.float64)
+        return std
+
+    @property
+    def medoid(self) -> np.ndarray:
+        """Return the sample with the smallest mean squared distance to the mean."""
+        difference = self.values - self.values.mean(axis=0, dtype=np.float64)
+        return self.pasted(self.values[np.argmin(np.square(difference).sum(axis=1))])
+
+    def pasted(self, values: np.ndarray) -> np.ndarray:
+        """Return the voided image with these n values in the mask."""
+        volume = self.data.voided.copy()
+        volume[self.data.mask] = values
+        return volume
+
+    def save(self, path: str | Path, *, samples: bool = False) -> list[Path]:
+        """Write the result with the scan's header; voxels outside the mask keep their bits.
+
+        Of one sample there is one file. Of several samples `<output>` is the mean, `<output>-std` the standard
+        deviation (float32, source units) and `<output>-nearest` the medoid sample.
+
+        Args:
+            path: a file that ends in .nii or .nii.gz, or a folder, which takes `<case>-t1n-inference.nii.gz`.
+            samples: write each sample too, as `<output>-sample-000k`.
+
+        Returns:
+            the files written.
+
+        Raises:
+            InputError: a file that cannot be written or is one of the inputs, or a value that is not finite.
+        """
+        output = given_path(path)
+        if not output.name.lower().endswith(ENDINGS):
+            output.mkdir(parents=True, exist_ok=True)
+            output /= self.data.case.result_name
+        paths = result_paths(output, len(self.values), each=samples)
+        require_results_writable(paths.values(), self.data.case.files().values())
+        volumes = {"": lambda: self.mean, "nearest": lambda: self.medoid}  # each is made when it is written
+        volumes |= {f"sample-{k:04d}": partial(self.samples.__getitem__, k) for k in range(len(self.values))}
+        return [
+            write_map(path, self.std, self.data.source.affine)
+            if name == "std"
+            else write_like(path, self.data.source, volumes[name](), self.data.mask)
+            for name, path in paths.items()
+        ]
+
+
+def result_paths(output: Path, samples: int, *, each: bool) -> dict[str, Path]:
+    """Return the files of a result by what they hold: "" the volume, "std", "nearest" and "sample-000k"."""
+    names = (["std", "nearest"] if samples > 1 else []) + [f"sample-{k:04d}" for k in range(samples if each else 0)]
+    first = stem(output)
+    ending = output.name[len(first) :]
+    return {"": output} | {name: output.with_name(f"{first}-{name}{ending}") for name in names}

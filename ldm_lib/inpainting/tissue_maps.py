@@ -1,0 +1,107 @@
+"""Make the tissue map that a model needs from the scan, and keep it in the user's cache.
+
+    <cache>/tissue_maps/<key>.nii.gz, <key>.json     $LDM_CACHE, else the platform's cache folder and `ldm_lib`
+
+The key is a digest of the voxels, mask, affine, settings and code version that decide the map, so that the same scan
+is registered once, whichever way it is inpainted. The JSON file holds the map's provenance and its digest.
+"""
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ldm_lib.data.case import NO_MAP, TISSUE_LABELS, CaseData
+from ldm_lib.data.masks import read_labels
+from ldm_lib.errors import LdmError
+from ldm_lib.files import fingerprint, given_path, require_writable
+
+log = logging.getLogger("ldm_lib")
+
+CACHE_VARIABLE = "LDM_CACHE"
+MOST_MAPS = 1000  # a map of a whole head at 1 mm takes about 0.3 MB; the least recently used ones are removed
+
+
+def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
+    """Return the case with a tissue map made from its voided scan; without one, and a warning, if the atlas does not fit.
+
+    Args:
+        refine: how the labels of visible voxels are refined, as in `make_tissue_map`.
+    """
+    from ldm_lib.data.conditioning_maps import make_tissue_map  # dipy takes seconds to load
+
+    where = data.case.t1n_voided or data.case.t1n
+    with _map_folder() as (folder, kept):
+        made = make_tissue_map(data, folder / f"{_key(data, refine)}.nii.gz", refine=refine)
+        labels = None if made.refused else read_labels(made.path, data.source, TISSUE_LABELS)
+        if kept:
+            _remove_oldest(folder, made.path)
+    if labels is None:
+        log.warning("%s: no tissue map: %s; inpainted without", where, made.refused)
+        return data
+    if made.made_now:
+        place = f"; kept in {folder}" if kept else ""
+        log.warning("%s: no tissue map given, made from the scan with the MNI152 atlas%s", where, place)
+    else:
+        log.info("%s: no tissue map given, found the one made before in %s", where, folder)
+    warnings = tuple(text for text in data.warnings if text != NO_MAP.format("tissue"))
+    return replace(data, tissue=labels, warnings=warnings)
+
+
+def cache_folder() -> Path:
+    """Return the cache folder of this user.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    if named := os.environ.get(CACHE_VARIABLE):
+        return given_path(named)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "ldm_lib"
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "ldm_lib"
+
+
+@contextmanager
+def _map_folder() -> Iterator[tuple[Path, bool]]:
+    """Yield the folder of kept maps and True, or a temporary folder and False where none can be kept."""
+    try:
+        folder = cache_folder() / "tissue_maps"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # maps are made from patients' data
+        require_writable(folder / "map.nii.gz")
+        reason = ""
+    except (RuntimeError, OSError, LdmError) as error:
+        reason = getattr(error, "strerror", "") or str(error)
+    if not reason:
+        yield folder, True
+        return
+    log.warning("tissue maps are not kept for the next call: %s; set %s to a folder", reason, CACHE_VARIABLE)
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary), False
+
+
+def _key(data: CaseData, refine: str) -> str:
+    arrays = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in (data.voided, data.mask)]
+    affine = np.asarray(data.source.affine).tolist()
+    return fingerprint({"arrays": arrays, "affine": affine, "scale": data.scale, "refine": refine})[:32]
+
+
+def _remove_oldest(folder: Path, used: Path) -> None:
+    """Bound the cache: mark a map as used, and remove those that were used least recently."""
+    for path in (used, used.with_name(used.name.replace(".nii.gz", ".json"))):
+        if path.exists():
+            os.utime(path)
+    try:
+        records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        for record in records[:-MOST_MAPS]:
+            record.with_suffix(".nii.gz").unlink(missing_ok=True)
+            record.unlink(missing_ok=True)
+    except OSError as error:  # another process removes them too
+        log.info("tissue maps in %s: %s", folder, error)
