@@ -38,7 +38,6 @@ from ldm_lib.experiment.stages import TrainingConfig
 from ldm_lib.files import AUTOENCODER_FOLDER
 from ldm_lib.geometry import Padding
 from ldm_lib.inpainting.inpainter import DEFAULT_STEPS, Inpainter
-from ldm_lib.inpainting.single_file import write_result
 from ldm_lib.model_io import read_config, save_model
 from ldm_lib.training.initialise import build_denoiser
 
@@ -99,10 +98,10 @@ def ours(asked: Row) -> Row:
     encode_s, latents = timed(lambda: inpainter.encode(data), device)
     started = time.perf_counter()
     fill_s, filled = timed(
-        lambda: inpainter.fill(data, latents=latents, callback=lambda _: marks.append(time.perf_counter())), device
+        lambda: inpainter(data, latents=latents, callback=lambda _: marks.append(time.perf_counter())), device
     )
     steps_s = marks[-1] - started
-    write_s, _ = timed(lambda: write_result(filled, data, folder / "ours.nii.gz"), device)
+    write_s, _ = timed(lambda: filled.save(folder / "ours.nii.gz"), device)
     cells = [s.stop - s.start for s in inpainter.model.context(latents)]
     parts = dict(zip(PARTS, (read_s, encode_s, steps_s, fill_s - steps_s, write_s), strict=True))
     row = _row(parts, load_s, device, inpainter.model.denoiser, DEFAULT_STEPS)

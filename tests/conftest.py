@@ -1,5 +1,6 @@
 """What several test files share: a synthetic cohort, networks that run in milliseconds, stages without notebooks."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -10,6 +11,15 @@ torch.set_num_threads(1)  # networks of milliseconds gain nothing from more, and
 
 SCHEDULE = {"steps": 1000, "beta_start": 1e-4, "beta_end": 0.002}  # mild, so that untrained networks stay finite
 SETTINGS = {"growth_threshold": 0.2, "pooling": "area", "mask_dilation": 1, "context": "composite"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep the tissue maps that are made in tests out of the user's cache."""
+    before = os.environ.get("LDM_CACHE")
+    os.environ["LDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("LDM_CACHE") if before is None else os.environ.update(LDM_CACHE=before)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def fill_each(
 ) -> dict[str, np.ndarray]:
     """One sample for each telling, all from one noise: name -> (x, y, z) in the file's order and units."""
     return {
-        name: inpainter.fill(data, samples=1, latents=t.latents, guidance=t.guidance, **how).mean
+        name: inpainter(data, n_samples=1, latents=t.latents, guidance=t.guidance, **how).mean
         for name, t in told.items()
     }
 

@@ -33,7 +33,7 @@ def sampler_rows(
     """
     possible = sorted({n for n in steps if n <= inpainter.model.schedule.steps})
     for data in cases:
-        fill = partial(inpainter.fill, data, latents=inpainter.encode(data), seed=seed, guidance=guidance)
+        fill = partial(inpainter, data, latents=inpainter.encode(data), seed=seed, guidance=guidance)
         for sampler, n in product(samplers_for(inpainter.model.schedule), possible):
             seconds, filled = timed(partial(fill, sampler=sampler, steps=n), inpainter.model.device)
             row = {"case": data.case.key, "sampler": sampler, "steps": n, "seconds": seconds}

@@ -221,11 +221,12 @@ class Job:
         model = self.inpainter.model
         settings = {"make_missing": self.make_missing, "each": self.each, "precision": model.precision}
         settings |= {name: getattr(self.options, name) for name in names} | {"temperature": model.temperature}
-        description = {"cells": model.spec.model_dump(), "crop": model.crop, "box_margin": model.box_margin,
-                       "prediction": model.prediction, "schedule": model.denoiser.folder_config["schedule"]}  # fmt: skip
+        description = {"cells": model.spec.model_dump(), "schedule": model.denoiser.folder_config["schedule"]}
+        description |= {name: getattr(model, name) for name in ("crop", "box_margin", "prediction")}
         weights = [network.folder_config["sha256"] for network in (model.denoiser, model.autoencoder)]
         settings |= {"read_options": case.read_options.model_dump()} if case.read_options != READ_STRICTLY else {}
-        return fingerprint({"weights": weights, "model": description, "files": dict(case.digests), "settings": settings})
+        sources = {"weights": weights, "model": description, "files": dict(case.digests)}
+        return fingerprint(sources | {"settings": settings})
 
 
 def _results(job: Job, cases: Sequence[Case]) -> Iterator[Row]:

@@ -100,6 +100,7 @@ class Inpainter:
         """
         sampling = {"sampler": sampler, "seed": seed, "guidance": guidance}
         InpaintOptions.parse(sampling | {"samples": n_samples, "num_inference_steps": steps})
+        sampling |= {"steps": steps, "callback": callback}
         if isinstance(case, Case):
             data = self.prepare(load_case(case), make_missing=make_missing)
         else:
@@ -109,7 +110,7 @@ class Inpainter:
         names = [sample_name(data.case, k) for k in range(n_samples)]
         at_once = self.model.samples_at_once(latents) if n_samples > 1 else 1
         for start in range(0, n_samples, at_once):
-            drawn = self.model.sample(latents, names[start : start + at_once], steps=steps, callback=callback, **sampling)
+            drawn = self.model.sample(latents, names[start : start + at_once], **sampling)
             values += [self._values(latent, case_grid) for latent in drawn]
         return Inpainting(data, np.stack(values))
 

@@ -30,7 +30,7 @@ MOST_MAPS = 1000  # a map of a whole head at 1 mm takes about 0.3 MB; the least 
 
 
 def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
-    """Return the case with a tissue map made from its voided scan; without one, and a warning, if the atlas does not fit.
+    """Add a tissue map made from the voided scan; log a warning and add none if the atlas does not fit.
 
     Args:
         refine: how the labels of visible voxels are refined, as in `make_tissue_map`.

@@ -166,7 +166,7 @@ def test_a_denoiser_with_nothing_to_mend_fills_the_draft(inpainter, cases):
     latents = mending.encode(data)
     drawn = mending.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=3)[0]
     torch.testing.assert_close(drawn, latents["initial_estimate"], atol=1e-4, rtol=1e-4)
-    filled = mending.fill(data, steps=3).mean
+    filled = mending(data, steps=3).mean
     np.testing.assert_allclose(filled, mending.decode(latents["initial_estimate"], data), atol=1e-3 * data.scale)
 
 

@@ -75,7 +75,7 @@ def test_known_cells_are_as_warm_as_ever(inpainter, encoded, sampler):
 
 def test_colder_samples_of_a_case_lie_nearer_to_each_other(inpainter, cases):
     data = load_case(cases[0])
-    spread = [changed(inpainter, temperature=t).fill(data, samples=2, **HOW).std.sum() for t in (0.25, 0.5, 1.0)]
+    spread = [changed(inpainter, temperature=t)(data, n_samples=2, **HOW).std.sum() for t in (0.25, 0.5, 1.0)]
     assert 0 < spread[0] < 0.8 * spread[1] < 0.8 * 0.8 * spread[2]
 
 
@@ -121,10 +121,10 @@ def test_a_file_is_filled_at_the_temperature_asked_for(cases, tiny_model_folder,
     case, how = cases[0], {"model": tiny_model_folder, "device": "cpu", "steps": 2}
     inpaint(case.t1n_voided, case.mask, tmp_path / "out.nii.gz", temperature=0.4, **how)
     data = load_case(replace(case.to_fill(), growth=None, tissue=None))
-    wanted = changed(inpainter, temperature=0.4).fill(data, steps=2)
+    wanted = changed(inpainter, temperature=0.4)(data, steps=2)
     mask, found = data.mask, read_volume(tmp_path / "out.nii.gz").voxels
     np.testing.assert_allclose(found[mask], wanted.mean[mask], atol=0.51)  # int16
-    assert np.abs(inpainter.fill(data, steps=2).mean - wanted.mean).max() > 2
+    assert np.abs(inpainter(data, steps=2).mean - wanted.mean).max() > 2
 
 
 def test_another_temperature_is_another_result(inpainter, cases, tmp_path):

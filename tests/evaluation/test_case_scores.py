@@ -51,15 +51,9 @@ def test_each_method_is_read_from_its_own_file(data, results):
 
 
 def test_a_sample_is_where_the_inpainter_writes_it(data, tmp_path):
-    from ldm_lib.inpainting.preprocess import Inpainting
-    from ldm_lib.inpainting.single_file import write_result
+    from ldm_lib.inpainting.result import Inpainting
 
-    written = write_result(
-        Inpainting(data.voided, data.mask, np.zeros((2, data.mask.sum()), np.float32)),
-        data,
-        tmp_path / data.case.result_name,
-        samples=True,
-    )
+    written = Inpainting(data, np.zeros((2, data.mask.sum()), np.float32)).save(tmp_path, samples=True)
     assert [sample_path(tmp_path, data, k) for k in range(2)] == written[3:]
 
 

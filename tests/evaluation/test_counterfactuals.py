@@ -66,7 +66,7 @@ def test_guidance_is_the_line_through_told_and_untold(free, data):
 
 def test_a_model_that_was_always_told_cannot_be_guided(inpainter, data):
     with pytest.raises(ConfigError, match="train with conditioning_dropout above 0"):
-        inpainter.fill(data, guidance=2.0, **HOW)
+        inpainter(data, guidance=2.0, **HOW)
 
 
 def test_tellings_differ_in_their_conditioning_alone(inpainter, free, data, cases):
@@ -115,7 +115,7 @@ def test_a_map_of_another_grid_is_cut_or_padded_behind(data):
 def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, cases):
     told = tellings(free, data, other=load_case(cases[2]))
     fills = fill_each(free, data, told, **HOW)
-    np.testing.assert_array_equal(fills["as used"], free.fill(data, **HOW).sample(0))
+    np.testing.assert_array_equal(fills["as used"], free(data, **HOW).samples[0])
     for name, volume in fills.items():
         np.testing.assert_array_equal(volume[~data.mask], data.voided[~data.mask])
         assert name == "as used" or not np.array_equal(volume, fills["as used"])
@@ -123,7 +123,7 @@ def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, case
 
 def test_a_growth_is_told_as_if_it_were_the_cases_own(inpainter, data):
     fills = fill_with_growths(inpainter, data, {"own": data.growth, "none": 0 * data.growth}, **HOW)
-    np.testing.assert_array_equal(fills["own"], inpainter.fill(data, **HOW).sample(0))
+    np.testing.assert_array_equal(fills["own"], inpainter(data, **HOW).samples[0])
     assert not np.array_equal(fills["own"], fills["none"])
 
 

@@ -216,7 +216,7 @@ def test_results_among_the_cases_are_refused(folder, tiny_model_folder, inside):
 def test_a_case_that_cannot_be_filled_is_told_and_the_lock_let_go(two, folder, tiny_model_folder, tmp_path):
     (tmp_path / "results" / two[0].result_name).mkdir(parents=True)
     how = {"model": tiny_model_folder, "tissue": "given", "say": lambda line: None}
-    with pytest.raises(InputError, match=r"1 of 2 cases could not be filled; .*is a directory"):
+    with pytest.raises(InputError, match=r"1 of 2 cases failed; .*is a directory"):
         evaluate(folder, tmp_path, QUICK, **how)
     assert not FolderLock._held and not (tmp_path / "table.md").exists()
 

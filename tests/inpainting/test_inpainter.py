@@ -5,6 +5,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -27,8 +28,8 @@ from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.inpainting import single_file
 from ldm_lib.inpainting.inpainter import Inpainter
-from ldm_lib.inpainting.preprocess import Inpainting
-from ldm_lib.inpainting.single_file import inpaint, write_result
+from ldm_lib.inpainting.result import Inpainting
+from ldm_lib.inpainting.single_file import inpaint
 
 CPU = torch.device("cpu")
 FAST = {"steps": 3, "device": "cpu"}
@@ -139,16 +140,16 @@ def test_without_being_asked_no_sample_is_written(pair, tmp_path, model):
 
 
 def test_one_sample_is_its_own_mean(cases, inpainter):
-    filled = inpainter.fill(load_case(cases[0]), samples=1, steps=2)
-    assert np.array_equal(filled.mean, filled.sample(0)) and not filled.std.any()
+    filled = inpainter(load_case(cases[0]), n_samples=1, steps=2)
+    assert np.array_equal(filled.mean, filled.samples[0]) and not filled.std.any()
 
 
 def test_mean_and_spread_outside_the_mask_are_exact():
     """A third of three equal numbers is the number: the spread of known voxels is exactly 0."""
     voxels = np.random.default_rng(0).uniform(0, 4000, (20, 20, 20)).astype(np.float32)
     mask = voxels > 2000
-    filled = Inpainting(np.where(mask, 0, voxels), mask, np.stack([voxels[mask]] * 3))
-    for volume in (filled.mean, filled.nearest, filled.sample(2)):
+    filled = Inpainting(SimpleNamespace(voided=np.where(mask, 0, voxels), mask=mask), np.stack([voxels[mask]] * 3))
+    for volume in (filled.mean, filled.medoid, filled.samples[2]):
         assert np.array_equal(volume, voxels)
     assert not filled.std.any()
 
@@ -156,7 +157,8 @@ def test_mean_and_spread_outside_the_mask_are_exact():
 def test_the_nearest_sample_is_the_one_nearest_to_the_mean():
     mask = np.ones((2, 1, 1), bool)
     values = np.array([[0, 0], [4, 4], [10, 10]], np.float32)  # mean 4.67
-    assert np.array_equal(Inpainting(np.zeros((2, 1, 1), np.float32), mask, values).nearest.ravel(), [4, 4])
+    case = SimpleNamespace(voided=np.zeros((2, 1, 1), np.float32), mask=mask)
+    assert np.array_equal(Inpainting(case, values).medoid.ravel(), [4, 4])
 
 
 # ---- law 2: no peeking
@@ -182,7 +184,7 @@ def test_what_lies_under_the_mask_changes_nothing(pair, tmp_path, model, caplog)
 def test_a_case_with_its_truth_is_filled_as_one_without(cases, inpainter):
     data = load_case(cases[0])
     blind = replace(data, target=None, healthy=None, unhealthy=None)
-    assert np.array_equal(inpainter.fill(data, steps=2).mean, inpainter.fill(blind, steps=2).mean)
+    assert np.array_equal(inpainter(data, steps=2).mean, inpainter(blind, steps=2).mean)
 
 
 # ---- law 3: an identity in place of the autoencoder
@@ -252,8 +254,8 @@ def test_with_an_identity_for_an_autoencoder_the_truth_comes_back(
     truth = autoencoder.encode(torch.from_numpy(grid_case(data, factor).target)[None, None]).double()
     oracle = KnowsTheTruth(truth, schedule, prediction)
     inpainter = Inpainter(LatentDiffusion(autoencoder, oracle, schedule, LatentSpec(), CPU, "32", prediction))
-    filled = inpainter.fill(data, sampler=sampler, steps=3)
-    write_result(filled, data, tmp_path / "out.nii.gz")
+    filled = inpainter(data, sampler=sampler, steps=3)
+    filled.save(tmp_path / "out.nii.gz")
     assert np.array_equal(raw(tmp_path / "out.nii.gz"), raw(full))
 
 
@@ -263,7 +265,7 @@ def test_the_order_of_a_files_voxels_does_not_matter(tmp_path, inpainter, orient
     for name in ("LPS", orientation):
         _, voided, mask = write_head(tmp_path / name, 155, name)
         data = load_case(case_of_files(voided, mask))
-        write_result(inpainter.fill(data, steps=2), data, tmp_path / f"{name}.nii.gz")
+        inpainter(data, steps=2).save(tmp_path / f"{name}.nii.gz")
         results.append(nib.as_closest_canonical(nib.load(tmp_path / f"{name}.nii.gz")))
     assert np.array_equal(*(np.asanyarray(image.dataobj) for image in results))
     assert np.allclose(results[0].affine, results[1].affine)
@@ -285,8 +287,8 @@ def test_a_file_of_other_voxels_is_filled_in_the_models_and_brought_back(tmp_pat
     autoencoder, schedule = SpaceToDepth(2), noise_schedule()
     latent = autoencoder.encode(torch.from_numpy(grid_case(truth, 2).voided)[None, None]).double()
     oracle = KnowsTheTruth(latent, schedule, "noise")
-    filled = Inpainter(LatentDiffusion(autoencoder, oracle, schedule, LatentSpec(), CPU, "32")).fill(data, steps=3)
-    write_result(filled, data, tmp_path / "out.nii.gz")
+    filled = Inpainter(LatentDiffusion(autoencoder, oracle, schedule, LatentSpec(), CPU, "32"))(data, steps=3)
+    filled.save(tmp_path / "out.nii.gz")
     result = raw(tmp_path / "out.nii.gz")
     assert np.array_equal(result[~hole], head[~hole]) and result.shape == head.shape
     assert np.abs(result - head)[hole].max() < 50 and np.abs(head[hole] - head[hole].mean()).max() > 250
@@ -306,7 +308,7 @@ def test_holes_of_every_kind_are_filled(cases, inpainter, shape):
         mask[-3:, -3:, -3:] = True
     data = replace(data, mask=mask, voided=np.where(mask, 0, data.target))
     for crop in (0, 6):
-        filled = changed(inpainter, crop=crop).fill(data, samples=2, steps=2)
+        filled = changed(inpainter, crop=crop)(data, n_samples=2, steps=2)
         assert np.array_equal(filled.mean[~mask], data.voided[~mask]) and np.isfinite(filled.values).all()
         assert filled.std[centre] > 0
 
@@ -374,7 +376,7 @@ def test_the_edge_is_made_to_fit_unless_told_otherwise(tmp_path):
     off = {}
     for reach in (0.0, 1e5):
         inpainter = Inpainter(model, blend_mm=reach)
-        off[reach] = np.abs(inpainter.fill(data, steps=3).mean - raw(full))[data.mask] / data.scale
+        off[reach] = np.abs(inpainter(data, steps=3).mean - raw(full))[data.mask] / data.scale
     np.testing.assert_allclose(off[0.0], 0.3, atol=1e-4)
     assert off[1e5].max() < 1e-2
 
@@ -407,13 +409,13 @@ def test_a_batch_equals_its_elements_in_any_order(encoded, inpainter, sampler, c
 def test_case_and_seed_determine_a_sample(cases, inpainter, sampler):
     data, how = load_case(cases[0]), {"sampler": sampler, "steps": 3}
     torch.manual_seed(0)
-    one = inpainter.fill(data, seed=5, **how).sample(0)
+    one = inpainter(data, seed=5, **how).samples[0]
     torch.manual_seed(1)
-    inpainter.fill(load_case(cases[1]), seed=6, **how)
-    assert np.array_equal(one, inpainter.fill(data, seed=5, **how).sample(0))
-    assert not np.array_equal(one, inpainter.fill(data, seed=6, **how).sample(0))
-    six = inpainter.fill(data, seed=5, samples=6, **how)  # more than one batch
-    np.testing.assert_allclose(six.sample(0), one, rtol=1e-3, atol=1e-3 * data.scale)
+    inpainter(load_case(cases[1]), seed=6, **how)
+    assert np.array_equal(one, inpainter(data, seed=5, **how).samples[0])
+    assert not np.array_equal(one, inpainter(data, seed=6, **how).samples[0])
+    six = inpainter(data, seed=5, n_samples=6, **how)  # more than one batch
+    np.testing.assert_allclose(six.samples[0], one, rtol=1e-3, atol=1e-3 * data.scale)
     assert len({values.tobytes() for values in six.values}) == 6
 
 
@@ -422,8 +424,8 @@ def test_a_file_is_filled_as_the_case_of_a_cohort(cases, tiny_model_folder, tmp_
     inpaint(case.t1n_voided, case.mask, output, growth=case.growth, tissue=case.tissue, samples=2, seed=9, steps=3,
             model=tiny_model_folder)  # fmt: skip
     data = load_case(case)
-    filled = Inpainter.load(tiny_model_folder).fill(data, samples=2, seed=9, steps=3)
-    write_result(filled, data, tmp_path / "cohort.nii.gz")
+    filled = Inpainter.load(tiny_model_folder)(data, n_samples=2, seed=9, steps=3)
+    filled.save(tmp_path / "cohort.nii.gz")
     assert output.read_bytes() == (tmp_path / "cohort.nii.gz").read_bytes()
     assert case_of_files(case.t1n_voided, case.mask).key == case.key
 
@@ -546,7 +548,7 @@ def test_another_voxel_size_than_the_models_is_told(pair, tmp_path, model, caplo
         write_map(path, volume.raw, volume.affine * np.array([[0.5], [0.5], [0.5], [1]]))
     with caplog.at_level(logging.WARNING):
         inpaint(*pair, tmp_path / "out.nii.gz", **model)
-    assert "voxels of (4.0, 4.0, 4.0) mm; the hole is filled in the model's of 8 mm" in caplog.text
+    assert "voxels of (4.0, 4.0, 4.0) mm; inpainted at the model's 8 mm" in caplog.text
 
 
 def test_without_a_model_the_shipped_weights_serve(tiny_model_folder, monkeypatch):

@@ -15,7 +15,7 @@ from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.model_io import read_config
 from ldm_lib.training.export import ship
 
-HOW = {"samples": 2, "steps": 3, "seed": 1}
+HOW = {"n_samples": 2, "steps": 3, "seed": 1}
 
 
 @pytest.fixture
@@ -78,11 +78,11 @@ def test_it_fills_as_the_original_does_but_for_rounding(stage, cases, tmp_path):
     ship(stage / "model", tmp_path / "weights")
     data = load_case(cases[0])
     original, shipped = (
-        Inpainter.load(folder, device="cpu", precision="32").fill(data, **HOW)
+        Inpainter.load(folder, device="cpu", precision="32")(data, **HOW)
         for folder in (stage / "model", tmp_path / "weights")
     )
     for k in range(2):
-        np.testing.assert_array_equal(shipped.sample(k)[~data.mask], data.voided[~data.mask])
+        np.testing.assert_array_equal(shipped.samples[k][~data.mask], data.voided[~data.mask])
     apart = np.sqrt(np.square(shipped.values - original.values).mean() / original.values.var())
     assert 0 < apart < 0.01
 
