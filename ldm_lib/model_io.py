@@ -1,6 +1,7 @@
-"""Model folders: model.safetensors, and config.json with the kind, how to build it and the sha256 of the weights.
+"""Save and load models: a folder with model.safetensors and config.json.
 
-Loading reads tensors and JSON, and never executes what it reads.
+The config holds the kind of network, the arguments that build it and the sha256 of its weights. Loading reads tensors
+and JSON, and never executes what it reads.
 """
 
 import struct
@@ -14,23 +15,30 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from ldm_lib import files
-from ldm_lib.errors import LdmError, WeightsError
+from ldm_lib.errors import ConfigError, WeightsError
 
 Network = TypeVar("Network", bound=nn.Module)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-REFUSED = (  # what torch raises instead of executing, and where bytes are missing or changed
+UNREADABLE = (  # what torch raises instead of executing code, and where bytes are missing or changed
     torch.serialization.pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError, LookupError,
     OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-BUILD_NAMES = {"front_end": "input_transform"}  # arguments of networks before version 0.8 -> now
+# Names in model folders and checkpoints before version 0.8 -> now: arguments of networks, and parts of tensors' names.
+BUILD_NAMES = {"front_end": "input_transform"}
+TENSOR_NAMES = {"untold": "unconditional_embedding", "null": "null_conditioning", "front": "transform"}
+DERIVED = ("kind", "build", "sha256")  # entries of config.json that `save_model` writes itself
 BUILDERS = {"_instantiator", "_class_path", "_target_"}  # keys by which other libraries name code to call
 
 
 def save_model(folder: Path, model: nn.Module, **facts: Any) -> str:
-    """Write a model folder, weights before config, each atomically; return the weights' sha256.
+    """Write a model folder and return the sha256 of its weights.
+
+    Weights come before the config, each atomically.
 
     Args:
-        facts: plain JSON values to keep with the weights (training, provenance, the autoencoder's sha256).
+        folder: created if needed.
+        model: a network with a `config`: the arguments that build it, as plain JSON values.
+        facts: plain JSON values to keep with the weights, such as provenance or the sha256 of the autoencoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -41,13 +49,22 @@ def save_model(folder: Path, model: nn.Module, **facts: Any) -> str:
     return digest
 
 
+def without_derived(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a config.json without what `save_model` writes itself."""
+    return {name: value for name, value in config.items() if name not in DERIVED}
+
+
 def kind_of(cls: type[nn.Module]) -> str:
     """Return the name of a network class as config.json states it."""
     return cls.__name__.lower()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder."""
+    """Read the config.json of a model folder.
+
+    Raises:
+        WeightsError: there is none, or it is not that of a model.
+    """
     path = Path(folder) / CONFIG
     if not path.exists():
         raise WeightsError("no such model folder", where=path, fix="name a folder with config.json and weights")
@@ -59,20 +76,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model(folder: str | Path, cls: type[Network]) -> Network:
-    """Load the network of a model folder, in evaluation mode and frozen.
+    """Load the network of a model folder, frozen and in evaluation mode.
+
+    Folders that a version before 0.8 wrote are read, too.
 
     Args:
-        cls: its class, such as `Autoencoder` or `ADM`.
+        folder: holds model.safetensors and config.json.
+        cls: class of the network, such as `Autoencoder` or `ADM`.
+
+    Returns:
+        The network; its `folder_config` is the content of config.json.
 
     Raises:
-        WeightsError: another kind, a file that is missing or not what its sha256 says, wrong or non-finite tensors.
+        WeightsError: another kind, a missing file, a file that differs from its sha256, wrong or non-finite tensors.
     """
     folder = Path(folder)
     config = read_config(folder)
     if config["kind"] != kind_of(cls):
         cause = f"holds a model of kind {config['kind']!r}, need {kind_of(cls)!r}"
         raise WeightsError(cause, where=folder, fix=f"name a folder of kind {kind_of(cls)!r}")
-    tensors = _verified_tensors(folder / WEIGHTS, config["sha256"])
+    tensors = current_names(_verified_tensors(folder / WEIGHTS, config["sha256"]))
     _require_fit(cls, config, tensors, folder)
     model = cls(**_build(config))
     model.load_state_dict(tensors)
@@ -81,45 +104,65 @@ def load_model(folder: str | Path, cls: type[Network]) -> Network:
 
 
 def require_pair(denoiser: nn.Module, autoencoder: nn.Module, *, where: Path) -> None:
-    """Refuse a denoiser that was trained on latents of another autoencoder; both as `load_model` returns them."""
+    """Reject a denoiser that was trained on latents of another autoencoder; both as `load_model` returns them."""
     if denoiser.folder_config.get("autoencoder_sha256") != autoencoder.folder_config["sha256"]:
         raise WeightsError("was trained on latents of another autoencoder", where=where,
                            fix="copy the whole model folder, its autoencoder included")  # fmt: skip
 
 
+def current_names(content: Any) -> Any:
+    """Translate the names of tensors that a version before 0.8 wrote, in nested dictionaries and lists.
+
+    A name is a key of a dictionary or an item of a list, such as "average.module.untold".
+    """
+    if isinstance(content, dict):
+        return {_current_name(name): current_names(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_current_name(item) if isinstance(item, str) else current_names(item) for item in content]
+    return content
+
+
+def _current_name(name: Any) -> Any:
+    return ".".join(TENSOR_NAMES.get(part, part) for part in name.split(".")) if isinstance(name, str) else name
+
+
 def _require_fit(
     cls: type[nn.Module], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
-    """Refuse weights that are not those of the network a config describes, before any memory is taken for it."""
+    """Reject weights that are not those of the network a config describes, before any memory is taken for it."""
     cause = "its weights do not fit its config"
     try:
         with torch.device("meta"):
             expected = cls(**_build(config)).state_dict()
-    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError, LdmError) as error:
-        told = f"{cause}, from which nothing can be built ({str(error).splitlines()[0]})"
-        raise WeightsError(told, where=folder, fix="copy the model folder again") from error
-    given, wanted = ({name: _form(t) for name, t in some.items()} for some in (tensors, expected))
-    if wrong := sorted(name for name in {*given, *wanted} if given.get(name) != wanted.get(name)):
-        told = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, needed is {wanted.get(wrong[0], 'none')}"
+    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError, ConfigError) as error:
+        detail = f"{cause}, from which nothing can be built ({str(error).splitlines()[0]})"
+        raise WeightsError(detail, where=folder, fix="copy the model folder again") from error
+    given, needed = ({name: _form(t) for name, t in some.items()} for some in (tensors, expected))
+    if wrong := sorted(name for name in {*given, *needed} if given.get(name) != needed.get(name)):
+        detail = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, needed is {needed.get(wrong[0], 'none')}"
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise WeightsError(f"{cause}: {told}{more}", where=folder, fix="copy the model folder again")
+        raise WeightsError(f"{cause}: {detail}{more}", where=folder, fix="copy the model folder again")
 
 
 def _build(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the network that a config describes, by their names of now."""
+    """Return the arguments of the network that a config describes, by their current names."""
     return {BUILD_NAMES.get(name, name): value for name, value in config["build"].items()}
 
 
 def _form(tensor: torch.Tensor) -> str:
-    """What may not differ: real numbers of any length, or whole ones, and the shape."""
-    return f"{'real' if tensor.is_floating_point() else 'whole'} {tuple(tensor.shape)}"
+    """Describe what may not differ: the shape, and whether numbers are real or integer."""
+    return f"{'real' if tensor.is_floating_point() else 'integer'} {tuple(tensor.shape)}"
 
 
-def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train anew") -> Any:
-    """A checkpoint as torch.save wrote it, its tensors on the CPU; nothing in it is executed, nor asks to be."""
+def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train again") -> Any:
+    """Read a checkpoint of torch.save, its tensors on the CPU, without executing anything in it.
+
+    Raises:
+        WeightsError: it is damaged, holds more than tensors and plain values, or names code to build something.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except REFUSED as error:
+    except UNREADABLE as error:
         unsafe = "Weights only load failed" in str(error)
         cause = "unsafe checkpoint, holds more than tensors" if unsafe else "damaged, not as torch.save writes it"
         raise WeightsError(cause, where=path, fix=fix) from error
@@ -130,7 +173,7 @@ def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train anew
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping that a JSON file beside weights holds."""
+    """Read the mapping in a JSON file that belongs to weights."""
     try:
         return files.read_json(path)
     except ValueError as error:
@@ -138,7 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file."""
+    """Read the tensors of a safetensors file."""
     try:
         return load(path.read_bytes())
     except (SafetensorError, OSError) as error:
@@ -146,7 +189,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], *, where: Path, fix: str) -> None:
-    """Refuse NaN and infinity."""
+    """Reject tensors with NaN or infinity."""
     bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     if bad:
         raise WeightsError(f"non-finite weights in {', '.join(bad[:3])}", where=where, fix=fix)

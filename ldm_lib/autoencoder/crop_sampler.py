@@ -1,4 +1,4 @@
-"""Random crops of training cases, as the autoencoder's training sees them."""
+"""Sample random crops of training cases for the autoencoder's training."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,20 +12,20 @@ from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.model_grid import grid_case
 
 CASES_IN_MEMORY = 64  # at 1 mm 37 MB each
-LAST_PART = 0.9  # of the steps; from there on the crops are as large as they get
+FINAL_CROPS_FROM = 0.9  # fraction of the steps from which on crops have their final size
 
 
 class CropLoader:
-    """Random crops of training cases; the crops of a step depend on (seed, step) alone."""
+    """Sample random crops of training cases; the crops of a step depend on (seed, step) alone."""
 
     def __init__(self, cases: Sequence[Case], config: AutoencoderTrainingOptions, factor: int) -> None:
         self.cases, self.config, self.factor = list(cases), config, factor
         self._load = lru_cache(CASES_IN_MEMORY)(self._images)
 
     def batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """Crops (b 1 x y z) float32, normalised, and the keys of their cases; large crops come in smaller batches."""
+        """Return normalised crops (b 1 x y z) float32 and their cases' keys; large crops come in smaller batches."""
         edge, count = self.config.crop, self.config.autoencoder_batch_size
-        if step >= LAST_PART * self.config.autoencoder_steps:
+        if step >= FINAL_CROPS_FROM * self.config.autoencoder_steps:
             edge = self.config.final_crop
             count = max(1, round(count * (self.config.crop / edge) ** 3))
         crops, names = zip(*(self._crop(step, i, edge - edge % self.factor) for i in range(count)), strict=True)
@@ -45,7 +45,7 @@ class CropLoader:
         return torch.from_numpy(crop.astype(np.float32))[None], self.cases[index].key
 
     def _images(self, index: int) -> list[np.ndarray]:
-        """The voided and, where there is one, the full image (x, y, z); half precision keeps 11 binary digits."""
+        """Load the voided and, if there is one, the full image (x, y, z), in half precision to save memory."""
         case = grid_case(load_case(self.cases[index]), self.factor)
         return [image.astype(np.float16) for image in (case.voided, case.target) if image is not None]
 

@@ -1,6 +1,6 @@
-"""What an autoencoder learns in closed form, from the full images of a few training patients.
+"""Fit in closed form what an autoencoder needs from the full images of a few training patients.
 
-blocks of voxels => front end's deviations, linear code;   latents => their shift and scale
+blocks of voxels => standard deviations of the input transform, linear codec;   latents => their shift and scale
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ from ldm_lib.devices import autocast
 from ldm_lib.errors import TrainingError
 from ldm_lib.geometry import block_mean
 
-PATIENTS = 24  # are enough: at 1 mm and 8 voxels a cell more than 100,000 blocks
+PATIENTS = 24  # enough: at 1 mm and a factor of 8 more than 100,000 blocks
 
 
 def fit_linear_parts(autoencoder: Autoencoder, cases: Sequence[Case]) -> None:
-    """Fit what is not learnt by descent: the front end's deviations and the linear code."""
+    """Fit the parts that gradient descent does not train: the input transform and the linear codec."""
     if autoencoder.transform.channels > 1:
         _, covariance = block_statistics(cases, autoencoder.transform.factor)
         autoencoder.transform.fit(covariance)
@@ -32,10 +32,10 @@ def fit_linear_parts(autoencoder: Autoencoder, cases: Sequence[Case]) -> None:
 
 
 def linear_baselines(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[str, LinearCodec]:
-    """What an autoencoder has to beat: codes of its size that need no descent, on its device.
+    """Return the linear codecs of equal size that an autoencoder has to outperform, on its device.
 
     Returns:
-        "pca", principal components, each block rebuilt by itself, and "linear", from its neighbours too: the
+        "pca", principal components, each block decoded separately, and "linear", decoded from its neighbours too: the
         autoencoder's own, or fitted here where it has none.
     """
     linear = autoencoder.linear
@@ -46,21 +46,21 @@ def linear_baselines(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[st
     return {"pca": deepcopy(linear).decode_blocks_separately(), "linear": linear}
 
 
-def fit_linear_codec(code: LinearCodec, cases: Sequence[Case]) -> None:
-    """Fit a linear code both ways."""
-    code.fit(*block_statistics(cases, code.factor))
-    count, codes, products = 0, 0, 0
-    for image in _images(cases, code.factor):
+def fit_linear_codec(codec: LinearCodec, cases: Sequence[Case]) -> None:
+    """Fit encoder and decoder of a linear codec."""
+    codec.fit(*block_statistics(cases, codec.factor))
+    count, latents, products = 0, 0, 0
+    for image in _images(cases, codec.factor):
         with torch.no_grad():
-            around = code.surroundings(torch.from_numpy(image)[None, None])
-        held = around.any(dim=1)
-        around, blocks = around[held], torch.from_numpy(_blocks(image, code.factor)).double()[held]
-        count, codes, products = count + len(blocks), codes + around.T @ around, products + around.T @ blocks
-    code.fit_estimate(codes / count, products / count)
+            around = codec.neighbourhoods(torch.from_numpy(image)[None, None])
+        used = around.any(dim=1)
+        around, blocks = around[used], torch.from_numpy(_blocks(image, codec.factor)).double()[used]
+        count, latents, products = count + len(blocks), latents + around.T @ around, products + around.T @ blocks
+    codec.fit_estimate(latents / count, products / count)
 
 
 def block_statistics(cases: Sequence[Case], factor: int) -> tuple[Tensor, Tensor]:
-    """Mean (f^3,) and covariance (f^3, f^3) of the blocks that hold any brain, float64."""
+    """Return mean (f^3,) and covariance (f^3, f^3) of the blocks that contain any brain, float64."""
     count, total, products = 0, 0, 0
     for image in _images(cases, factor):
         blocks = _blocks(image, factor)
@@ -71,29 +71,29 @@ def block_statistics(cases: Sequence[Case], factor: int) -> tuple[Tensor, Tensor
 
 
 def _images(cases: Sequence[Case], factor: int) -> Iterator[np.ndarray]:
-    """The full image of a few patients, or the voided one where there is no other, (x, y, z) on the model's grid."""
+    """Yield the full image of a few patients, or else the voided one, (x, y, z) on the model's grid."""
     for case in one_case_per_patient(cases)[:PATIENTS]:
         data = grid_case(load_case(case), factor)
         yield data.voided if data.target is None else data.target
 
 
 def _blocks(image: np.ndarray, factor: int) -> np.ndarray:
-    """(x, y, z) -> (blocks, f^3)."""
+    """Cut an image (x, y, z) into blocks (n, f^3)."""
     return rearrange(image, "(x a) (y b) (z c) -> (x y z) (a b c)", a=factor, b=factor, c=factor)
 
 
 def latent_brain_mask(image: np.ndarray, factor: int) -> np.ndarray:
-    """Latent cells (x/f, y/f, z/f) bool that lie mostly in the brain."""
+    """Return the latent voxels (x/f, y/f, z/f) bool that lie mostly in the brain."""
     return block_mean(image > 0, factor) > 0.5
 
 
 def latent_statistics(
     autoencoder: Autoencoder, cases: Sequence[Case], *, device: torch.device, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (c,) of the unstandardised latents over brain cells, not air.
+    """Return mean and standard deviation (c,) of the unstandardised latents over the brain, not air.
 
     Raises:
-        TrainingError: no case has such a cell.
+        TrainingError: no latent voxel lies mostly in the brain.
     """
     total, count = 0, 0
     for image in _images(cases, autoencoder.factor):
@@ -104,13 +104,13 @@ def latent_statistics(
         total = total + torch.stack([inside.sum(1), inside.square().sum(1)])
         count += inside.shape[1]
     if not count:
-        raise TrainingError("no cell lies mostly in the brain", where="autoencoder", fix="use fewer halvings")
+        raise TrainingError("no latent voxel lies mostly in the brain", where="autoencoder", fix="use fewer halvings")
     mean, square = total / count
     return mean.float().cpu(), (square - mean.square()).clamp(min=0).sqrt().float().cpu()
 
 
 def one_case_per_patient(cases: Sequence[Case]) -> list[Case]:
-    """The first case of each patient."""
+    """Return the first case of each patient."""
     first: dict[str, Case] = {}
     for case in cases:
         first.setdefault(case.patient, case)

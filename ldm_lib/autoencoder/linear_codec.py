@@ -1,4 +1,4 @@
-"""A linear code of blocks of voxels, fitted in closed form: what an autoencoder starts from, or all that it is."""
+"""Encode blocks of voxels linearly, fitted in closed form: where an autoencoder starts, or all that it is."""
 
 import math
 
@@ -7,16 +7,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-QUIET_LOG_VARIANCE = -6.0  # of a posterior beside a linear code: a twentieth of the latents' unit deviation
+QUIET_LOG_VARIANCE = -6.0  # of the posterior with a linear codec: 1/20 of the latents' unit standard deviation
 ALIKE = 0.999  # cosine of an axis and its mirror image, from which on it counts as even, or as odd below its negative
 
 
 class LinearCodec(nn.Module):
-    """A linear code of blocks of f x f x f voxels, c numbers each: where a network beside it starts from.
+    """Encode blocks of f x f x f voxels linearly, c numbers each.
 
-    A block is projected on principal components. It is rebuilt from its own code and the codes of the 26 blocks around
+    A block is projected on principal components. It is decoded from its own latent and those of the 26 blocks around
     it, by least squares, as lapped transforms do (Malvar & Staelin, IEEE Trans. ASSP 37 (1989) 553): no edges show
-    between blocks, and much that a block's own code leaves out is told by the others'. Air is 0 both ways.
+    between blocks, and the neighbours supply much that a block's own latent lacks. Air is 0 both ways.
 
     Args:
         latent_channels: numbers per block.
@@ -27,26 +27,26 @@ class LinearCodec(nn.Module):
         super().__init__()
         self.factor = factor
         self.project = nn.Conv3d(1, latent_channels, factor, stride=factor, bias=False)
-        self.air = nn.Parameter(torch.zeros(latent_channels))  # the code of air, so that codes have mean 0
+        self.air = nn.Parameter(torch.zeros(latent_channels))  # the latent of air, so that latents have mean 0
         self.estimate = nn.Conv3d(latent_channels, factor**3, 3, padding=1, bias=False)
 
     def encode(self, volume: Tensor) -> Tensor:
-        """(b 1 x y z) -> (b c x/f y/f z/f), float32 whatever the caller's precision."""
+        """Encode (b 1 x y z) into (b c x/f y/f z/f), float32 whatever the caller's precision."""
         with torch.autocast(volume.device.type, enabled=False):
             return self.project(volume.float()) + per_channel(self.air)
 
-    def decode(self, code: Tensor) -> Tensor:
-        """(b c x y z) -> (b 1 fx fy fz), float32 whatever the caller's precision."""
-        with torch.autocast(code.device.type, enabled=False):
-            blocks, f = self.estimate(code.float() - per_channel(self.air)), self.factor
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decode (b c x y z) into (b 1 fx fy fz), float32 whatever the caller's precision."""
+        with torch.autocast(latent.device.type, enabled=False):
+            blocks, f = self.estimate(latent.float() - per_channel(self.air)), self.factor
             return rearrange(blocks, "b (i j k) x y z -> b 1 (x i) (y j) (z k)", i=f, j=f, k=f)
 
     @torch.no_grad()
     def fit(self, mean: Tensor, covariance: Tensor) -> None:
-        """Set both ways from the mean (f^3,) and covariance (f^3, f^3) of blocks; each is rebuilt by itself.
+        """Fit encoder and decoder to the mean (f^3,) and covariance (f^3, f^3) of blocks, each block separately.
 
         Without an offset the best axes are those of the second moment. A block and its mirror image, left to right,
-        count as equally likely, so that each axis is even or odd. Codes have mean 0 and unit variance.
+        count as equally likely, so that each axis is even or odd. Latents have mean 0 and unit variance.
         """
         mean, covariance = mean.double(), covariance.double()
         other = self._mirrored
@@ -62,42 +62,49 @@ class LinearCodec(nn.Module):
 
     @property
     def _mirrored(self) -> Tensor:
-        """(f^3,) which voxel of a block, x y z, lies where each does in its mirror image."""
+        """Return (f^3,) the index of each voxel of a block, x y z, in its mirror image."""
         f = self.factor
         return torch.arange(f**3).view(f, f, f).flip(0).flatten()
 
     @property
     def mirror(self) -> Tensor | None:
-        """(c,) 1 for even axes, -1 for odd ones: code of a mirror image = mirror * code, flipped; None if neither."""
+        """Return (c,) 1 for even axes, -1 for odd ones: the latent of a mirror image is mirror * latent, flipped.
+
+        None if an axis is neither.
+        """
         axes = self.project.weight.detach().flatten(1)
         alike = F.cosine_similarity(axes, axes[:, self._mirrored.to(axes.device)])
         return alike.sign() if bool((alike.abs() > ALIKE).all()) else None
 
     @torch.no_grad()
     def decode_blocks_separately(self) -> "LinearCodec":
-        """Rebuild each block by itself from here on."""
+        """Decode each block from its own latent alone from here on."""
         self.estimate.weight.zero_()
         self.estimate.weight[:, :, 1, 1, 1] = torch.linalg.pinv(self.project.weight.flatten(1).double()).float()
         return self
 
     @torch.no_grad()
-    def fit_estimate(self, codes: Tensor, blocks: Tensor) -> None:
-        """Set the way back by least squares, in the presence of the posterior's noise.
+    def fit_estimate(self, latents: Tensor, blocks: Tensor) -> None:
+        """Fit the decoder by least squares, in the presence of the posterior's noise.
 
         Args:
-            codes: (27 c, 27 c) mean products of `surroundings` with themselves.
-            blocks: (27 c, f^3) mean products of `surroundings` with the voxels of the block they surround.
+            latents: (27 c, 27 c) mean products of `neighbourhoods` with themselves.
+            blocks: (27 c, f^3) mean products of `neighbourhoods` with the voxels of the block in their centre.
         """
-        noise = math.exp(QUIET_LOG_VARIANCE) * torch.eye(len(codes), dtype=torch.float64)
-        weight = torch.linalg.solve(codes.double() + noise, blocks.double())
+        noise = math.exp(QUIET_LOG_VARIANCE) * torch.eye(len(latents), dtype=torch.float64)
+        weight = torch.linalg.solve(latents.double() + noise, blocks.double())
         self.estimate.weight.copy_(weight.T.view_as(self.estimate.weight))
 
-    def surroundings(self, volume: Tensor) -> Tensor:
-        """(1 1 x y z) -> (x/f y/f z/f, 27 c): the codes less that of air of each block and its neighbours, float64."""
-        code = F.pad(self.encode(volume)[0] - self.air.view(-1, 1, 1, 1), (1,) * 6).double()
-        return rearrange(code.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1), "c x y z i j k -> (x y z) (c i j k)")
+    def neighbourhoods(self, volume: Tensor) -> Tensor:
+        """Return (x/f y/f z/f, 27 c) float64: the latents, less that of air, of each block and its neighbours.
+
+        Args:
+            volume: (1 1 x y z).
+        """
+        latent = F.pad(self.encode(volume)[0] - self.air.view(-1, 1, 1, 1), (1,) * 6).double()
+        return rearrange(latent.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1), "c x y z i j k -> (x y z) (c i j k)")
 
 
 def per_channel(values: Tensor) -> Tensor:
-    """(c,) where it can be added to or multiplied with (b c x y z)."""
+    """Reshape (c,) so that it broadcasts over (b c x y z)."""
     return values.view(1, -1, 1, 1, 1)

@@ -1,12 +1,14 @@
-"""The autoencoder: volumes to latents and back, MONAI's AutoencoderKL behind a contract of four words.
+"""Encode volumes into latents and decode them: MONAI's AutoencoderKL, a linear codec, or their sum.
 
 volume (b 1 x y z) => posterior mean => standardised latent (b c x/f y/f z/f) => volume
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +16,11 @@ from torch.nn import functional as F
 from ldm_lib.autoencoder._monai import AutoencoderKL, AutoencoderKlMaisi
 from ldm_lib.autoencoder.input_transforms import TRANSFORMS
 from ldm_lib.autoencoder.linear_codec import QUIET_LOG_VARIANCE, LinearCodec, per_channel
-from ldm_lib.errors import ConfigError, InputError
+from ldm_lib.devices import pick_device
+from ldm_lib.errors import ConfigError, InputError, WeightsError
+from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED
+from ldm_lib.geometry import Padding
+from ldm_lib.model_io import load_model, save_model
 
 NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlMaisi}
 NORMS = ("local", "group")
@@ -23,17 +29,29 @@ LEAST_MM, MOST_MM = 0.1, 100.0  # edge of a voxel
 
 
 class Autoencoder(nn.Module):
-    """A KL autoencoder (Rombach et al., arXiv 2112.10752), and the statistics of its latents.
+    """Encode and decode volumes with a KL autoencoder (Rombach et al., arXiv 2112.10752).
 
     Args:
         network: the class, under "class" (AutoencoderKL or AutoencoderKlMaisi), and its arguments as MONAI names them;
-            `of` writes ours.
+            `of` composes them.
         spacing_mm: voxel size it was trained at.
-        input_transform: what stands before and after the network, see `front_ends`.
-        norm: "group" as MONAI has it, or "local", see `LocalNorm`.
-        linear_start: add a linear block code beside the network, see `LinearCode`; it stays as it was fitted.
-        learned: which way has a network: "both"; "decoder", so that a cell's latent depends on its own voxels alone
-            and a hole changes none beside it; or "none", the linear code alone.
+        input_transform: fixed transform before and after the network, see `input_transforms`.
+        norm: "group" as in MONAI, for imported weights, or "local", see `LocalNorm`.
+        linear_start: add the output of a linear codec, see `LinearCodec`; it stays as it was fitted.
+        learned: which parts are networks: "both"; "decoder", so that a latent voxel depends on its own voxels alone
+            and a mask does not change its neighbours; or "none", the linear codec alone.
+
+    Attributes:
+        latent_mean, scale_factor: (c,) shift and scale that standardise the latents.
+        history: one row per training step (step, learning_rate, l1, ...); empty unless it was trained just now.
+
+    Example:
+        >>> import ldm_lib as ldm
+        >>> import numpy as np
+        >>> autoencoder = ldm.Autoencoder.load()
+        >>> image = np.zeros((20, 24, 18), np.float32)
+        >>> autoencoder.factor, autoencoder.latent_channels, autoencoder.reconstruct(image).shape
+        (8, 16, (20, 24, 18))
     """
 
     def __init__(
@@ -56,6 +74,7 @@ class Autoencoder(nn.Module):
             "learned": learned,
         }
         _require_known(self.config)
+        self.history: list[dict[str, float]] = []
         self.transform = TRANSFORMS[input_transform]()
         self.network = None if learned == "none" else self._build_network()
         self.linear = LinearCodec(self.latent_channels, self.factor).requires_grad_(False) if linear_start else None
@@ -75,11 +94,11 @@ class Autoencoder(nn.Module):
         linear_start: bool = True,
         learned: str = "both",
     ) -> "Autoencoder":
-        """AutoencoderKL without attention.
+        """Build an AutoencoderKL without attention.
 
         Args:
             channels: width of each level; each level but the last halves every axis.
-            latent_channels: numbers per latent cell.
+            latent_channels: channels of the latent.
             blocks: residual blocks per level.
         """
         network = {
@@ -95,29 +114,52 @@ class Autoencoder(nn.Module):
             "with_encoder_nonlocal_attn": False,
             "with_decoder_nonlocal_attn": False,
         }
-        how = {"input_transform": input_transform, "norm": norm, "linear_start": linear_start, "learned": learned}
-        return cls(network=network, spacing_mm=spacing_mm, **how)
+        options = {"input_transform": input_transform, "norm": norm, "linear_start": linear_start, "learned": learned}
+        return cls(network=network, spacing_mm=spacing_mm, **options)
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, *, device: str = "cpu") -> "Autoencoder":
+        """Load a trained autoencoder; without a folder, the pretrained one of the package.
+
+        Args:
+            folder: of an autoencoder, or of a latent diffusion model, which has one inside.
+            device: "cpu", "cuda", or "auto", which takes a GPU if there is one.
+
+        Raises:
+            WeightsError: there is no model folder, or it is damaged.
+        """
+        folder = PRETRAINED if folder is None else Path(folder)
+        inside = folder / AUTOENCODER_FOLDER
+        return load_model(inside if inside.is_dir() else folder, cls).to(pick_device(device))
+
+    def save(self, folder: str | Path, **facts: Any) -> str:
+        """Write the autoencoder to a folder and return the sha256 of its weights.
+
+        Args:
+            facts: plain values to keep in config.json.
+        """
+        return save_model(Path(folder), self, **facts)
 
     def _build_network(self) -> nn.Module:
         arguments = {name: value for name, value in self.config["network"].items() if name != "class"}
         network = NETWORKS[self.config["network"]["class"]](**arguments)
         if self.config["norm"] == "local":
-            _localise(network)
+            _replace_group_norms(network)
         if self.config["linear_start"]:
-            _silence(network)
+            _zero_outputs(network)
         if self.config["learned"] == "decoder":
             network.encoder = network.quant_conv_mu = network.quant_conv_log_sigma = None
         return network.to(memory_format=torch.channels_last_3d)  # convolutions on a CPU are twice as fast in it
 
     @property
     def levels(self) -> int:
-        """Resolutions the network works at; each but the last halves every axis."""
+        """Count the resolutions of the network; each but the last halves every axis."""
         network = self.config["network"]
         return len(network.get("channels", network.get("num_channels", ())))
 
     @property
     def factor(self) -> int:
-        """Voxels per latent cell and axis."""
+        """Count the voxels of a latent voxel per axis."""
         return self.transform.factor * 2 ** (self.levels - 1)
 
     @property
@@ -130,11 +172,11 @@ class Autoencoder(nn.Module):
 
     @property
     def mirror(self) -> Tensor | None:
-        """Signs (c,) that turn a flipped latent into that of the mirror image; None where a network encodes."""
+        """Return signs (c,) that turn a flipped latent into that of the mirror image; None where a network encodes."""
         return self.linear.mirror if self.config["learned"] != "both" else None
 
     def moments(self, volume: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation, before standardisation."""
+        """Return posterior mean and standard deviation (b c x/f y/f z/f), before standardisation."""
         self._require_divisible(volume)
         if self.config["learned"] != "both":
             mean = self.linear.encode(volume)
@@ -142,33 +184,52 @@ class Autoencoder(nn.Module):
         mean, std = self.network.encode(self.transform.analyse(volume))
         return (mean, std) if self.linear is None else (mean.float() + self.linear.encode(volume), std)
 
-    def decode_raw(self, code: Tensor) -> Tensor:
-        """Volume (b 1 fx fy fz) from latents before standardisation."""
+    def decode_raw(self, latent: Tensor) -> Tensor:
+        """Decode latents (b c x y z) as they are before standardisation into volumes (b 1 fx fy fz)."""
         if self.network is None:
-            return self.linear.decode(code)
-        volume = self.transform.synthesise(self.network.decode(code))
-        return volume if self.linear is None else volume.float() + self.linear.decode(code)
+            return self.linear.decode(latent)
+        volume = self.transform.synthesise(self.network.decode(latent))
+        return volume if self.linear is None else volume.float() + self.linear.decode(latent)
 
     def encode(self, volume: Tensor) -> Tensor:
-        """Normalised volume (b 1 x y z) -> standardised posterior mean (b c x/f y/f z/f), float32."""
+        """Encode normalised volumes (b 1 x y z) into standardised posterior means (b c x/f y/f z/f), float32.
+
+        Raises:
+            InputError: an axis is not divisible by the factor.
+        """
         mean, _ = self.moments(volume)
         return (mean.float() - per_channel(self.latent_mean)) * per_channel(self.scale_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Standardised latent (b c x y z) -> normalised volume (b 1 fx fy fz), float32."""
+        """Decode standardised latents (b c x y z) into normalised volumes (b 1 fx fy fz), float32."""
         raw = latent / per_channel(self.scale_factor) + per_channel(self.latent_mean)
         return self.decode_raw(raw).float()
 
-    def standardise(self, mean: Tensor, std: Tensor) -> None:
-        """Set shift and scale (c,) from latents' statistics before standardisation; scale factor = 1 / std.
+    def reconstruct(self, image: np.ndarray) -> np.ndarray:
+        """Encode and decode one image (x, y, z) of any shape, in float32.
 
-        What a mirror image turns the sign of has mean 0, whatever was found.
+        Args:
+            image: normalised intensities, 0 in air; see `normalise` in `data.volume`.
+
+        Returns:
+            (x, y, z) float32.
+        """
+        padding = Padding.to_multiple(image.shape, self.factor)
+        volume = torch.from_numpy(padding.pad(np.asarray(image, np.float32)))[None, None]
+        with torch.inference_mode():
+            decoded = self.decode(self.encode(volume.to(self.latent_mean.device)))
+        return padding.crop(decoded[0, 0].cpu().numpy())
+
+    def standardise(self, mean: Tensor, std: Tensor) -> None:
+        """Set shift and scale from mean and standard deviation (c,) of latents; scale factor = 1 / std.
+
+        Channels that change their sign under mirroring get mean 0, whatever was measured.
         """
         self.latent_mean.copy_(mean if self.mirror is None else torch.where(self.mirror < 0, 0, mean.to(self.mirror)))
         self.scale_factor.copy_(1 / std.clamp(min=1e-6))
 
     def freeze(self) -> "Autoencoder":
-        """Evaluation mode, no gradients."""
+        """Switch to evaluation mode, without gradients."""
         return self.eval().requires_grad_(False)
 
     def _require_divisible(self, volume: Tensor) -> None:
@@ -180,10 +241,10 @@ class Autoencoder(nn.Module):
 
 
 class LocalNorm(nn.Module):
-    """Layer norm over the channels of each voxel (Ba et al., arXiv 1607.06450).
+    """Normalise over the channels of each voxel (layer norm, Ba et al., arXiv 1607.06450).
 
-    GroupNorm takes its statistics over the whole grid, so that a crop is coded differently within its volume. Here
-    every voxel has its own, and coding is the same wherever it is cut.
+    GroupNorm takes its statistics over the whole grid, so that a crop is encoded differently within its volume. Here
+    every voxel has its own statistics, and a crop is encoded as its part of the volume is.
     """
 
     def __init__(self, channels: int, eps: float) -> None:
@@ -192,18 +253,21 @@ class LocalNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b c x y z), each voxel by itself."""
+        """Normalise (b c x y z), each voxel separately."""
         normed = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.to(x.dtype).movedim(-1, 1)
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(0, 1)), the mean over latent elements (Kingma & Welling, arXiv 1312.6114, app. B)."""
+    """Return KL(N(mean, std^2) || N(0, 1)), the mean over latent elements (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + std.square() - 2 * std.log() - 1).mean()
 
 
 def _require_known(config: Mapping[str, Any]) -> None:
-    """Refuse what cannot be built, as a config.json may ask for it."""
+    """Reject what cannot be built; a config.json may contain anything."""
+    if config["input_transform"] == "half":
+        raise WeightsError("input_transform 'half' was removed in version 0.8", where="autoencoder",
+                           fix="use version 0.7, or train again with plain or haar")  # fmt: skip
     known = {"input_transform": TRANSFORMS, "norm": NORMS, "learned": LEARNED}
     wrong = [f"{name} {config[name]!r}" for name, choices in known.items() if config[name] not in choices]
     if (name := config["network"].get("class")) not in NETWORKS:
@@ -216,15 +280,15 @@ def _require_known(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"no autoencoder with {', '.join(wrong)}", where="autoencoder", fix="copy its folder again")
 
 
-def _localise(network: nn.Module) -> None:
+def _replace_group_norms(network: nn.Module) -> None:
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.GroupNorm):
                 setattr(parent, name, LocalNorm(child.num_channels, child.eps))
 
 
-def _silence(network: nn.Module) -> None:
-    """Zero posterior mean, nearly no posterior noise and zero output, until training says otherwise."""
+def _zero_outputs(network: nn.Module) -> None:
+    """Start with zero posterior mean, nearly no posterior noise and zero output."""
     mean, log_variance = network.quant_conv_mu.conv, network.quant_conv_log_sigma.conv
     for layer in (mean, log_variance, network.decoder.blocks[-1].conv):
         nn.init.zeros_(layer.weight)

@@ -18,12 +18,12 @@ AnyCodec = Autoencoder | LinearCodec
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """An image that went through an autoencoder.
+    """Hold an image that was encoded and decoded.
 
     Attributes:
         latent: (c, x/f, y/f, z/f) float32, the standardised posterior mean.
-        rebuilt: (x, y, z) float32, decoded from it.
-        encode_s, decode_s: seconds that it took.
+        volume: (x, y, z) float32, decoded from it.
+        encode_s, decode_s: seconds for encoding and decoding.
     """
 
     latent: np.ndarray
@@ -33,27 +33,27 @@ class Reconstruction:
 
 
 def reconstruct(autoencoder: AnyCodec, image: np.ndarray, *, device: torch.device, precision: str) -> Reconstruction:
-    """Encode and decode an image (x, y, z), both ways through the posterior mean."""
-    moments = [time.perf_counter()]
+    """Encode an image (x, y, z) into its posterior mean, decode it, and measure the time of both."""
+    times = [time.perf_counter()]
     with torch.inference_mode(), autocast(device, precision):
         latent = autoencoder.encode(as_batch(image, device)).cpu()
-        moments.append(time.perf_counter())
-        rebuilt = autoencoder.decode(latent.to(device)).cpu()
-        moments.append(time.perf_counter())
-    return Reconstruction(latent[0].numpy(), rebuilt[0, 0].numpy(), *np.diff(moments).tolist())
+        times.append(time.perf_counter())
+        volume = autoencoder.decode(latent.to(device)).cpu()
+        times.append(time.perf_counter())
+    return Reconstruction(latent[0].numpy(), volume[0, 0].numpy(), *np.diff(times).tolist())
 
 
 def decode_box(autoencoder: AnyCodec, latent: Tensor, mask: np.ndarray, margin: int) -> Tensor:
-    """Decode only what is needed around the hole.
+    """Decode only the region around the mask.
 
-    The cells that hold any of the hole, boxed, are decoded together with `margin` cells around the box, as far as the
-    grid goes. With norms of one voxel and a margin as wide as the decoder's receptive field, this is full decoding;
+    The bounding box of the latent voxels that contain any of the mask is decoded together with a margin, as far as the
+    grid goes. With norms of one voxel and a margin as wide as the decoder's receptive field this equals full decoding;
     norms over the grid (GroupNorm) make it an approximation, see `box_loss_db`. Runs in the caller's precision.
 
     Args:
         latent: (b c x y z), standardised, all of one mask.
-        mask: (fx, fy, fz) bool, True = fill this.
-        margin: cells.
+        mask: (fx, fy, fz) bool, True = inpaint.
+        margin: latent voxels around the box.
 
     Returns:
         (b 1 fx fy fz), 0 outside the box.
@@ -62,8 +62,8 @@ def decode_box(autoencoder: AnyCodec, latent: Tensor, mask: np.ndarray, margin: 
         InputError: the mask is empty.
     """
     factor = autoencoder.factor
-    cells = latent_mask(mask, factor)
-    box, wide = latent_box(cells, 0), latent_box(cells, margin)
+    masked = latent_mask(mask, factor)
+    box, wide = latent_box(masked, 0), latent_box(masked, margin)
     decoded = autoencoder.decode(latent[(..., *wide)])
     inside = tuple(
         slice((b.start - w.start) * factor, (b.stop - w.start) * factor) for b, w in zip(box, wide, strict=True)
@@ -73,17 +73,17 @@ def decode_box(autoencoder: AnyCodec, latent: Tensor, mask: np.ndarray, margin: 
     return volume
 
 
-def latent_box(cells: np.ndarray, margin: int) -> tuple[slice, ...]:
-    """Bounding box of cells (x, y, z) bool, grown by `margin` cells on every side as far as the grid goes.
+def latent_box(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
+    """Return the bounding box of a mask (x, y, z) bool, widened by `margin` on every side as far as the grid goes.
 
     Raises:
-        InputError: no cell is set.
+        InputError: the mask is empty.
     """
-    if not cells.any():
-        raise InputError("the mask is empty", fix="give the mask of a hole")
-    return bounding_box(cells, margin)
+    if not mask.any():
+        raise InputError("the mask is empty", fix="give a mask of the region to inpaint")
+    return bounding_box(mask, margin)
 
 
 def as_batch(image: np.ndarray, device: torch.device) -> Tensor:
-    """(x, y, z) -> (1 1 x y z) on the device."""
+    """Turn an image (x, y, z) into a batch (1 1 x y z) on the device."""
     return torch.from_numpy(image)[None, None].to(device)

@@ -1,10 +1,10 @@
-"""Train the autoencoder on crops, and learn its latents' statistics.
+"""Train the autoencoder on crops, and measure the statistics of its latents.
 
     crop (1 x y z) => posterior sample => reconstruction
     loss = L1 + kl_weight * KL + adversarial_weight * (D(reconstruction) - 1)^2
 
-Half of the inputs are voided images, because at inference it encodes both; the target is then the voided image. What
-a step sees is a function of (seed, step), so that a resumed training is the uninterrupted one.
+Half of the inputs are voided images, because at inference it encodes both; the target is then the voided image. The
+data of a step are a function of (seed, step), so that a resumed training equals the uninterrupted one.
 """
 
 import logging
@@ -25,23 +25,26 @@ from ldm_lib.autoencoder.fitting import fit_linear_parts, latent_statistics
 from ldm_lib.autoencoder.losses import discriminator_loss, generator_loss, patch_discriminator
 from ldm_lib.autoencoder.model import Autoencoder, kl_divergence
 from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
-from ldm_lib.data.case import Case
-from ldm_lib.devices import autocast
+from ldm_lib.data.case import Case, load_case
+from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import TrainingError
 from ldm_lib.files import replacing
-from ldm_lib.model_io import read_checkpoint
+from ldm_lib.model_io import current_names, read_checkpoint
 from ldm_lib.options import integers
 
 log = logging.getLogger("ldm_lib")
 
 CHECKPOINT = "last.ckpt"
 CHECKPOINT_EVERY_S = 120.0
+# Parts of a checkpoint before version 0.8 -> now.
+OLD_PARTS = {"judge": "discriminator", "judge_optimiser": "discriminator_optimiser"}
 
 
 class AutoencoderTraining:
-    """An autoencoder, its averaged weights and its judges, one optimiser step at a time.
+    """Hold an autoencoder, its averaged weights and its discriminator, and take one optimiser step at a time.
 
-    Optimised by AdamW through one learning-rate cycle; the discriminator joins after a warm-up, by Adam as LSGAN does.
+    The autoencoder is optimised by AdamW with a one-cycle learning rate; the discriminator joins after a warm-up and is
+    optimised by Adam, as in LSGAN.
     """
 
     def __init__(
@@ -54,81 +57,79 @@ class AutoencoderTraining:
         self.optimiser = torch.optim.AdamW([p for p in autoencoder.parameters() if p.requires_grad], lr=peak)
         rise = min(0.3, 100 / steps)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, peak, total_steps=steps, pct_start=rise)
-        self.judge = self.judge_optimiser = None
+        self.discriminator = self.discriminator_optimiser = None
         if config.adversarial_weight:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                self.judge = patch_discriminator().to(device, memory_format=torch.channels_last_3d)
-            self.judge_optimiser = torch.optim.Adam(self.judge.parameters(), lr=peak, betas=(0.5, 0.999))
+                self.discriminator = patch_discriminator().to(device, memory_format=torch.channels_last_3d)
+            weights = self.discriminator.parameters()
+            self.discriminator_optimiser = torch.optim.Adam(weights, lr=peak, betas=(0.5, 0.999))
 
     def step(self, step: int, volume: Tensor, names: Sequence[str]) -> dict[str, float]:
-        """Learn from one batch; the figures of its loss.
+        """Take one optimiser step on a batch and return the terms of its loss.
+
+        Args:
+            step: counts from 0.
+            volume: crops (b 1 x y z), normalised.
+            names: their cases, for error messages.
 
         Raises:
             TrainingError: a loss that is not finite; names the step and the cases.
         """
         config, volume = self.config, volume.to(self.device, memory_format=torch.channels_last_3d)
-        judged = self.judge is not None and step >= config.adversarial_start * config.autoencoder_steps
+        adversarial = self.discriminator is not None and step >= config.adversarial_start * config.autoencoder_steps
         with autocast(self.device, self.precision):
             mean, std = self.autoencoder.moments(volume)
-            rebuilt = self.autoencoder.decode_raw(mean + std * self._noise(mean, step)).float()
+            reconstruction = self.autoencoder.decode_raw(mean + std * self._noise(mean, step)).float()
             terms = {
-                "l1": F.l1_loss(self._inside(rebuilt), self._inside(volume)),
+                "l1": F.l1_loss(self._inside(reconstruction), self._inside(volume)),
                 "kl": kl_divergence(mean.float(), std.float()),
             }
             loss = terms["l1"] + config.kl_weight * terms["kl"]
-            if judged:
-                terms["adversarial"] = generator_loss(self.judge, rebuilt)
+            if adversarial:
+                terms["adversarial"] = generator_loss(self.discriminator, reconstruction)
                 loss = loss + config.adversarial_weight * terms["adversarial"]
         if not math.isfinite(loss.item()):
             raise TrainingError(f"loss is {loss.item()} at step {step}, on crops of {', '.join(sorted(set(names)))}",
-                                where="autoencoder", fix="lower its learning rate, or look at these cases")  # fmt: skip
+                                where="autoencoder", fix="lower its learning rate, or check these cases")  # fmt: skip
         _descend(self.optimiser, loss, self.autoencoder)
         self.schedule.step()
         self.ema.update_parameters(self.autoencoder)
-        if judged:
+        if adversarial:
             with autocast(self.device, self.precision):
-                terms["discriminator"] = discriminator_loss(self.judge, rebuilt.detach(), volume)
-            _descend(self.judge_optimiser, terms["discriminator"], self.judge)
+                terms["discriminator"] = discriminator_loss(self.discriminator, reconstruction, volume)
+            _descend(self.discriminator_optimiser, terms["discriminator"], self.discriminator)
         return {name: value.item() for name, value in terms.items()}
 
     def _inside(self, crop: Tensor) -> Tensor:
-        """A crop without its outer cells: what is rebuilt there lacks neighbours that it has in a volume."""
-        cell = slice(self.autoencoder.factor, -self.autoencoder.factor)
-        return crop[..., cell, cell, cell]
+        """Cut off the outer latent voxels of a crop: they lack neighbours that they have in a volume."""
+        inner = slice(self.autoencoder.factor, -self.autoencoder.factor)
+        return crop[..., inner, inner, inner]
 
     def _noise(self, mean: Tensor, step: int) -> Tensor:
-        draw = torch.Generator().manual_seed(
-            int(np.random.default_rng([self.config.seed, step, 1 << 20]).integers(2**62))
-        )
-        return torch.randn(mean.shape, generator=draw).to(self.device)
+        seed = int(np.random.default_rng([self.config.seed, step, 1 << 20]).integers(2**62))
+        return torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     def _parts(self) -> dict[str, Any]:
-        parts = {
-            "autoencoder": self.autoencoder,
-            "ema": self.ema,
-            "optimiser": self.optimiser,
-            "schedule": self.schedule,
-        }
-        return parts | ({"judge": self.judge, "judge_optimiser": self.judge_optimiser} if self.judge else {})
+        names = ("autoencoder", "ema", "optimiser", "schedule", "discriminator", "discriminator_optimiser")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def save(self, path: Path, history: Sequence[dict[str, float]]) -> None:
-        """Write everything a resumed training needs, whole or not at all."""
+        """Write all that a resumed training needs, atomically."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
         with replacing(path) as partial:
-            torch.save(
-                {name: part.state_dict() for name, part in self._parts().items()} | {"history": history}, partial
-            )
+            torch.save(state | {"history": history}, partial)
 
     def resume(self, path: Path) -> list[dict[str, float]]:
-        """Take up a checkpoint of `save`; its history."""
-        state = read_checkpoint(path)
+        """Load a checkpoint of `save` and return its history."""
+        state = {OLD_PARTS.get(name, name): part for name, part in current_names(read_checkpoint(path)).items()}
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         return state["history"]
 
 
 def build_autoencoder(config: AutoencoderTrainingOptions, *, spacing_mm: float) -> Autoencoder:
-    """The autoencoder that a stage's parameters describe, its weights a function of the seed."""
+    """Build the autoencoder that the options describe; its weights are a function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Autoencoder.of(
@@ -143,60 +144,109 @@ def build_autoencoder(config: AutoencoderTrainingOptions, *, spacing_mm: float) 
 
 
 def train_autoencoder(
+    cases: Sequence[Case],
+    options: AutoencoderTrainingOptions | None = None,
+    *,
+    folder: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Autoencoder:
+    """Build and train an autoencoder, frozen and with standardised latents.
+
+    Args:
+        cases: training cases, all of one voxel size.
+        options: architecture and training; the defaults suit a first trial, not a good result.
+        folder: takes the checkpoint, from which an interrupted training resumes; None writes nothing.
+        device: "auto", "cpu" or "cuda".
+        precision: "auto", "32", "bf16" or "16".
+
+    Returns:
+        The autoencoder; its `history` has one row per step.
+
+    Raises:
+        TrainingError: a loss that is not finite, or cases without a brain.
+
+    Example:
+        >>> import ldm_lib as ldm
+        >>> from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
+        >>> cases = ldm.make_synthetic_cohort(folder, n_patients=2, spacing_mm=8)
+        >>> options = AutoencoderTrainingOptions(autoencoder_steps=2, crop=8, final_crop=8)
+        >>> autoencoder = ldm.train_autoencoder(cases, options)
+        >>> autoencoder.factor, autoencoder.latent_channels, len(autoencoder.history)
+        (2, 6, 2)
+    """
+    if not cases:
+        raise TrainingError("no cases", where="train_autoencoder", fix="name a folder with cases to find_cases")
+    options = options or AutoencoderTrainingOptions()
+    autoencoder = build_autoencoder(options, spacing_mm=load_case(cases[0]).source.spacing_mm[0])
+    place = pick_device(device)
+    precision = pick_precision(precision, place)
+    fit_autoencoder(autoencoder, cases, options, folder=folder, device=place, precision=precision)
+    return autoencoder
+
+
+def fit_autoencoder(
     autoencoder: Autoencoder,
     cases: Sequence[Case],
     config: AutoencoderTrainingOptions,
     *,
-    folder: Path,
+    folder: str | Path | None,
     device: torch.device,
     precision: str,
 ) -> list[dict[str, float]]:
-    """Train in place, leave the averaged weights, and set the latents' shift and scale.
+    """Train an autoencoder in place, keep its averaged weights, and standardise its latents.
 
     Args:
-        folder: where the checkpoint goes; a training that was killed there is taken up again.
+        folder: takes the checkpoint, from which an interrupted training resumes; None writes nothing.
 
     Returns:
-        one row of figures a step: step, learning_rate, seconds, l1, kl and what else the loss has; none where there is
-        no network to train.
+        One row per step: step, learning_rate, seconds, l1, kl and the adversarial terms, also kept as its `history`;
+        empty where there is no network to train.
 
     Raises:
         TrainingError: a loss that is not finite.
     """
-    if not (checkpoint := folder / CHECKPOINT).exists():
+    checkpoint = Path(folder) / CHECKPOINT if folder else None
+    if not (checkpoint and checkpoint.exists()):
         fit_linear_parts(autoencoder, cases)
-    history = []
     if autoencoder.to(device).network is not None:
         training = AutoencoderTraining(autoencoder, config, device=device, precision=precision)
-        history = _take_steps(training, cases, checkpoint)
+        autoencoder.history = _take_steps(training, cases, checkpoint)
     autoencoder.freeze()
     autoencoder.standardise(*latent_statistics(autoencoder, cases, device=device, precision=precision))
-    return history
+    return autoencoder.history
 
 
-def _take_steps(training: AutoencoderTraining, cases: Sequence[Case], checkpoint: Path) -> list[dict[str, float]]:
-    """Every step of a training that a checkpoint does not hold yet, one row each; leaves the averaged weights."""
-    history, steps = training.resume(checkpoint) if checkpoint.exists() else [], training.config.autoencoder_steps
-    if history:
-        log.info("autoencoder taken up again after step %d", len(history))
+def _take_steps(
+    training: AutoencoderTraining, cases: Sequence[Case], checkpoint: Path | None
+) -> list[dict[str, float]]:
+    """Take all steps that the checkpoint does not contain yet, one row each; leave the averaged weights."""
+    history, steps = [], training.config.autoencoder_steps
+    if checkpoint and checkpoint.exists():
+        history = training.resume(checkpoint)
+        log.info("autoencoder training resumed after step %d", len(history))
     loader, saved = CropLoader(cases, training.config, training.autoencoder.factor), time.monotonic()
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     for step in range(len(history), steps):
         started, rate = time.monotonic(), training.schedule.get_last_lr()[0]
-        figures = training.step(step, *loader.batch(step))
+        terms = training.step(step, *loader.batch(step))
         seconds = time.monotonic() - started
-        history.append({"step": step, "learning_rate": rate, "seconds": seconds, **figures})
+        history.append({"step": step, "learning_rate": rate, "seconds": seconds, **terms})
         if time.monotonic() - saved > CHECKPOINT_EVERY_S or step + 1 == steps:
-            training.save(checkpoint, history)
+            if checkpoint:
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                training.save(checkpoint, history)
             saved = time.monotonic()
             left = (steps - step - 1) * float(np.median([row["seconds"] for row in history[-50:]]))
-            log.info("autoencoder step %d/%d: L1 %.4f; %.0f min left", step + 1, steps, figures["l1"], left / 60)
+            log.info("autoencoder step %d/%d: L1 %.4f; %.0f min left", step + 1, steps, terms["l1"], left / 60)
     training.autoencoder.load_state_dict(training.ema.module.state_dict())
     return history
 
 
 def moving_average(decay: float) -> Any:
-    """Exponential moving average whose decay rises with the number of updates, so that the start is forgotten."""
+    """Return the update of an exponential moving average for torch's `AveragedModel`.
+
+    The decay rises with the number of updates, so that the initial weights are forgotten.
+    """
 
     def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
         rate = min(decay, (1 + int(updates)) / (10 + int(updates)))

@@ -5,8 +5,9 @@ Samples are drawn in latent space, only around the mask; `inpainting.Inpainter` 
 
 import hashlib
 import math
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,19 +33,19 @@ from ldm_lib.diffusion.schedule import NoiseSchedule, noise_schedule
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import ConfigError, WeightsError
 from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED
-from ldm_lib.model_io import load_model, require_pair
+from ldm_lib.model_io import load_model, require_pair, save_model, without_derived
 from ldm_lib.options import Count
 
-BYTES_PER_CHANNEL = 400  # of a denoiser's activations, per latent voxel and channel of its first level: 70 to 190
-# measured, twice that with guidance
-MEMORY_FRACTION = 0.25  # of all memory, for the denoiser's activations of one batch
+# Activations of a denoiser per latent voxel and channel of its first level; 70 to 190 measured, twice that if guided.
+BYTES_PER_CHANNEL = 400
+MEMORY_FRACTION = 0.25  # of all memory, for the activations of one batch
 LARGEST_BATCH = {"cpu": 4, "cuda": 32}
 SCHEDULE_NAMES = {"steps": "diffusion_steps", "shift": "schedule_shift"}  # config.json's schedule -> ScheduleOptions
 CONTEXTS = {"draft": "initial_estimate"}  # as model folders before version 0.8 call it -> now
 
 
 class CaseNoise:
-    """Gaussian noise that depends on (seed, name, step) alone, whatever the batch, order or device."""
+    """Draw Gaussian noise that depends on (seed, name, step) alone, whatever the batch, order or device."""
 
     def __init__(self, names: Sequence[str], seed: int, shape: Sequence[int], device: torch.device) -> None:
         self.names, self.seed, self.shape, self.device = list(names), seed, tuple(shape), device
@@ -59,7 +60,7 @@ class CaseNoise:
 
 
 class ModelSettings(ScheduleOptions):
-    """Describe how a model was trained and how it is sampled, as its config.json states it.
+    """Describe how a model was trained and how it is sampled, as stated in its config.json.
 
     Attributes:
         latent_crop: edge of the latents that it was trained on, latent voxels; 0 for whole latents.
@@ -82,7 +83,7 @@ class ModelSettings(ScheduleOptions):
 
 @dataclass(frozen=True)
 class LatentDiffusion:
-    """A frozen autoencoder and a denoiser, with all that decides how they are used.
+    """Hold a frozen autoencoder and a denoiser, and sample latents with them.
 
     Attributes:
         spec: how cases become latents and conditioning.
@@ -90,12 +91,15 @@ class LatentDiffusion:
         box_margin: margin of the decoded box around the mask, latent voxels; None decodes the whole volume.
         crop: edge of the latents that the denoiser was trained on, latent voxels; 0 for whole latents.
         temperature: scale of the initial noise.
+        process: arguments of `noise_schedule` from which `schedule` was made; `save` needs them.
 
     Example:
         >>> import ldm_lib as ldm
         >>> model = ldm.LatentDiffusion.load(device="cpu")
         >>> model.autoencoder.factor, model.autoencoder.latent_channels
         (8, 16)
+        >>> model.schedule.steps, model.prediction
+        (1000, 'velocity')
     """
 
     autoencoder: Autoencoder
@@ -108,6 +112,7 @@ class LatentDiffusion:
     box_margin: int | None = None
     crop: int = 0
     temperature: float = 1.0
+    process: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -116,13 +121,16 @@ class LatentDiffusion:
         """Load a model folder; without one, the pretrained weights of the package.
 
         Args:
+            folder: as a training or `save` writes it.
+            device: "auto", "cpu" or "cuda"; auto takes a GPU if there is one.
+            precision: "auto", "32", "bf16" or "16".
             temperature: scale of the initial noise; 0 takes the model's own.
 
         Raises:
             WeightsError: no model folder, a damaged one, or a denoiser of another autoencoder.
         """
         folder = Path(folder) if folder else PRETRAINED
-        where = pick_device(device)
+        place = pick_device(device)
         denoiser = load_model(folder, ADM)
         autoencoder = load_model(folder / AUTOENCODER_FOLDER, Autoencoder)
         try:
@@ -134,17 +142,43 @@ class LatentDiffusion:
                                fix="copy the model folder again") from error  # fmt: skip
         require_pair(denoiser, autoencoder, where=folder)
         return cls(
-            autoencoder.to(where),
-            denoiser.to(where),
+            autoencoder.to(place),
+            denoiser.to(place),
             noise_schedule(**settings.process),
             spec,
-            where,
-            pick_precision(precision, where),
+            place,
+            pick_precision(precision, place),
             settings.prediction,
             settings.box_margin,
             settings.latent_crop,
             temperature or settings.temperature or 1.0,
+            settings.process,
         )
+
+    def save(self, folder: str | Path, *, autoencoder_folder: str | Path | None = None, **facts: Any) -> str:
+        """Write denoiser, autoencoder and settings as one model folder; return the sha256 of the denoiser's weights.
+
+        Args:
+            folder: created if needed.
+            autoencoder_folder: of this very autoencoder, copied byte for byte; without it the autoencoder is saved.
+            facts: plain values to keep in config.json.
+        """
+        folder = Path(folder)
+        if autoencoder_folder:
+            shutil.copytree(autoencoder_folder, folder / AUTOENCODER_FOLDER, dirs_exist_ok=True)
+            digest = self.autoencoder.folder_config["sha256"]
+        else:
+            kept = getattr(self.autoencoder, "folder_config", {"box_margin": self.box_margin})
+            digest = self.autoencoder.save(folder / AUTOENCODER_FOLDER, **without_derived(kept))
+        own = {
+            "schedule": dict(self.process),
+            "settings": self.spec.model_dump(),
+            "prediction": self.prediction,
+            "latent_crop": self.crop,
+            "temperature": self.temperature,
+            "autoencoder_sha256": digest,
+        }
+        return save_model(folder, self.denoiser, **(own | facts))
 
     def sample(
         self,
@@ -179,22 +213,22 @@ class LatentDiffusion:
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return to_x0_and_noise(self.prediction, self.schedule, self.predict(x, t, batch, guidance), x, t)
 
-        def placed(x: Tensor) -> Tensor:
-            filled = whole.expand(len(names), -1, -1, -1, -1).clone()
-            filled[box] = x.to(filled)
-            return add_initial_estimate(filled, latents, self.spec)
+        def in_whole(x: Tensor) -> Tensor:
+            latent = whole.expand(len(names), -1, -1, -1, -1).clone()
+            latent[box] = x.to(latent)
+            return add_initial_estimate(latent, latents, self.spec)
 
         def report(state: dict[str, Any]) -> None:
-            callback(state | {name: placed(state[name]) for name in ("x", "x0")})
+            callback(state | {name: in_whole(state[name]) for name in ("x", "x0")})
 
         with torch.inference_mode():
-            return placed(SAMPLERS[sampler](
+            return in_whole(SAMPLERS[sampler](
                 denoise, self.temperature * noise(-1), self.schedule, steps=steps, noise=noise,
                 keep=lambda z: keep_known(z, batch), callback=report if callback else None,
             ))  # fmt: skip
 
     def context(self, latents: Latents) -> tuple[slice, ...]:
-        """Return the box of latent voxels that the denoiser sees, as in training: around the mask, or the whole grid."""
+        """Return the box of latent voxels that the denoiser sees, around the mask or the whole grid, as in training."""
         mask = latents["mask"][0].numpy() > 0
         if not self.crop:
             return tuple(slice(0, n) for n in mask.shape)
@@ -227,7 +261,7 @@ class LatentDiffusion:
 
 
 def _read_spec(config: Mapping[str, Any]) -> LatentSpec:
-    """The latent specification in a denoiser's config.json, every value within its range."""
+    """Read the latent specification in a denoiser's config.json and check every value."""
     settings = {**config["settings"]}
     settings["context"] = CONTEXTS.get(settings["context"], settings["context"])
     spec = LatentSpec.parse(settings)

@@ -1,4 +1,4 @@
-"""The denoiser: the ablated diffusion model of Dhariwal & Nichol (arXiv 2105.05233) in true 3D."""
+"""Define the denoiser: the ablated diffusion model (ADM) of Dhariwal & Nichol (arXiv 2105.05233) in 3D."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from ldm_lib.errors import ConfigError
 
 
 class ADM(nn.Module):
-    """A U-Net from a noisy latent, what the caller concatenates to it, and t, to the noise.
+    """Predict the noise (or another target) from a noisy latent, its conditioning and the timestep, with a 3D U-Net.
 
-    Each level but the last halves all three axes. Its output is zero until it is trained.
+    Each level but the last halves all three axes. The output is zero until the network is trained.
 
     Args:
         in_channels: channels of x: latents, conditioning and mask together.
-        out_channels: channels of the predicted noise.
+        out_channels: channels of the prediction.
         base_width: channels of the first level.
         multipliers: width of each level, in units of base_width.
         blocks_per_level: residual blocks on the way down; one more on the way up.
@@ -27,9 +27,9 @@ class ADM(nn.Module):
             the middle of the network always has one.
         head_channels: channels per attention head.
         dropout: probability, in [0, 1), before the last convolution of each block.
-        conditioning: where the channels of x that hold the conditioning start and stop, if the network is to do without
-            it as well: a learned value a channel then stands in its place, and a learned flag is added to the
-            timestep's embedding (Ho & Salimans 2022, arXiv 2207.12598). Empty: it always has its conditioning.
+        conditioning: start and stop of the conditioning among the channels of x, for a network that can also be used
+            unconditionally: a learned value per channel then replaces the conditioning, and a learned embedding is
+            added to that of the timestep (Ho & Salimans 2022, arXiv 2207.12598). Empty: always conditioned.
 
     Raises:
         ConfigError: an option is out of range, or x does not have in_channels.
@@ -71,17 +71,17 @@ class ADM(nn.Module):
         self.norm = Norm(base_width)
         self.head = zero(conv(base_width, out_channels))
         if conditioning:
-            self.null = nn.Parameter(torch.randn(conditioning[1] - conditioning[0]))
-            self.untold = nn.Parameter(0.02 * torch.randn(embedding))
+            self.null_conditioning = nn.Parameter(torch.randn(conditioning[1] - conditioning[0]))
+            self.unconditional_embedding = nn.Parameter(0.02 * torch.randn(embedding))
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's options as plain values: `ADM(**config)` is the same network."""
+        """Return the constructor's options as plain values: `ADM(**config)` builds the same network."""
         return {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}
 
     @property
     def supports_unconditional(self) -> bool:
-        """Whether it can be run without its conditioning."""
+        """Return whether the network can be used without its conditioning."""
         return bool(self._config["conditioning"])
 
     def forward(self, x: Tensor, t: Tensor, conditioned: Tensor | None = None) -> Tensor:
@@ -90,7 +90,7 @@ class ADM(nn.Module):
         Args:
             x: (b c x y z) latents of any size; padded with zeros inside, and cropped back.
             t: (b,) timesteps.
-            conditioned: (b,) 1 where it may see the conditioning in x, 0 where not; None shows it to all.
+            conditioned: (b,) 1 for conditional, 0 for unconditional samples; None: all are conditional.
 
         Returns:
             (b out_channels x y z), in the dtype of x.
@@ -118,16 +118,16 @@ class ADM(nn.Module):
         return h[:, :, *box].to(x.dtype)
 
     def _without_conditioning(self, x: Tensor, embedding: Tensor, conditioned: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the learned null in the place of what an element is not conditioned, and raise the flag."""
+        """Replace the conditioning of unconditional samples by the learned null conditioning."""
         if not self.supports_unconditional:
-            raise ConfigError("it always had its conditioning in training and cannot do without", where="ADM",
+            raise ConfigError("it was trained with conditioning only and has no unconditional mode", where="ADM",
                               fix="train with conditioning_dropout above 0")  # fmt: skip
         start, stop = self._config["conditioning"]
         shown = conditioned[:, None, None, None, None]
         given = x[:, start:stop]
-        null = self.null.to(x.dtype)[:, None, None, None].expand_as(given)
+        null = self.null_conditioning.to(x.dtype)[:, None, None, None].expand_as(given)
         x = torch.cat([x[:, :start], shown * given + (1 - shown) * null, x[:, stop:]], dim=1)
-        return x, embedding + (1 - conditioned[:, None]) * self.untold
+        return x, embedding + (1 - conditioned[:, None]) * self.unconditional_embedding
 
     def _build(self, embedding: int) -> tuple[nn.ModuleList, BlockSequence, nn.ModuleList]:
         config, rates = self._config, self._config["attention_rates"]
@@ -139,8 +139,7 @@ class ADM(nn.Module):
             return ResidualBlock(inside, outside, embedding, dropout=dropout, resample=resample)
 
         def attend(level: int) -> list[nn.Module]:
-            wanted = 2**level in rates
-            return [Attention(widths[level], config["head_channels"])] if wanted else []
+            return [Attention(widths[level], config["head_channels"])] if 2**level in rates else []
 
         down, skips, channels = nn.ModuleList(), [widths[0]], widths[0]
         for level, width in enumerate(widths):
@@ -165,16 +164,16 @@ class ADM(nn.Module):
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of trainable parameters."""
+    """Count the trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def count_flops(module: ADM, shape: Sequence[int], *, backward: bool = False) -> int:
-    """FLOPs (two a multiply-add) of one forward of one sample, counted without computing it.
+    """Count the FLOPs (two per multiply-add) of one forward pass of one sample, without computing it.
 
     Args:
         module: the network.
-        shape: latent cells (x y z).
+        shape: of the latent, (x y z).
         backward: count a backward to all weights as well.
     """
     with torch.device("meta"):
@@ -182,9 +181,9 @@ def count_flops(module: ADM, shape: Sequence[int], *, backward: bool = False) ->
         x = torch.empty(1, module.config["in_channels"], *shape)
         t = torch.zeros(1)
     with FlopCounterMode(display=False) as counter:
-        answer = twin(x, t)
+        output = twin(x, t)
         if backward:
-            answer.sum().backward()
+            output.sum().backward()
     return counter.get_total_flops()
 
 
@@ -193,12 +192,12 @@ def _is_range(given: Sequence[int], channels: int) -> bool:
 
 
 def _split(padding: int) -> tuple[int, int]:
-    """Padding before and after an axis."""
+    """Split the padding of an axis into before and after."""
     return padding // 2, padding - padding // 2
 
 
 def _check(config: dict[str, Any]) -> None:
-    """Refuse options from which no network can be built."""
+    """Reject options from which no network can be built."""
     levels = len(config["multipliers"])
     widths = [config["base_width"] * m for m in config["multipliers"]]
     rates = [2**level for level in range(levels)]
@@ -215,7 +214,7 @@ def _check(config: dict[str, Any]) -> None:
             and not any(w % max(1, w // config["head_channels"]) for w in [*attending, *widths[-1:]]),
             f"sizes that divide the attending widths {[*attending, *widths[-1:]]} into equal heads",
         ),
-        "dropout": (0 <= config["dropout"] < 1, "0 up to, but not, 1"),
+        "dropout": (0 <= config["dropout"] < 1, "0 up to, but not including, 1"),
         "conditioning": (
             not config["conditioning"] or _is_range(config["conditioning"], config["in_channels"]),
             f"none, or start and stop within {config['in_channels']} channels",
@@ -224,5 +223,5 @@ def _check(config: dict[str, Any]) -> None:
     for name, (fit, allowed) in fits.items():
         if not fit:
             raise ConfigError(
-                f"{config[name]} given, {allowed} allowed", where=f"ADM, {name}", fix="see `make params NB=04`"
+                f"{config[name]} given, {allowed} allowed", where=f"ADM, {name}", fix="see docs/parameters.md"
             )

@@ -1,4 +1,4 @@
-"""What the denoiser is built of: residual blocks that see the timestep, attention, and norms in float32."""
+"""Define the building blocks of the denoiser: residual blocks, attention, and norms in float32."""
 
 import math
 
@@ -8,17 +8,17 @@ from torch.nn import functional as F
 
 
 class BlockSequence(nn.Sequential):
-    """Residual blocks, which see the timestep, and attention, which does not, one after another."""
+    """Apply residual blocks, which see the timestep, and attention, which does not, one after another."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (b c x y z), given the timestep's embedding (b e)."""
+        """Map (b c x y z), given the embedding (b e) of the timestep."""
         for layer in self:
             x = layer(x, embedding) if isinstance(layer, ResidualBlock) else layer(x)
         return x
 
 
 class ResidualBlock(nn.Module):
-    """BigGAN-style residual block: both branches resampled, the second norm scaled and shifted by t.
+    """Apply a BigGAN-style residual block: both branches resampled, the second norm scaled and shifted by t.
 
     Source: Dhariwal & Nichol 2021, section 3.1 (adaptive group normalisation, eq. 3).
     """
@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (b c x y z), given the timestep's embedding (b e)."""
+        """Map (b c x y z), given the embedding (b e) of the timestep."""
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         scale, shift = self.scale_shift(embedding)[:, :, None, None, None].chunk(2, dim=1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
@@ -50,7 +50,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all cells, added to its input."""
+    """Add multi-head self-attention over all latent voxels."""
 
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
@@ -68,9 +68,9 @@ class Attention(nn.Module):
 
 
 class Conv(nn.Conv3d):
-    """Convolution, in float32 on a CPU where an axis has one or two cells.
+    """Convolve, in float32 on a CPU where an axis has one or two voxels.
 
-    There the weight gradient of torch 2.13 in bfloat16 reads memory that nobody wrote, and is NaN now and then.
+    There the bfloat16 weight gradient of torch 2.13 reads uninitialised memory and is sometimes NaN.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ class Conv(nn.Conv3d):
 
 
 class Norm(nn.GroupNorm):
-    """Group normalisation, computed in float32 under any autocast.
+    """Normalise over groups of channels, in float32 under any autocast.
 
-    In 32 groups, or in fewer where the channels do not divide or a group would have under four:
-    a group of one channel would forget the channel's mean.
+    There are 32 groups, or fewer where the channels do not divide or a group would have fewer than four channels: a
+    group of one channel would lose the channel's mean.
     """
 
     def __init__(self, channels: int) -> None:
@@ -98,7 +98,7 @@ class Norm(nn.GroupNorm):
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Cosines and sines of t (b,) at width // 2 frequencies from 1 down to 1e-4: (b width) float32."""
+    """Return cosines and sines of t (b,) at width // 2 frequencies from 1 down to 1e-4: (b width) float32."""
     half = width // 2
     frequencies = torch.exp(-math.log(1e4) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
@@ -106,12 +106,12 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 def conv(in_channels: int, out_channels: int) -> nn.Conv3d:
-    """Three cells wide, and as large as its input."""
+    """Build a 3x3x3 convolution that keeps the size of its input."""
     return Conv(in_channels, out_channels, 3, padding=1)
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """The module, its weights set to 0."""
+    """Set the weights of a module to 0 and return it."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm_lib.errors import TrainingError, WeightsError
 from ldm_lib.files import replacing, sha256
-from ldm_lib.model_io import read_checkpoint
+from ldm_lib.model_io import current_names, read_checkpoint
 
 log = logging.getLogger("ldm_lib")
 
@@ -123,7 +123,7 @@ def read_verified(path: Path) -> dict[str, Any]:
         raise WeightsError(f"cannot be read ({error.strerror})", where=path, fix=fix) from error
     if found not in _digests(path):
         raise WeightsError("is not what its sha256 says", where=path, fix=fix)
-    return read_checkpoint(path)
+    return current_names(read_checkpoint(path))
 
 
 def require_room(folder: Path, needed: int) -> None:

@@ -56,7 +56,8 @@ def new_model(autoencoder_folder: Path, config: TrainingOptions, spec: LatentSpe
         autoencoder.folder_config.get("box_margin"),
         crop,
     )
-    fresh = LatentDiffusion(autoencoder.to(device), denoiser.to(device), noise_schedule(**config.process), spec, *how)
+    fresh = LatentDiffusion(autoencoder.to(device), denoiser.to(device), noise_schedule(**config.process), spec, *how,
+                            process=config.process)  # fmt: skip
     return (
         _taken_over(fresh, LatentDiffusion.load(config.start, device=config.device), config) if config.start else fresh
     )

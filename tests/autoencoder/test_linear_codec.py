@@ -1,4 +1,4 @@
-"""Laws of the linear code's mirror image: which numbers of a code change their sign when a head is flipped."""
+"""Laws of the linear codec's mirror image: which latent channels change their sign when a head is flipped."""
 
 import pytest
 import torch
@@ -22,44 +22,44 @@ def volume(factor=FACTOR):
 
 
 @pytest.fixture
-def reconstruct():
-    """A code with an air of its own, fitted."""
+def codec():
+    """A fitted codec whose latent of air is not 0."""
     made = LinearCodec(CHANNELS, FACTOR).requires_grad_(False)
     made.fit(*statistics())
     return made
 
 
 @pytest.fixture
-def autoencoder(code):
+def autoencoder(codec):
     made = Autoencoder.of(channels=(4, 4, 4), latent_channels=CHANNELS, blocks=1, spacing_mm=1.0, learned="none")
     made.linear.fit(*statistics(made.factor))
     return made.freeze()
 
 
-def test_the_code_of_a_mirror_image_is_the_code_mirrored(code):
-    image, signs = volume(), code.mirror.view(1, -1, 1, 1, 1)
-    found, flipped = code.encode(image.flip(LEFT_RIGHT)), code.encode(image).flip(LEFT_RIGHT)
+def test_the_latent_of_a_mirror_image_is_the_latent_mirrored(codec):
+    image, signs = volume(), codec.mirror.view(1, -1, 1, 1, 1)
+    found, flipped = codec.encode(image.flip(LEFT_RIGHT)), codec.encode(image).flip(LEFT_RIGHT)
     torch.testing.assert_close(found, signs * flipped, atol=1e-4, rtol=1e-4)
-    assert set(code.mirror.tolist()) == {-1.0, 1.0}
+    assert set(codec.mirror.tolist()) == {-1.0, 1.0}
     assert (found - flipped).abs().max() > 0.1, "without the signs it would not be"
 
 
-def test_odd_axes_see_nothing_of_what_is_symmetric(code):
+def test_odd_axes_see_nothing_of_what_is_symmetric(codec):
     image = volume()
-    seen = code.encode(image + image.flip(LEFT_RIGHT))
-    odd = seen[:, code.mirror < 0]
+    seen = codec.encode(image + image.flip(LEFT_RIGHT))
+    odd = seen[:, codec.mirror < 0]
     torch.testing.assert_close(odd, -odd.flip(LEFT_RIGHT), atol=1e-4, rtol=0)
-    assert code.air[code.mirror < 0].abs().max() < 1e-4, "air is symmetric"
+    assert codec.air[codec.mirror < 0].abs().max() < 1e-4, "air is symmetric"
 
 
-def test_a_code_of_axes_that_are_neither_even_nor_odd_has_no_mirror(code):
-    axes = code.project.weight
-    even, odd = (int((code.mirror == sign).nonzero()[0]) for sign in (1, -1))
+def test_a_codec_of_axes_that_are_neither_even_nor_odd_has_no_mirror(codec):
+    axes = codec.project.weight
+    even, odd = (int((codec.mirror == sign).nonzero()[0]) for sign in (1, -1))
     axes[even] += axes[odd] * axes[even].norm() / axes[odd].norm()
-    assert code.mirror is None
+    assert codec.mirror is None
 
 
-def test_latents_that_are_standardised_have_the_mirror_of_their_code(autoencoder):
+def test_latents_that_are_standardised_have_the_mirror_of_their_codec(autoencoder):
     image = volume(autoencoder.factor)
     autoencoder.standardise(torch.linspace(-1, 2, CHANNELS), torch.linspace(0.1, 3, CHANNELS))
     found = autoencoder.encode(image.flip(LEFT_RIGHT))

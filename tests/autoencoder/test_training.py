@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from ldm_lib.autoencoder import crop_sampler, fitting
-from ldm_lib.autoencoder import training as autoencoding
+from ldm_lib.autoencoder import training as autoencoder_training
 from ldm_lib.autoencoder.fitting import latent_statistics
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.autoencoder.region_decoding import reconstruct
-from ldm_lib.autoencoder.training import AutoencoderTraining, build_autoencoder, train_autoencoder
+from ldm_lib.autoencoder.training import AutoencoderTraining, build_autoencoder, fit_autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.errors import TrainingError
@@ -37,7 +37,7 @@ def train(tmp_path):
 
     def run(autoencoder, cases, *, folder=None, **changes):
         folder = folder or tmp_path / str(len(list(tmp_path.iterdir())))
-        return train_autoencoder(autoencoder, cases, settings(**changes), folder=folder, **HOW)
+        return fit_autoencoder(autoencoder, cases, settings(**changes), folder=folder, **HOW)
 
     return run
 
@@ -58,7 +58,7 @@ def test_training_lowers_the_loss_and_standardises(cases, train):
     assert torch.allclose(autoencoder.latent_mean, mean) and torch.allclose(autoencoder.scale_factor, 1 / std)
 
 
-def test_what_lacks_neighbours_in_a_crop_is_not_judged():
+def test_the_rim_of_a_crop_which_lacks_neighbours_leaves_the_loss():
     config = settings(crop=12, final_crop=12, autoencoder_steps=1)
     training = AutoencoderTraining(fresh(), config, **HOW)
     volume = torch.rand(2, 1, 12, 12, 12)
@@ -79,9 +79,9 @@ def test_training_is_a_function_of_the_seed(cases, train):
 
 
 def test_a_linear_start_is_no_worse_after_training(cases, train):
-    def error(coder):
+    def error(codec):
         images = [grid_case(load_case(case), 2).target for case in (cases[0], cases[2])]
-        return np.mean([np.abs(reconstruct(coder, image, **HOW).volume - image)[image > 0].mean() for image in images])
+        return np.mean([np.abs(reconstruct(codec, image, **HOW).volume - image)[image > 0].mean() for image in images])
 
     trained, random = fresh(linear_start=True), fresh()
     train(trained, cases[:4], autoencoder_steps=60)
@@ -114,10 +114,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_case(cases, monkeypa
         train(fresh(), cases[:1])
 
 
-@pytest.mark.parametrize("judged", [{}, {"adversarial_weight": 0.1, "adversarial_start": 0.2}], ids=["l1", "judged"])
-def test_a_resumed_training_is_the_uninterrupted_one(cases, monkeypatch, train, tmp_path, judged):
+ADVERSARIAL = {"adversarial_weight": 0.1, "adversarial_start": 0.2}
+
+
+@pytest.mark.parametrize("adversarial", [{}, ADVERSARIAL], ids=["l1", "adversarial"])
+def test_a_resumed_training_is_the_uninterrupted_one(cases, monkeypatch, train, tmp_path, adversarial):
     """Weight for weight, and row for row but for the seconds."""
-    options = {"autoencoder_steps": 10, "crop": 24, "final_crop": 24} | judged
+    options = {"autoencoder_steps": 10, "crop": 24, "final_crop": 24} | adversarial
     whole, torn = fresh(linear_start=True), fresh(linear_start=True)
     rows = train(whole, cases[:4], **options)
     step = AutoencoderTraining.step
@@ -128,7 +131,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(cases, monkeypatch, train, 
         return step(self, number, *batch)
 
     monkeypatch.setattr(AutoencoderTraining, "step", killed)
-    monkeypatch.setattr(autoencoding, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(autoencoder_training, "CHECKPOINT_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         train(torn, cases[:4], folder=tmp_path / "torn", **options)
     monkeypatch.setattr(AutoencoderTraining, "step", step)
@@ -137,7 +140,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(cases, monkeypatch, train, 
     assert torch.equal(weights(whole), weights(again))
     for row in rows + resumed:
         row.pop("seconds")
-    assert resumed == rows and ("discriminator" in rows[-1]) is bool(judged)
+    assert resumed == rows and ("discriminator" in rows[-1]) is bool(adversarial)
 
 
 def test_the_weights_that_are_kept_are_the_average(cases, train, monkeypatch):
@@ -161,8 +164,8 @@ def test_the_weights_that_are_kept_are_the_average(cases, train, monkeypatch):
 
 
 def test_the_discriminator_joins_after_the_warm_up(cases, train):
-    judged = {"adversarial_weight": 0.1, "adversarial_start": 0.5}
-    rows = train(fresh(), cases[:1], crop=24, final_crop=24, autoencoder_steps=8, **judged)
+    adversarial = {"adversarial_weight": 0.1, "adversarial_start": 0.5}
+    rows = train(fresh(), cases[:1], crop=24, final_crop=24, autoencoder_steps=8, **adversarial)
     assert ["discriminator" in row for row in rows] == [False] * 4 + [True] * 4
 
 
@@ -176,8 +179,8 @@ def test_without_a_network_nothing_is_trained_and_latents_are_standardised(cases
 
 
 def test_an_autoencoder_is_what_its_parameters_say():
-    config = settings(input_transform="haar", norm="group", latent_channels=5, blocks=2, crop=32, final_crop=32)
+    config = settings(input_transform="haar", latent_channels=5, blocks=2, crop=32, final_crop=32)
     one, same = (build_autoencoder(config, spacing_mm=2.0) for _ in range(2))
     assert one.factor == 8 and one.latent_channels == 5 and one.spacing_mm == 2.0
-    assert one.config["norm"] == "group" and one.config["network"]["num_res_blocks"] == [2, 2]
+    assert one.config["norm"] == "local" and one.config["network"]["num_res_blocks"] == [2, 2]
     assert torch.equal(weights(one), weights(same))

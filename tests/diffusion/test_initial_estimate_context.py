@@ -1,4 +1,4 @@
-"""Laws of the context "initial_estimate": a first guess is shown, what it lacks is generated, and nothing hidden is looked at."""
+"""Laws of the context "initial_estimate": its residual is generated, and nothing hidden is looked at."""
 
 import json
 import shutil
@@ -126,7 +126,7 @@ def test_it_is_the_root_of_the_mean_square_over_the_cells_that_are_generated(aut
     settings = LatentSpec(context="initial_estimate", mask_dilation=0)
     found = measure_residual_std(settings, map(load_case, (cases[0], cases[2])), autoencoder)
     np.testing.assert_allclose(found.residual_std, wanted, rtol=1e-5)
-    assert replace(found, residual_std=()) == settings and lacks[0].shape[1] != lacks[1].shape[1]
+    assert found.model_copy(update={"residual_std": ()}) == settings and lacks[0].shape[1] != lacks[1].shape[1]
 
 
 def test_the_targets_of_what_was_measured_have_a_mean_square_of_1(autoencoder, cases):
@@ -162,9 +162,9 @@ def test_a_denoiser_with_nothing_to_mend_fills_the_draft(inpainter, cases):
         _, sigma = inpainter.model.schedule.alpha_sigma(t, shown)
         return shown[:, :3] / sigma  # all of x is noise: x_0 = 0
 
-    mending = changed(inpainter, denoiser=silent, blend_mm=0.0)
+    mending = replace(changed(inpainter, denoiser=silent), blend_mm=0.0)
     latents = mending.encode(data)
-    drawn = mending.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=3)[0]
+    drawn = mending.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=3)[0]
     torch.testing.assert_close(drawn, latents["initial_estimate"], atol=1e-4, rtol=1e-4)
     filled = mending(data, steps=3).mean
     np.testing.assert_allclose(filled, mending.decode(latents["initial_estimate"], data), atol=1e-3 * data.scale)

@@ -371,7 +371,7 @@ def test_two_processes_share_the_work(sources, autoencoder, tiny_autoencoder_fol
     ours = sum(float(latents["voided"].sum()) for handle in handles for latents in handle)
     assert theirs[1] == ours and theirs[0] + autoencoder.calls == 16 and 4 <= theirs[0] <= 12
     alone = cache(tmp_path / "d", autoencoder, augmentation=CHANGE)
-    alone.fill(sources, variants=2)
+    alone.encode(sources, variants=2)
     assert [(p.name, sha256(p)) for p in entries(tmp_path / "c")] == [
         (p.name, sha256(p)) for p in entries(tmp_path / "d")
     ]

@@ -100,7 +100,7 @@ def told(tiny_model_folder, tmp_path):
     ({"temperature": 0.7}, 0.3, 0.3), ({}, 1.5, 1.5),
 ])  # fmt: skip
 def test_it_is_the_one_asked_for_or_the_models_own_or_1(told, facts, asked, taken):
-    assert Inpainter.load(told(**facts), device="cpu", temperature=asked).temperature == taken
+    assert Inpainter.load(told(**facts), device="cpu", temperature=asked).model.temperature == taken
 
 
 @pytest.mark.parametrize("temperature", [-0.1, 2.5, "hot", None, [1]])

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.run import FULL_GRID
 from ldm_lib.autoencoder.model import Autoencoder
-from ldm_lib.autoencoder.training import build_autoencoder, train_autoencoder
+from ldm_lib.autoencoder.training import build_autoencoder, fit_autoencoder
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import LatentSpec, collate, input_channels, on_device
 from ldm_lib.diffusion.model import LatentDiffusion
@@ -52,7 +52,7 @@ def test_the_full_size_fits_8_gb():
 def test_whatever_is_learned_ends_on_the_gpu(cases, tmp_path, learned):
     config = resolve("smoke", {"learned": learned, "autoencoder_steps": 2})["02_autoencoder_check"]
     autoencoder = build_autoencoder(config, spacing_mm=8.0)
-    train_autoencoder(autoencoder, cases[:2], config, folder=tmp_path, device=GPU, precision="32")
+    fit_autoencoder(autoencoder, cases[:2], config, folder=tmp_path, device=GPU, precision="32")
     assert {tensor.device.type for tensor in autoencoder.state_dict().values()} == {"cuda"}
 
 

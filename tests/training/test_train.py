@@ -11,7 +11,7 @@ import torch
 
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.autoencoder.region_decoding import reconstruct
-from ldm_lib.autoencoder.training import build_autoencoder, train_autoencoder
+from ldm_lib.autoencoder.training import build_autoencoder, fit_autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.data.volume import normalise, read_volume
@@ -693,7 +693,7 @@ def test_one_case_can_be_learnt_by_heart(cases, tmp_path):
     stages = resolve("smoke", changes)
     build, config = stages["02_autoencoder_check"], stages["04_training"]
     autoencoder, how = build_autoencoder(build, spacing_mm=8.0), {"device": CPU, "precision": "32"}
-    train_autoencoder(autoencoder, cases[2:], build, folder=tmp_path / "checkpoints", **how)  # of other patients
+    fit_autoencoder(autoencoder, cases[2:], build, folder=tmp_path / "checkpoints", **how)  # of other patients
     save_model(tmp_path / "autoencoder", autoencoder)
     study, data = Study(cases, tmp_path / "autoencoder"), load_case(cases[0])
     study.variants = dict(list(study.variants.items())[:1])
