@@ -257,12 +257,3 @@ def test_nothing_opens_a_server_or_another_index():
             for word in FORBIDDEN_WORDS if word in path.read_text()}  # fmt: skip
     assert not told
     assert ROOT / "Makefile" in files
-
-
-def test_security_md_names_tests_that_there_are():
-    """Each row names what holds it; a test that was renamed is missed here."""
-    named = re.findall(r"`(test_\w+)(?:::(\w+))?`", (ROOT / "SECURITY.md").read_text())
-    assert len(named) > 20
-    for module, function in named:
-        path = ROOT / "tests" / f"{module}.py"
-        assert path.is_file() and (not function or f"def {function}(" in path.read_text()), (module, function)

@@ -1,0 +1,130 @@
+"""README and docs: links, commands and names that they mention exist, and pages stay short."""
+
+import argparse
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")), *DOCS]
+GENERATED = ROOT / "docs" / "parameters.md"
+OLD_NAMES = ROOT / "docs" / "migrating.md"
+CURRENT = [page for page in PAGES if page not in (OLD_NAMES, ROOT / "CHANGELOG.md")]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as both the repository's web page and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_and_their_anchors_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.is_file(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def test_readme_links_every_page_of_the_docs():
+    linked = set(re.findall(r"\]\(docs/([\w.]+)", (ROOT / "README.md").read_text()))
+    assert {page.name for page in DOCS} - {"index.md"} <= linked
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=name)
+def test_pages_are_short(page):
+    most = {ROOT / "README.md": 170, GENERATED: 400}.get(page, 150)
+    assert len(page.read_text().splitlines()) <= most
+
+
+def test_the_parameters_page_is_what_its_generator_writes():
+    spec = importlib.util.spec_from_file_location("generate_parameters", ROOT / "docs" / "generate_parameters.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert GENERATED.read_text() == generator.page(), "run python docs/generate_parameters.py"
+
+
+MAKE = re.compile(r"(?:`|^ {4})make ([a-z0-9][a-z0-9-]*)", re.M)
+
+
+def commands(page: Path) -> list[str]:
+    """The `ldm ...` commands of a page, in code blocks and in the text, without comments."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^ {4}(?:\.venv/bin/)?ldm ([^#\n]+)", text, re.M)
+    return blocks + re.findall(r"`ldm ((?!COMMAND|\.\.\.)[^`]+)`", text)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name)
+def test_commands_and_their_options_exist(page):
+    from ldm_lib.cli.commands import COMMANDS
+    from ldm_lib.cli.options import build_parser
+
+    parser = build_parser(COMMANDS)
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    for command in commands(page):
+        first, *rest = command.split()
+        if first.startswith("-"):
+            assert first in parser._option_string_actions, command
+            continue
+        known = subparsers[first]._option_string_actions
+        assert not {word.partition("=")[0] for word in rest if word.startswith("--")} - set(known), command
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name)
+def test_make_targets_and_parameters_exist(page):
+    from ldm_lib.experiment.stages import STAGES
+
+    text = page.read_text().replace("\\\n", " ")
+    rules = re.findall(r"^([a-z0-9][a-z0-9 -]*):", (ROOT / "Makefile").read_text(), re.M)
+    targets = {target for rule in rules for target in rule.split()}
+    assert set(MAKE.findall(text)) <= targets
+    assert page.name != "README.md" or {"run", "test", "lab", "docs"} <= set(MAKE.findall(text))
+    parameters = {parameter for model in STAGES.values() for parameter in model.model_fields}
+    settings = re.findall(r'SET="([^"]*)"', text) + re.findall(r"--set (\S+)", text)
+    given = {pair.partition("=")[0] for setting in settings for pair in setting.split() if "=" in pair}
+    assert given <= parameters
+
+
+def test_every_renamed_parameter_is_in_the_migration_guide():
+    from ldm_lib.options import RENAMED
+
+    text = OLD_NAMES.read_text()
+    missing = [
+        old for old, new in RENAMED.items() if f"`{old}`" not in text or (" " not in new and f"`{new}`" not in text)
+    ]
+    assert not missing
+
+
+def test_the_security_page_names_tests_that_exist():
+    files = re.findall(r"`(\w+/test_\w+\.py)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(files) > 20 and not [file for file in files if not (ROOT / "tests" / file).is_file()]
+
+
+PRIVATE_WORDS = re.compile(
+    r"\b(told|untold|tells?|holes?|ceilings?|obedience|obeys?|seams?|mend(?:ed|s)?|anew|likewise|altogether|shipped|ships?"
+    r"|beside|brought|bent|peek(?:ed|s)?)\b",
+    re.I,
+)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name)
+def test_pages_use_the_words_of_the_field(page):
+    """CONTRIBUTING.md has the table of terms; its second column is what not to write."""
+    text = re.sub(r"`[^`]*`|ceiling\.csv", "", page.read_text())
+    if page.name == "CONTRIBUTING.md":
+        text = re.sub(r"^\|.*\|$", "", text, flags=re.M)
+    found = PRIVATE_WORDS.findall(text)
+    assert not found
