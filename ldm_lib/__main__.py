@@ -1,6 +1,6 @@
-"""The command line: `python -m ldm_lib run | sweep | compare | inpaint | submission | prior | validate | ...`.
+"""Run the command line: `ldm run | sweep | compare | inpaint | ...`, or `python -m ldm_lib ...`.
 
-Exit status: 0 done, 1 refused or failed (one line), 2 wrong usage, 143 on SIGTERM, 130 on Ctrl-C.
+Exit status: 0 done, 1 rejected or failed (one line), 2 wrong usage, 143 on SIGTERM, 130 on Ctrl-C.
 """
 
 import logging
@@ -10,15 +10,22 @@ import sys
 from collections.abc import Sequence
 
 from ldm_lib.cli.commands import COMMANDS
-from ldm_lib.cli.options import build_parser, joined
+from ldm_lib.cli.options import RENAMED_COMMANDS, build_parser, joined
 from ldm_lib.errors import InputError, InterruptionError, LdmError
+
+STOPPED = InterruptionError("stopped", fix="give the same command again: finished work is not repeated")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run one command, and turn a refusal into one line."""
-    os.umask(0o077)  # what is made from patients' data is its owner's alone; kernels and other processes inherit it
+    """Run one command and return its exit status; an error that users can fix is printed as one line."""
+    os.umask(0o077)  # files made from patients' data belong to their owner alone; kernels and processes inherit this
     signal.signal(signal.SIGTERM, _stop)
-    options = build_parser(COMMANDS).parse_args(joined(sys.argv[1:] if arguments is None else arguments))
+    words = joined(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser(COMMANDS)
+    for name in words[:1]:
+        if name in RENAMED_COMMANDS:
+            parser.error(f"no command {name!r}: {RENAMED_COMMANDS[name]}")
+    options = parser.parse_args(words)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         return options.command(options)
@@ -34,20 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LdmError, MemoryError, OSError) as error:
         if options.debug:
             raise
-        print(f"ERROR {_refusal(error)}", file=sys.stderr)
+        print(f"ERROR {_readable(error)}", file=sys.stderr)
     return 1
 
 
-def _refusal(error: LdmError | MemoryError | OSError) -> LdmError:
-    """What is told of an error; below our own refusals lie a full memory, a full disk, a folder without rights."""
+def _readable(error: LdmError | MemoryError | OSError) -> LdmError:
+    """Return an error of the system, such as a full disk or full memory, as one of ours."""
     if isinstance(error, MemoryError):
         return InputError("not enough memory", fix="take a smaller input or fewer samples")
     if isinstance(error, OSError):
         return InputError(error.strerror or str(error), where=error.filename or "")
     return error
-
-
-STOPPED = InterruptionError("stopped", fix="give the same command: what is done is not done again")
 
 
 def _stop(number: int, frame: object) -> None:  # noqa: ARG001

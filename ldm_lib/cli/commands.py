@@ -1,4 +1,4 @@
-"""What each command does with its options: thin, and what it returns is the exit status.
+"""Run each command with its options and return the exit status.
 
 Heavy libraries are imported by the command that needs them, so that help, validate and score start at once.
 """
@@ -6,16 +6,17 @@ Heavy libraries are imported by the command that needs them, so that help, valid
 import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 
-from ldm_lib.cli.options import allowances, assignments, point
+from ldm_lib.cli.options import assignments, parse, point
+from ldm_lib.data.options import ReadOptions
 from ldm_lib.errors import InputError
-from ldm_lib.experiment.run_folder import outputs_folder
 from ldm_lib.experiment.stages import stage_name
 from ldm_lib.files import given_path, require_writable, write_json
+from ldm_lib.inpainting.options import InpaintOptions
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the notebooks of a run folder, all of them or the stages that are named."""
     from ldm_lib.experiment import runner
 
     overrides = assignments(options.set)
@@ -32,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from ldm_lib.experiment.sweep import sweep as work
+    """Run the parameter sets of a grid file, a few at a time, and write a table and a figure."""
+    from ldm_lib.experiment.sweep import sweep as run_sweep
     from ldm_lib.experiment.sweep_file import read_grid
     from ldm_lib.experiment.sweep_table import write_results
 
@@ -41,15 +43,16 @@ def sweep(options: argparse.Namespace) -> int:
         print(len(grid.runs))
         return 0
     if not options.table:
-        failed = work(grid, jobs=options.jobs, only=options.only, say=lambda line: print(line, flush=True))
-    if options.only is None:  # tasks of an array would each write the table of all
+        failed = run_sweep(grid, jobs=options.jobs, only=options.only, say=lambda line: print(line, flush=True))
+    if options.only is None:  # each task of an array job would write the table of all
         print(write_results(grid))
-    for name, why in failed.items():
-        print(f"ERROR {name}: {why}", file=sys.stderr)
+    for name, reason in failed.items():
+        print(f"ERROR {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def compare(options: argparse.Namespace) -> int:
+    """Compare finished runs: parameters of a stage that differ, and the results."""
     from ldm_lib.experiment import runner
 
     print(runner.compare(stage_name(options.stage), options.runs))
@@ -57,48 +60,42 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def inpaint(options: argparse.Namespace) -> int:
-    from ldm_lib.inpainting.single_file import inpaint as fill
-
-    one_file = {name: getattr(options, name) for name in ("mask", "growth", "tissue")}
-    if options.data and any(one_file.values()):
+    """Inpaint one volume, or every case of a folder."""
+    maps = {name: getattr(options, name) for name in ("mask", "growth", "tissue")}
+    if options.data and any(maps.values()):
         options.misused("--mask, --growth and --tissue go with --t1n-voided; with --data goes --conditioning-dir")
     if not options.data and (not options.mask or options.conditioning_dir):
         options.misused("--t1n-voided needs --mask, and takes no --conditioning-dir")
+    sampling, reading = parse(InpaintOptions, options), parse(ReadOptions, options)
     if options.data:
-        return _inpaint_folder(options)
-    written = fill(
+        return _inpaint_folder(options, sampling, reading)
+    from ldm_lib.inpainting.single_file import inpaint as inpaint_file
+
+    settings = sampling.model_dump()
+    settings["steps"] = settings.pop("num_inference_steps")
+    written = inpaint_file(
         options.t1n_voided,
         output=options.output,
-        **one_file,
-        read_options=allowances(options),
+        **maps,
+        read_options=reading,
         make_missing=options.make_missing,
         model=options.model,
-        sampler=options.sampler,
-        steps=options.steps,
-        guidance=options.guidance,
-        blend_mm=options.blend_mm,
-        temperature=options.temperature,
-        samples=options.samples,
         write_samples=options.write_samples,
-        seed=options.seed,
-        device=options.device,
+        **settings,
     )
     print("\n".join(str(path) for path in written))
     return 0
 
 
-def _inpaint_folder(options: argparse.Namespace) -> int:
-    from ldm_lib.experiment.stages import SamplingConfig
+def _inpaint_folder(options: argparse.Namespace, sampling: InpaintOptions, reading: ReadOptions) -> int:
     from ldm_lib.inpainting.folder import REFUSED, inpaint_folder
 
-    names = ("sampler", "guidance", "blend_mm", "temperature", "samples", "seed", "device")
-    asked = {name: getattr(options, name) for name in names}
     rows = inpaint_folder(
         options.data,
         options.output,
-        SamplingConfig.parse(asked | {"num_inference_steps": options.steps}),
+        sampling,
         conditioning_dir=options.conditioning_dir,
-        read_options=allowances(options),
+        read_options=reading,
         model=options.model,
         make_missing=options.make_missing,
         each=options.write_samples,
@@ -110,6 +107,7 @@ def _inpaint_folder(options: argparse.Namespace) -> int:
 
 
 def prior(options: argparse.Namespace) -> int:
+    """Make tissue and growth maps from a scan and its mask."""
     from ldm_lib.anatomy.tumour_growth import Rates
     from ldm_lib.data.conditioning_maps import make_conditioning_maps
     from ldm_lib.data.nifti import stem
@@ -130,11 +128,11 @@ def prior(options: argparse.Namespace) -> int:
     for each in made:
         found = ", ".join(f"{name} {value:.4g}" for name, value in each.record["found"].items())
         print(f"{each.path}: {'made' if each.made_now else 'found'} ({found})")
-    if why := made[0].refused:
+    if reason := made[0].refused:
         picture = made[0].path.with_name(f"{stem(made[0].path)}-refused.png")
         if made[0].registration:
             planes(**made[0].registration.shown(), title=made[0].path.name).savefig(picture)
-        raise InputError(f"the atlas does not fit: {why}", where=options.t1n_voided,
+        raise InputError(f"the atlas does not fit: {reason}", where=options.t1n_voided,
                          fix=f"see {picture}; check orientation and skull-stripping")  # fmt: skip
     return 0
 
@@ -143,6 +141,7 @@ AUDIT_WORDS = {"ok": "OK", "warning": "WARNING", "refused": "ERROR"}
 
 
 def validate(options: argparse.Namespace) -> int:
+    """Check every case of a folder in one pass."""
     from ldm_lib.data.cohort import audit
     from ldm_lib.data.layouts import require_outside
 
@@ -150,11 +149,11 @@ def validate(options: argparse.Namespace) -> int:
     if findings:
         require_writable(findings)
         require_outside(findings, options.data_dir)
-    rows, cases = [], audit(options.data_dir, options.conditioning_dir, allowances(options))
+    rows, cases = [], audit(options.data_dir, options.conditioning_dir, parse(ReadOptions, options))
     for number, row in enumerate(cases, start=1):
         rows.append(row.as_dict())
-        told = f": {row.reason}" if row.reason else ""
-        print(f"[{number}/{len(cases)}] {AUDIT_WORDS[row.status]} {row.key}{told}", flush=True)
+        reason = f": {row.reason}" if row.reason else ""
+        print(f"[{number}/{len(cases)}] {AUDIT_WORDS[row.status]} {row.key}{reason}", flush=True)
     counts = Counter(row["status"] for row in rows)
     usable = f"{len(rows) - counts['refused']} usable ({counts['warning']} with warnings)"
     print(f"{len(rows)} cases: {usable}, {counts['refused']} refused")
@@ -164,6 +163,7 @@ def validate(options: argparse.Namespace) -> int:
 
 
 def submission(options: argparse.Namespace) -> int:
+    """Check results as the challenge does, and zip them."""
     from ldm_lib.inpainting.submission import check, pack, require_archive, several_holes
 
     output, findings = given_path(options.output or f"{options.results}/submission.zip"), []
@@ -172,9 +172,8 @@ def submission(options: argparse.Namespace) -> int:
     for finding in check(options.data, options.results):
         findings.append(finding)
         print(finding, flush=True)
-    wrong = sum(bool(finding.problem) for finding in findings)
-    if wrong:
-        raise InputError(f"{wrong} of {len(findings)} may not be sent", where=options.results, fix="see above")
+    if invalid := sum(bool(finding.problem) for finding in findings):
+        raise InputError(f"{invalid} of {len(findings)} are not valid results", where=options.results, fix="see above")
     if several_holes(options.data):
         print("WARNING names carry the number of a hole; the challenge knows one hole a case", file=sys.stderr)
     print(f"{output}: {pack(options.data, options.results, output)} results")
@@ -182,6 +181,7 @@ def submission(options: argparse.Namespace) -> int:
 
 
 def score(options: argparse.Namespace) -> int:
+    """Print the challenge's scores of one prediction."""
     from ldm_lib.data.masks import read_mask
     from ldm_lib.data.volume import read_image, require_same_grid
     from ldm_lib.evaluation.metrics import brats_scores
@@ -202,25 +202,33 @@ def score(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from ldm_lib.evaluation.evaluate import evaluate
-    from ldm_lib.experiment.stages import SamplingConfig
+    """Inpaint cases whose ground truth is known, and score them next to the baselines."""
+    from ldm_lib.evaluation.evaluate import evaluate as run_evaluation
 
-    asked = {name: getattr(options, name) for name in ("sampler", "temperature", "samples", "seed", "device")}
-    config = SamplingConfig.parse(asked | {"num_inference_steps": options.steps})
-    how = {"model": options.model, "tissue": options.tissue, "pictures": options.pictures, "say": _say}
-    print(evaluate(options.data_dir, options.output, config, **how))
+    table = run_evaluation(
+        options.data_dir,
+        options.output,
+        parse(InpaintOptions, options),
+        model=options.model,
+        tissue=options.tissue,
+        pictures=options.pictures,
+        say=_say,
+    )
+    print(table)
     return 0
 
 
-def ship(options: argparse.Namespace) -> int:
-    from ldm_lib.training.export import ship as write
+def export(options: argparse.Namespace) -> int:
+    """Write a trained model in float16 with its training log, as the pretrained weights are."""
+    from ldm_lib.training.export import ship as export_model
 
-    files = write(options.model, given_path(options.output), temperature=options.temperature)
+    files = export_model(options.model, given_path(options.output), temperature=options.temperature)
     print("\n".join(f"{path}: {path.stat().st_size / 1e6:.2f} MB" for path in files))
     return 0
 
 
 def params(options: argparse.Namespace) -> int:
+    """List the parameters of a stage."""
     from ldm_lib.experiment.runner import describe
 
     print(describe(stage_name(options.stage), options.preset))
@@ -228,6 +236,7 @@ def params(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:  # noqa: ARG001 - one signature for all commands
+    """Check the installation and this machine."""
     from ldm_lib.cli.doctor import examine
 
     findings = examine()
@@ -236,20 +245,12 @@ def doctor(options: argparse.Namespace) -> int:  # noqa: ARG001 - one signature 
     return 0 if all(finding.good for finding in findings) else 1
 
 
-def bench(options: argparse.Namespace) -> int:
-    from benchmarks.run import bench as measure
-
-    output = Path(options.output) if options.output else outputs_folder() / "bench" / "bench.json"
-    measure(output, only=options.only, whole=options.full, say=lambda line: print(line, flush=True))
-    return 0
-
-
 def _say(line: str) -> None:
-    """Print a line of work that goes on when its reader, such as `head`, has left."""
+    """Print a line of work that continues when its reader, such as `head`, has left."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
         sys.stdout = None
 
 
-COMMANDS = (run, sweep, compare, inpaint, submission, prior, validate, score, evaluate, ship, params, doctor, bench)
+COMMANDS = (run, sweep, compare, inpaint, submission, prior, validate, score, evaluate, export, params, doctor)

@@ -1,4 +1,4 @@
-"""Is this installation and machine fit to run? One finding a line, each with what to do when it is not."""
+"""Check whether this installation and this machine can run the library."""
 
 import os
 import shutil
@@ -11,12 +11,13 @@ from packaging.requirements import Requirement
 
 from ldm_lib.experiment.run_folder import outputs_folder
 
-ROOM_GB, MEMORY_GB = 5, 8
+MIN_DISK_GB, MIN_MEMORY_GB = 5, 8
+FIX = "run `make setup`, or `pip install .` in the checkout"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, whether it is good, and what was found."""
+    """Hold what was checked, whether it is good, and what was found."""
 
     what: str
     good: bool
@@ -24,27 +25,26 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Python, packages, kernel, devices, disk, memory and the outputs folder."""
-    return [_python(), _packages(), _kernel(), _device(), _outputs(), _memory()]
+    """Check Python, packages, kernel, device, outputs folder and memory."""
+    checks = {"Python": _python, "packages": _packages, "Jupyter kernel": _kernel, "device": _device,
+              "outputs folder": _outputs, "memory": _memory}  # fmt: skip
+    return [Finding(what, *check()) for what, check in checks.items()]
 
 
-def _python() -> Finding:
-    version = sys.version.split()[0]
-    return Finding("Python", sys.version_info >= (3, 11), f"{version} (3.11 or newer)")
+def _python() -> tuple[bool, str]:
+    return sys.version_info >= (3, 11), f"{sys.version.split()[0]} (3.11 or newer)"
 
 
-def _packages() -> Finding:
-    """Whether what pyproject.toml asks for is installed, in the versions it asks for."""
+def _packages() -> tuple[bool, str]:
+    """Compare the installed packages with the versions that the metadata of this project require."""
     try:
-        lines = metadata.requires("brain-mri-inpainting") or []
+        required = [Requirement(line) for line in metadata.requires("brain-mri-inpainting") or []]
     except metadata.PackageNotFoundError:
-        return Finding("packages", False, "this project is not installed: run `make setup`")
-    needed = [Requirement(line) for line in lines]
-    needed = [package for package in needed if not package.marker or package.marker.evaluate({"extra": ""})]
-    versions = {package: _version(package.name) for package in needed}
-    unfit = [f"{p} (found {v or 'none'})" for p, v in versions.items() if not (v and v in p.specifier)]
-    found = f"{', '.join(unfit)}: run `make setup`" if unfit else f"{len(versions)} present, torch {_version('torch')}"
-    return Finding("packages", not unfit, found)
+        return False, f"this project is not installed: {FIX}"
+    required = [package for package in required if not package.marker or package.marker.evaluate({"extra": ""})]
+    versions = {package: _version(package.name) for package in required}
+    wrong = [f"{p} (found {v or 'none'})" for p, v in versions.items() if not (v and v in p.specifier)]
+    return not wrong, f"{', '.join(wrong)}: {FIX}" if wrong else f"{len(versions)} present, torch {_version('torch')}"
 
 
 def _version(name: str) -> str:
@@ -54,19 +54,19 @@ def _version(name: str) -> str:
         return ""
 
 
-def _kernel() -> Finding:
-    specs = KernelSpecManager().find_kernel_specs()
-    return Finding("Jupyter kernel", "python3" in specs, "python3" if "python3" in specs else "none: run `make setup`")
+def _kernel() -> tuple[bool, str]:
+    good = "python3" in KernelSpecManager().find_kernel_specs()
+    return good, "python3" if good else f"none: {FIX}"
 
 
-def _device() -> Finding:
+def _device() -> tuple[bool, str]:
     from ldm_lib.devices import pick_device, pick_precision
 
     device = pick_device()
-    return Finding("device", True, f"{device.type}, precision {pick_precision('auto', device)}, {os.cpu_count()} cores")
+    return True, f"{device.type}, precision {pick_precision('auto', device)}, {os.cpu_count()} cores"
 
 
-def _outputs() -> Finding:
+def _outputs() -> tuple[bool, str]:
     folder = outputs_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,11 +74,11 @@ def _outputs() -> Finding:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        return Finding("outputs folder", False, f"cannot be written ({error.strerror})")
+        return False, f"{folder} cannot be written ({error.strerror}): set LDM_OUTPUTS to another folder"
     free = shutil.disk_usage(folder).free / 1e9
-    return Finding("outputs folder", free > ROOM_GB, f"writable, {free:.0f} GB free (at least {ROOM_GB})")
+    return free > MIN_DISK_GB, f"{folder}, {free:.0f} GB free (at least {MIN_DISK_GB})"
 
 
-def _memory() -> Finding:
+def _memory() -> tuple[bool, str]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return Finding("memory", total > MEMORY_GB, f"{total:.0f} GB (at least {MEMORY_GB})")
+    return total > MIN_MEMORY_GB, f"{total:.0f} GB (at least {MIN_MEMORY_GB})"

@@ -1,193 +1,183 @@
-"""What the command line understands: commands, their options, and how their values are read."""
+"""Build the parser of the command line; options that are parameters take default, choices and text from `Options`."""
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import get_args
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 from ldm_lib.data.options import ReadOptions
 from ldm_lib.errors import ConfigError
 from ldm_lib.experiment.presets import DEFAULT_PRESET, PRESETS
-from ldm_lib.experiment.stages import AuditConfig, SamplingConfig
 from ldm_lib.files import PRETRAINED
+from ldm_lib.inpainting.options import InpaintOptions
+from ldm_lib.options import Options
 
 Command = Callable[[argparse.Namespace], int]
-RATES = {"diffusion": 0.2, "ratio": 10.0, "proliferation": 0.05}  # `growth.Rates`, which loads torch; a test compares
-SAMPLING = SamplingConfig.model_fields  # the sampling options are the parameters of notebook 05
+Argument = tuple[str, dict[str, Any]]  # an option and what argparse is told about it
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+FLAGS = {"num_inference_steps": "steps"}  # parameters whose option has another name
+RENAMED_COMMANDS = {"ship": "it is called `export` since version 0.8",
+                    "bench": "run `python -m benchmarks` in the repository"}  # fmt: skip
+RATES = {"diffusion": 0.2, "ratio": 10.0, "proliferation": 0.05}  # those of `Rates`, which loads torch; a test compares
 
 
-def build_parser(functions: Sequence[Command]) -> argparse.ArgumentParser:
-    """The parser of the command line; each command is the function of its name."""
-    named = {function.__name__: function for function in functions}
-    parser = argparse.ArgumentParser(
-        prog="python -m ldm_lib", description="3D brain MRI inpainting by latent diffusion"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def arg(name: str, text: str, **settings: Any) -> Argument:
+    """Describe an option, or a positional argument, that is no parameter."""
+    return name, {"help": text} | settings
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=named[name])
-        return sub
 
-    _add_run_options(command("run", "run the notebooks of a run folder, all or the stages named"))
-    _add_sweep_options(command("sweep", "the runs of a grid file, a few at a time, then a table and a figure of them"))
-    sub = command("compare", "finished runs side by side: what differs in a stage's parameters, and what came of it")
-    sub.add_argument("stage")
-    sub.add_argument("runs", nargs="+", metavar="RUN")
+def parameters(model: type[Options], *names: str, **defaults: Any) -> list[Argument]:
+    """Describe an option for each of these parameters of a model; `defaults` replace the model's own."""
+    described = []
+    for name in names:
+        field = model.model_fields[name]
+        default = defaults.get(name, field.default)
+        text = str(field.description).replace("%", "%%")
+        if isinstance(default, bool):
+            settings: dict[str, Any] = {"action": "store_true"}
+        elif choices := get_args(field.annotation):
+            settings = {"choices": choices, "default": default}
+        else:
+            settings = {"type": type(default), "default": default, "metavar": METAVARS[type(default)]}
+        shown = "" if isinstance(default, bool) or default == "" else f" (default: {default})"
+        described.append(arg(flag(name), text + shown, dest=name, **settings))
+    return described
 
-    _add_inpaint_options(command("inpaint", "fill the hole of one volume, or of every case of a folder"))
-    _add_prior_options(command("prior", "make tissue and growth maps from a scan and its mask"))
 
-    _add_validate_options(command("validate", "check every case of a folder in one pass"))
-    _add_submission_options(command("submission", "check results as the challenge would, and zip them"))
-    sub = command("score", "the challenge's scores of one prediction")
-    for name in ("prediction", "target", "voided", "mask-healthy"):
-        sub.add_argument(f"--{name}", required=True)
+def flag(name: str) -> str:
+    """Return the option of a parameter, such as "--steps" of "num_inference_steps"."""
+    return f"--{FLAGS.get(name, name).replace('_', '-')}"
 
-    _add_ship_options(command("ship", "write a trained model as it comes with the library: in float16, with its log"))
-    _add_evaluate_options(command("evaluate", "fill cases whose truth is known, and score them beside the baselines"))
 
-    sub = command("params", "list a stage's parameters")
-    sub.add_argument("stage")
-    sub.add_argument("--preset", default=DEFAULT_PRESET)
+SCAN = "3D T1n, skull-stripped, .nii or .nii.gz"
+CASES = "folder of cases, in the seed layout or the challenge's"
+MODEL = arg("--model", "model folder (default: the pretrained weights)", metavar="DIR")
+PRESET = arg("--preset", f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})", default=DEFAULT_PRESET)
+MAPS = arg(
+    "--conditioning-dir", "folder of growth and tissue maps (default: next to the data)", default="", metavar="DIR"
+)
+STAGE = arg("stage", "such as 04 or 04_training", metavar="STAGE")
+SAMPLING = ("sampler", "num_inference_steps", "temperature", "seed", "device", "precision")
+READING = ("assume_orientation", "nan_as_zero", "mask_labels")
+# Command -> its options; a list of several options holds those of which only one may be given.
+ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
+    "run": [
+        arg("stages", "such as 04 or 04_training (default: all six)", nargs="*", metavar="STAGE"),
+        arg("--run", "run folder in the outputs folder (default: named as the preset)", default="", metavar="NAME"),
+        PRESET,
+        arg("--set", "set a parameter; repeatable", action="append", default=[], metavar="KEY=VALUE"),
+        arg("--overwrite", "replace stages that were run with other settings", action="store_true"),
+    ],
+    "sweep": [
+        arg("grid", "YAML file: name, preset, stages, set, grid, runs", metavar="GRID"),
+        arg("--jobs", "runs at a time (default: 1)", type=int, default=1, metavar="N"),
+        [arg("--only", "run number K alone, from 0, for array jobs; no table", type=int, metavar="K"),
+         arg("--count", "print the number of runs and stop", action="store_true"),
+         arg("--table", "write table and figure of the finished runs only", action="store_true")],
+    ],
+    "compare": [STAGE, arg("runs", "run folders in the outputs folder", nargs="+", metavar="RUN")],
+    "inpaint": [
+        [arg("--t1n-voided", f"{SCAN}; needs --mask", metavar="F"),
+         arg("--data", f"{CASES}, instead of one file", metavar="DIR")],
+        arg("--mask", "mask on the same grid: 1 = inpaint", metavar="F"),
+        arg("--output", "result file (mean of several samples); a folder with --data", required=True, metavar="OUT"),
+        arg("--growth", "tumour-cell concentration in [0, 1] (default: 0, healthy)", metavar="F"),
+        arg("--tissue", "tissue labels: 1 CSF, 2 GM, 3 WM", metavar="F"),
+        MAPS,
+        arg("--make-missing", "make missing tissue maps from the scans (default: if the model needs them)",
+            action=argparse.BooleanOptionalAction),
+        MODEL,
+        *parameters(InpaintOptions, *SAMPLING, "guidance", "blend_mm", "samples", samples=1),
+        arg("--write-samples", "write each sample, too", action="store_true"),
+        *parameters(ReadOptions, *READING, "scrub_header"),
+    ],
+    "submission": [
+        arg("--data", CASES, required=True, metavar="DIR"),
+        arg("--results", "folder of their <ID>-t1n-inference.nii.gz", required=True, metavar="DIR"),
+        arg("--output", "zip file to write (default: submission.zip in the results)", metavar="OUT"),
+    ],
+    "prior": [
+        arg("--t1n-voided", SCAN, required=True, metavar="F"),
+        arg("--mask", "mask on the same grid: 1 = unknown", required=True, metavar="F"),
+        arg("--tissue", "tissue labels to write: 1 CSF, 2 GM, 3 WM", required=True, metavar="OUT"),
+        arg("--growth", "tumour-cell concentration to write, in [0, 1]", metavar="OUT"),
+        arg("--seed-mm", "start of the tumour in world coordinates of the file (RAS, mm)", metavar="X,Y,Z"),
+        arg("--segmentation", "binary tumour segmentation, instead of a start", metavar="F"),
+        arg("--days", "age of the tumour, days (default: 100)", type=float, default=100.0),
+        *(arg(f"--{name}", f"{text} (default: {RATES[name]:g})", type=float, default=RATES[name]) for name, text in
+          (("diffusion", "diffusivity in white matter, mm^2/day"), ("ratio", "diffusivity of white over grey matter"),
+           ("proliferation", "proliferation rate, 1/day"))),
+        arg("--lesion", "binary lesion mask (visible but abnormal tissue)", metavar="F"),
+        arg("--refine", "labelling of visible tissue: intensity and atlas, or the atlas alone (default: mixture)",
+            default="mixture", choices=["mixture", "none"]),
+    ],
+    "validate": [
+        arg("data_dir", CASES, metavar="DATA_DIR"),
+        MAPS,
+        arg("--json", "JSON file of the findings to write", metavar="OUT"),
+        *parameters(ReadOptions, *READING),
+    ],
+    "score": [arg(f"--{name}", text, required=True, metavar="F") for name, text in
+              (("prediction", "inpainted volume"), ("target", "true volume"), ("voided", "voided volume"),
+               ("mask-healthy", "mask of the healthy tissue that is scored"))],
+    "evaluate": [
+        arg("data_dir", f"{CASES}, with their t1n", metavar="DATA_DIR"),
+        arg("--output", "folder for maps, results, metrics.csv and table.md", required=True, metavar="DIR"),
+        MODEL,
+        arg("--tissue", "source of the tissue maps: each voided scan, or given maps, which may leak the hidden region "
+            "(default: atlas)", default="atlas", choices=["atlas", "given"]),
+        *parameters(InpaintOptions, *SAMPLING, "samples", samples=16),
+        arg("--pictures", "number of cases to draw (default: 0)", type=int, default=0, metavar="N"),
+    ],
+    "export": [
+        arg("model", "model folder of a stage 04", metavar="DIR"),
+        arg("--output", "model folder to write (default: the package's)", default=str(PRETRAINED), metavar="DIR"),
+        arg("--temperature", "default scale of the initial noise, for config.json", type=float, default=0.0),
+    ],
+    "params": [STAGE, PRESET],
+}  # fmt: skip
 
-    command("doctor", "check this installation and machine")
 
-    _add_bench_options(command("bench", "seconds and memory at full size beside what is commonly done, as ratios"))
+def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+    """Return the parser of the command line; the first line of a command's docstring is its help."""
+    prog = "ldm" if Path(sys.argv[0]).name == "ldm" else "python -m ldm_lib"
+    parser = argparse.ArgumentParser(prog=prog, description="3D brain MRI inpainting by latent diffusion")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in commands:
+        text = str(command.__doc__).splitlines()[0].rstrip(".")
+        sub = subparsers.add_parser(command.__name__, help=text, description=text)
+        sub.set_defaults(command=command, misused=sub.error)
+        for given in ARGUMENTS.get(command.__name__, []):
+            if isinstance(given, list):
+                group = sub.add_mutually_exclusive_group(required=command.__name__ == "inpaint")
+                for name, settings in given:
+                    group.add_argument(name, **settings)
+            else:
+                sub.add_argument(given[0], **given[1])
     return parser
 
 
-def _add_run_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("stages", nargs="*", metavar="STAGE", help="such as 04 or 04_training; none means all six")
-    sub.add_argument("--run", default="", help="run folder under outputs/ (default: the preset's name)")
-    sub.add_argument("--preset", default=DEFAULT_PRESET, help=f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a parameter; repeatable")
-    sub.add_argument("--overwrite", action="store_true", help="replace stages made with other settings")
-
-
-def _add_sweep_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("grid", metavar="GRID", help="YAML: name, preset, stages, set, grid, runs; see docs/sweep.yaml")
-    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    part = sub.add_mutually_exclusive_group()
-    part.add_argument("--only", type=int, metavar="K", help="the K-th run alone, from 0, for array jobs; no table")
-    part.add_argument("--count", action="store_true", help="print how many runs there are, and do nothing")
-    part.add_argument("--table", action="store_true", help="only gather table and figure from what is done")
-
-
-def _add_inpaint_options(sub: argparse.ArgumentParser) -> None:
-    what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--t1n-voided", metavar="F", help="3D T1n, .nii or .nii.gz; needs --mask")
-    what.add_argument("--data", metavar="DIR", help="a folder of cases in either layout, instead of one file")
-    sub.add_argument("--mask", metavar="F", help="1 = fill this, on the same grid")
-    sub.add_argument("--output", required=True, help="result, the mean if --samples is above 1; of --data a folder")
-    sub.add_argument("--growth", metavar="F", help="tumour-cell concentration in [0, 1]; none means healthy")
-    sub.add_argument("--tissue", metavar="F", help="labels 1 CSF, 2 GM, 3 WM")
-    sub.add_argument("--conditioning-dir", default="", metavar="DIR", help="maps of --data (default: beside the data)")
-    text = "make the tissue map from the scan if none is given (default: if the model needs one)"
-    sub.add_argument("--make-missing", action=argparse.BooleanOptionalAction, help=text)
-    sub.add_argument("--model", help="folder with weights; none takes those that are shipped")
-    sub.add_argument("--sampler", default=SAMPLING["sampler"].default, choices=get_args(SAMPLING["sampler"].annotation))
-    steps = SAMPLING["num_inference_steps"].default
-    sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
-    guidance = SAMPLING["guidance"].default
-    sub.add_argument("--guidance", type=float, default=guidance, help=f"0 ignores the maps (default: {guidance:g})")
-    reach = SAMPLING["blend_mm"].default
-    sub.add_argument(
-        "--blend-mm", type=float, default=reach, help=f"reach of the edge's fit; 0: none (default: {reach:g})"
-    )
-    heat = SAMPLING["temperature"].default
-    sub.add_argument("--temperature", type=float, default=heat, help="of the first noise; 0: the model's own (default)")
-    sub.add_argument("--samples", type=int, default=1, help="K; above 1 also spread and the sample nearest to the mean")
-    sub.add_argument("--write-samples", action="store_true", help="write each of the K samples too")
-    sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)
-    sub.add_argument("--device", default=SAMPLING["device"].default, choices=get_args(SAMPLING["device"].annotation))
-    _add_allowances(sub)
-    sub.add_argument("--scrub-header", action="store_true", help="results without their source's free text, extensions")
-    sub.set_defaults(misused=sub.error)
-
-
-def _add_ship_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="DIR", help="model folder of a stage 04")
-    sub.add_argument("--output", default=str(PRETRAINED), metavar="DIR", help="default: the library's own folder")
-    sub.add_argument("--temperature", type=float, default=0.0, help="that sampling is to start from by default")
-
-
-def _add_evaluate_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("data_dir", help="a folder of cases in either layout, with their t1n")
-    sub.add_argument(
-        "--output", required=True, metavar="DIR", help="takes maps, results, metrics.csv, table.md, pictures"
-    )
-    sub.add_argument("--model", help="folder with weights; none takes those that are shipped")
-    sub.add_argument("--samples", type=int, default=16, help="K: one sample and the mean of K are scored (default: 16)")
-    text = "tissue maps: made from each voided scan (default), or those that came with the cases"
-    sub.add_argument("--tissue", default="atlas", choices=["atlas", "given"], help=text)
-    for name in ("sampler", "device"):
-        field = SAMPLING[name]
-        sub.add_argument(f"--{name}", default=field.default, choices=get_args(field.annotation))
-    steps, heat = (SAMPLING[name].default for name in ("num_inference_steps", "temperature"))
-    sub.add_argument("--steps", type=int, default=steps, help=f"denoiser calls per sample (default: {steps})")
-    sub.add_argument("--temperature", type=float, default=heat, help="of the first noise; 0: the model's own (default)")
-    sub.add_argument("--seed", type=int, default=SAMPLING["seed"].default)
-    sub.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the first N cases")
-
-
-def _add_validate_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("data_dir")
-    sub.add_argument("--conditioning-dir", default="", help="growth and tissue maps (default: beside the data)")
-    sub.add_argument("--json", metavar="F", help="write the findings as JSON too")
-    _add_allowances(sub)
-
-
-def _add_allowances(sub: argparse.ArgumentParser) -> None:
-    """The parameters of notebook 01 that let pass what would be refused."""
-    for name, how in (("assume_orientation", {"metavar": "LPS"}), ("nan_as_zero", {"action": "store_true"}),
-                      ("mask_labels", {"metavar": "1,2,4"})):  # fmt: skip
-        field = AuditConfig.model_fields[name]
-        sub.add_argument(f"--{name.replace('_', '-')}", default=field.default, help=field.description, **how)
-
-
-def allowances(options: argparse.Namespace) -> ReadOptions:
-    """What the options let pass.
+def parse(model: type[AnyOptions], options: argparse.Namespace) -> AnyOptions:
+    """Return a model's parameters as given on the command line.
 
     Raises:
-        ConfigError: an orientation or labels that cannot be read.
+        ConfigError: a value out of range; the message names the option.
     """
-    asked = {name: getattr(options, name) for name in ("assume_orientation", "nan_as_zero", "mask_labels")}
-    AuditConfig.parse(asked)
-    return ReadOptions(**asked, scrub_header=getattr(options, "scrub_header", False))
-
-
-def _add_prior_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--t1n-voided", required=True, help="skull-stripped 3D T1n, .nii or .nii.gz")
-    sub.add_argument("--mask", required=True, help="1 = not known, on the same grid")
-    sub.add_argument("--tissue", required=True, metavar="OUT", help="labels 1 CSF, 2 GM, 3 WM, with a JSON beside it")
-    sub.add_argument("--growth", metavar="OUT", help="concentration in [0, 1], with a JSON beside it")
-    sub.add_argument("--seed-mm", metavar="X,Y,Z", help="the tumour's start in the file's world (RAS, mm)")
-    sub.add_argument("--segmentation", metavar="F", help="the tumour as it is, instead of a start: binary")
-    sub.add_argument("--days", type=float, default=100.0, help="the tumour's age (default: 100)")
-    for name, text in (("diffusion", "D in white matter, mm^2 a day"), ("ratio", "D in white over D in grey matter"),
-                       ("proliferation", "rho, per day")):  # fmt: skip
-        sub.add_argument(f"--{name}", type=float, default=RATES[name], help=f"{text} (default: {RATES[name]:g})")
-    sub.add_argument("--lesion", metavar="F", help="what is seen but no healthy tissue: binary")
-    text = "how what is seen is labelled: mixture of intensity and place (default), hmrf, or none, the atlas alone"
-    sub.add_argument("--refine", default="mixture", choices=["mixture", "hmrf", "none"], help=text)
-
-
-def _add_submission_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--data", required=True, metavar="DIR", help="the cases that were filled")
-    sub.add_argument("--results", required=True, metavar="DIR", help="<ID>-t1n-inference.nii.gz of each")
-    sub.add_argument("--output", metavar="F", help="zip file (default: submission.zip among the results)")
-
-
-def _add_bench_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--only", choices=["case", "autoencoder", "training"], help="one part; others are not in the file")
-    sub.add_argument("--full", action="store_true", help="run all 50 steps of the common stack, not 3 of them")
-    sub.add_argument("--output", metavar="F", help="JSON file (default: outputs/bench/bench.json)")
+    given = {name: getattr(options, name) for name in model.model_fields if hasattr(options, name)}
+    try:
+        return model.parse(given)
+    except ConfigError as error:
+        name, equals, cause = error.cause.partition(" = ")
+        fix = f"see `ldm {options.command.__name__} --help`"
+        raise ConfigError(f"{flag(name)} {cause}" if equals and name in given else error.cause, fix=fix) from None
 
 
 def point(text: str) -> tuple[float, ...]:
-    """ "x,y,z" -> three numbers."""
+    """Return "x,y,z" as three finite numbers."""
     try:
         x, y, z = (float(part) for part in text.split(","))
         if not all(map(math.isfinite, (x, y, z))):
@@ -198,15 +188,16 @@ def point(text: str) -> tuple[float, ...]:
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
-    """The words with --seed-mm -30,12,45 as one word: argparse would take the minus for an option."""
+    """Join --seed-mm and its value: argparse would take "-30,12,45" for an option."""
     words = list(arguments)
-    for k in reversed([k for k, word in enumerate(words[:-1]) if word == "--seed-mm"]):
-        words[k : k + 2] = [f"{words[k]}={words[k + 1]}"]
+    if "--seed-mm" in words[:-1]:
+        k = words.index("--seed-mm")
+        words[k : k + 2] = [f"--seed-mm={words[k + 1]}"]
     return words
 
 
 def assignments(texts: Iterable[str]) -> dict[str, str]:
-    """["key=value", ...] -> {key: value}; a key given twice is refused, for one of them would be lost."""
+    """Return ["key=value", ...] as a mapping; a key that is given twice is rejected."""
     values: dict[str, str] = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))

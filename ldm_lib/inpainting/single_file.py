@@ -34,6 +34,7 @@ def inpaint(
     write_samples: bool = False,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
 ) -> list[Path]:
     """Inpaint the masked region of one file and write the result in the file's own grid, header and data type.
 
@@ -68,7 +69,7 @@ def inpaint(
         ['inpainted.nii.gz']
     """
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, read_options=read_options)
-    loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device}
+    loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance}
     InpaintOptions.parse(sampling | loading | {"num_inference_steps": steps, "samples": samples})
     results = result_paths(given_path(output), samples, each=write_samples)

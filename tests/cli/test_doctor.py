@@ -1,6 +1,7 @@
-"""The doctor finds what is wrong with an installation, and says what to do."""
+"""The doctor reports what is wrong with an installation or a machine, and how to fix it."""
 
 import os
+import shutil
 import sys
 from collections import namedtuple
 from importlib import metadata
@@ -9,6 +10,7 @@ import pytest
 
 from ldm_lib.__main__ import main
 from ldm_lib.cli import doctor
+from ldm_lib.cli.doctor import FIX, Finding
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
 
 
@@ -18,71 +20,64 @@ def outputs(tmp_path, monkeypatch):
     return tmp_path / "outputs"
 
 
-def finding(what):
-    return next(found for found in doctor.examine() if found.what == what)
-
-
-def test_it_looks_at_everything_once_and_finds_this_installation_good():
+def test_this_installation_is_good_and_nothing_is_left_behind(outputs):
     found = doctor.examine()
     assert [f.what for f in found] == ["Python", "packages", "Jupyter kernel", "device", "outputs folder", "memory"]
     assert [f.good for f in found[:4]] == [True] * 4
-
-
-def test_it_leaves_nothing_in_the_outputs_folder(outputs):
-    assert finding("outputs folder").found.startswith("writable, ")
-    assert list(outputs.iterdir()) == []
+    assert str(outputs) in found[4].found and list(outputs.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("installed", "told"),
+    ("installed", "reported"),
     [({"monai": "1.3.0"}, "monai<1.7,>=1.6.1 (found 1.3.0)"), ({"dipy": ""}, "dipy<2,>=1.11 (found none)")],
 )
-def test_a_missing_or_unfit_package_is_named(installed, told, monkeypatch):
+def test_a_missing_or_outdated_package_is_named(installed, reported, monkeypatch):
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: installed.get(name, real(name)))
-    found = finding("packages")
-    assert not found.good and found.found == f"{told}: run `make setup`"
+    assert doctor._packages() == (False, f"{reported}: {FIX}")
 
 
-def test_a_project_that_is_not_installed_is_told(monkeypatch):
+def test_a_project_that_is_not_installed_is_reported(monkeypatch):
     def unknown(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", unknown)
-    assert finding("packages") == doctor.Finding("packages", False, "this project is not installed: run `make setup`")
+    assert doctor._packages() == (False, f"this project is not installed: {FIX}")
 
 
-def test_an_old_python_is_told(monkeypatch):
+def test_an_old_python_is_reported(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     monkeypatch.setattr(sys, "version", "3.10.1 (main)")
-    assert doctor._python() == doctor.Finding("Python", False, "3.10.1 (3.11 or newer)")
+    assert doctor._python() == (False, "3.10.1 (3.11 or newer)")
 
 
-def test_a_missing_kernel_is_told(monkeypatch):
+def test_a_missing_kernel_is_reported(monkeypatch):
     monkeypatch.setattr(doctor.KernelSpecManager, "find_kernel_specs", lambda self: {})
-    assert finding("Jupyter kernel") == doctor.Finding("Jupyter kernel", False, "none: run `make setup`")
+    assert doctor._kernel() == (False, f"none: {FIX}")
 
 
-def test_an_outputs_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_an_outputs_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path / "file" / "outputs"))
-    assert finding("outputs folder") == doctor.Finding("outputs folder", False, "cannot be written (Not a directory)")
+    folder = tmp_path / "file" / "outputs"
+    monkeypatch.setenv(OUTPUTS_VARIABLE, str(folder))
+    fix = "set LDM_OUTPUTS to another folder"
+    assert doctor._outputs() == (False, f"{folder} cannot be written (Not a directory): {fix}")
 
 
-def test_too_little_room_is_told(monkeypatch):
+def test_too_little_disk_space_is_reported(monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage(9e9, 8e9, 1e9))
-    found = finding("outputs folder")
-    assert not found.good and found.found == "writable, 1 GB free (at least 5)"
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(9e9, 8e9, 1e9))
+    good, found = doctor._outputs()
+    assert not good and found.endswith("1 GB free (at least 5)")
 
 
-def test_too_little_memory_is_told(monkeypatch):
+def test_too_little_memory_is_reported(monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**6}.get)
-    assert doctor._memory() == doctor.Finding("memory", False, "4 GB (at least 8)")
+    assert doctor._memory() == (False, "4 GB (at least 8)")
 
 
-def test_the_command_fails_when_one_finding_is_bad(monkeypatch, capsys):
-    good, bad = doctor.Finding("memory", True, "25 GB"), doctor.Finding("Python", False, "3.8")
+def test_the_command_fails_if_one_finding_is_bad(monkeypatch, capsys):
+    good, bad = Finding("memory", True, "25 GB"), Finding("Python", False, "3.8")
     monkeypatch.setattr(doctor, "examine", lambda: [good])
     assert main(["doctor"]) == 0
     monkeypatch.setattr(doctor, "examine", lambda: [good, bad])

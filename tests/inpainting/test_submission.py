@@ -93,7 +93,7 @@ def test_each_fault_is_told_of_its_case_and_nothing_is_sent(data, results, fault
     assert found.startswith("BraTS-GLI-00001-000: ")
     assert re.search(line, found)
     assert main(["submission", "--data", str(data), "--results", str(results)]) == 1
-    assert capsys.readouterr().err.startswith(f"ERROR {results}: 1 of 2 may not be sent. Fix: see above")
+    assert capsys.readouterr().err.startswith(f"ERROR {results}: 1 of 2 are not valid results. Fix: see above")
     assert not (results / "submission.zip").exists()
 
 

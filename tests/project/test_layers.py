@@ -23,7 +23,7 @@ DOORS = {
     "mlflow": {"training/trackers"},
     "papermill": {"experiment"},
     "nbconvert": {"experiment"},
-    "jupyter_client": {"experiment"},
+    "jupyter_client": {"experiment", "cli/doctor"},
     "dipy": {"anatomy"},
     "nilearn": {"anatomy"},
     "nibabel": {"data", "geometry"},
