@@ -287,7 +287,8 @@ for words in map(json.loads, sys.argv[1:]):
 def test_help_validate_score_and_params_load_nothing_heavy(cases, tmp_path):
     """Commands that need no network start at once; one process runs them all, so that it is imported once."""
     commands = [["--help"], *([name, "--help"] for name in ARGUMENTS), ["params", "04"],
-                ["validate", str(tmp_path / "data")], score_arguments(cases["P0"], cases["P0"]["t1n"]), ["compare", "01", "nowhere"],
+                ["validate", str(tmp_path / "data")], score_arguments(cases["P0"], cases["P0"]["t1n"]),
+                ["compare", "01", "nowhere"],
                 ["submission", "--data", str(tmp_path / "data"), "--results", str(tmp_path)]]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", TIMED, *map(json.dumps, commands)], capture_output=True, text=True, check=True
