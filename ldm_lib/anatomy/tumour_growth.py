@@ -1,27 +1,46 @@
-"""Tumour growth by reaction and diffusion: how far a glioma has spread through white and grey matter.
+"""Simulate tumour growth by reaction and diffusion: how far a glioma spreads through white and grey matter.
 
 Fisher-Kolmogorov equation (Swanson et al. 2000, Cell Proliferation 33:317), u the tumour cell concentration in [0, 1]:
 
-    du/dt = div(D grad u) + rho u (1 - u),   no flux across the brain's edge,
+    du/dt = div(D grad u) + rho u (1 - u),   no flux across the border of the tissue,
     D = D_white white + D_white / ratio grey
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from ldm_lib.anatomy.tissue import GM, WM
 from ldm_lib.errors import ConfigError, InputError
+from ldm_lib.geometry import bounding_box
+from ldm_lib.options import NotNegative, Options
 
-GROWTH_THRESHOLD = 0.2  # below this concentration the conditioning calls a voxel healthy
-VISIBLE_IN = {
-    "FLAIR": 0.25,
-    "T1c": 0.675,
-}  # concentration from which a tumour shows (Lipkova et al. 2019, IEEE TMI 38:1875)
-SAFETY = 0.9  # share of the largest stable step that is taken
-MAX_GROWTH_PER_STEP = 0.1  # rho dt, for accuracy: the reaction alone would stay stable far longer
+GROWTH_THRESHOLD = 0.2  # concentration below which a voxel counts as healthy in the conditioning
+# Concentration from which a tumour is visible (Lipkova et al. 2019, IEEE TMI 38:1875).
+VISIBLE_IN = {"FLAIR": 0.25, "T1c": 0.675}
+SEED_SIGMA_MM = 2.0  # standard deviation of the Gaussian that a tumour starts from
+SAFETY = 0.9  # fraction of the largest stable step that is used
+MAX_GROWTH_PER_STEP = 0.1  # rho dt, for accuracy; the reaction alone would be stable far longer
+
+
+class GrowthRates(Options):
+    """Hold the rates at which a tumour spreads.
+
+    The defaults describe a glioblastoma of medium speed: the width of its front, sqrt(D / rho), is 2 mm, and in white
+    matter the front moves 0.2 mm per day.
+    """
+
+    heading = "Tumour growth"
+    hint = "give finite rates"
+    diffusion_white_mm2_per_day: NotNegative = Field(0.2, description="diffusion coefficient D in white matter")
+    diffusion_ratio: Annotated[float, Field(gt=0)] = Field(10.0, description="D in white matter over D in grey matter")
+    proliferation_per_day: NotNegative = Field(0.05, description="proliferation rate rho")
+
+
+DEFAULT_RATES = GrowthRates()
 
 
 def threshold_growth(growth, threshold: float = GROWTH_THRESHOLD):
@@ -29,118 +48,80 @@ def threshold_growth(growth, threshold: float = GROWTH_THRESHOLD):
     return growth * (growth >= threshold)
 
 
-def stable_step_days(largest_diffusion: float, spacing_mm: float | Sequence[float]) -> float:
-    """Largest stable step of the explicit scheme, 1 / (2 D sum(1 / h^2)), in days; D in mm^2/day."""
-    h = _voxel_size(spacing_mm)
-    return float(1 / (2 * largest_diffusion * np.sum(1 / h**2))) if largest_diffusion else np.inf
-
-
-def simulate_growth(
-    white: np.ndarray | torch.Tensor,
-    grey: np.ndarray | torch.Tensor,
-    *,
-    seed_vox: Sequence[int] | None = None,
-    initial: np.ndarray | torch.Tensor | None = None,
-    spacing_mm: float | Sequence[float],
-    days: float,
-    diffusion_white_mm2_per_day: float,
-    diffusion_ratio: float = 10.0,
-    proliferation_per_day: float,
-    seed_sigma_mm: float = 2.0,
-) -> np.ndarray | torch.Tensor:
-    """Grow a tumour in the tissue for `days` days; float32 concentration in [0, 1], array or tensor as `white`.
-
-    Args:
-        white, grey: tissue shares (..., x, y, z) in [0, 1], leading axes a batch; no tissue, no tumour.
-        seed_vox: voxel x, y, z where the tumour starts, a Gaussian of height 1 and `seed_sigma_mm`.
-        initial: a concentration to start from instead, shape of `white`, in [0, 1].
-        spacing_mm: voxel size, one number or three.
-        diffusion_white_mm2_per_day: D in pure white matter; in grey matter it is `diffusion_ratio` times less.
-        proliferation_per_day: rho.
-
-    Raises:
-        InputError: shapes differ, values are not shares, or the start is missing or outside the tissue.
-        ConfigError: a rate, time or size out of range.
-    """
-    _check_rates(days, diffusion_white_mm2_per_day, proliferation_per_day, diffusion_ratio, seed_sigma_mm)
-    white_t, grey_t = _shares(white, "white"), _shares(grey, "grey")
-    _same_shape(white_t, grey_t, "grey")
-    tissue = (white_t + grey_t) > 0
-    start = _start(tissue, seed_vox, initial, spacing_mm, seed_sigma_mm)
-    diffusion = diffusion_white_mm2_per_day * (white_t + grey_t / diffusion_ratio)
-    # bounds that hold for any tissue, so that a tumour does not depend on the others in its batch
-    limit = SAFETY * stable_step_days(diffusion_white_mm2_per_day * (1 + 1 / diffusion_ratio), spacing_mm)
-    limit = min(limit, MAX_GROWTH_PER_STEP / max(proliferation_per_day, 1e-30))
-    box, steps = _box_around(tissue), int(np.ceil(days / limit))
-    faces, grown = _permeability(diffusion[box], spacing_mm), torch.zeros_like(start)
-    grown[box] = _march(start[box], faces, proliferation_per_day * tissue[box], days=days, steps=steps)
-    return grown if isinstance(white, torch.Tensor) else grown.numpy()
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How a tumour spreads: D in white matter (mm^2 a day), how many times less it is in grey, and rho (per day).
-
-    The defaults are a glioblastoma of middling speed: its front, sqrt(D / rho) = 2 mm, moves 0.2 mm a day in white
-    matter.
-    """
-
-    diffusion_white_mm2_per_day: float = 0.2
-    diffusion_ratio: float = 10.0
-    proliferation_per_day: float = 0.05
-
-
-MIDDLING = Rates()
-
-
-def grow_in_labels(
-    labels: np.ndarray,
+def grow_tumour(
+    tissue: np.ndarray,
     affine: np.ndarray,
-    *,
     days: float,
-    rates: Rates = MIDDLING,
+    *,
     seed_mm: Sequence[float] | None = None,
     segmentation: np.ndarray | None = None,
+    rates: GrowthRates = DEFAULT_RATES,
     device: str = "cpu",
 ) -> np.ndarray:
-    """Grow a tumour in a segmented brain: concentration float32 (x, y, z) in [0, 1].
+    """Grow a tumour in a segmented brain and return its tumour cell concentration.
 
     Args:
-        labels: tissue (x, y, z), 0 none, 1 CSF, 2 GM, 3 WM; cells spread through GM and WM.
+        tissue: labels (x, y, z): 0 none, 1 CSF, 2 GM, 3 WM. Tumour cells spread through GM and WM.
         affine: voxel to world (RAS, mm), 4 x 4.
-        days: time since the start.
-        seed_mm: where it starts, x y z in the world; a Gaussian of height 1 and 2 mm.
-        segmentation: where it is already, (x, y, z), not 0 there; starts at full concentration.
+        days: age of the tumour, at least 0.
+        seed_mm: start at this world position (x, y, z), a Gaussian of height 1 and standard deviation 2 mm.
+        segmentation: start instead at full concentration where this array (x, y, z) is not 0.
+        rates: diffusion and proliferation, see `GrowthRates`.
         device: "cpu" or "cuda".
 
+    Returns:
+        float32 (x, y, z) in [0, 1].
+
     Raises:
-        InputError: no start or two, a seed outside white and grey matter, or a segmentation outside it.
-        ConfigError: a rate or time out of range.
+        InputError: no tissue map, not exactly one start, or a start outside white and grey matter.
+        ConfigError: a negative or infinite number of days.
+
+    Example:
+        >>> tissue, affine = np.full((24, 24, 24), 3), np.diag([2.0, 2.0, 2.0, 1.0])
+        >>> growth = grow_tumour(tissue, affine, days=60, seed_mm=(24, 24, 24))
+        >>> growth.shape, tuple(int(i) for i in np.unravel_index(growth.argmax(), growth.shape))
+        ((24, 24, 24), (12, 12, 12))
+        >>> older = grow_tumour(tissue, affine, days=120, seed_mm=(24, 24, 24))
+        >>> bool((older >= 0.2).sum() > (growth >= 0.2).sum())
+        True
     """
+    if tissue is None or np.ndim(tissue) != 3:
+        raise InputError("no tissue map (x, y, z) to grow in", where="tissue", fix="make one with `ldm prior`")
+    if (seed_mm is None) == (segmentation is None):
+        raise InputError("exactly one start is needed", where="growth", fix="give either a seed or a segmentation")
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-    start = {"seed_vox": seed_voxel(labels, affine, seed_mm)} if seed_mm is not None else {}
-    if segmentation is not None:
-        start["initial"] = torch.from_numpy((segmentation != 0).astype(np.float32)).to(device)
-    white, grey = (torch.from_numpy((labels == tissue).astype(np.float32)).to(device) for tissue in (WM, GM))
-    return simulate_growth(white, grey, spacing_mm=spacing_mm, days=days, **start, **vars(rates)).cpu().numpy()
+    if segmentation is None:
+        start = _gaussian(tissue.shape, seed_voxel(tissue, affine, seed_mm), spacing_mm, SEED_SIGMA_MM)
+    elif segmentation.shape == tissue.shape:
+        start = torch.from_numpy((segmentation != 0).astype(np.float32))
+    else:
+        raise InputError(f"shape {segmentation.shape}, but the tissue map has {tissue.shape}", where="segmentation",
+                         fix="resample both to one grid")  # fmt: skip
+    white, grey = (torch.from_numpy((tissue == label).astype(np.float32)).to(device) for label in (WM, GM))
+    return solve(white, grey, start.to(device), spacing_mm=spacing_mm, days=days, rates=rates).cpu().numpy()
 
 
-def seed_voxel(labels: np.ndarray, affine: np.ndarray, seed_mm: Sequence[float]) -> tuple[int, int, int]:
-    """The voxel at a world position (RAS, mm), which must lie in white or grey matter."""
-    told = "({:g}, {:g}, {:g}) mm".format(*seed_mm)
+def seed_voxel(tissue: np.ndarray, affine: np.ndarray, seed_mm: Sequence[float]) -> tuple[int, int, int]:
+    """Return the voxel at a world position (RAS, mm).
+
+    Raises:
+        InputError: the position is outside white and grey matter; the message names the nearest voxel of these.
+    """
     position = np.linalg.solve(affine, [*seed_mm, 1.0])[:3]
     voxel = tuple(int(i) for i in np.rint(position))
-    tissue = (labels == WM) | (labels == GM)
-    if not tissue.any():
+    allowed = (tissue == WM) | (tissue == GM)
+    if not allowed.any():
         raise InputError("no white or grey matter to grow in", where="tissue", fix="give another tissue map")
-    if min(voxel) >= 0 and (np.array(voxel) < labels.shape).all() and tissue[voxel]:
+    if min(voxel) >= 0 and (np.array(voxel) < tissue.shape).all() and allowed[voxel]:
         return voxel
-    places = np.argwhere(tissue)
-    nearest = places[np.square((places - position) * np.linalg.norm(affine[:3, :3], axis=0)).sum(1).argmin()]
-    nearest_mm = affine[:3] @ [*nearest, 1]
+    candidates = np.argwhere(allowed)
+    squared_mm = np.square((candidates - position) * np.linalg.norm(affine[:3, :3], axis=0)).sum(1)
+    nearest_mm = affine[:3] @ [*candidates[squared_mm.argmin()], 1]
     raise InputError(
-        f"{told} is voxel {voxel} of {labels.shape}, outside white and grey matter; the nearest of it is "
-        f"{np.linalg.norm(nearest_mm - seed_mm):.1f} mm away, at ({', '.join(f'{v:.1f}' for v in nearest_mm)})",
+        "({:g}, {:g}, {:g}) mm".format(*seed_mm) +
+        f" is voxel {voxel} of {tissue.shape}, outside white and grey matter; "
+        f"the nearest voxel of these is {np.linalg.norm(nearest_mm - seed_mm):.1f} mm away, at "
+        f"({', '.join(f'{v:.1f}' for v in nearest_mm)})",
         where="seed", fix="give x,y,z in mm of the file's world (right, anterior, superior)",
     )  # fmt: skip
 
@@ -148,36 +129,78 @@ def seed_voxel(labels: np.ndarray, affine: np.ndarray, seed_mm: Sequence[float])
 def random_tumour(
     white: np.ndarray, grey: np.ndarray, allowed: np.ndarray, rng: np.random.Generator, *, spacing_mm: float
 ) -> np.ndarray:
-    """A tumour of random place, size and rates: concentration float32 x y z in [0, 1].
+    """Grow a tumour of random position, size and rates: float32 (x, y, z) in [0, 1].
 
     Args:
-        white, grey: tissue shares x y z in [0, 1].
-        allowed: bool x y z, where it may start; not empty.
-        rng: draws the start, the radius aimed at (9 to 26 mm, reached in patchy tissue and passed in uniform
-            white matter), the width of the front sqrt(D / rho) (1.8 to 4.5 mm) and rho (0.01 to 0.03 per day).
+        white, grey: tissue fractions (x, y, z) in [0, 1].
+        allowed: bool (x, y, z), where the tumour may start; not empty.
+        rng: draws the start, the intended radius (9 to 26 mm; smaller tumours grow in patchy tissue, larger ones in
+            uniform white matter), the width of the front sqrt(D / rho) (1.8 to 4.5 mm) and rho (0.01 to 0.03 per day).
         spacing_mm: isotropic voxel size.
     """
-    places = np.argwhere(allowed)
-    start = places[rng.integers(len(places))]
+    candidates = np.argwhere(allowed)
+    start = candidates[rng.integers(len(candidates))]
     radius_mm, front_mm, rho = rng.uniform(9, 26), rng.uniform(1.8, 4.5), rng.uniform(0.01, 0.03)
     reach = int(np.ceil(2 * radius_mm / spacing_mm))
     box = tuple(slice(max(c - reach, 0), c + reach + 1) for c in start)
+    near = [torch.as_tensor(fraction[box]).to(torch.float32) for fraction in (white, grey)]
+    seed = _gaussian(near[0].shape, [c - b.start for c, b in zip(start, box, strict=True)], spacing_mm, spacing_mm)
+    rates = GrowthRates(diffusion_white_mm2_per_day=front_mm**2 * rho, proliferation_per_day=rho)
+    days = 0.65 * (radius_mm / front_mm + 3) / rho  # in uniform tissue the front moves by 2 front_mm rho per day
     growth = np.zeros(white.shape, np.float32)
-    growth[box] = simulate_growth(
-        white[box],
-        grey[box],
-        seed_vox=[c - b.start for c, b in zip(start, box, strict=True)],
-        spacing_mm=spacing_mm,
-        days=0.65 * (radius_mm / front_mm + 3) / rho,  # in uniform tissue the front moves 2 front_mm rho a day
-        diffusion_white_mm2_per_day=front_mm**2 * rho,
-        proliferation_per_day=rho,
-        seed_sigma_mm=spacing_mm,
-    )
+    growth[box] = solve(*near, seed, spacing_mm=spacing_mm, days=days, rates=rates).numpy()
     return growth
 
 
+def solve(
+    white: torch.Tensor,
+    grey: torch.Tensor,
+    start: torch.Tensor,
+    *,
+    spacing_mm: float | Sequence[float],
+    days: float,
+    rates: GrowthRates = DEFAULT_RATES,
+) -> torch.Tensor:
+    """Solve the growth equation from a given start: float32 (..., x, y, z) in [0, 1].
+
+    Args:
+        white, grey: tissue fractions (..., x, y, z) in [0, 1], float32; leading axes are a batch.
+        start: concentration (..., x, y, z) in [0, 1]; what lies outside the tissue is dropped.
+        spacing_mm: voxel size, one number or three.
+        days: simulated time, at least 0.
+        rates: diffusion and proliferation.
+
+    Raises:
+        InputError: the start is outside the tissue.
+        ConfigError: a negative or infinite number of days.
+    """
+    if not (np.isfinite(days) and days >= 0):
+        raise ConfigError(f"{days} given, allowed is a finite number of at least 0", where="days", fix="correct it")
+    tissue = (white + grey) > 0
+    start = start * tissue
+    if not start.any():
+        raise InputError("the tumour starts outside white and grey matter", where="growth",
+                         fix="move the seed or the segmentation into white or grey matter")  # fmt: skip
+    coefficient, rho = rates.diffusion_white_mm2_per_day, rates.proliferation_per_day
+    diffusion = coefficient * (white + grey / rates.diffusion_ratio)
+    # bounds that hold for any tissue, so that a tumour does not depend on the others in its batch
+    limit = SAFETY * stable_step_days(coefficient * (1 + 1 / rates.diffusion_ratio), spacing_mm)
+    steps = int(np.ceil(days / min(limit, MAX_GROWTH_PER_STEP / max(rho, 1e-30))))
+    # nothing happens outside the tissue
+    box = (..., *bounding_box(tissue.cpu().numpy().reshape(-1, *tissue.shape[-3:]).any(0)))
+    faces, grown = _permeability(diffusion[box], spacing_mm), torch.zeros_like(start)
+    grown[box] = _march(start[box], faces, rho * tissue[box], days=days, steps=steps)
+    return grown
+
+
+def stable_step_days(largest_diffusion: float, spacing_mm: float | Sequence[float]) -> float:
+    """Return the largest stable step of the explicit scheme, 1 / (2 D sum(1 / h^2)), in days; D in mm^2/day."""
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), 3)
+    return float(1 / (2 * largest_diffusion * np.sum(1 / h**2))) if largest_diffusion else np.inf
+
+
 def _march(u: torch.Tensor, faces: list[torch.Tensor], rho: torch.Tensor, *, days: float, steps: int) -> torch.Tensor:
-    """Explicit Euler: du = dt (div(D grad u) + rho u (1 - u)), in buffers made once: four times as fast as without."""
+    """Integrate du = dt (div(D grad u) + rho u (1 - u)) by explicit Euler, in reused buffers: four times as fast."""
     step = days / max(steps, 1)
     faces, rho, u = [face * step for face in faces], rho * step, u.clone()
     change, fluxes = torch.empty_like(u), [torch.empty_like(face) for face in faces]
@@ -185,8 +208,8 @@ def _march(u: torch.Tensor, faces: list[torch.Tensor], rho: torch.Tensor, *, day
         torch.addcmul(rho, rho, u, value=-1, out=change)
         change.mul_(u)
         for axis, face, flux in zip((-3, -2, -1), faces, fluxes, strict=True):
-            here, there = (u.narrow(axis, start, u.shape[axis] - 1) for start in (0, 1))
-            torch.sub(there, here, out=flux).mul_(face)
+            lower, upper = (u.narrow(axis, first, u.shape[axis] - 1) for first in (0, 1))
+            torch.sub(upper, lower, out=flux).mul_(face)
             # what leaves a voxel through a face enters its neighbour, so the sum is conserved
             change.narrow(axis, 0, u.shape[axis] - 1).add_(flux)
             change.narrow(axis, 1, u.shape[axis] - 1).sub_(flux)
@@ -194,75 +217,11 @@ def _march(u: torch.Tensor, faces: list[torch.Tensor], rho: torch.Tensor, *, day
     return u.clamp_(0, 1)
 
 
-def _check_rates(days: float, diffusion: float, proliferation: float, ratio: float, sigma_mm: float) -> None:
-    above, positive = "a finite number of at least 0", "a finite number above 0"
-    for name, value, allowed in (
-        ("days", days, above),
-        ("diffusion_white_mm2_per_day", diffusion, above),
-        ("proliferation_per_day", proliferation, above),
-        ("diffusion_ratio", ratio, positive),
-        ("seed_sigma_mm", sigma_mm, positive),
-    ):
-        if not (np.isfinite(value) and (value > 0 or (value == 0 and allowed is above))):
-            raise ConfigError(f"{value} given, allowed is {allowed}", where=name, fix="correct it")
-
-
-def _voxel_size(spacing_mm: float | Sequence[float]) -> np.ndarray:
-    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
-    if not (np.isfinite(h) & (h > 0)).all():
-        raise ConfigError(f"{spacing_mm} given, allowed are finite numbers above 0", where="spacing_mm")
-    return h
-
-
-def _shares(values: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
-    field = torch.as_tensor(values).to(torch.float32)
-    low, high = (float(v) for v in torch.aminmax(field))
-    if not (low >= 0 and high <= 1 + 1e-5):
-        raise InputError(
-            f"values from {low:g} to {high:g}, allowed are shares from 0 to 1",
-            where=name,
-            fix="clip or rescale the map, and replace what is not finite",
-        )
-    return field
-
-
-def _same_shape(white: torch.Tensor, other: torch.Tensor, name: str) -> None:
-    if other.shape != white.shape:
-        raise InputError(
-            f"shape {tuple(other.shape)}, but white has {tuple(white.shape)}",
-            where=name,
-            fix="resample both to one grid",
-        )
-
-
-def _start(
-    tissue: torch.Tensor,
-    seed_vox: Sequence[int] | None,
-    initial: np.ndarray | torch.Tensor | None,
-    spacing_mm: float | Sequence[float],
-    sigma_mm: float,
-) -> torch.Tensor:
-    if (seed_vox is None) == (initial is None):
-        raise InputError("seed_vox and initial: exactly one is needed to start a tumour", fix="give one")
-    if initial is not None:
-        u = _shares(initial, "initial")
-        _same_shape(tissue, u, "initial")
-    else:
-        u = _gaussian(tissue.shape[-3:], seed_vox, spacing_mm, sigma_mm).expand(tissue.shape)
-    u = u.to(tissue.device) * tissue
-    if not u.any():
-        raise InputError(
-            "the tumour starts outside the tissue: its concentration is 0 wherever there is white or grey matter",
-            where=f"seed_vox {seed_vox}" if initial is None else "initial",
-            fix="move the start into white or grey matter",
-        )
-    return u
-
-
 def _gaussian(
     shape: Sequence[int], centre_vox: Sequence[int], spacing_mm: float | Sequence[float], sigma_mm: float
 ) -> torch.Tensor:
-    h = _voxel_size(spacing_mm)
+    """Return a Gaussian of height 1, cut off at four standard deviations: float32 (x, y, z)."""
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), 3)
     axes = [(torch.arange(n) - c) * float(s) for n, c, s in zip(shape, centre_vox, h, strict=True)]
     x, y, z = torch.meshgrid(*axes, indexing="ij")
     squared = x**2 + y**2 + z**2
@@ -270,24 +229,13 @@ def _gaussian(
     return torch.where(squared <= (4 * sigma_mm) ** 2, u, 0.0).to(torch.float32)
 
 
-def _box_around(tissue: torch.Tensor) -> tuple:
-    """The smallest box of the last three axes that holds all tissue: nothing happens outside."""
-    spans = []
-    for axis in (-3, -2, -1):
-        others = [a for a in range(tissue.ndim) if a != tissue.ndim + axis]
-        found = torch.nonzero(tissue.amax(dim=others))
-        spans.append(slice(int(found.min()), int(found.max()) + 1))
-    return (..., *spans)
-
-
 def _permeability(diffusion: torch.Tensor, spacing_mm: float | Sequence[float]) -> list[torch.Tensor]:
-    """D / h^2 on the faces between neighbours, one tensor an axis.
+    """Return D / h^2 on the faces between neighbours, one tensor per axis.
 
-    The harmonic mean keeps the flux continuous where D jumps, and is 0 beside a voxel without tissue.
+    The harmonic mean keeps the flux continuous where D jumps, and is 0 next to a voxel without tissue.
     """
-    h = _voxel_size(spacing_mm)
     faces = []
-    for axis, size in zip((-3, -2, -1), h, strict=True):
+    for axis, size in zip((-3, -2, -1), np.broadcast_to(np.asarray(spacing_mm, dtype=float), 3), strict=True):
         n = diffusion.shape[axis]
         a, b = diffusion.narrow(axis, 0, n - 1), diffusion.narrow(axis, 1, n - 1)
         faces.append(2 * a * b / (a + b).clamp_min(1e-30) / float(size) ** 2)

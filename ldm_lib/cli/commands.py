@@ -108,7 +108,7 @@ def _inpaint_folder(options: argparse.Namespace, sampling: InpaintOptions, readi
 
 def prior(options: argparse.Namespace) -> int:
     """Make tissue and growth maps from a scan and its mask."""
-    from ldm_lib.anatomy.tumour_growth import Rates
+    from ldm_lib.anatomy.tumour_growth import GrowthRates
     from ldm_lib.data.conditioning_maps import make_conditioning_maps
     from ldm_lib.data.nifti import stem
     from ldm_lib.plots.figures import planes
@@ -121,7 +121,8 @@ def prior(options: argparse.Namespace) -> int:
         seed_mm=point(options.seed_mm) if options.seed_mm else None,
         segmentation=options.segmentation,
         days=options.days,
-        rates=Rates(options.diffusion, options.ratio, options.proliferation),
+        rates=GrowthRates.parse({"diffusion_white_mm2_per_day": options.diffusion, "diffusion_ratio": options.ratio,
+                                 "proliferation_per_day": options.proliferation}),  # fmt: skip
         lesion=options.lesion,
         refine=options.refine,
     )

@@ -21,7 +21,7 @@ METAVARS = {int: "N", float: "X", str: "TEXT"}
 FLAGS = {"num_inference_steps": "steps"}  # parameters whose option has another name
 RENAMED_COMMANDS = {"ship": "it is called `export` since version 0.8",
                     "bench": "run `python -m benchmarks` in the repository"}  # fmt: skip
-RATES = {"diffusion": 0.2, "ratio": 10.0, "proliferation": 0.05}  # those of `Rates`, which loads torch; a test compares
+RATES = {"diffusion": 0.2, "ratio": 10.0, "proliferation": 0.05}  # of `GrowthRates`, which loads torch; tested
 
 
 def arg(name: str, text: str, **settings: Any) -> Argument:

@@ -10,7 +10,7 @@ sidecar that says why, and no map.
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ldm_lib.anatomy.registration import Registration
 from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
-from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, MIDDLING, Rates, grow_in_labels
+from ldm_lib.anatomy.tumour_growth import DEFAULT_RATES, GROWTH_THRESHOLD, GrowthRates, grow_tumour
 from ldm_lib.data.case import TISSUE_LABELS, Case, CaseData, case_of_files, load_case
 from ldm_lib.data.layouts import CONDITIONING_FOLDERS
 from ldm_lib.data.map_sidecar import read_sidecar, sidecar_path
@@ -98,9 +98,9 @@ def make_growth_map(
     seed_mm: Sequence[float] | None = None,
     segmentation: np.ndarray | None = None,
     days: float = DAYS_FROM_SEGMENTATION,
-    rates: Rates = MIDDLING,
+    rates: GrowthRates = DEFAULT_RATES,
 ) -> ConditioningMap:
-    """Grow a tumour in a case's tissue (`growth.grow_in_labels`).
+    """Grow a tumour in a case's tissue (`tumour_growth.grow_tumour`).
 
     Args:
         labels: tissue (x, y, z) on the case's grid, 0 none, 1 CSF, 2 GM, 3 WM.
@@ -113,13 +113,13 @@ def make_growth_map(
     """
     if seed_mm is None and segmentation is None:
         segmentation = segmentation_of(data)
-    settings = asdict(rates) | {"days": days, "seed_mm": None if seed_mm is None else [float(v) for v in seed_mm]}
+    settings = rates.model_dump() | {"days": days, "seed_mm": None if seed_mm is None else [float(v) for v in seed_mm]}
     volumes = {"segmentation": segmentation, "tissue": labels}
     sidecar = _Sidecar(Path(path), "Fisher-Kolmogorov", {}, settings, volumes)
     if found := sidecar.found():
         return found
     start = {"seed_mm": seed_mm, "segmentation": segmentation}
-    growth = grow_in_labels(labels, data.source.affine, days=days, rates=rates, **start)
+    growth = grow_tumour(labels, data.source.affine, days, rates=rates, **start)
     litre = float(np.prod(data.source.spacing_mm)) / 1000
     visible = float((growth >= GROWTH_THRESHOLD).sum() * litre)
     return sidecar.keep(growth, {"visible_ml": visible, "highest": float(growth.max())}, data.source.affine)
@@ -178,7 +178,7 @@ def make_conditioning_maps(
     seed_mm: Sequence[float] | None = None,
     segmentation: str | Path | None = None,
     days: float = DAYS_FROM_SEGMENTATION,
-    rates: Rates = MIDDLING,
+    rates: GrowthRates = DEFAULT_RATES,
     lesion: str | Path | None = None,
     refine: str = "mixture",
 ) -> list[ConditioningMap]:

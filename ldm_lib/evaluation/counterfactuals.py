@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from ldm_lib.anatomy.tissue import GM, WM
-from ldm_lib.anatomy.tumour_growth import MIDDLING, Rates, grow_in_labels
+from ldm_lib.anatomy.tumour_growth import DEFAULT_RATES, GrowthRates, grow_tumour
 from ldm_lib.data.case import CaseData
 from ldm_lib.diffusion.latents import Latents
 from ldm_lib.errors import InputError
@@ -82,7 +82,11 @@ def start_of_tumour_mm(data: CaseData) -> tuple[float, float, float]:
 
 
 def tumours_in_time(
-    data: CaseData, days: Sequence[float], *, seed_mm: Sequence[float] | None = None, rates: Rates = MIDDLING
+    data: CaseData,
+    days: Sequence[float],
+    *,
+    seed_mm: Sequence[float] | None = None,
+    rates: GrowthRates = DEFAULT_RATES,
 ) -> dict[str, np.ndarray]:
     """Growth maps (x, y, z) of one tumour at several ages, in the case's own tissue; 0 days is healthy.
 
@@ -92,7 +96,7 @@ def tumours_in_time(
     seed_mm = start_of_tumour_mm(data) if seed_mm is None else seed_mm
     nothing = np.zeros(data.mask.shape, np.float32)
     grown = {
-        age: grow_in_labels(data.tissue, data.source.affine, days=age, seed_mm=seed_mm, rates=rates)
+        age: grow_tumour(data.tissue, data.source.affine, age, seed_mm=seed_mm, rates=rates)
         for age in days
         if age
     }

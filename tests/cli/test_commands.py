@@ -371,9 +371,9 @@ def test_a_failed_registration_leaves_a_figure_and_no_map(scan, tmp_path, capsys
 
 
 def test_the_default_rates_are_those_of_the_growth_model():
-    from ldm_lib.anatomy.tumour_growth import Rates
+    from ldm_lib.anatomy.tumour_growth import GrowthRates
 
-    assert tuple(RATES.values()) == tuple(vars(Rates()).values())
+    assert tuple(RATES.values()) == tuple(vars(GrowthRates()).values())
 
 
 def test_an_empty_value_stays_an_argument():
