@@ -32,18 +32,18 @@ def read_mask(
     require_same_grid(volume, like)
     told = volume.named_warnings
     if read_options.labels:
-        mask, labels = np.isin(volume.values, read_options.labels), ", ".join(map(str, read_options.labels))
+        mask, labels = np.isin(volume.voxels, read_options.labels), ", ".join(map(str, read_options.labels))
         told.append(f"{volume.path.name}: the labels {labels} are the mask")
     else:
-        mask = volume.values == 1
-        if np.count_nonzero(volume.values) != np.count_nonzero(mask):
+        mask = volume.voxels == 1
+        if np.count_nonzero(volume.voxels) != np.count_nonzero(mask):
             mask = _as_binary(volume, told)
     if warnings is not None:
         warnings += told
     if not mask.any() and not allow_empty:
         fix = "mark the voxels to fill with 1"
-        if read_options.labels and volume.values.any():
-            held = ", ".join(f"{value:g}" for value in np.unique(volume.values)[:6] if value)
+        if read_options.labels and volume.voxels.any():
+            held = ", ".join(f"{value:g}" for value in np.unique(volume.voxels)[:6] if value)
             fix = f"name labels that it holds ({held}), not {', '.join(map(str, read_options.labels))}"
         raise InputError(f"the mask is empty (0 of {mask.size} voxels)", where=path, fix=fix)
     return mask

@@ -1,7 +1,7 @@
-"""NIfTI in and out: every file passes one gate, and what is written keeps the source's header byte for byte.
+"""Read 3D images from NIfTI files, and write results that keep the source's header byte for byte.
 
-A `Volume` remembers the raw voxels and the bytes in front of them, so that an output differs from its source in the
-voxels of the hole and in nothing else: same header, extensions, byte order, slope and intercept.
+A `Volume` holds the raw voxels and the bytes in front of them, so that a result differs from its source in the voxels
+under the mask and in nothing else: same header, extensions, byte order, slope and intercept.
 """
 
 import math
@@ -12,38 +12,36 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ldm_lib.data.nifti import read_bytes, write_bytes
-from ldm_lib.data.nifti_header import (
+from ldm_lib.data.nifti import (
     AGAIN,
     header_affine,
     header_dtype,
-    header_oddities,
     header_shape,
-    parse_header,
-    require_exact,
-    scaling,
+    header_warnings,
+    read_bytes,
     scrubbed,
     voxel_offset,
+    write_bytes,
 )
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.errors import InputError
 
 GRID_TOLERANCE_MM = 1e-3
-SPIKE = 10.0  # times the scale; the brightest voxel of real brains has 1.2 to 1.7 times it
+SPIKE = 10.0  # times the scale; the brightest voxel of real brains is at 1.2 to 1.7 times it
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One 3D image as it stands on disk.
+    """Hold one 3D image as it is stored on disk.
 
     Attributes:
         path: the file it came from.
         raw: stored voxels (x, y, z) in the file's own dtype and byte order, before slope and intercept.
-        preamble: header and extensions, exactly as read, or as an output is to have them.
+        preamble: header and extensions, as read or as a result is to have them.
         affine: (4, 4) voxel indices to millimetres, RAS+ world.
         slope, intercept: voxel = raw * slope + intercept.
         warnings: what is odd about the file but does not forbid its use.
-        nan_as_zero: what is not a number counts as 0 in `voxels`.
+        nan_as_zero: NaN counts as 0 in `voxels`.
     """
 
     path: Path
@@ -58,7 +56,7 @@ class Volume:
     @cached_property
     def voxels(self) -> np.ndarray:
         """(x, y, z) float32 in the file's scaled units."""
-        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is rejected
             if (self.slope, self.intercept) == (1.0, 0.0):
                 voxels = self.raw.astype(np.float32)
             else:
@@ -68,22 +66,18 @@ class Volume:
         return voxels
 
     @property
-    def values(self) -> np.ndarray:
-        """What `voxels` holds, as it is stored where that is whole numbers without slope and intercept."""
-        plain = self.raw.dtype.kind in "iu" and (self.slope, self.intercept) == (1.0, 0.0)
-        return self.raw if plain else self.voxels
-
-    @property
     def named_warnings(self) -> list[str]:
         """`warnings`, each with the file's name."""
         return [f"{self.path.name}: {warning}" for warning in self.warnings]
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(x, y, z)."""
         return self.raw.shape
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along x, y, z."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0).round(6))
 
     @property
@@ -93,43 +87,75 @@ class Volume:
 
 
 def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
-    """Read one 3D scalar NIfTI file (.nii or .nii.gz) through the gate.
+    """Read one 3D scalar NIfTI file (.nii or .nii.gz) and check it.
 
     Raises:
         InputError: the file is missing, unreadable, damaged, not a 3D scalar NIfTI, has no usable orientation,
-            or holds a voxel that is not finite.
+            or holds a voxel that is not finite or that float32 cannot represent.
     """
     path = Path(path)
-    content, trailing = read_bytes(path)
-    header = parse_header(content, path)
+    header, content = read_bytes(path)
     shape, dtype = header_shape(header, path), header_dtype(header, path)
     affine = header_affine(header, path, read_options.assume_orientation)
-    warnings = header_oddities(header, affine, path)
+    warnings = header_warnings(header, affine, path)
     if not (header["sform_code"] or header["qform_code"]):
-        warnings.append(f"says no orientation: {read_options.assume_orientation} assumed")
+        warnings.append(f"states no orientation: {read_options.assume_orientation} assumed")
     offset, n_bytes = voxel_offset(header, content, path, warnings), math.prod(shape) * dtype.itemsize
     held = len(content) - offset
     if held < n_bytes:
         raise InputError(f"expected {n_bytes} bytes of voxels, got {held}", where=path, fix=AGAIN)
-    if surplus := held - n_bytes + trailing:
-        warnings.append(f"{surplus} bytes after the last voxel are ignored")
-    slope, intercept = scaling(header, path, warnings)
+    if held > n_bytes:
+        warnings.append(f"{held - n_bytes} bytes after the last voxel are ignored")
+    slope, intercept = _scaling(header, path, warnings)
     raw = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
     raw.flags.writeable = False
-    require_exact(raw, path)
+    _require_exact(raw, path)
     preamble = scrubbed(header) if read_options.scrub_header else bytes(content[:offset])
-    volume = Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings))
-    return _finite(volume, read_options)
+    return _finite(Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings)), read_options)
+
+
+def _scaling(header: nib.Nifti1Header, path: Path, warnings: list[str]) -> tuple[float, float]:
+    """Return slope and intercept; a slope of 0 or one that is not finite means 1 and 0."""
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or not math.isfinite(slope):
+        warnings += [f"scl_slope {slope} read as 1"] if slope else []
+        return 1.0, 0.0
+    if not math.isfinite(intercept) or abs(slope) < 1e-30:
+        raise InputError(f"scl_slope {slope:g}, scl_inter {intercept:g}: not a usable range", where=path, fix=AGAIN)
+    return slope, intercept
+
+
+def _require_exact(raw: np.ndarray, path: Path) -> None:
+    """Raise InputError if float32, in which all is computed, cannot represent stored integers exactly."""
+    if raw.dtype.kind not in "iu" or raw.dtype.itemsize < 4 or (abs(int(raw.min())) | int(raw.max())) <= 1 << 24:
+        return
+    with np.errstate(invalid="ignore"):  # beyond the integer type comes back as another number
+        rounded = raw.astype(np.float32).astype(raw.dtype)
+    if lost := int(np.count_nonzero(rounded != raw)):
+        raise InputError(f"{lost} voxels of type {raw.dtype} do not fit float32, up to {raw.max()}", where=path,
+                         fix="store intensities below 16777216, or as float32")  # fmt: skip
+
+
+def _finite(volume: Volume, read_options: ReadOptions) -> Volume:
+    """Return the volume, if all its voxels are finite or may be read as 0."""
+    bad = ~np.isfinite(volume.voxels)
+    count = int(np.count_nonzero(bad))
+    if not count:
+        return volume
+    missing = int(np.isnan(volume.voxels).sum())
+    if read_options.nan_as_zero and missing == count:
+        return replace(volume, nan_as_zero=True, warnings=(*volume.warnings, f"{missing} NaN voxels read as 0"))
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    fix = "set the background to 0" + (", or let NaN be read as 0 with --nan-as-zero" if missing == count else "")
+    raise InputError(f"{count} voxels are not finite (in float32), the first at {first}", where=volume.path, fix=fix)
 
 
 def read_image(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
-    """`read_volume`, and refuse an image without contrast (all voxels equal, or none above zero)."""
+    """Read an image as `read_volume` does, and reject one without contrast (all voxels equal, or none above 0)."""
     volume = read_volume(path, read_options)
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     if low == high:
         cause = "the image is empty" if high == 0 else f"no contrast (min = max = {high:g})"
-        if high == 0 and volume.raw.any() and volume.raw.dtype.kind == "f":
-            cause += f" in float32 (voxels up to {np.abs(volume.raw).max():g})"
         raise InputError(cause, where=path, fix="give a skull-stripped T1n volume")
     if high <= 0:
         raise InputError(
@@ -139,38 +165,35 @@ def read_image(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> V
 
 
 def require_same_grid(volume: Volume, like: Volume) -> None:
-    """Refuse two files whose shapes or corner positions (beyond 1e-3 mm) differ."""
+    """Raise InputError if the shapes or corner positions (beyond 1e-3 mm) of two files differ."""
+    fix = "resample it onto the image's grid"
     if volume.shape != like.shape:
-        raise InputError(
-            f"shape {volume.shape}, but {like.path.name} has {like.shape}",
-            where=volume.path,
-            fix="resample it onto the image's grid",
-        )
+        raise InputError(f"shape {volume.shape}, but {like.path.name} has {like.shape}", where=volume.path, fix=fix)
     distance = corner_distance_mm(volume, like)
     if distance > GRID_TOLERANCE_MM:
         raise InputError(
             f"its corners lie {distance:.1f} mm from those of {like.path.name} "
             f"({volume.orientation} against {like.orientation})",
             where=volume.path,
-            fix="resample it onto the image's grid",
+            fix=fix,
         )
 
 
 def corner_distance_mm(volume: Volume, like: Volume) -> float:
-    """How far the corners of one grid lie from where the other affine puts them."""
+    """Return the largest distance between the corners of one grid and where the other affine puts them."""
     corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
     corners[:, :3] *= np.array(volume.shape) - 1
     return float(np.linalg.norm(corners @ (volume.affine - like.affine).T, axis=1).max())
 
 
 def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
-    """The image with what no tissue can be replaced by the median of its neighbours, and how many voxels that were.
+    """Replace voxels too bright for any tissue by the median of their neighbours, and count them.
 
-    One such voxel, of a failed export or a bad sector, would otherwise fill its whole surroundings in the network.
+    One such voxel, of a failed export or a bad sector, would otherwise spoil its whole surroundings in the network.
 
     Args:
-        voxels: x y z, source units; not changed.
-        scale: 99.5th percentile of the image; beyond `SPIKE` times it there is no tissue.
+        voxels: (x, y, z), source units; not changed.
+        scale: 99.5th percentile of the image; above `SPIKE` times it there is no tissue.
     """
     if voxels.max() <= SPIKE * scale:
         return voxels, 0
@@ -179,24 +202,21 @@ def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
     places = np.clip(spikes[:, None] + around, 0, np.array(voxels.shape) - 1)
     out = voxels.copy()
     medians = np.median(voxels[tuple(np.moveaxis(places, -1, 0))], axis=1)
-    out[tuple(spikes.T)] = np.minimum(medians, SPIKE * scale)  # among many others of its kind
+    out[tuple(spikes.T)] = np.minimum(medians, SPIKE * scale)  # a median among many spikes is one itself
     return out, len(spikes)
 
 
 def intensity_scale(voided: np.ndarray, mask: np.ndarray, *, where: object = "") -> float:
-    """The divisor that normalises a case: 99.5th percentile of the voxels above 0 outside the mask, source units."""
+    """Return the divisor that normalises a case: 99.5th percentile of the voxels above 0 outside the mask."""
     seen = voided[(voided > 0) & ~mask]
     if seen.size == 0:
-        raise InputError(
-            "no voxel above 0 outside the mask: nothing to learn the intensity scale from",
-            where=where,
-            fix="check that mask and image belong together",
-        )
+        raise InputError("no voxel above 0 outside the mask: nothing to derive the intensity scale from", where=where,
+                         fix="check that mask and image belong together")  # fmt: skip
     return float(np.percentile(seen, 99.5))
 
 
 def normalise(voxels: np.ndarray, scale: float) -> np.ndarray:
-    """Source units to the network's float32: v / scale, negatives to 0, nothing clipped above."""
+    """Convert source units to the network's float32: v / scale, negatives to 0, nothing clipped above."""
     return (np.maximum(voxels, 0) / scale).astype(np.float32)
 
 
@@ -210,17 +230,17 @@ def write_like(path: str | Path, source: Volume, voxels: np.ndarray, mask: np.nd
         mask: (x, y, z) bool.
 
     Raises:
-        InputError: a value to paste is not finite, or the file cannot be written or re-read.
+        InputError: a value to paste is not finite, or the file cannot be written or read back.
     """
     values = (np.asarray(voxels, np.float64)[mask] - source.intercept) / source.slope
     if not np.isfinite(values).all():
-        raise InputError(f"{np.count_nonzero(~np.isfinite(values))} filled voxels are not finite", where=path)
+        raise InputError(f"{np.count_nonzero(~np.isfinite(values))} inpainted voxels are not finite", where=path)
     whole = source.raw.dtype.kind in "iu"
     limits = np.iinfo(source.raw.dtype) if whole else np.finfo(source.raw.dtype)
     values = np.clip(np.rint(values) if whole else values, limits.min, limits.max)
-    filled = source.raw.copy(order="F")
-    filled[mask] = values.astype(source.raw.dtype)
-    return write_bytes(Path(path), source.preamble + filled.tobytes(order="F"))
+    pasted = source.raw.copy(order="F")
+    pasted[mask] = values.astype(source.raw.dtype)
+    return write_bytes(Path(path), source.preamble + pasted.tobytes(order="F"))
 
 
 def write_map(path: str | Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
@@ -230,20 +250,3 @@ def write_map(path: str | Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)
     return write_bytes(Path(path), image.to_bytes())
-
-
-def _finite(volume: Volume, read_options: ReadOptions) -> Volume:
-    """The volume, if all its voxels are finite or may be read as 0."""
-    bad = ~np.isfinite(volume.values)
-    count = int(np.count_nonzero(bad))
-    if not count:
-        return volume
-    missing = int(np.isnan(volume.voxels).sum())
-    if read_options.nan_as_zero and missing == count:
-        return replace(volume, nan_as_zero=True, warnings=(*volume.warnings, f"{missing} NaN voxels read as 0"))
-    first = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise InputError(
-        f"{count} voxels are not finite (in float32), the first at {first}",
-        where=volume.path,
-        fix="set the background to 0" + (", or let NaN be read as 0 with --nan-as-zero" if missing == count else ""),
-    )

@@ -347,7 +347,7 @@ def test_what_is_not_finite_is_never_written(tmp_path, like):
     pasted[0, 0, 0] = np.nan  # outside the hole: not looked at
     write_like(tmp_path / "b.nii", like, pasted, HOLE)
     pasted[10, 10, 9:11] = np.nan, np.inf
-    with pytest.raises(InputError, match=r"c\.nii: 2 filled voxels are not finite"):
+    with pytest.raises(InputError, match=r"c\.nii: 2 inpainted voxels are not finite"):
         write_like(tmp_path / "c.nii", like, pasted, HOLE)
     assert not (tmp_path / "c.nii").exists()
 
