@@ -113,6 +113,8 @@ def prior(options: argparse.Namespace) -> int:
     from ldm_lib.data.nifti import stem
     from ldm_lib.plots.figures import planes
 
+    rates = {"diffusion_white_mm2_per_day": options.diffusion, "diffusion_ratio": options.ratio}
+    rates["proliferation_per_day"] = options.proliferation
     made = make_conditioning_maps(
         options.t1n_voided,
         options.mask,
@@ -121,8 +123,7 @@ def prior(options: argparse.Namespace) -> int:
         seed_mm=point(options.seed_mm) if options.seed_mm else None,
         segmentation=options.segmentation,
         days=options.days,
-        rates=GrowthRates.parse({"diffusion_white_mm2_per_day": options.diffusion, "diffusion_ratio": options.ratio,
-                                 "proliferation_per_day": options.proliferation}),  # fmt: skip
+        rates=GrowthRates.parse(rates),
         lesion=options.lesion,
         refine=options.refine,
     )
