@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from ldm_lib.experiment.presets import DEFAULT_PRESET, PRESETS
 from ldm_lib.experiment.stages import STAGES, parameter_groups
-from ldm_lib.options import MOST, Options
+from ldm_lib.options import MAX_COUNT, Options
 
 PAGE = Path(__file__).with_name("parameters.md")
 HEAD = f"""# Parameters
@@ -47,7 +47,7 @@ def allowed(field: FieldInfo, schema: dict) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     limits = [f"from {low:g}" if low is not None else "", f"above {above:g}" if above is not None else "",
-              f"to {high:,}" if high is not None and high < MOST else "",
+              f"to {high:,}" if high is not None and high < MAX_COUNT else "",
               f"below {below:,}" if below is not None else ""]  # fmt: skip
     return ", ".join([schema["type"], *filter(None, limits)])
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, folders that belong to one process, and digests that tell files apart."""
+"""Write files atomically, read and write JSON, CSV and Markdown, compute digests, and expand paths."""
 
 import csv
 import errno
@@ -14,14 +14,18 @@ from typing import Any
 from ldm_lib.errors import ConfigError, InputError
 
 PRETRAINED = Path(__file__).with_name("pretrained")  # the model folder of the package
-AUTOENCODER_FOLDER = "autoencoder"  # of a model folder: the autoencoder that its denoiser was trained on
-MOST_JSON_BYTES = 64 << 20  # of any JSON that is read; a cohort of 10,000 cases has a tenth of it
+AUTOENCODER_FOLDER = "autoencoder"  # in a model folder: the autoencoder that its denoiser was trained on
+MAX_JSON_BYTES = 64 << 20  # of a JSON file that is read; a cohort of 10,000 cases has a tenth of it
 
 
 def require_writable(path: str | Path) -> None:
-    """Refuse the path of a file to be written early: no place for a file, or a folder that takes none."""
+    """Check early that a file can be written.
+
+    Raises:
+        InputError: its folder does not exist or is read-only, or the path is no place for a file.
+    """
     path = Path(path)
-    probe = _beside(path)
+    probe = _partial_path(path)
     try:
         if not path.parent.is_dir():
             raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
@@ -40,21 +44,21 @@ def require_writable(path: str | Path) -> None:
 
 
 def _require_replaceable(path: Path) -> None:
-    """Refuse to put a file in the place of what is none: as root, a rename would replace /dev/null."""
+    """Reject what is not a regular file: as root, a rename would replace /dev/null."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError("is a device, a pipe or a socket", where=path, fix="name a file")
 
 
-def _beside(path: Path) -> Path:
+def _partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, then flush it to disk and rename it; on failure the old file stays."""
+    """Write a file atomically: yield a path to write to, then flush and rename it; on failure the old file stays."""
     path = Path(path)
     _require_replaceable(path)
-    partial = _beside(path)
+    partial = _partial_path(path)
     partial.unlink(missing_ok=True)  # a link that someone planted there would be followed
     try:
         yield partial
@@ -66,22 +70,22 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Sorted, readable JSON, written whole."""
+    """Write content as indented JSON with sorted keys, atomically."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping that a JSON file holds.
+    """Return the mapping that a JSON file holds.
 
     Raises:
-        ValueError: there is none; says why.
+        ValueError: it holds none; the message says why.
     """
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise ValueError("is no file")
-        if path.stat().st_size > MOST_JSON_BYTES:
-            raise ValueError(f"is larger than {MOST_JSON_BYTES} bytes")
+            raise ValueError("is not a file")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"is larger than {MAX_JSON_BYTES} bytes")
         content = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(error.strerror) from error
@@ -93,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows as a table, written whole; return its columns, in order of appearance."""
+    """Write rows as a CSV file, atomically; return its columns, in order of appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with replacing(path) as partial, partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, columns)
@@ -103,50 +107,56 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the hex digest of a file's bytes."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is its head."""
+    """Return a Markdown table; the first line is its head."""
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     escaped.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def digests(*given: str) -> dict[str, str]:
-    """Name -> sha256 of each file given and the JSON files beside it, and of the files in each folder given.
+    """Return name -> sha256 of the given files, of the JSON files next to them, and of all files in given folders.
 
-    What is empty or absent is left out.
+    Empty and absent paths are left out.
     """
-    places = [given_path(path) for path in given if path]
-    files = [place for place in places if place.is_file()]
-    files += [file for place in files for file in place.parent.glob("*.json")]
-    files += [file for place in places for file in place.glob("*")]
+    paths = [expand_path(path) for path in given if path]
+    files = [path for path in paths if path.is_file()]
+    files += [file for path in files for file in path.parent.glob("*.json")]
+    files += [file for path in paths for file in path.glob("*")]
     return {f"{file.parent.name}/{file.name}": sha256(file) for file in files if file.is_file()}
 
 
 def fingerprint(content: Any) -> str:
-    """Hex digest of any JSON-like content, whatever the order of its keys."""
+    """Return a hex digest of JSON-like content that does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """numpy scalars and paths as JSON sees them."""
+    """Convert numpy scalars and paths for JSON."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601 writes it."""
+    """Return the time in UTC to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def given_path(text: str | Path) -> Path:
-    """A path as people write it: `~` is their home, and $NAME what the environment says."""
+def expand_path(text: str | Path) -> Path:
+    """Expand `~` and environment variables in a path.
+
+    Raises:
+        ConfigError: a zero byte, or `~name` of an unknown user.
+    """
     if "\0" in str(text):
-        raise ConfigError("holds a zero byte, which no path may", where=repr(str(text)), fix="write the path anew")
+        raise ConfigError("holds a zero byte, which no path may", where=repr(str(text)), fix="write the path again")
     try:
         return Path(os.path.expandvars(text)).expanduser()
     except RuntimeError as error:
-        raise ConfigError("nobody of this name has a home here", where=str(text), fix="write the path out") from error
+        raise ConfigError(
+            "no such user: ~name cannot be expanded", where=str(text), fix="write the path out"
+        ) from error

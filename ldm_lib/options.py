@@ -27,33 +27,33 @@ RENAMED = {
     "strategy": "it was removed: training on several devices always uses DDP",
 }
 
-MOST = 10**8  # upper limit of every count; a larger one is a typing error that would take days or all memory
+MAX_COUNT = 10**8  # a larger count is a typing error that would take days or all memory
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
 def _orientation(text: str) -> str:
-    """ "LPS" -> itself, when each letter names another axis."""
+    """Check that the letters of an orientation, such as "LPS", name three axes."""
     if text and sorted("RLAPSI".find(letter) // 2 for letter in text) != [0, 1, 2]:
         raise ValueError('three letters, one of R and L, of A and P, of S and I, such as "LPS"')
     return text
 
 
 def safe_name(text: str) -> str:
-    """A name that can be a file's: letters, digits, '.', '_' and '-', at most 128, no path in it."""
+    """Check a name that becomes a file name: letters, digits, '.', '_' and '-', at most 128 characters, no path."""
     if not _SAFE_NAME.match(text):
         raise ValueError("letters, digits, '.', '_' and '-' only, the first a letter or digit, at most 128")
     return text
 
 
 def _integers(text: str) -> str:
-    """ "32,64,128" -> itself, when every part is a positive integer."""
+    """Check a list of positive integers, such as "32,64,128"."""
     if not text or not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
         raise ValueError('positive integers separated by commas, such as "32,64,128"')
     return text
 
 
 def _numbers(text: str) -> str:
-    """ "0,1,1.5" -> itself, when every part is a finite number of at least 0."""
+    """Check a list of finite numbers from 0 up, such as "0,1,1.5"."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
@@ -64,12 +64,12 @@ def _numbers(text: str) -> str:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """ "a, b" -> ("a", "b"); "" -> ()."""
+    """Split "a, b" into ("a", "b"), and "" into ()."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _some_integers(text: str) -> str:
-    """As `_integers`, or nothing."""
+    """Check a list of positive integers, or an empty text."""
     return text and _integers(text)
 
 
@@ -79,8 +79,8 @@ SomeIntegers = Annotated[str, AfterValidator(_some_integers)]
 NumberList = Annotated[str, AfterValidator(_numbers)]
 Name = Annotated[str, AfterValidator(safe_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1, le=MOST)]
-Count = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Devices = Annotated[int, Field(ge=1, le=4096)]  # each a process
 Workers = Annotated[int, Field(ge=0, le=256)]  # each a process, too
 Samples = Annotated[int, Field(ge=1, le=10_000)]  # of one case, each held until the last is drawn
@@ -88,12 +88,12 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """ "32,64,128" -> (32, 64, 128)."""
+    """Convert "32,64,128" to (32, 64, 128)."""
     return tuple(int(part) for part in text.split(","))
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """ "0,1,1.5" -> (0.0, 1.0, 1.5)."""
+    """Convert "0,1,1.5" to (0.0, 1.0, 1.5)."""
     return tuple(float(part) for part in text.split(","))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm_lib.autoencoder.model import NETWORKS, Autoencoder
 from ldm_lib.errors import ConfigError, WeightsError
-from ldm_lib.files import given_path, sha256
+from ldm_lib.files import expand_path, sha256
 from ldm_lib.model_io import CONFIG, WEIGHTS, load_model, read_checkpoint, read_json, read_tensors, require_finite
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -71,7 +71,7 @@ def load_autoencoder(path: str | Path, *, spacing_mm: float) -> ImportedAutoenco
         WeightsError: nothing there, not an autoencoder of 3D images of one channel, damaged, unsafe, or a JSON that
             does not fit.
     """
-    path = given_path(path)
+    path = expand_path(path)
     folder = path.parent if path.name == WEIGHTS else path
     if (folder / CONFIG).is_file() and {"kind", "build"} <= set(read_json(folder / CONFIG)):
         autoencoder = load_model(folder, Autoencoder)

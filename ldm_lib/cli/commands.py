@@ -11,7 +11,7 @@ from ldm_lib.cli.options import assignments, parse, point
 from ldm_lib.data.options import ReadOptions
 from ldm_lib.errors import InputError
 from ldm_lib.experiment.stages import stage_name
-from ldm_lib.files import given_path, require_writable, write_json
+from ldm_lib.files import expand_path, require_writable, write_json
 from ldm_lib.inpainting.options import InpaintOptions
 
 
@@ -147,7 +147,7 @@ def validate(options: argparse.Namespace) -> int:
     from ldm_lib.data.cohort import audit
     from ldm_lib.data.layouts import require_outside
 
-    findings = given_path(options.json) if options.json else None
+    findings = expand_path(options.json) if options.json else None
     if findings:
         require_writable(findings)
         require_outside(findings, options.data_dir)
@@ -168,7 +168,7 @@ def submission(options: argparse.Namespace) -> int:
     """Check results as the challenge does, and zip them."""
     from ldm_lib.inpainting.submission import check, pack, require_archive, several_holes
 
-    output, findings = given_path(options.output or f"{options.results}/submission.zip"), []
+    output, findings = expand_path(options.output or f"{options.results}/submission.zip"), []
     if options.output:
         require_archive(output, options.data)
     for finding in check(options.data, options.results):
@@ -224,7 +224,7 @@ def export(options: argparse.Namespace) -> int:
     """Write a trained model in float16 with its training log, as the pretrained weights are."""
     from ldm_lib.training.export import ship as export_model
 
-    files = export_model(options.model, given_path(options.output), temperature=options.temperature)
+    files = export_model(options.model, expand_path(options.output), temperature=options.temperature)
     print("\n".join(f"{path}: {path.stat().st_size / 1e6:.2f} MB" for path in files))
     return 0
 

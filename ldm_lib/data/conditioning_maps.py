@@ -27,7 +27,7 @@ from ldm_lib.data.masks import read_labels, read_mask
 from ldm_lib.data.nifti import require_results_writable, require_volume_writable
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
-from ldm_lib.files import given_path, now, sha256, write_json
+from ldm_lib.files import expand_path, now, sha256, write_json
 
 log = logging.getLogger("ldm_lib")
 
@@ -154,7 +154,7 @@ def add_conditioning_maps(
     """
     if not (tissue or growth):
         return case, []
-    folder, data, made, maps = given_path(folder), load_case(case), [], {}
+    folder, data, made, maps = expand_path(folder), load_case(case), [], {}
     labels = data.tissue
     if tissue:
         made.append(make_tissue_map(data, _place(folder, "tissue", case), refine=refine))
@@ -201,8 +201,8 @@ def make_conditioning_maps(
         raise InputError("a growth map needs an output and one start", where="growth",
                          fix="give growth with either a seed point or a segmentation")  # fmt: skip
     case = case_of_files(t1n_voided, mask)
-    wanted = [given_path(path) for path in (tissue, growth) if path is not None]
-    others = [given_path(path) for path in (lesion, segmentation) if path is not None]
+    wanted = [expand_path(path) for path in (tissue, growth) if path is not None]
+    others = [expand_path(path) for path in (lesion, segmentation) if path is not None]
     for path in wanted:
         path.parent.mkdir(parents=True, exist_ok=True)
     require_results_writable(wanted, [*case.files().values(), *others])

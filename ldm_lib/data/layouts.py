@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ldm_lib.data.case import Case
 from ldm_lib.errors import InputError, printable
-from ldm_lib.files import given_path
+from ldm_lib.files import expand_path
 from ldm_lib.options import safe_name
 
 HOLE_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
@@ -54,7 +54,7 @@ def survey(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[lis
     Raises:
         InputError: a folder that does not exist.
     """
-    root, fix = given_path(data_dir), "give the folder that holds one folder per patient"
+    root, fix = expand_path(data_dir), "give the folder that holds one folder per patient"
     if not str(data_dir):
         raise InputError("no folder of cases is given", fix=fix)
     if not root.is_dir():
@@ -90,13 +90,13 @@ def _astray(root: Path, conditioning: Path | None) -> list[str]:
 
 def require_outside(output: Path, data_dir: str | Path) -> None:
     """Refuse to write among the cases, where the next look would find it."""
-    if output.resolve().is_relative_to(given_path(data_dir).resolve()):
+    if output.resolve().is_relative_to(expand_path(data_dir).resolve()):
         raise InputError("lies inside the folder of cases", where=output, fix="name one outside it")
 
 
 def listing(folder: str | Path) -> str:
     """The first few names in a folder."""
-    names = sorted(p.name for p in given_path(folder).iterdir())
+    names = sorted(p.name for p in expand_path(folder).iterdir())
     return _told(names) or "nothing"
 
 
@@ -107,7 +107,7 @@ def _told(names: Iterable[str]) -> str:
 
 def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
     if given:
-        folder = given_path(given)
+        folder = expand_path(given)
         if not folder.is_dir():
             raise InputError("no such folder", where=folder, fix="leave CONDITIONING_DIR empty if there are no maps")
         return folder.resolve()

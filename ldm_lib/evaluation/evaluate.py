@@ -18,7 +18,7 @@ from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation.case_scores import ONE_SAMPLE, UPPER_BOUND, candidates, mean_of, score_rows, spread_path
 from ldm_lib.evaluation.metrics import bootstrap_by_patient
-from ldm_lib.files import given_path, markdown, replacing, write_csv
+from ldm_lib.files import expand_path, markdown, replacing, write_csv
 from ldm_lib.inpainting.folder import Row, fill_cases, require_all
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
@@ -62,7 +62,7 @@ def evaluate(
     """
     if pictures < 0:
         raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")
-    root, output = given_path(data_dir), given_path(output)
+    root, output = expand_path(data_dir), expand_path(output)
     require_outside(output, root)
     cases = [case.with_maps(growth=None) for case in with_target(find_cases(root))]
     inpainter = Inpainter.for_sampling(model, config)

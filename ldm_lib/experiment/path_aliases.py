@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lib.errors import RunError
-from ldm_lib.files import given_path, read_json, replacing, write_json
+from ldm_lib.files import expand_path, read_json, replacing, write_json
 
 FILE = ".places.json"
 PATHS = ("data_dir", "conditioning_dir", "autoencoder_dir", "start_dir")
@@ -32,7 +32,7 @@ def named(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def settle(run_folder: Path, *parameters: Mapping[str, Any]) -> None:
     """Note the paths that were given, and let kernels know them and those of earlier calls by the environment."""
     given = {NAMES[k]: v for each in parameters for k, v in each.items() if k in NAMES and v and v != f"${NAMES[k]}"}
-    places = places_of(run_folder) | {name: str(given_path(path).resolve()) for name, path in given.items()}
+    places = places_of(run_folder) | {name: str(expand_path(path).resolve()) for name, path in given.items()}
     os.environ.update(places)
     if given:
         write_json(run_folder / FILE, places)

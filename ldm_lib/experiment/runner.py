@@ -35,7 +35,7 @@ from ldm_lib.experiment.stages import (
     StageConfig,
     TrainingConfig,
 )
-from ldm_lib.files import digests, given_path, markdown
+from ldm_lib.files import digests, expand_path, markdown
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 from ldm_lib.process_control import ForwardSignals
 
@@ -206,7 +206,7 @@ def _write_index(run_folder: Path) -> None:
 
 def absolute(overrides: dict[str, Any]) -> dict[str, Any]:
     """Paths given on the command line are meant from where it was typed, not from where a kernel starts."""
-    return {k: str(given_path(v).resolve()) if k in path_aliases.NAMES and v else v for k, v in overrides.items()}
+    return {k: str(expand_path(v).resolve()) if k in path_aliases.NAMES and v else v for k, v in overrides.items()}
 
 
 def _told(word: str) -> str:

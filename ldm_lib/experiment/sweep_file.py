@@ -27,7 +27,7 @@ from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.experiment.presets import DEFAULT_PRESET, resolve
 from ldm_lib.experiment.runner import absolute
 from ldm_lib.experiment.stages import STAGES, StageConfig, stage_name
-from ldm_lib.files import fingerprint, given_path
+from ldm_lib.files import expand_path, fingerprint
 from ldm_lib.options import nearest, safe_name
 
 KEYS = ("name", "preset", "stages", "set", "grid", "runs")
@@ -78,7 +78,7 @@ def read_grid(path: str | Path) -> Grid:
         InputError: the file cannot be read or is too large.
         ConfigError: it is no plain YAML, or any run of it would be refused.
     """
-    text = _text(given_path(path))
+    text = _text(expand_path(path))
     try:
         return _grid(_content(text), text)
     except ConfigError as error:

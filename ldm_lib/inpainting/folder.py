@@ -21,7 +21,7 @@ from ldm_lib.data.nifti import stem
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import InputError, LdmError
-from ldm_lib.files import fingerprint, given_path, read_json, require_writable, sha256, write_csv, write_json
+from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.inpainting.result import Inpainting
@@ -63,7 +63,7 @@ def inpaint_folder(
     Raises:
         LdmError: no case at all, no model, or an output folder that cannot be used.
     """
-    root, output = given_path(data_dir), given_path(output)
+    root, output = expand_path(data_dir), expand_path(output)
     require_outside(output, root)
     cases, exclusions = survey_cases(root, conditioning_dir, read_options)
     inpainter = Inpainter.for_sampling(model, options)

@@ -10,7 +10,7 @@ import numpy as np
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.nifti import require_results_writable, stem
 from ldm_lib.data.volume import write_like, write_map
-from ldm_lib.files import given_path
+from ldm_lib.files import expand_path
 
 ENDINGS = (".nii", ".nii.gz")
 
@@ -96,7 +96,7 @@ class Inpainting:
         Raises:
             InputError: a file that cannot be written or is one of the inputs, or a value that is not finite.
         """
-        output = given_path(path)
+        output = expand_path(path)
         if not output.name.lower().endswith(ENDINGS):
             output.mkdir(parents=True, exist_ok=True)
             output /= self.data.case.result_name

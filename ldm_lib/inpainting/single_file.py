@@ -9,7 +9,7 @@ from ldm_lib.data.nifti import require_results_writable
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.data.volume import write_like
 from ldm_lib.diffusion.samplers import check_sampler
-from ldm_lib.files import given_path
+from ldm_lib.files import expand_path
 from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.inpainting.result import result_paths
@@ -72,7 +72,7 @@ def inpaint(
     loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance}
     InpaintOptions.parse(sampling | loading | {"num_inference_steps": steps, "samples": samples})
-    results = result_paths(given_path(output), samples, each=write_samples)
+    results = result_paths(expand_path(output), samples, each=write_samples)
     require_results_writable(results.values(), case.files().values())
     data, inpainter = load_case(case), Inpainter.load(model, **loading)
     check_sampler(sampler, steps, inpainter.model.schedule)  # before a map is made

@@ -12,7 +12,7 @@ from ldm_lib.data.cohort import find_cases, survey_cases
 from ldm_lib.data.layouts import require_outside
 from ldm_lib.data.volume import GRID_TOLERANCE_MM, read_volume
 from ldm_lib.errors import InputError, LdmError
-from ldm_lib.files import given_path, replacing, require_writable
+from ldm_lib.files import expand_path, replacing, require_writable
 
 PATTERN = "*-t1n-inference*.nii.gz"
 BESIDE = ("-std.nii.gz", "-nearest.nii.gz")  # and samples: what stands beside a result and is none
@@ -37,7 +37,7 @@ def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
     Raises:
         InputError: a folder does not exist, or the first holds no case.
     """
-    folder = given_path(results)
+    folder = expand_path(results)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, fix="give the folder that `inpaint --data` filled")
     cases, exclusions = survey_cases(data_dir)
@@ -65,10 +65,10 @@ def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
         InputError: the archive cannot be read back.
     """
     names = sorted(case.result_name for case in find_cases(data_dir))
-    with replacing(given_path(output)) as partial:
+    with replacing(expand_path(output)) as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for name in names:
-                content = (given_path(results) / name).read_bytes()
+                content = (expand_path(results) / name).read_bytes()
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), content)
         with zipfile.ZipFile(partial) as archive:
             if archive.testzip() or archive.namelist() != names:

@@ -21,7 +21,7 @@ import numpy as np
 from ldm_lib.data.case import NO_MAP, TISSUE_LABELS, CaseData
 from ldm_lib.data.masks import read_labels
 from ldm_lib.errors import LdmError
-from ldm_lib.files import fingerprint, given_path, require_writable
+from ldm_lib.files import expand_path, fingerprint, require_writable
 
 log = logging.getLogger("ldm_lib")
 
@@ -62,7 +62,7 @@ def cache_folder() -> Path:
         RuntimeError: the user has no home folder.
     """
     if named := os.environ.get(CACHE_VARIABLE):
-        return given_path(named)
+        return expand_path(named)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "ldm_lib"
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))

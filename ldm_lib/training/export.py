@@ -17,7 +17,7 @@ from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.diffusion.options import SamplerOptions
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import WeightsError
-from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED, given_path
+from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED, expand_path
 from ldm_lib.model_io import load_model, require_pair, save_model
 
 LOG = "training.csv"
@@ -37,7 +37,7 @@ def ship(model: str | Path, folder: Path = PRETRAINED, *, temperature: float = 0
         WeightsError: no model folder, one of another autoencoder, no log of its training, or a weight beyond float16;
             nothing is written then.
     """
-    model, own = given_path(model), {"temperature": temperature} if temperature else {}
+    model, own = expand_path(model), {"temperature": temperature} if temperature else {}
     SamplerOptions.parse(own)
     autoencoder, denoiser = _fitting(model / AUTOENCODER_FOLDER, Autoencoder), _fitting(model, ADM)
     require_pair(denoiser, autoencoder, where=model)

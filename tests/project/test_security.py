@@ -147,9 +147,9 @@ def test_a_kernel_gets_the_very_text(outputs, tmp_path, monkeypatch):
     """All values at once, as folders' names, through the runner, the environment and a real kernel."""
     value = "\n".join(text.replace("\x00", "") for text in VALUES.values())
     first = nbf.new_code_cell(parameters_cell(STAGES[AUDIT]), metadata={"tags": ["parameters"]})
-    then = "import json, pathlib\nfrom ldm_lib.experiment.run_folder import open_stage\nfrom ldm_lib.files import given_path\n"
+    then = "import json, pathlib\nfrom ldm_lib.experiment.run_folder import open_stage\nfrom ldm_lib.files import expand_path\n"
     then += f"stage = open_stage('{AUDIT}', globals())\n"
-    then += "found = [str(given_path(path)) for path in (data_dir, conditioning_dir)]\n"
+    then += "found = [str(expand_path(path)) for path in (data_dir, conditioning_dir)]\n"
     then += "pathlib.Path('found.json').write_text(json.dumps(found))\nstage.close({})"
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     notebook = nbf.new_notebook(cells=[first, nbf.new_code_cell(then)], metadata=kernel)
