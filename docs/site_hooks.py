@@ -12,6 +12,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import ldm_lib
+
 ROOT = Path(__file__).parents[1]
 # Page of the site -> file of the repository.
 ADDED = {
@@ -50,6 +52,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def public_names() -> str:
+    """Return the API reference of the names that `import ldm_lib` offers, each from the module that defines it."""
+    blocks = ["## Reference"]
+    for name in sorted(ldm_lib.__all__):
+        value = getattr(ldm_lib, name)
+        options = f"    options:\n      heading: {name}\n      toc_label: {name}\n      heading_level: 3"
+        blocks.append(f"::: {value.__module__}.{value.__qualname__}\n{options}")
+    return "\n\n".join(blocks)
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
-    """Rewrite the links of the pages in docs/; those of added pages are rewritten already."""
-    return markdown if page.file.generated_by else for_the_site(markdown, "docs")
+    """Rewrite the links of the pages in docs/ (those of added pages are rewritten already), and complete api.md."""
+    if page.file.generated_by:
+        return markdown
+    text = for_the_site(markdown, "docs")
+    return f"{text}\n\n{public_names()}\n" if page.file.src_uri == "api.md" else text
