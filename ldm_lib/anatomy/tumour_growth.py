@@ -7,16 +7,14 @@ Fisher-Kolmogorov equation (Swanson et al. 2000, Cell Proliferation 33:317), u t
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field
 
+from ldm_lib.anatomy.options import DEFAULT_RATES, GrowthRates
 from ldm_lib.anatomy.tissue import GM, WM
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.geometry import bounding_box
-from ldm_lib.options import NotNegative, Options
 
 GROWTH_THRESHOLD = 0.2  # concentration below which a voxel counts as healthy in the conditioning
 # Concentration from which a tumour is visible (Lipkova et al. 2019, IEEE TMI 38:1875).
@@ -24,23 +22,6 @@ VISIBLE_IN = {"FLAIR": 0.25, "T1c": 0.675}
 SEED_SIGMA_MM = 2.0  # standard deviation of the Gaussian that a tumour starts from
 SAFETY = 0.9  # fraction of the largest stable step that is used
 MAX_GROWTH_PER_STEP = 0.1  # rho dt, for accuracy; the reaction alone would be stable far longer
-
-
-class GrowthRates(Options):
-    """Hold the rates at which a tumour spreads.
-
-    The defaults describe a glioblastoma of medium speed: the width of its front, sqrt(D / rho), is 2 mm, and in white
-    matter the front moves 0.2 mm per day.
-    """
-
-    heading = "Tumour growth"
-    hint = "give finite rates"
-    diffusion_white_mm2_per_day: NotNegative = Field(0.2, description="diffusion coefficient D in white matter")
-    diffusion_ratio: Annotated[float, Field(gt=0)] = Field(10.0, description="D in white matter over D in grey matter")
-    proliferation_per_day: NotNegative = Field(0.05, description="proliferation rate rho")
-
-
-DEFAULT_RATES = GrowthRates()
 
 
 def threshold_growth(growth, threshold: float = GROWTH_THRESHOLD):

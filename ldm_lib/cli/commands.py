@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections import Counter
 
+from ldm_lib.anatomy.options import GrowthRates
 from ldm_lib.cli.options import assignments, parse, point
 from ldm_lib.data.options import ReadOptions
 from ldm_lib.errors import InputError
@@ -108,22 +109,20 @@ def _inpaint_folder(options: argparse.Namespace, sampling: InpaintOptions, readi
 
 def prior(options: argparse.Namespace) -> int:
     """Make tissue and growth maps from a scan and its mask."""
-    from ldm_lib.anatomy.tumour_growth import GrowthRates
+    rates, seed_mm = parse(GrowthRates, options), point(options.seed_mm) if options.seed_mm else None
     from ldm_lib.data.conditioning_maps import make_conditioning_maps
     from ldm_lib.data.nifti import stem
     from ldm_lib.plots.figures import planes
 
-    rates = {"diffusion_white_mm2_per_day": options.diffusion, "diffusion_ratio": options.ratio}
-    rates["proliferation_per_day"] = options.proliferation
     made = make_conditioning_maps(
         options.t1n_voided,
         options.mask,
         tissue=options.tissue,
         growth=options.growth,
-        seed_mm=point(options.seed_mm) if options.seed_mm else None,
+        seed_mm=seed_mm,
         segmentation=options.segmentation,
         days=options.days,
-        rates=GrowthRates.parse(rates),
+        rates=rates,
         lesion=options.lesion,
         refine=options.refine,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from ldm_lib.anatomy.options import GrowthRates
 from ldm_lib.data.options import ReadOptions
 from ldm_lib.errors import ConfigError
 from ldm_lib.experiment.presets import DEFAULT_PRESET, PRESETS
@@ -18,10 +19,11 @@ Command = Callable[[argparse.Namespace], int]
 Argument = tuple[str, dict[str, Any]]  # an option and what argparse is told about it
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-FLAGS = {"num_inference_steps": "steps"}  # parameters whose option has another name
+# Parameters whose option has another name.
+FLAGS = {"num_inference_steps": "steps", "diffusion_white_mm2_per_day": "diffusion", "diffusion_ratio": "ratio",
+         "proliferation_per_day": "proliferation"}  # fmt: skip
 RENAMED_COMMANDS = {"ship": "it is called `export` since version 0.8",
                     "bench": "run `python -m benchmarks` in the repository"}  # fmt: skip
-RATES = {"diffusion": 0.2, "ratio": 10.0, "proliferation": 0.05}  # of `GrowthRates`, which loads torch; tested
 
 
 def arg(name: str, text: str, **settings: Any) -> Argument:
@@ -107,9 +109,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--seed-mm", "start of the tumour in world coordinates of the file (RAS, mm)", metavar="X,Y,Z"),
         arg("--segmentation", "binary tumour segmentation, instead of a start", metavar="F"),
         arg("--days", "age of the tumour, days (default: 100)", type=float, default=100.0),
-        *(arg(f"--{name}", f"{text} (default: {RATES[name]:g})", type=float, default=RATES[name]) for name, text in
-          (("diffusion", "diffusivity in white matter, mm^2/day"), ("ratio", "diffusivity of white over grey matter"),
-           ("proliferation", "proliferation rate, 1/day"))),
+        *parameters(GrowthRates, *GrowthRates.model_fields),
         arg("--lesion", "binary lesion mask (visible but abnormal tissue)", metavar="F"),
         arg("--refine", "labelling of visible tissue: intensity and atlas, or the atlas alone (default: mixture)",
             default="mixture", choices=["mixture", "none"]),

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ldm_lib.anatomy.options import DEFAULT_RATES, GrowthRates
 from ldm_lib.anatomy.registration import Registration
 from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
-from ldm_lib.anatomy.tumour_growth import DEFAULT_RATES, GROWTH_THRESHOLD, GrowthRates, grow_tumour
+from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, grow_tumour
 from ldm_lib.data.case import TISSUE_LABELS, Case, CaseData, case_of_files, load_case
 from ldm_lib.data.layouts import CONDITIONING_FOLDERS
 from ldm_lib.data.map_sidecar import read_sidecar, sidecar_path

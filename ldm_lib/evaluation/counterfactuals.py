@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from ldm_lib.anatomy.options import DEFAULT_RATES, GrowthRates
 from ldm_lib.anatomy.tissue import GM, WM
-from ldm_lib.anatomy.tumour_growth import DEFAULT_RATES, GrowthRates, grow_tumour
+from ldm_lib.anatomy.tumour_growth import grow_tumour
 from ldm_lib.data.case import CaseData
 from ldm_lib.diffusion.latents import Latents
 from ldm_lib.errors import InputError

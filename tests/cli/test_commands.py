@@ -15,7 +15,7 @@ import pytest
 from scipy import ndimage
 
 from ldm_lib.__main__ import main
-from ldm_lib.cli.options import ARGUMENTS, RATES, joined
+from ldm_lib.cli.options import ARGUMENTS, joined
 from ldm_lib.data.options import ReadOptions
 from ldm_lib.diffusion.samplers import SAMPLERS
 from ldm_lib.errors import ConfigError, RunError
@@ -117,6 +117,7 @@ def test_wrong_usage_is_status_2(arguments, message, capsys):
         ([*INPAINT, "--steps", "0"], "ERROR --steps 0: Input should be greater than or equal to 1. Fix: see `ldm"),
         ([*INPAINT, "--mask-labels", "a"], "ERROR --mask-labels 'a': positive integers separated by commas"),
         (["evaluate", "d", "--output", "o", "--samples", "0"], "ERROR --samples 0: Input should be "),
+        (["prior", *INPAINT[1:5], "--tissue", "t", "--ratio", "0"], "ERROR --ratio 0.0: Input should be greater than 0."),
         (["params", "9"], "ERROR no stage '9'; there are "),
         (["validate", "nowhere"], "ERROR nowhere: no such folder. Fix: "),
         (["validate", ".", "--json", "nowhere/a.json"], "ERROR nowhere/a.json: its folder does not exist. Fix: "),
@@ -368,12 +369,6 @@ def test_a_failed_registration_leaves_a_figure_and_no_map(scan, tmp_path, capsys
     pattern = r"ERROR .*: the atlas does not fit: brains overlap by Dice 0\.\d+ .* Fix: see .*-refused\.png"
     assert re.search(pattern, capsys.readouterr().err)
     assert (tmp_path / "t-refused.png").stat().st_size > 10_000 and not (tmp_path / "t.nii.gz").exists()
-
-
-def test_the_default_rates_are_those_of_the_growth_model():
-    from ldm_lib.anatomy.tumour_growth import GrowthRates
-
-    assert tuple(RATES.values()) == tuple(vars(GrowthRates()).values())
 
 
 def test_an_empty_value_stays_an_argument():

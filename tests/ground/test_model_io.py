@@ -184,7 +184,7 @@ def test_a_corrupt_config_is_refused(folder, text, reason):
 def test_a_pipe_in_a_configs_place_is_waited_for_by_nobody(folder):
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    with pytest.raises(WeightsError, match=r"config\.json: not readable as JSON \(is no file\)"):
+    with pytest.raises(WeightsError, match=r"config\.json: not readable as JSON \(is not a file\)"):
         read_config(folder)
 
 
