@@ -53,8 +53,8 @@ class AutoencoderTrainingOptions(AutoencoderOptions, SeedOptions):
     def _crops_fit(self) -> Self:
         """Reject crops of few latent voxels: they have no interior."""
         factor = TRANSFORM_FACTORS[self.input_transform] * 2 ** (len(integers(self.channels)) - 1)
-        judged = -(-SMALLEST_DISCRIMINATOR_CROP_VOX // factor) if self.adversarial_weight else 0
-        least = max(4, judged)
+        discriminated = -(-SMALLEST_DISCRIMINATOR_CROP_VOX // factor) if self.adversarial_weight else 0
+        least = max(4, discriminated)
         if self.learned != "none" and self.crop < least * factor:
             raise ValueError(
                 f"crop = {self.crop}: a latent voxel is {factor} voxels wide, an axis of a crop needs at least {least}"

@@ -27,7 +27,7 @@ class Reconstruction:
     """
 
     latent: np.ndarray
-    rebuilt: np.ndarray
+    volume: np.ndarray
     encode_s: float
     decode_s: float
 

@@ -1,37 +1,34 @@
-"""The latent cache: cases encoded once, kept small on disk, read one at a time, never served stale.
+"""Cache encoded cases on disk: each encoded once, read one at a time, never used when out of date.
 
-    <scan>-<variant>-<key>.safetensors, all holes of a scan in one variant, each by the name of its case:
-    <case>/voided, target (c x y z), share (1 x y z), conditioning (4 x y z) float16; hole, loss (1 x y z) bool
+    <scan>-<variant>-<key>.safetensors holds all masks of a scan in one variant, by the name of the case:
+    <case>/voided, target (c x y z), mask_fraction (1 x y z), conditioning (4 x y z) float16; mask, loss (1 x y z) bool
 
-The full image is encoded for every hole, not once a scan: a case's intensities are divided by a percentile of its own
-voided image, so that the network may see other numbers with another hole. Augmentation is drawn for every hole too,
-which gives more domain_randomisation. Conditioning that all holes of an entry share is stored once, without the name of a case.
+The full image is encoded for every mask, not once per scan: intensities are divided by a percentile of the voided
+image, so that they differ between masks. Augmentation is drawn for every mask, too, which gives more variety.
+Conditioning that all masks of an entry share is stored once, without the name of a case.
 
-float16 keeps 11 binary digits, so that a standardised latent is off by at most 5e-4 of itself; masks are exact.
+float16 keeps 11 binary digits, so that the relative error of a standardised latent is at most 5e-4; masks are exact.
 
-The key is over everything an entry was made from: bytes of the sources, weights and build of the autoencoder,
-settings, augmentation, precision and the version of this code. An entry carries the digest of its own tensors.
+The key covers everything an entry was made from: bytes of the sources, weights and build of the autoencoder, settings,
+augmentation, precision and the version of this code. An entry contains the digest of its own tensors.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
@@ -40,21 +37,22 @@ from ldm_lib.data.model_grid import GridCase, grid_case
 from ldm_lib.diffusion.latents import Latents, LatentSpec, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import fingerprint, replacing, sha256
+from ldm_lib.progress import Progress
 
 log = logging.getLogger("ldm_lib")
 
-CODE_VERSION = 2  # raise it when encoding, conditioning or storing change their meaning
+CODE_VERSION = 3  # raise it when what is encoded or stored changes
 MASKS = ("mask", "loss")
-CLAIMS = ".claims"  # a file in the folder, always empty
-CASES_IN_MEMORY = 3  # the holes of one scan, loaded once for all its variants
+LOCKS = ".locks"  # subfolder: one empty file for each entry that was encoded
+CASES_IN_MEMORY = 3  # the masks of one scan, loaded once for all its variants
 
 
 @dataclass(frozen=True)
 class CachedCase(Sequence[Latents]):
-    """A case and its encodings, read from disk when asked for: `cached[variant]`, float32, on the CPU.
+    """Read the encodings of a case from disk on demand: `cached[variant]`, float32, on the CPU.
 
     Raises:
-        RunError: an entry is no longer there, or no longer readable; damage to its numbers is found by `fill` alone.
+        RunError: an entry is missing or not readable; damage to its numbers is found by `LatentCache.encode` alone.
     """
 
     case: Case
@@ -77,10 +75,10 @@ class CachedCase(Sequence[Latents]):
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file of the cache: where it is, what it is to be made from, and of which cases."""
+    """Describe a file of the cache: its path, the key of what it is made from, and its cases."""
 
     path: Path
-    made_from: str
+    key: str
     cases: tuple[Case, ...]
     variant: int
 
@@ -90,7 +88,7 @@ class _Entry:
 
 
 class LatentCache:
-    """Encoded cases in one folder, which belongs to one run; several processes may fill it at once.
+    """Encode cases into a folder that belongs to one run; several processes may do so at once.
 
     Args:
         folder: created if needed.
@@ -99,7 +97,7 @@ class LatentCache:
         seed: of the augmentations.
 
     Attributes:
-        costs: of the last fill: patients, holes, variants, MB per patient, and what was encoded in which time.
+        costs: of the last call of `encode`: patients, masks, variants, MB per patient, and the time per volume.
     """
 
     def __init__(
@@ -117,8 +115,8 @@ class LatentCache:
         self.folder, self.autoencoder, self.spec, self.seed = folder, autoencoder, spec, seed
         self.augmentation = augmentation or Augmentation()
         self.costs: dict[str, Any] = {}
-        self._how = {"device": device, "precision": precision}
-        self._about = {
+        self._placement = {"device": device, "precision": precision}
+        self._made_from = {
             "code": CODE_VERSION,
             "weights": weights_sha256,
             "build": autoencoder.config,
@@ -128,30 +126,30 @@ class LatentCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def encode(self, cases: Sequence[Case], *, variants: int = 1) -> list[CachedCase]:
-        """Encode what is missing, stale or damaged, and return a handle for each case.
+        """Encode what is missing, out of date or damaged, and return a handle for each case.
 
         What another process is encoding is left to it, and waited for at the end. Entries of the same scans that were
-        made from anything else are removed, so all cases of a scan are asked for together.
+        made from anything else are removed, so pass all cases of a scan together.
 
         Args:
-            variants: encodings per case; the first is as it is, the others are augmented.
+            variants: encodings per case; the first is not augmented, the others are.
 
         Raises:
-            InputError: a case is refused, or its latents are not finite.
+            InputError: a case is rejected, or its latents are not finite.
         """
-        entries = self._entries(cases, variants)
-        wanted = [entry for scan in entries.values() for entry in scan]
-        stale = self._remove_stale(wanted)
-        flaws = {entry: flaw for entry in wanted if (flaw := _flaw(entry))}
+        by_scan = self._entries(cases, variants)
+        entries = [entry for scan in by_scan.values() for entry in scan]
+        stale = self._remove_stale(entries)
+        flaws = {entry: flaw for entry in entries if (flaw := _flaw(entry))}
         damaged = {entry.path.name: flaw for entry, flaw in flaws.items() if flaw != "missing"}
         for name, flaw in damaged.items():
             log.warning("%s is %s; encoded again", name, flaw)
-        took = self._make(list(flaws))
-        self.costs = _costs(cases, wanted, took) | {"replaced": stale + len(damaged)}
-        return [CachedCase(case, tuple(entry.path for entry in entries[case.id])) for case in cases]
+        seconds = self._encode_entries(list(flaws))
+        self.costs = _costs(cases, entries, seconds) | {"replaced": stale + len(damaged)}
+        return [CachedCase(case, tuple(entry.path for entry in by_scan[case.id])) for case in cases]
 
     def _entries(self, cases: Sequence[Case], variants: int) -> dict[str, list[_Entry]]:
-        """Scan -> its entries, one for each variant."""
+        """List the entries of each scan, one for each variant."""
         scans: dict[str, list[Case]] = {}
         for case in cases:
             scans.setdefault(case.id, []).append(case)
@@ -159,76 +157,76 @@ class LatentCache:
 
     def _scan_entries(self, name: str, scan: tuple[Case, ...], variants: int) -> list[_Entry]:
         digests = {path: sha256(path) for path in {path for case in scan for path in case.files().values()}}
-        holes = {case.key: {role: digests[path] for role, path in case.files().items()} for case in scan}
+        sources = {case.key: {role: digests[path] for role, path in case.files().items()} for case in scan}
         augmented = {"augmentation": asdict(self.augmentation), "seed": self.seed}
         entries = []
         for variant in range(variants):
-            key = fingerprint(self._about | {"holes": holes, "variant": variant} | (augmented if variant else {}))
+            about = self._made_from | {"sources": sources, "variant": variant} | (augmented if variant else {})
+            key = fingerprint(about)
             path = self.folder / f"{name}-{variant}-{key[:16]}.safetensors"
             entries.append(_Entry(path, key, scan, variant))
         return entries
 
-    def _remove_stale(self, wanted: Sequence[_Entry]) -> int:
-        """Remove files of the wanted scans and variants that have another key; return how many there were."""
-        names = {entry.path.name for entry in wanted}
+    def _remove_stale(self, entries: Sequence[_Entry]) -> int:
+        """Remove files of the same scans and variants that have another key; return how many there were."""
+        names = {entry.path.name for entry in entries}
         slots = {name.rpartition("-")[0] for name in names}
         found = [path for path in self.folder.glob("*.safetensors") if path.name.rpartition("-")[0] in slots]
         stale = [path for path in found if path.name not in names]
         for path in stale:
             path.unlink(missing_ok=True)
         if stale:
-            log.warning("%d stale, made from other sources, weights or settings; removed, encoded again", len(stale))
+            log.warning("%d stale cached files (other sources, weights or settings) removed; encoded again", len(stale))
         return len(stale)
 
-    def _make(self, missing: Sequence[_Entry]) -> dict[_Entry, float]:
-        """Encode these entries, or wait for who does; return the seconds that each took here."""
-        if not missing:
-            return {}
+    def _encode_entries(self, missing: Sequence[_Entry]) -> dict[_Entry, float]:
+        """Encode entries, or wait for the process that does; return the seconds of each, 0 for another process's."""
         load = lru_cache(CASES_IN_MEMORY)(lambda case: grid_case(load_case(case), self.autoencoder.factor))
-        # Plain text, because the widgets of tqdm.auto are blank in a notebook that was run headless.
-        bar = tqdm(total=sum(entry.volumes for entry in missing), desc="encoding", unit=" volumes", ascii=True,
-                   mininterval=1.0, file=sys.stdout)  # fmt: skip
-        took: dict[_Entry, float] = {}
-        with bar, (self.folder / CLAIMS).open("a") as claims:
-            for wait in (False, True):
-                for entry in [entry for entry in missing if entry not in took]:
-                    with _claimed(claims, entry, wait=wait) as ours:
-                        if ours:
-                            took[entry] = self._encode(entry, load, bar) if _flaw(entry) else 0.0
-                            bar.update(0 if took[entry] else entry.volumes)
-        return took
+        seconds: dict[_Entry, float] = {}
+        total = sum(entry.volumes for entry in missing)
+        progress = Progress(total, name="encoding volume")
+        (self.folder / LOCKS).mkdir(exist_ok=True)
+        for wait in (False, True):
+            for entry in [entry for entry in missing if entry not in seconds]:
+                try:
+                    with FileLock(self.folder / LOCKS / entry.path.stem, timeout=-1 if wait else 0):
+                        seconds[entry] = self._encode_entry(entry, load) if _flaw(entry) else 0.0
+                except Timeout:  # another process encodes it: it is waited for at the end
+                    continue
+                done = sum(entry.volumes for entry in seconds)
+                progress.update(done, entry.path.name, now=done == total)
+        return seconds
 
-    def _encode(self, entry: _Entry, load: Callable[[Case], GridCase], bar: tqdm) -> float:
-        started, holes = time.monotonic(), {}
+    def _encode_entry(self, entry: _Entry, load: Callable[[Case], GridCase]) -> float:
+        started, latents = time.monotonic(), {}
         for case in entry.cases:
             plain = load(case)
             if entry.variant:
                 digest = hashlib.sha256(case.key.encode()).digest()[:4]
                 rng = np.random.default_rng([self.seed, entry.variant, int.from_bytes(digest, "big")])
                 plain = self.augmentation(plain, rng, spacing_mm=self.autoencoder.spacing_mm)
-            holes[case.key] = encode_case(plain, self.autoencoder, self.spec, **self._how)
-            bar.update(_volumes(case))
-        tensors = _small(holes)
+            latents[case.key] = encode_case(plain, self.autoencoder, self.spec, **self._placement)
+        tensors = _pack(latents)
         with replacing(entry.path) as partial:
-            save_file(tensors, partial, {"digest": _digest(entry.made_from, tensors)})
+            save_file(tensors, partial, {"digest": _digest(entry.key, tensors)})
         return time.monotonic() - started
 
 
 def _volumes(case: Case) -> int:
-    """Images of a case that are encoded: the voided one, and the full one if there is one."""
+    """Count the images of a case to encode: the voided one, and the full one if there is one."""
     return 1 + (case.t1n is not None)
 
 
-def _small(holes: dict[str, Latents]) -> dict[str, Tensor]:
-    """The tensors of one entry, by case and name, in as few bytes as they need."""
+def _pack(cases: dict[str, Latents]) -> dict[str, Tensor]:
+    """Return the tensors of one entry, by case and name, in as few bytes as they need."""
     tensors = {f"{key}/{name}": tensor.bool() if name in MASKS else tensor.half()
-               for key, latents in holes.items() for name, tensor in latents.items()}  # fmt: skip
+               for key, latents in cases.items() for name, tensor in latents.items()}  # fmt: skip
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError(
                 "not finite as latents in float16", where=name, fix="use precision 32, or another autoencoder"
             )
-    maps = [tensors[f"{key}/conditioning"] for key in holes]
+    maps = [tensors[f"{key}/conditioning"] for key in cases]
     if all(torch.equal(other, maps[0]) for other in maps):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("/conditioning")}
         tensors["conditioning"] = maps[0]
@@ -236,7 +234,7 @@ def _small(holes: dict[str, Latents]) -> dict[str, Tensor]:
 
 
 def _flaw(entry: _Entry) -> str:
-    """Why an entry cannot be used; empty if it can."""
+    """Say why an entry cannot be used; empty if it can."""
     if not entry.path.exists():
         return "missing"
     try:
@@ -245,47 +243,28 @@ def _flaw(entry: _Entry) -> str:
             recorded = (stream.metadata() or {}).get("digest")
     except (SafetensorError, OSError) as error:
         return f"damaged ({error})"
-    return "" if recorded == _digest(entry.made_from, tensors) else "not what was written"
+    return "" if recorded == _digest(entry.key, tensors) else "not what was written"
 
 
-def _digest(made_from: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(made_from.encode())
+def _digest(key: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(key.encode())
     for name in sorted(tensors):
         digest.update(json.dumps([name, str(tensors[name].dtype), list(tensors[name].shape)]).encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-@contextmanager
-def _claimed(claims: IO[str], entry: _Entry, *, wait: bool) -> Iterator[bool]:
-    """Yield whether this process alone may make an entry; the system drops the claim when its owner dies.
-
-    A claim is a lock on one byte of the folder's file of claims, at the place that the entry's key names: so there are
-    no lock files to remove, and none that was removed while another process waited for it.
-    """
-    place = int(entry.made_from[:15], 16)  # 60 bits, as far as a file offset surely goes
-    try:
-        fcntl.lockf(claims, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
-    except BlockingIOError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        fcntl.lockf(claims, fcntl.LOCK_UN, 1, place)
-
-
-def _costs(cases: Sequence[Case], entries: Sequence[_Entry], took: Mapping[_Entry, float]) -> dict[str, Any]:
-    """Patients, holes and variants, what they take on disk, and the seconds from the files to the entries made now."""
+def _costs(cases: Sequence[Case], entries: Sequence[_Entry], seconds: Mapping[_Entry, float]) -> dict[str, Any]:
+    """Summarise patients, masks and variants, their size on disk, and the seconds from files to entries made now."""
     patients = len({case.patient for case in cases}) or 1
-    encoded = sum(entry.volumes for entry, seconds in took.items() if seconds)
-    each_s = sum(took.values()) / encoded if encoded else None
+    encoded = sum(entry.volumes for entry, each_s in seconds.items() if each_s)
+    volume_s = sum(seconds.values()) / encoded if encoded else None
     return {
         "patients": patients,
-        "holes": len(cases),
+        "masks": len(cases),
         "variants": len({entry.variant for entry in entries}),
         "MB per patient": sum(entry.path.stat().st_size for entry in entries) / 1e6 / patients,
         "encoded now": encoded,
-        "s per volume": each_s or "all cached",
-        "s per patient": each_s * sum(entry.volumes for entry in entries) / patients if each_s else "all cached",
+        "s per volume": volume_s or "all cached",
+        "s per patient": volume_s * sum(entry.volumes for entry in entries) / patients if volume_s else "all cached",
     }

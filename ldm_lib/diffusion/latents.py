@@ -1,10 +1,11 @@
-"""Cases as latents, and what the denoiser is shown of them.
+"""Encode cases into latents, and compose the input of the denoiser.
 
-ModelCase => voided, target (c x y z), conditioning (4 x y z), hole, loss, share (1 x y z)
+GridCase => voided, target (c x y z), conditioning (4 x y z), mask, loss, mask_fraction (1 x y z)
 
-With the context "initial_estimate" a first guess fills the hole (`draft`), and what is generated is the residual of its latent:
+With the context "initial_estimate" the masked region is filled by an initial estimate first, and the denoiser generates
+the residual of its latent:
 
-draft (c x y z);   target = (z_target - draft) / residual_std;   voided = 0, as known cells have no residual
+initial_estimate (c x y z);   target = (z_target - initial_estimate) / residual_std;   voided = 0
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,14 +25,11 @@ from ldm_lib.devices import autocast
 from ldm_lib.diffusion.options import LatentOptions
 from ldm_lib.geometry import block_mean, bounding_box, latent_mask
 
-SHOWN = {
-    "concat": "voided",
-    "initial_estimate": "initial_estimate",
-}  # context -> the latent that is shown beside the noisy one
-MEASURED = 48  # training cases that say how much a draft lacks
+CONCATENATED = {"concat": "voided", "initial_estimate": "initial_estimate"}  # context -> latent added to the input
+RESIDUAL_CASES = 48  # training cases on which `residual_std` is measured
 LEAST_STD = 1e-3  # of a channel, in latents of standard deviation 1
 CPU = torch.device("cpu")
-MARGIN = 1  # cells around the hole that the denoiser sees at least
+MARGIN = 1  # latent voxels around the mask that the denoiser sees at least
 
 Latents = dict[str, Tensor]
 
@@ -40,45 +38,46 @@ class LatentSpec(LatentOptions):
     """Describe how voxels become latents and conditioning; part of a model, kept in its config.json.
 
     Attributes:
-        residual_std: standard deviation of what initial estimates lack, one a latent channel; empty stands for 1.
+        residual_std: standard deviation of the residual of initial estimates, one per latent channel; empty means 1.
     """
 
     residual_std: tuple[Annotated[float, Field(gt=0)], ...] = ()
 
     @property
     def refinement(self) -> str:
-        """How an atlas map is to be made for it (`segmentation.tissue_from_scan`): a draft reads one method's alone."""
+        """Name the refinement of atlas maps that the model was trained with, see `tissue_from_scan`."""
         return "none" if self.context == "initial_estimate" else "mixture"
 
     def residual_scale(self, latent: Tensor) -> Tensor | float:
-        """`residual_std` where it can be multiplied with latents (... c x y z)."""
+        """Return `residual_std` so that it broadcasts over latents (... c x y z)."""
         return torch.tensor(self.residual_std, device=latent.device).view(-1, 1, 1, 1) if self.residual_std else 1.0
 
 
 def encode_case(
     case: GridCase, autoencoder: Autoencoder, spec: LatentSpec, *, device: torch.device, precision: str
 ) -> Latents:
-    """Encode one case; "target" is there only if the case has one. All float32, on the CPU."""
-    factor = autoencoder.factor
-    if spec.context == "initial_estimate":
-        images = {
-            "initial_estimate": initial_estimate(case.voided, case.mask, case.tissue, spacing_mm=autoencoder.spacing_mm)
-        }
-    else:
-        images = {"voided": case.voided}
+    """Encode one case, all float32 on the CPU.
+
+    Returns:
+        voided, conditioning, mask, loss, mask_fraction; target if the case has one; initial_estimate in that context.
+    """
+    factor, residual = autoencoder.factor, spec.context == "initial_estimate"
+    images = {"voided": case.voided}
+    if residual:
+        estimate = initial_estimate(case.voided, case.mask, case.tissue, spacing_mm=autoencoder.spacing_mm)
+        images = {"initial_estimate": estimate}
     images |= {} if case.target is None else {"target": case.target}
     latents = {}
     for name, image in images.items():
         volume = torch.from_numpy(image)[None, None].to(device)
         with torch.inference_mode(), autocast(device, precision):
             latents[name] = autoencoder.encode(volume)[0].float().cpu().contiguous()
-    if spec.context == "initial_estimate":
-        latents["voided"] = torch.zeros_like(latents["initial_estimate"])
+    if residual:
+        start = latents["initial_estimate"]
+        latents["voided"] = torch.zeros_like(start)
         if "target" in latents:
-            latents["target"] = (latents["target"] - latents["initial_estimate"]) / spec.residual_scale(
-                latents["initial_estimate"]
-            )
-    cells = {
+            latents["target"] = (latents["target"] - start) / spec.residual_scale(start)
+    on_grid = {
         "conditioning": conditioning(
             case.growth, case.tissue, factor=factor, threshold=spec.growth_threshold, pooling=spec.pooling
         ),
@@ -86,77 +85,80 @@ def encode_case(
         "loss": loss_cells(case, factor, spec.mask_dilation)[None],
         "mask_fraction": block_mean(case.mask, factor)[None],
     }
-    return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in cells.items()}
+    return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in on_grid.items()}
 
 
 def measure_residual_std(spec: LatentSpec, cases: Iterable[CaseData], autoencoder: Autoencoder) -> LatentSpec:
-    """The settings with what drafts lack in the cells that are generated, on the first `MEASURED` cases with a target.
+    """Measure the standard deviation of the residual in the masked region on a few cases; return the spec with it.
 
-    Runs on the processor in float32. Means are over cells: a large hole counts for more.
+    Runs on the CPU in float32. Means are over latent voxels: a large mask counts for more.
+
+    Args:
+        cases: training cases with a target; the first 48 are used.
     """
-    total, count, how = torch.zeros(autoencoder.latent_channels).double(), 0, {"device": CPU, "precision": "32"}
-    for data in islice(cases, MEASURED):
-        latents = encode_case(grid_case(data, autoencoder.factor), autoencoder, spec, **how)
+    total, count = torch.zeros(autoencoder.latent_channels).double(), 0
+    for data in islice(cases, RESIDUAL_CASES):
+        latents = encode_case(grid_case(data, autoencoder.factor), autoencoder, spec, device=CPU, precision="32")
         residual = latents["target"][:, latents["loss"][0] > 0].double()
         total, count = total + residual.square().sum(dim=1), count + residual.shape[1]
     return spec.model_copy(update={"residual_std": tuple((total / max(count, 1)).sqrt().clamp(min=LEAST_STD).tolist())})
 
 
 def denoiser_input(noisy: Tensor, batch: Latents, spec: LatentSpec) -> Tensor:
-    """What the denoiser sees: known cells clean, holes noisy, then conditioning, mask and, by `context`, more.
+    """Compose the input of the denoiser: known voxels clean, masked ones noisy, then conditioning, mask and context.
 
     Args:
-        noisy: (b c x y z) latents at some noise level; only its holes are used.
-        batch: voided, conditioning, hole, share and, with the context "initial_estimate", draft, each (b . x y z).
+        noisy: (b c x y z) latents at some noise level; only the masked region is used.
+        batch: voided, conditioning, mask, mask_fraction and, in that context, initial_estimate, each (b . x y z).
     """
     channels = [keep_known(noisy, batch), batch["conditioning"], batch["mask"]]
-    if spec.context in SHOWN:
-        channels += [batch[SHOWN[spec.context]], batch["mask_fraction"]]
+    if spec.context in CONCATENATED:
+        channels += [batch[CONCATENATED[spec.context]], batch["mask_fraction"]]
     return torch.cat(channels, dim=1)
 
 
 def input_channels(latent_channels: int, spec: LatentSpec) -> int:
-    """Channels of `denoiser_input`."""
-    return latent_channels + 5 + (latent_channels + 1 if spec.context in SHOWN else 0)
+    """Count the channels of `denoiser_input`."""
+    return latent_channels + 5 + (latent_channels + 1 if spec.context in CONCATENATED else 0)
 
 
 def conditioning_channels(latent_channels: int) -> tuple[int, int]:
-    """Where the conditioning starts and stops among the channels of `denoiser_input`."""
+    """Return start and stop of the conditioning among the channels of `denoiser_input`."""
     return latent_channels, latent_channels + len(CONDITIONING_CHANNELS)
 
 
 def add_initial_estimate(sampled: Tensor, latents: Latents, spec: LatentSpec) -> Tensor:
-    """The latent of a case, standardised (... c x y z), from what was sampled: that itself, or a draft's residual."""
+    """Turn a sample (... c x y z) into a standardised latent: a residual is added to its initial estimate."""
     if spec.context != "initial_estimate":
         return sampled
     return latents["initial_estimate"].to(sampled) + sampled * spec.residual_scale(sampled)
 
 
 def keep_known(latent: Tensor, batch: Latents) -> Tensor:
-    """(1 - m) * z_voided + m * z: known cells are the clean z_voided at every t."""
-    hole = batch["mask"]
-    return (1 - hole) * batch["voided"] + hole * latent
+    """Return (1 - m) * z_voided + m * z: known voxels are the clean z_voided at every t."""
+    mask = batch["mask"]
+    return (1 - mask) * batch["voided"] + mask * latent
 
 
-def context_box(hole: np.ndarray, *, edge: int, multiple: int) -> tuple[slice, ...]:
-    """The box of cells that is sampled: the hole's, `MARGIN` cells around it, and on from there as in training.
+def context_box(mask: np.ndarray, *, edge: int, multiple: int) -> tuple[slice, ...]:
+    """Return the box of latent voxels to sample: the mask, a margin, and at least the size of a training crop.
 
     Args:
-        hole: (x, y, z) bool, cells that are generated.
-        edge: cells of a training crop, which no axis of the box falls short of where the grid has them.
-        multiple: of cells, to which the network would pad the box.
+        mask: (x, y, z) bool, latent voxels to generate.
+        edge: of a training crop, latent voxels; the smallest size of each axis, as far as the grid goes.
+        multiple: the size is rounded up to a multiple of it, to which the network would pad anyway.
     """
     box = []
-    for span, n in zip(bounding_box(hole), hole.shape, strict=True):
-        wanted = max(span.stop - span.start + 2 * MARGIN, edge)
-        size = min(n, -(-wanted // multiple) * multiple)
+    for span, n in zip(bounding_box(mask), mask.shape, strict=True):
+        least = max(span.stop - span.start + 2 * MARGIN, edge)
+        size = min(n, -(-least // multiple) * multiple)
         start = min(max((span.start + span.stop - size) // 2, 0), n - size)
         box.append(slice(start, start + size))
     return tuple(box)
 
 
 def collate(samples: Sequence[Latents]) -> Latents:
-    """Stack samples to (b . x y z); smaller grids are padded behind with zeros, which no loss sees."""
+    """Stack samples to (b . x y z); smaller grids are padded at the end with zeros, which leave the loss."""
     shape = [max(s["voided"].shape[axis] for s in samples) for axis in (1, 2, 3)]
 
     def padded(tensor: Tensor) -> Tensor:
@@ -169,5 +171,5 @@ def collate(samples: Sequence[Latents]) -> Latents:
 
 
 def on_device(batch: Latents, device: torch.device) -> Latents:
-    """A batch where the denoiser is; a copy from pinned memory does not keep the processor waiting."""
+    """Move a batch to a device, asynchronously from pinned memory."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -1,18 +1,18 @@
-"""Samplers: pure functions of one signature from Gaussian noise to clean latents.
+"""Sample clean latents from Gaussian noise, by pure functions of one signature.
 
-    sampler(denoise, x, schedule, *, steps, noise, keep, callback) -> x_0, all of it (b c x y z)
+    sampler(denoise, x, schedule, *, steps, noise, keep, callback) -> x_0, all (b c x y z)
 
-denoise(x_t, t): (x_0, noise) as the network believes them, for int64 t (b,): x_t = α x_0 + σ noise.
+denoise(x_t, t): estimates of (x_0, noise) for int64 t (b,), where x_t = α x_0 + σ noise.
 x: standard normal noise to start from; its dtype is that of every x_t and of the result.
 steps: network evaluations, 1 to schedule.steps.
 noise(i): fresh standard normal noise like x for step i; the deterministic samplers ignore it.
-keep(x): x with the known cells put back. It is applied to x before the first step and after every
-    step, so the network sees the known cells clean at every t, as in training.
-callback({"i", "t", "x", "x0"}): called once a step with what entered it and the estimate of x_0.
+keep(x): x with the known voxels put back. It is applied to x before the first step and after every step, so that the
+    network sees the known voxels clean at every t, as in training.
+callback({"i", "t", "x", "x0"}): called once per step with the input of the step and the estimate of x_0.
 
-Coefficients are Python floats (float64) whatever the precision of x; x_0 is never clipped. After
-the last timestep comes the clean end, α = 1 and σ = 0. `ddpm` needs a variance-preserving schedule, `euler` and
-`midpoint` a flow; `ddim` and `dpm++2m` walk on either.
+Coefficients are Python floats (float64) whatever the precision of x; x_0 is never clipped. After the last timestep
+comes the clean end, α = 1 and σ = 0. `ddpm` needs a variance-preserving schedule, `euler` and `midpoint` a rectified
+flow; `ddim` and `dpm++2m` support both.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Callback = Callable[[dict[str, Any]], None]
 
 
 def identity(x: Tensor) -> Tensor:
-    """Keep no cells: all are generated."""
+    """Put back no known voxels: everything is generated."""
     return x
 
 
@@ -46,15 +46,14 @@ def ddpm(
     keep: Keep = identity,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Ancestral sampling, its betas recomputed for the visited timesteps.
+    """Sample by ancestral sampling, with betas recomputed for the visited timesteps.
 
-    Source: Ho et al. 2020, eq. 7 and algorithm 2; respacing by Nichol & Dhariwal 2021, eq. 19. Of
-    the two variances that Ho et al. allow it takes the larger, beta: in 20 steps a Gaussian of std
-    0.5 comes back with 0.516, with the posterior variance only with 0.39.
+    Source: Ho et al. 2020, eq. 7 and algorithm 2; respacing by Nichol & Dhariwal 2021, eq. 19. Of the
+    two variances that Ho et al. allow it takes the larger, beta: in 20 steps a Gaussian of standard deviation 0.5 is
+    sampled with 0.516, with the posterior variance with 0.39 only.
     """
     check_process("ddpm", schedule)
-    x = keep(x)
-    times = spaced_timesteps(schedule, steps, "uniform")
+    x, times, _ = _start(x, schedule, steps, keep)
     alpha_bars = [*schedule.alpha_bar[times].tolist(), 1.0]
     for i, (alpha_bar, next_alpha_bar) in enumerate(pairwise(alpha_bars)):
         x0, _ = _predict(denoise, x, i, times, keep, callback)
@@ -78,10 +77,9 @@ def ddim(
     keep: Keep = identity,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Deterministic implicit sampling: Song et al. 2021, eq. 12 with eta = 0."""
-    x = keep(x)
-    times = spaced_timesteps(schedule, steps, "uniform")
-    for i, (alpha, sigma) in enumerate(_rates(schedule, times)[1:]):
+    """Sample by deterministic implicit sampling: Song et al. 2021, eq. 12 with eta = 0."""
+    x, times, levels = _start(x, schedule, steps, keep)
+    for i, (alpha, sigma) in enumerate(levels[1:]):
         x0, epsilon = _predict(denoise, x, i, times, keep, callback)
         x = keep(alpha * x0 + sigma * epsilon)
     return x
@@ -97,14 +95,13 @@ def dpm_solver_pp_2m(
     keep: Keep = identity,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M): second-order multistep in x_0 over timesteps uniform in log-SNR.
+    """Sample by DPM-Solver++(2M): second-order multistep in x_0 over timesteps uniform in log-SNR.
 
     Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2. The first step is of first order, and so
     is the last, which goes to lambda = infinity.
     """
-    x = keep(x)
-    times = spaced_timesteps(schedule, steps, "log_snr")
-    alpha, sigma = zip(*_rates(schedule, times), strict=True)
+    x, times, levels = _start(x, schedule, steps, keep, "log_snr")
+    alpha, sigma = zip(*levels, strict=True)
     lambda_ = [log(a / s) if a else -inf for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
     previous_x0, previous_h = None, None
     for i in range(steps - 1):
@@ -129,11 +126,10 @@ def euler(
     keep: Keep = identity,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Euler's method on dx/dσ = noise - x_0, the straight path of a rectified flow (Liu et al. 2023, algorithm 1)."""
+    """Sample by Euler's method on dx/dσ = noise - x_0, a rectified flow (Liu et al. 2023, algorithm 1)."""
     check_process("euler", schedule)
-    x = keep(x)
-    times = spaced_timesteps(schedule, steps, "uniform")
-    sigma = [s for _, s in _rates(schedule, times)]
+    x, times, levels = _start(x, schedule, steps, keep)
+    sigma = [s for _, s in levels]
     for i in range(steps):
         x0, epsilon = _predict(denoise, x, i, times, keep, callback)
         x = keep(x + (sigma[i + 1] - sigma[i]) * (epsilon - x0))
@@ -150,16 +146,15 @@ def midpoint(
     keep: Keep = identity,
     callback: Callback | None = None,
 ) -> Tensor:
-    """The midpoint method on a rectified flow: two evaluations a step, of second order; an odd one is Euler's.
+    """Sample by the midpoint method on a rectified flow: two evaluations per step; a last odd one is Euler's.
 
-    Both evaluations are at timesteps of the table, so that the network sees none it was not trained at. The inner one
-    may lie off the middle by rounding or by a shift; its weight is 1 / (2c) for an inner point at the share c of the
+    Both evaluations are at timesteps of the table, so that the network sees only those it was trained at. The inner one
+    may lie off the middle by rounding or by a shift; its weight is 1 / (2c) for an inner point at the fraction c of the
     step (Hairer, Nørsett & Wanner 1993, section II.1, every explicit two-stage method of order 2).
     """
     check_process("midpoint", schedule)
-    x = keep(x)
-    times = spaced_timesteps(schedule, steps, "uniform")
-    sigma = [s for _, s in _rates(schedule, times)]
+    x, times, levels = _start(x, schedule, steps, keep)
+    sigma = [s for _, s in levels]
     for i in range(0, steps, 2):
         x0, epsilon = _predict(denoise, x, i, times, keep, callback)
         slope, end = epsilon - x0, min(i + 2, steps)
@@ -176,33 +171,37 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++2m": dpm_solver_pp_2m, "euler": eu
 
 
 def samplers_for(schedule: NoiseSchedule) -> list[str]:
-    """The names of the samplers that can walk on the path of this schedule."""
+    """List the names of the samplers that support this schedule."""
     return [name for name in SAMPLERS if FLOW_SAMPLERS.get(name, schedule.is_flow) == schedule.is_flow]
 
 
 def check_process(name: str, schedule: NoiseSchedule) -> None:
-    """Refuse a sampler whose equations are those of the other path."""
+    """Reject a sampler whose equations are those of the other kind of process."""
     if name not in samplers_for(schedule):
-        path = "rectified flow" if schedule.is_flow else "variance-preserving diffusion"
-        raise ConfigError(f"{name!r} given, the model was trained on a {path}", where="sampler",
+        process = "rectified flow" if schedule.is_flow else "variance-preserving diffusion"
+        raise ConfigError(f"{name!r} given, the model was trained on a {process}", where="sampler",
                           fix=f"take one of {', '.join(samplers_for(schedule))}")  # fmt: skip
 
 
 def check_sampler(name: str, steps: int, schedule: NoiseSchedule) -> None:
-    """Refuse a sampler of the other path, or more steps than the schedule has."""
+    """Reject a sampler that does not support the schedule, or more steps than the schedule has."""
     check_process(name, schedule)
     spaced_timesteps(schedule, steps)
 
 
-def _rates(schedule: NoiseSchedule, times: Tensor) -> list[tuple[float, float]]:
-    """(α, σ) at the visited timesteps, and (1, 0) for the clean end."""
-    return [*zip(schedule.alpha[times].tolist(), schedule.sigma[times].tolist(), strict=True), (1.0, 0.0)]
+def _start(
+    x: Tensor, schedule: NoiseSchedule, steps: int, keep: Keep, spacing: str = "uniform"
+) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
+    """Return x with the known voxels, the timesteps to visit, and (α, σ) at each of them and at the clean end."""
+    times = spaced_timesteps(schedule, steps, spacing)
+    levels = zip(schedule.alpha[times].tolist(), schedule.sigma[times].tolist(), strict=True)
+    return keep(x), times, [*levels, (1.0, 0.0)]
 
 
 def _predict(
     denoise: Denoise, x: Tensor, i: int, times: Tensor, keep: Keep, callback: Callback | None
 ) -> tuple[Tensor, Tensor]:
-    """The x_0 and the noise that the network believes at the i-th visited time, known cells put back in x_0."""
+    """Estimate x_0 and the noise at the i-th visited timestep, with the known voxels put back in x_0."""
     x0, epsilon = (part.to(x.dtype) for part in denoise(x, times[i].to(x.device).expand(len(x))))
     x0 = keep(x0)
     if callback:

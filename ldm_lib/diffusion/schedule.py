@@ -1,7 +1,8 @@
-"""The noise schedule: float64 tables of the process x_t = α_t x_0 + σ_t ε.
+"""Define the noise schedule: float64 tables of the process x_t = α_t x_0 + σ_t ε.
 
-Two paths: variance preserving, α² + σ² = 1 (Ho et al. 2020), and rectified flow, α + σ = 1 (Liu et al. 2023, arXiv
-2209.03003). A path apart, a schedule is its signal-to-noise ratio α² / σ², which `shift` lowers at every step.
+There are two kinds: variance preserving, α² + σ² = 1 (Ho et al. 2020), and rectified flow, α + σ = 1 (Liu et al. 2023,
+arXiv 2209.03003). Within a kind a schedule is given by its signal-to-noise ratio α² / σ², which `shift` lowers at every
+step.
 """
 
 import math
@@ -17,12 +18,12 @@ SPACINGS = ("uniform", "log_snr")
 SCHEDULES = ("linear", "cosine", "flow")
 COSINE_OFFSET = 0.008  # Nichol & Dhariwal 2021, eq. 17
 LARGEST_BETA = 0.999  # of the cosine schedule, the same
-FIRST_LOG_SNR = -10.0  # where steps even in log-SNR begin after a first timestep that holds no signal at all
+FIRST_LOG_SNR = -10.0  # of steps uniform in log-SNR, after a first timestep without any signal
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The forward process of diffusion, as two tables that nothing changes.
+    """Hold the forward process of diffusion as two immutable tables.
 
     Attributes:
         alpha, sigma: (steps,) float64 on the CPU, the factors of signal and noise at each t; alpha falls from nearly 1
@@ -34,17 +35,17 @@ class NoiseSchedule:
 
     @property
     def steps(self) -> int:
-        """The number of timesteps T."""
+        """Count the timesteps T."""
         return len(self.alpha)
 
     @property
     def alpha_bar(self) -> Tensor:
-        """ᾱ = α², the share of signal variance of a variance-preserving path (Ho et al. 2020, eq. 4)."""
+        """Return ᾱ = α², the fraction of signal variance of a variance-preserving process (Ho et al. 2020, eq. 4)."""
         return self.alpha**2
 
     @property
     def is_flow(self) -> bool:
-        """Whether the path is a straight line from noise to data."""
+        """Return whether the process is a straight line from noise to data."""
         return bool(((self.alpha + self.sigma - 1).abs() < 1e-12).all())
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -74,15 +75,15 @@ class NoiseSchedule:
         return ((x_t - sigma * noise) / alpha).to(x_t.dtype)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(α² / σ²) in float64, of the shape of t; falls with t, to -inf where there is no signal."""
+        """Return log(α² / σ²) in float64, of the shape of t; it falls with t, to -inf where there is no signal."""
         alpha, sigma = self.alpha_sigma(t, t)
         return 2 * (alpha.log() - sigma.log())
 
     def alpha_sigma(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """α_t and σ_t, float64, on the device of x and shaped to broadcast over it.
+        """Return α_t and σ_t, float64, on the device of x and shaped to broadcast over it.
 
         Raises:
-            ConfigError: a t on the CPU that is not in the table; to look at one on a GPU would wait for it.
+            ConfigError: a t on the CPU that is out of range; on a GPU it is not checked, as that would wait for it.
         """
         if t.device.type == "cpu" and (t.min() < 0 or t.max() >= self.steps):
             raise ConfigError(
@@ -97,7 +98,7 @@ class NoiseSchedule:
 
 @lru_cache(maxsize=16)
 def _tables(schedule: NoiseSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tables of a schedule where they are looked up, copied once."""
+    """Copy the tables of a schedule to a device, once."""
     return schedule.alpha.to(device), schedule.sigma.to(device)
 
 
@@ -110,11 +111,11 @@ def noise_schedule(
     shift: float = 1.0,
     zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
-    """A schedule by name.
+    """Build a schedule by name.
 
     Args:
         schedule: "linear" in beta (Ho et al. 2020, section 4), "cosine" (Nichol & Dhariwal 2021, eq. 17), both variance
-            preserving, or "flow": sigma = (t + 1) / steps on the straight path.
+            preserving, or "flow": sigma = (t + 1) / steps on a straight line.
         steps: number of timesteps T, at least 1.
         beta_start, beta_end: variance added by the first and the last step of "linear", each in (0, 1).
         shift: s > 0; log-SNR is lowered by 2 log s everywhere, more noise for larger latents (Hoogeboom et al. 2023,
@@ -193,11 +194,11 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
     log_snr = schedule.log_snr(torch.arange(schedule.steps))
     silent = bool(log_snr[-1].isinf())
     first = max(FIRST_LOG_SNR, float(log_snr[:-1].min())) if silent and last else float(log_snr[-1])
-    wanted = torch.linspace(first, log_snr[0], max(1, steps - silent), dtype=torch.float64)
-    wanted = torch.cat([log_snr[-1:], wanted])[:steps] if silent else wanted
-    nearest = (log_snr[:, None] - wanted).abs().nan_to_num(nan=0.0).argmin(dim=0)  # -inf less -inf is no distance
-    # The first timesteps lie far apart in log-SNR, so several wishes may share one: each then moves
-    # down to a free one, but leaves one timestep to each wish after it.
+    even = torch.linspace(first, log_snr[0], max(1, steps - silent), dtype=torch.float64)
+    even = torch.cat([log_snr[-1:], even])[:steps] if silent else even
+    nearest = (log_snr[:, None] - even).abs().nan_to_num(nan=0.0).argmin(dim=0)  # -inf less -inf is no distance
+    # The first timesteps are far apart in log-SNR, so that several steps may share the nearest one: each then moves
+    # down to a free one, but leaves one timestep to each step after it.
     rank = torch.arange(steps)
     free = torch.cummin(nearest + rank, dim=0).values - rank
     return torch.maximum(free, steps - 1 - rank)

@@ -75,7 +75,7 @@ def _take(donor: Path, folder: Path, config: StageConfig, inputs: dict[str, str]
 
 def _copy(source: Path, target: Path) -> None:
     """A folder without files that another process has not finished; what is there already stays."""
-    unfinished = shutil.ignore_patterns(".*.part", ".claims")
+    unfinished = shutil.ignore_patterns(".*.part", ".claims", ".locks")
     shutil.copytree(source, target, symlinks=True, ignore=unfinished, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 

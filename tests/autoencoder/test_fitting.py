@@ -32,13 +32,13 @@ def fresh(**options):
 
 
 def fitted(cases, latent_channels=3, factor=2, *, alone=False):
-    """A linear code of some cases; alone: each block rebuilt by itself."""
-    code = LinearCodec(latent_channels, factor)
+    """A linear codec of some cases; alone: each block decoded by itself."""
+    codec = LinearCodec(latent_channels, factor)
     if alone:
-        code.fit(*block_statistics(cases, factor))
+        codec.fit(*block_statistics(cases, factor))
     else:
-        fit_linear_codec(code, cases)
-    return code
+        fit_linear_codec(codec, cases)
+    return codec
 
 
 def image_of(case, factor=2):
@@ -55,9 +55,9 @@ def blocks_of(cases):
     return np.array(rows, np.float64)
 
 
-def mean_square(code, image):
+def mean_square(codec, image):
     with torch.inference_mode():
-        return float((code.decode(code.encode(image)) - image)[image > 0].square().mean())
+        return float((codec.decode(codec.encode(image)) - image)[image > 0].square().mean())
 
 
 # ---- blocks and their principal components
@@ -82,26 +82,26 @@ def with_mirror_images(blocks):
 
 
 def test_a_block_is_projected_on_its_principal_components(cases):
-    """Against numpy's SVD of the blocks, which takes no mean off: air is coded without an offset too."""
+    """Against numpy's SVD of the blocks, which takes no mean off: air is encoded without an offset too."""
     few = [cases[0], cases[2]]
-    code, blocks = fitted(few, alone=True), with_mirror_images(blocks_of(few))
+    codec, blocks = fitted(few, alone=True), with_mirror_images(blocks_of(few))
     axes = np.linalg.svd(blocks, full_matrices=False)[2][:3]
     volume = torch.from_numpy(blocks.astype(np.float32)).view(-1, 1, 2, 2, 2)
     with torch.inference_mode():
-        codes = code.encode(volume)
-        rebuilt = code.decode(codes)
-    np.testing.assert_allclose(rebuilt.numpy().reshape(blocks.shape), blocks @ axes.T @ axes, atol=1e-4)
-    np.testing.assert_allclose(codes.flatten(1).numpy().mean(axis=0), 0, atol=1e-3)
-    np.testing.assert_allclose(codes.flatten(1).numpy().std(axis=0), 1, atol=1e-3)
+        latents = codec.encode(volume)
+        decoded = codec.decode(latents)
+    np.testing.assert_allclose(decoded.numpy().reshape(blocks.shape), blocks @ axes.T @ axes, atol=1e-4)
+    np.testing.assert_allclose(latents.flatten(1).numpy().mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(latents.flatten(1).numpy().std(axis=0), 1, atol=1e-3)
 
 
 def test_what_is_lost_is_the_second_moment_of_the_axes_left_out(cases):
     """Eckart-Young on the blocks it was fitted on, and their mirror images."""
-    code, image = fitted(cases[:1], alone=True), image_of(cases[0])
+    codec, image = fitted(cases[:1], alone=True), image_of(cases[0])
     blocks = with_mirror_images(blocks_of(cases[:1]))
     moments = np.linalg.eigvalsh(blocks.T @ blocks / len(blocks))
     with torch.inference_mode():
-        errors = [code.decode(code.encode(side)) - side for side in (image, image.flip(2))]
+        errors = [codec.decode(codec.encode(side)) - side for side in (image, image.flip(2))]
     lost = sum(float(error.square().sum()) for error in errors) / len(blocks)
     assert lost == pytest.approx(moments[:5].sum(), rel=1e-3)
 
@@ -116,15 +116,15 @@ def test_more_channels_than_voxels_of_a_block_still_rebuild_it(cases):
 # ---- a block by itself and its neighbours
 
 
-def test_the_estimate_is_least_squares_on_27_codes(cases):
+def test_the_estimate_is_least_squares_on_27_latents(cases):
     """Against a loop over blocks and numpy's solver."""
-    code, image = fitted(cases[:1]), image_of(cases[0])
+    codec, image = fitted(cases[:1]), image_of(cases[0])
     with torch.inference_mode():
-        codes = (code.encode(image)[0] - code.air.view(-1, 1, 1, 1)).double().numpy()
-        rebuilt = code.decode(code.encode(image))[0, 0].numpy()
-    padded, volume = np.pad(codes, [(0, 0), (1, 1), (1, 1), (1, 1)]), image[0, 0].double().numpy()
+        latents = (codec.encode(image)[0] - codec.air.view(-1, 1, 1, 1)).double().numpy()
+        decoded = codec.decode(codec.encode(image))[0, 0].numpy()
+    padded, volume = np.pad(latents, [(0, 0), (1, 1), (1, 1), (1, 1)]), image[0, 0].double().numpy()
     around, blocks, places = [], [], []
-    for x, y, z in product(*map(range, codes.shape[1:])):
+    for x, y, z in product(*map(range, latents.shape[1:])):
         near = padded[:, x : x + 3, y : y + 3, z : z + 3].ravel()
         if near.any():
             around.append(near)
@@ -133,7 +133,7 @@ def test_the_estimate_is_least_squares_on_27_codes(cases):
     around, blocks = np.array(around), np.array(blocks)
     noise = np.exp(QUIET_LOG_VARIANCE) * len(around) * np.eye(around.shape[1])
     oracle = around @ np.linalg.solve(around.T @ around + noise, around.T @ blocks)
-    found = [rebuilt[2 * x : 2 * x + 2, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2].ravel() for x, y, z in places]
+    found = [decoded[2 * x : 2 * x + 2, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2].ravel() for x, y, z in places]
     np.testing.assert_allclose(np.array(found), oracle, atol=2e-4)
 
 
@@ -147,48 +147,48 @@ def test_neighbours_tell_what_a_block_leaves_out(monkeypatch):
     assert lapped < 0.8 * alone
 
 
-def test_a_code_sees_its_block_alone_and_a_block_its_neighbours_codes(cases):
-    code, image = fitted(cases[:1]), image_of(cases[0])
+def test_a_latent_sees_its_block_alone_and_a_block_its_neighbours_latents(cases):
+    codec, image = fitted(cases[:1]), image_of(cases[0])
     changed = image.clone()
-    changed[..., 14:16, 14:16, 8:10] += 1  # the block of cell (7, 7, 4)
+    changed[..., 14:16, 14:16, 8:10] += 1  # the block of latent voxel (7, 7, 4)
     with torch.inference_mode():
-        before, after = code.encode(image), code.encode(changed)
-        moved = (code.decode(after) != code.decode(before))[0, 0].numpy()
+        before, after = codec.encode(image), codec.encode(changed)
+        moved = (codec.decode(after) != codec.decode(before))[0, 0].numpy()
     assert np.argwhere((before != after)[0].any(0).numpy()).tolist() == [[7, 7, 4]]
-    cells = np.argwhere(block_mean(moved, 2) > 0)
-    assert cells.min(axis=0).tolist() == [6, 6, 3] and cells.max(axis=0).tolist() == [8, 8, 5]
+    latent_voxels = np.argwhere(block_mean(moved, 2) > 0)
+    assert latent_voxels.min(axis=0).tolist() == [6, 6, 3] and latent_voxels.max(axis=0).tolist() == [8, 8, 5]
 
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_air_is_air_both_ways(cases, alone):
-    code = fitted(cases[:1], alone=alone)
+    codec = fitted(cases[:1], alone=alone)
     with torch.inference_mode():
-        assert not code.decode(code.encode(torch.zeros(1, 1, 8, 8, 8))).any()
+        assert not codec.decode(codec.encode(torch.zeros(1, 1, 8, 8, 8))).any()
 
 
-def test_a_linear_code_is_computed_in_full_precision(cases):
-    code, image = fitted(cases[:1]), image_of(cases[0])
+def test_a_linear_codec_is_computed_in_full_precision(cases):
+    codec, image = fitted(cases[:1]), image_of(cases[0])
     with torch.inference_mode():
-        whole = code.decode(code.encode(image))
+        whole = codec.decode(codec.encode(image))
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(code.decode(code.encode(image)), whole)
+            assert torch.equal(codec.decode(codec.encode(image)), whole)
 
 
 # ---- the autoencoder's parts
 
 
-def test_the_network_beside_a_linear_code_is_silent_at_first(cases):
+def test_the_network_added_to_a_linear_codec_is_silent_at_first(cases):
     autoencoder, image = fresh(), image_of(cases[0])
     fit_linear_parts(autoencoder, cases[:4])
-    code = fitted(cases[:4])
+    codec = fitted(cases[:4])
     with torch.inference_mode():
         mean, std = autoencoder.moments(image)
-        assert torch.equal(mean, code.encode(image)) and std.max() == pytest.approx(np.exp(QUIET_LOG_VARIANCE / 2))
-        assert torch.equal(autoencoder.decode_raw(mean), code.decode(mean))
+        assert torch.equal(mean, codec.encode(image)) and std.max() == pytest.approx(np.exp(QUIET_LOG_VARIANCE / 2))
+        assert torch.equal(autoencoder.decode_raw(mean), codec.decode(mean))
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_the_bounds_are_the_autoencoders_own_code_or_one_that_is_fitted(cases, own):
+def test_the_baselines_are_the_autoencoders_own_codec_or_one_that_is_fitted(cases, own):
     autoencoder, image = fresh(linear_start=own), image_of(cases[4])
     if own:
         fit_linear_parts(autoencoder, cases[:4])
@@ -197,7 +197,7 @@ def test_the_bounds_are_the_autoencoders_own_code_or_one_that_is_fitted(cases, o
         assert mean_square(bounds[name], image) == pytest.approx(mean_square(oracle, image), rel=1e-4)
 
 
-def test_the_haar_front_end_is_fitted_before_the_first_step(cases):
+def test_the_haar_transform_is_fitted_before_the_first_step(cases):
     autoencoder = fresh(input_transform="haar", channels=(8, 8))
     fit_linear_parts(autoencoder, cases[:1])
     bands = autoencoder.transform.analyse(image_of(cases[0], 4))[0].flatten(1)
@@ -205,7 +205,7 @@ def test_the_haar_front_end_is_fitted_before_the_first_step(cases):
     np.testing.assert_allclose(inside.std(dim=1), 1, rtol=1e-3)
 
 
-def test_no_brain_cell_at_all_is_an_error(monkeypatch, cases):
+def test_no_latent_voxel_in_the_brain_is_an_error(monkeypatch, cases):
     monkeypatch.setattr(fitting, "block_mean", lambda image, factor: np.zeros([n // factor for n in image.shape]))
-    with pytest.raises(TrainingError, match="no cell lies mostly in the brain"):
+    with pytest.raises(TrainingError, match="no latent voxel lies mostly in the brain"):
         latent_statistics(fresh().freeze(), cases[:1], **HOW)

@@ -115,6 +115,6 @@ def test_bfloat16_gives_the_same_loss_and_gradient(edge):
     assert (half - exact).norm() < 0.05 * exact.norm()
 
 
-def test_too_small_crops_are_refused():
+def test_too_small_crops_are_rejected():
     with pytest.raises(InputError, match=r"needs 20 voxels per axis, a crop has \[24, 19, 24\]"):
         generator_loss(patch_discriminator(), noise(1, 1, 24, 19, 24))

@@ -1,4 +1,4 @@
-"""Laws of reading others' weights: what comes out computes what their authors' network computes, or is refused."""
+"""Laws of reading others' weights: what comes out computes what their authors' network computes, or is rejected."""
 
 import io
 import json
@@ -193,7 +193,7 @@ def test_flash_attention_of_the_old_class_needs_no_gpu(tmp_path):
 def test_transposed_convolutions_of_the_old_class_do_not_fit_the_new(tmp_path):
     """3 voxels wide there, 2 here; MONAI's own conversion leaves them as they were initialised."""
     arguments = OLD | PLAIN | {"use_convtranspose": True}
-    refused(lay(tmp_path, generative_class()(**arguments).state_dict(), arguments), "use_convtranspose")
+    rejected(lay(tmp_path, generative_class()(**arguments).state_dict(), arguments), "use_convtranspose")
 
 
 # ---- MAISI
@@ -245,27 +245,27 @@ def test_notebooks_core_path(kind, tmp_path, cases, tiny_autoencoder_folder):
     assert np.isfinite(filled).all() and filled.shape == data.mask.shape
 
 
-# ---- refusals: each with the reason and the mend
+# ---- rejections: each with the reason and the fix
 
 
-def refused(path, reason):
+def rejected(path, reason):
     with pytest.raises(WeightsError, match=reason) as caught:
         load_autoencoder(path, spacing_mm=1.0)
     assert caught.value.fix and caught.value.where
 
 
-def test_places_without_one_model_are_refused(tmp_path):
-    refused(tmp_path / "nowhere", "no such file or folder")
-    refused(tmp_path, "needs one weights file, has none")
+def test_places_without_one_model_are_rejected(tmp_path):
+    rejected(tmp_path / "nowhere", "no such file or folder")
+    rejected(tmp_path, "needs one weights file, has none")
     folder = saved(tmp_path / "a")
     (folder / "arguments.json").rename(folder / "arguments.txt")
-    refused(folder, "needs one JSON with it, has none")
-    refused(folder / "weights.pt", "needs one JSON with it, has none")
+    rejected(folder, "needs one JSON with it, has none")
+    rejected(folder / "weights.pt", "needs one JSON with it, has none")
     for name in ("one.json", "two.json"):
         (folder / name).write_text("{}")
-    refused(folder, r"needs one JSON with it, has one\.json, two\.json")
+    rejected(folder, r"needs one JSON with it, has one\.json, two\.json")
     (folder / "weights.pth").write_bytes(b"")
-    refused(folder, r"needs one weights file, has weights\.pt, weights\.pth")
+    rejected(folder, r"needs one weights file, has weights\.pt, weights\.pth")
 
 
 @pytest.mark.parametrize(("network", "whose"), [
@@ -277,15 +277,15 @@ def test_places_without_one_model_are_refused(tmp_path):
     (lambda: torch.nn.Linear(2, 2), "another network"),
     (lambda: Autoencoder(network={"class": "AutoencoderKL"} | CORE | PLAIN, spacing_mm=1.0), "our model folders"),
 ], ids=["diffusion", "unet", "discriminator", "adm", "linear", "ours without its config"])  # fmt: skip
-def test_other_networks_are_refused(tmp_path, network, whose):
+def test_other_networks_are_rejected(tmp_path, network, whose):
     tensors = network().state_dict()
     folder = lay(tmp_path, tensors, original("core")[1])
-    refused(folder, rf"keys of .*{whose}.*, not of an autoencoder: 5 \(encoder, \.\.\.\) missing, {len(tensors)} \(")
+    rejected(folder, rf"keys of .*{whose}.*, not of an autoencoder: 5 \(encoder, \.\.\.\) missing, {len(tensors)} \(")
 
 
-def test_our_denoiser_is_refused(tmp_path, tiny_model_folder):
-    refused(tiny_model_folder, "holds a model of kind 'adm', need 'autoencoder'")
-    refused(tiny_model_folder / "model.safetensors", "kind 'adm'")
+def test_our_denoiser_is_rejected(tmp_path, tiny_model_folder):
+    rejected(tiny_model_folder, "holds a model of kind 'adm', need 'autoencoder'")
+    rejected(tiny_model_folder / "model.safetensors", "kind 'adm'")
 
 
 def without(tensors):
@@ -315,10 +315,10 @@ def with_nan(tensors):
     (lambda tensors: {"raw": tensors, "ema": tensors}, r"with 2 \(raw, \.\.\.\) state dicts"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["core", "generative", "maisi"])
-def test_wrong_tensors_are_refused(tmp_path, kind, change, reason):
+def test_wrong_tensors_are_rejected(tmp_path, kind, change, reason):
     network, arguments = original(kind)
     reason = reason.replace(r"\[3\]", rf"\[{arguments['latent_channels']}\]")
-    refused(lay(tmp_path, change(dict(network.state_dict())), arguments), reason)
+    rejected(lay(tmp_path, change(dict(network.state_dict())), arguments), reason)
 
 
 @pytest.mark.parametrize(("kind", "change", "reason"), [
@@ -340,20 +340,20 @@ def test_wrong_tensors_are_refused(tmp_path, kind, change, reason):
     ("core", {"latent_channels": "@a", "a": "@b", "b": 3}, "latent_channels = '@a' is, or refers to"),
     ("core", {"latent_channels": "%other.json::a"}, "is, or refers to, an expression"),
 ])  # fmt: skip
-def test_descriptions_that_do_not_fit_are_refused(tmp_path, kind, change, reason):
+def test_descriptions_that_do_not_fit_are_rejected(tmp_path, kind, change, reason):
     network, arguments = original(kind)
-    refused(lay(tmp_path, network.state_dict(), arguments | change), reason)
+    rejected(lay(tmp_path, network.state_dict(), arguments | change), reason)
 
 
 @pytest.mark.parametrize(("text", "reason"), [
     ("{", "not readable as JSON"), ("\x00\xff", "not readable as JSON"), ("[" * 100000, "not readable as JSON"),
     ("[1]", "holds no mapping but list"), ("null", "holds no mapping but NoneType"), ("{}", "spatial_dims = None"),
 ], ids=["cut", "bytes", "deep", "list", "null", "empty"])  # fmt: skip
-def test_broken_json_is_refused(tmp_path, text, reason):
+def test_broken_json_is_rejected(tmp_path, text, reason):
     (saved(tmp_path) / "arguments.json").write_bytes(text.encode("latin-1"))
-    refused(tmp_path, reason)
+    rejected(tmp_path, reason)
     (tmp_path / "arguments.json").rename(tmp_path / "config.json")
-    refused(tmp_path, reason)
+    rejected(tmp_path, reason)
 
 
 class Bomb:
@@ -366,11 +366,11 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_an_executable_pickle_is_refused_and_not_executed(tmp_path):
+def test_an_executable_pickle_is_rejected_and_not_executed(tmp_path):
     folder = saved(tmp_path / "a")
     for bomb in (Bomb(tmp_path / "executed"), {"state_dict": Bomb(tmp_path / "executed")}, original("core")[0]):
         torch.save(bomb, folder / "weights.pt")
-        refused(folder, "unsafe checkpoint, holds more than tensors")
+        rejected(folder, "unsafe checkpoint, holds more than tensors")
     assert not (tmp_path / "executed").exists()
 
 
@@ -378,15 +378,15 @@ def test_an_executable_pickle_is_refused_and_not_executed(tmp_path):
     ("weights.pt", "damaged, not as torch.save"),
     ("weights.safetensors", "not safetensors"),
 ])  # fmt: skip
-def test_a_truncated_file_is_refused(tmp_path, name, reason):
+def test_a_truncated_file_is_rejected(tmp_path, name, reason):
     network, arguments = original("core")
     file = lay(tmp_path, network.state_dict(), arguments, name) / name
     for content in (file.read_bytes()[:-300], b""):
         file.write_bytes(content)
-        refused(tmp_path, reason)
+        rejected(tmp_path, reason)
 
 
-def test_a_damaged_file_of_the_old_format_is_refused(tmp_path):
+def test_a_damaged_file_of_the_old_format_is_rejected(tmp_path):
     """torch before 1.6 wrote no archive, and its reader fails in many ways."""
     network, arguments = original("core")
     file = lay(tmp_path, network.state_dict(), arguments) / "weights.pt"
@@ -398,4 +398,4 @@ def test_a_damaged_file_of_the_old_format_is_refused(tmp_path):
         whole.replace(storage, b"?" + storage[1:], 1)
     ]:
         file.write_bytes(damaged)
-        refused(tmp_path, "damaged, not as torch.save")
+        rejected(tmp_path, "damaged, not as torch.save")

@@ -65,7 +65,7 @@ def guess(autoencoder, case):
 # ---- what a case becomes
 
 
-def test_a_case_is_its_draft_and_what_that_lacks(autoencoder, case, truth, guess):
+def test_a_case_is_its_initial_estimate_and_the_residual(autoencoder, case, truth, guess):
     latents = encode_case(case, autoencoder, PLAIN, **HOW)
     assert torch.equal(latents["initial_estimate"], guess) and torch.equal(latents["target"], truth - guess)
     assert latents["voided"].shape == guess.shape and not latents["voided"].any()
@@ -86,10 +86,10 @@ def test_what_was_made_of_the_truth_gives_it_back(autoencoder, case, truth, sett
     two = torch.stack([latents["target"], 0 * latents["target"]])
     found = add_initial_estimate(two, latents, settings)
     assert torch.equal(found[0], add_initial_estimate(latents["target"], latents, settings))
-    assert torch.equal(found[1], latents["initial_estimate"]), "nothing to mend is the draft"
+    assert torch.equal(found[1], latents["initial_estimate"]), "a residual of 0 is the initial estimate"
 
 
-def test_without_drafts_what_is_sampled_is_the_latent(truth):
+def test_without_initial_estimates_what_is_sampled_is_the_latent(truth):
     assert add_initial_estimate(truth, {}, LatentSpec()) is truth
 
 
@@ -101,31 +101,31 @@ def test_nothing_under_the_mask_is_looked_at(autoencoder, case, hidden):
     assert all(torch.equal(found[name], own[name]) for name in found)
 
 
-def test_the_denoiser_is_shown_the_draft_and_how_much_of_a_cell_is_hole(autoencoder, case):
+def test_the_denoiser_sees_the_initial_estimate_and_the_mask_fraction(autoencoder, case):
     batch = collate([encode_case(case, autoencoder, SCALED, **HOW)])
     noisy = torch.randn(batch["initial_estimate"].shape, generator=torch.Generator().manual_seed(0))
     seen = denoiser_input(noisy, batch, SCALED)
     assert seen.shape[1] == input_channels(3, SCALED) == 12
-    assert torch.equal(seen[:, :3], batch["mask"] * noisy), "known cells lack nothing"
+    assert torch.equal(seen[:, :3], batch["mask"] * noisy), "known voxels have no residual"
     assert torch.equal(seen[:, :3], keep_known(noisy, batch))
     assert torch.equal(seen[:, 8:11], batch["initial_estimate"]) and torch.equal(seen[:, 11:], batch["mask_fraction"])
 
 
-# ---- how much drafts lack
+# ---- the residual of initial estimates
 
 
-def test_it_is_the_root_of_the_mean_square_over_the_cells_that_are_generated(autoencoder, cases):
+def test_it_is_the_root_of_the_mean_square_over_the_latent_voxels_that_are_generated(autoencoder, cases):
     lacks = []
     for case in (cases[0], cases[2]):
         data = grid_case(load_case(case), 2)
-        draft = initial_estimate(data.voided, data.mask, data.tissue, spacing_mm=8.0)
+        estimate = initial_estimate(data.voided, data.mask, data.tissue, spacing_mm=8.0)
         blocks = data.mask.reshape(15, 2, 15, 2, 10, 2).any((1, 3, 5))
-        difference = latent_of(autoencoder, data.target) - latent_of(autoencoder, draft)
+        difference = latent_of(autoencoder, data.target) - latent_of(autoencoder, estimate)
         lacks.append(difference[:, torch.from_numpy(blocks)].double().numpy())
-    wanted = np.sqrt(np.square(np.concatenate(lacks, axis=1)).mean(axis=1))
+    expected = np.sqrt(np.square(np.concatenate(lacks, axis=1)).mean(axis=1))
     settings = LatentSpec(context="initial_estimate", mask_dilation=0)
     found = measure_residual_std(settings, map(load_case, (cases[0], cases[2])), autoencoder)
-    np.testing.assert_allclose(found.residual_std, wanted, rtol=1e-5)
+    np.testing.assert_allclose(found.residual_std, expected, rtol=1e-5)
     assert found.model_copy(update={"residual_std": ()}) == settings and lacks[0].shape[1] != lacks[1].shape[1]
 
 
@@ -138,7 +138,7 @@ def test_the_targets_of_what_was_measured_have_a_mean_square_of_1(autoencoder, c
 
 
 def test_no_more_cases_are_measured_than_are_enough(autoencoder, cases, monkeypatch):
-    monkeypatch.setattr("ldm_lib.diffusion.latents.MEASURED", 1)
+    monkeypatch.setattr("ldm_lib.diffusion.latents.RESIDUAL_CASES", 1)
     seen = []
     found = measure_residual_std(PLAIN, (seen.append(case) or load_case(case) for case in cases), autoencoder)
     assert seen == cases[:1] and found == measure_residual_std(PLAIN, [load_case(cases[0])], autoencoder)
@@ -147,30 +147,32 @@ def test_no_more_cases_are_measured_than_are_enough(autoencoder, cases, monkeypa
 # ---- the model
 
 
-def test_a_model_of_drafts_needs_maps_and_others_do_as_they_are_told(inpainter, tiny_model_folder):
+def test_a_model_of_initial_estimates_needs_maps_and_others_follow_the_request(inpainter, tiny_model_folder):
     other = Inpainter.load(tiny_model_folder, device="cpu")
-    assert [inpainter.makes_maps(asked) for asked in (None, True, False)] == [True, True, False]
-    assert [other.makes_maps(asked) for asked in (None, True, False)] == [False, True, False]
+    assert [inpainter.makes_maps(requested) for requested in (None, True, False)] == [True, True, False]
+    assert [other.makes_maps(requested) for requested in (None, True, False)] == [False, True, False]
     assert (inpainter.model.spec.refinement, other.model.spec.refinement) == ("none", "mixture")
 
 
-def test_a_denoiser_with_nothing_to_mend_fills_the_draft(inpainter, cases):
-    """What is sampled is the residual: where it is 0, the draft comes back from the autoencoder."""
+def test_a_denoiser_of_no_residual_returns_the_initial_estimate(inpainter, cases):
+    """What is sampled is the residual: where it is 0, the estimate comes back from the autoencoder."""
     data = load_case(cases[0])
 
-    def silent(shown, t, told=None):
+    def silent(shown, t, conditioned=None):
         _, sigma = inpainter.model.schedule.alpha_sigma(t, shown)
         return shown[:, :3] / sigma  # all of x is noise: x_0 = 0
 
-    mending = replace(changed(inpainter, denoiser=silent), blend_mm=0.0)
-    latents = mending.encode(data)
-    drawn = mending.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=3)[0]
+    silenced = replace(changed(inpainter, denoiser=silent), blend_mm=0.0)
+    latents = silenced.encode(data)
+    drawn = silenced.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=3)[0]
     torch.testing.assert_close(drawn, latents["initial_estimate"], atol=1e-4, rtol=1e-4)
-    filled = mending(data, steps=3).mean
-    np.testing.assert_allclose(filled, mending.decode(latents["initial_estimate"], data), atol=1e-3 * data.scale)
+    filled = silenced(data, steps=3).mean
+    np.testing.assert_allclose(
+        filled, silenced.decode(latents["initial_estimate"], data), atol=1e-3 * data.scale
+    )
 
 
-def test_known_cells_are_those_of_the_draft_whatever_is_sampled(inpainter, cases):
+def test_known_voxels_are_those_of_the_initial_estimate_whatever_is_sampled(inpainter, cases):
     latents = inpainter.encode(load_case(cases[0]))
     drawn = inpainter.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=2)[0]
     known = (latents["mask"] == 0).expand_as(drawn)
@@ -178,7 +180,7 @@ def test_known_cells_are_those_of_the_draft_whatever_is_sampled(inpainter, cases
     assert (drawn - latents["initial_estimate"])[~known].abs().max() > 0.1
 
 
-def test_a_model_says_how_much_its_drafts_lack(inpainter):
+def test_a_model_states_the_standard_deviation_of_its_residuals(inpainter):
     assert inpainter.model.spec.residual_std == STD
 
 
@@ -186,7 +188,7 @@ def test_a_model_says_how_much_its_drafts_lack(inpainter):
     [1.0], [1.0] * 4, [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("inf"), 1.0], [1.0, float("nan"), 1.0],
     ["much", 1.0, 1.0], "111", [10**400, 1.0, 1.0], 1.0, None, [[1.0]] * 3,
 ], ids=lambda std: str(std)[:20])  # fmt: skip
-def test_a_scale_that_cannot_be_is_refused(tiny_draft_folder, tmp_path, std):
+def test_a_scale_that_cannot_be_is_rejected(tiny_draft_folder, tmp_path, std):
     folder = shutil.copytree(tiny_draft_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["settings"]["residual_std"] = std

@@ -54,7 +54,7 @@ def autoencoder(tiny_autoencoder_folder):
 
 @pytest.fixture
 def sources(cohort_folder, tmp_path):
-    """Two scans of two holes each, of a copy of the cohort, to spoil."""
+    """Two scans of two masks each, of a copy of the cohort, to spoil."""
     shutil.copytree(cohort_folder.parent, tmp_path / "cohort")
     return find_cases(tmp_path / "cohort" / "data")[:4]
 
@@ -92,14 +92,14 @@ def test_an_encoding_is_what_encoding_gives_to_half_precision(sources, autoencod
             assert ((kept[name] - tensor).abs() <= tensor.abs() * 2.0**-11 + 2.0**-25).all(), name
 
 
-def test_one_file_holds_all_holes_of_a_scan_in_one_variant(sources, autoencoder, tmp_path):
+def test_one_file_holds_all_masks_of_a_scan_in_one_variant(sources, autoencoder, tmp_path):
     filled(tmp_path / "c", autoencoder, cases=sources, variants=2, augmentation=CHANGE)
     found = {path.name.rpartition("-")[0]: load_file(path) for path in entries(tmp_path / "c")}
     first, second = sources[0].id, sources[2].id
     assert sorted(found) == [f"{first}-0", f"{first}-1", f"{second}-0", f"{second}-1"]
     own = ("mask", "loss", "mask_fraction", "target", "voided")
     names = {f"{case.key}/{name}" for case in sources[:2] for name in own}
-    assert found[f"{first}-0"].keys() == names | {"conditioning"}  # the same for all holes, so kept once
+    assert found[f"{first}-0"].keys() == names | {"conditioning"}  # the same for all masks, so kept once
     assert found[f"{first}-1"].keys() == names | {f"{case.key}/conditioning" for case in sources[:2]}
     for name, tensor in found[f"{first}-1"].items():
         assert tensor.dtype == (torch.bool if name.rpartition("/")[2] in MASKS else torch.float16), name
@@ -108,16 +108,16 @@ def test_one_file_holds_all_holes_of_a_scan_in_one_variant(sources, autoencoder,
 def test_an_entry_takes_the_bytes_of_its_numbers_and_little_more(sources, autoencoder, tmp_path):
     made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
     made.encode(sources, variants=2)
-    cells = 15 * 15 * 10
-    plain, augmented = (2 * (2 * 3 * 2 + 2 + 2 * 1) + maps * 4 * 2 for maps in (1, 2))  # a cell, two holes
+    latent_voxels = 15 * 15 * 10
+    plain, augmented = (2 * (2 * 3 * 2 + 2 + 2 * 1) + maps * 4 * 2 for maps in (1, 2))  # per latent voxel, two masks
     for path in entries(tmp_path / "c"):
-        content = cells * (plain if "-0-" in path.name[len(sources[0].id) :] else augmented)
+        content = latent_voxels * (plain if "-0-" in path.name[len(sources[0].id) :] else augmented)
         assert content < path.stat().st_size < content + 2000
     assert made.costs["MB per patient"] == pytest.approx(sum(p.stat().st_size for p in entries(tmp_path / "c")) / 2e6)
 
 
-def test_the_full_image_changes_with_the_scale_of_its_hole(sources, autoencoder, tmp_path):
-    """Why it is encoded for each hole: the intensities are divided by a percentile of the voided image."""
+def test_the_full_image_changes_with_the_scale_of_its_mask(sources, autoencoder, tmp_path):
+    """Why it is encoded for each mask: the intensities are divided by a percentile of the voided image."""
     volume = read_volume(sources[1].t1n_voided)
     write_map(sources[1].t1n_voided, volume.raw * 1.25, volume.affine)
     one, other, third, fourth = filled(tmp_path / "c", autoencoder, cases=sources)
@@ -127,14 +127,16 @@ def test_the_full_image_changes_with_the_scale_of_its_hole(sources, autoencoder,
     assert torch.equal(third["target"], fourth["target"]) == equal
 
 
-def test_a_hole_is_encoded_alike_whatever_other_holes_there_are(sources, autoencoder, tmp_path):
+def test_a_case_is_encoded_alike_whatever_other_masks_there_are(sources, autoencoder, tmp_path):
     options = {"variants": 3, "augmentation": CHANGE}
     together = filled(tmp_path / "c", autoencoder, cases=sources, **options)
     alone = filled(tmp_path / "d", autoencoder, cases=sources[1:2], **options)
     assert all(same(a, b) for a, b in zip(together[3:6], alone, strict=True))
 
 
-def test_only_the_first_variant_is_as_it_is_and_every_hole_is_augmented_anew(sources, autoencoder, tmp_path):
+def test_only_the_first_variant_is_not_augmented_and_every_mask_has_its_own(
+    sources, autoencoder, tmp_path
+):
     drawn = []
 
     class Watched(Augmentation):
@@ -147,10 +149,10 @@ def test_only_the_first_variant_is_as_it_is_and_every_hole_is_augmented_anew(sou
     assert same(variants[0], filled(tmp_path / "d", autoencoder, cases=sources[:2])[0])
     targets = [latents["target"] for latents in variants]
     assert not any(torch.equal(a, b) for k, a in enumerate(targets) for b in targets[:k])
-    assert len(drawn) == len(set(drawn)) == 2 * 3  # holes, augmented variants
+    assert len(drawn) == len(set(drawn)) == 2 * 3  # masks, augmented variants
 
 
-def test_latents_that_float16_cannot_hold_are_refused(sources, autoencoder, tmp_path):
+def test_latents_that_float16_cannot_hold_are_rejected(sources, autoencoder, tmp_path):
     autoencoder.encode = lambda volume: 1e5 * autoencoder.network.encode(volume).abs() + 1e5
     with pytest.raises(InputError, match=rf"{sources[0].key}/voided: not finite as latents in float16. Fix: use"):
         filled(tmp_path / "c", autoencoder, cases=sources)
@@ -183,7 +185,7 @@ def test_handles_come_in_the_order_of_the_cases(sources, autoencoder, tmp_path):
     assert [handle.case.key for handle in handles] == [case.key for case in mixed]
     assert all(torch.equal(h[0]["mask"], encoded(h.case, autoencoder)["mask"]) for h in handles)
     assert same(filled(tmp_path / "c", autoencoder, cases=sources)[1], handles[3][0])
-    assert autoencoder.calls == 8 + 8  # one of each pair to compare with; asked in another order, nothing anew
+    assert autoencoder.calls == 8 + 8  # one of each pair to compare with; the order of cases does not matter
 
 
 # ---- never encoded twice, never stale
@@ -209,7 +211,7 @@ def test_what_did_not_change_is_not_encoded_again(sources, autoencoder, tmp_path
     {"settings": LatentSpec(pooling="nearest")},
     {"settings": LatentSpec(context="concat")},
     {"precision": "bf16"},
-    {"build": {"input_transform": "half"}},
+    {"build": {"input_transform": "haar"}},
     {"code": 77},
 ], ids=str)  # fmt: skip
 def test_other_weights_settings_or_code_never_find_an_entry(
@@ -231,7 +233,7 @@ def test_other_weights_settings_or_code_never_find_an_entry(
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"augmentation": replace(CHANGE, rotation_degrees=9.0)}], ids=str)
-def test_other_augmentation_is_encoded_anew_and_only_it(sources, autoencoder, tmp_path, change):
+def test_other_augmentation_is_encoded_again_and_only_it(sources, autoencoder, tmp_path, change):
     options = {"variants": 2, "augmentation": CHANGE, "cases": sources[:1]}
     first = filled(tmp_path / "c", autoencoder, **options)
     other = filled(tmp_path / "c", autoencoder, **options | change)
@@ -240,7 +242,7 @@ def test_other_augmentation_is_encoded_anew_and_only_it(sources, autoencoder, tm
 
 
 def test_stale_entries_of_other_scans_and_variants_stay(sources, autoencoder, tmp_path, caplog):
-    """One warning a fill, with the number; what this fill was not asked for is not its own to judge."""
+    """One warning per call, with the number; files of other scans and variants stay."""
     filled(tmp_path / "c", autoencoder, cases=sources, variants=3, augmentation=CHANGE)
     before = set(entries(tmp_path / "c"))
     filled(tmp_path / "c", autoencoder, "other", cases=sources[:2], variants=2, augmentation=CHANGE)
@@ -250,19 +252,19 @@ def test_stale_entries_of_other_scans_and_variants_stay(sources, autoencoder, tm
 
 
 @pytest.mark.parametrize("role", ["t1n", "t1n_voided", "growth", "tissue", "mask", "mask_unhealthy"])
-def test_other_source_bytes_are_encoded_anew(sources, autoencoder, tmp_path, role):
+def test_other_source_bytes_are_encoded_again(sources, autoencoder, tmp_path, role):
     case = sources[0]
     filled(tmp_path / "c", autoencoder, cases=[case])
     path = getattr(case, role)
     volume = read_volume(path)
     changed, data = volume.raw.copy(), load_case(case)
-    hole, brain = (tuple(np.argwhere(where)[0]) for where in (data.unhealthy, ~data.mask & (data.voided > 0)))
-    changed[brain if role == "t1n_voided" else hole] = {"growth": 0.123, "mask": 0, "mask_unhealthy": 0}.get(role, 1)
+    masked, brain = (tuple(np.argwhere(where)[0]) for where in (data.unhealthy, ~data.mask & (data.voided > 0)))
+    changed[brain if role == "t1n_voided" else masked] = {"growth": 0.123, "mask": 0, "mask_unhealthy": 0}.get(role, 1)
     write_map(path, changed, volume.affine)
     if "mask" in role:  # the parts are the whole
         other = {"mask": case.mask_unhealthy, "mask_unhealthy": case.mask_healthy}[role]
         part = read_volume(other).raw.copy()
-        part[hole] = role == "mask_unhealthy"
+        part[masked] = role == "mask_unhealthy"
         write_map(other, part, volume.affine)
     with_change = filled(tmp_path / "c", autoencoder, cases=[case])
     assert autoencoder.calls == 4
@@ -273,43 +275,43 @@ def test_a_map_that_went_missing_is_noticed(sources, autoencoder, tmp_path):
     known = filled(tmp_path / "c", autoencoder, cases=sources[:1])[0]
     unknown = filled(tmp_path / "c", autoencoder, cases=[replace(sources[0], growth=None)])[0]
     assert known["conditioning"][0].any() and not unknown["conditioning"][0].any()
-    assert unknown["loss"].sum() < known["loss"].sum()  # unhealthy cells of unknown growth leave the loss
+    assert unknown["loss"].sum() < known["loss"].sum()  # unhealthy latent voxels of unknown growth leave the loss
 
 
 # ---- never damaged
 
 
-def assert_mended(sources, autoencoder, folder, before, caplog):
+def assert_replaced(sources, autoencoder, folder, before, caplog):
     """The next fill says so and encodes this one entry again, the one after it none."""
     made = cache(folder, autoencoder)
     assert all(same(a, handle[0]) for a, handle in zip(before, made.encode(sources[:2]), strict=True))
     assert autoencoder.calls == 8 and made.costs["replaced"] == 1
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 1 and "encoded again" in told[0] and entries(folder)[0].name in told[0]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "encoded again" in warnings[0] and entries(folder)[0].name in warnings[0]
     assert all(same(a, b) for a, b in zip(before, filled(folder, autoencoder, cases=sources[:2]), strict=True))
     assert autoencoder.calls == 8 and len(entries(folder)) == 1
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.005, 0.01, 0.3, 0.9, 0.99999])
-def test_a_flipped_bit_is_found_and_mended(sources, autoencoder, tmp_path, share, caplog):
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.005, 0.01, 0.3, 0.9, 0.99999])
+def test_a_flipped_bit_is_found_and_replaced(sources, autoencoder, tmp_path, fraction, caplog):
     before = filled(tmp_path / "c", autoencoder, cases=sources[:2])
     (path,) = entries(tmp_path / "c")
     content = bytearray(path.read_bytes())
-    content[int(share * len(content))] ^= 4
+    content[int(fraction * len(content))] ^= 4
     path.write_bytes(content)
-    assert_mended(sources, autoencoder, tmp_path / "c", before, caplog)
+    assert_replaced(sources, autoencoder, tmp_path / "c", before, caplog)
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, -1])
-def test_a_cut_entry_is_found_and_mended(sources, autoencoder, tmp_path, length, caplog):
+def test_a_cut_entry_is_found_and_replaced(sources, autoencoder, tmp_path, length, caplog):
     before = filled(tmp_path / "c", autoencoder, cases=sources[:2])
     (path,) = entries(tmp_path / "c")
     path.write_bytes(path.read_bytes()[:length])
-    assert_mended(sources, autoencoder, tmp_path / "c", before, caplog)
+    assert_replaced(sources, autoencoder, tmp_path / "c", before, caplog)
 
 
 @pytest.mark.parametrize("what", ["noise", "another file", "another entry"])
-def test_what_is_not_this_entry_is_found_and_mended(
+def test_what_is_not_this_entry_is_found_and_replaced(
     sources, autoencoder, tiny_autoencoder_folder, tmp_path, what, caplog
 ):
     before = filled(tmp_path / "c", autoencoder, cases=sources[:2])
@@ -321,7 +323,7 @@ def test_what_is_not_this_entry_is_found_and_mended(
     else:  # sound in itself, and of other weights
         filled(tmp_path / "d", Counting(tiny_autoencoder_folder), "o", cases=sources[:2])
         shutil.copy(entries(tmp_path / "d")[0], path)
-    assert_mended(sources, autoencoder, tmp_path / "c", before, caplog)
+    assert_replaced(sources, autoencoder, tmp_path / "c", before, caplog)
 
 
 def test_an_interrupted_write_leaves_nothing_to_be_found(sources, autoencoder, tmp_path, monkeypatch):
@@ -333,7 +335,7 @@ def test_an_interrupted_write_leaves_nothing_to_be_found(sources, autoencoder, t
         patch.setattr(module, "save_file", die)
         with pytest.raises(KeyboardInterrupt):
             filled(tmp_path / "c", autoencoder, cases=sources[:1])
-    assert not [path for path in (tmp_path / "c").iterdir() if path.stat().st_size]
+    assert not [path for path in (tmp_path / "c").iterdir() if path.is_file()]
     assert len(filled(tmp_path / "c", autoencoder, cases=sources[:1])) == 1
 
 
@@ -364,7 +366,7 @@ def test_two_processes_share_the_work(sources, autoencoder, tiny_autoencoder_fol
     assert heard.get(timeout=60) == "began"
     autoencoder.seconds = 0.08
     handles = cache(tmp_path / "c", autoencoder, augmentation=CHANGE).encode(sources, variants=2)
-    assert "16/16" in capsys.readouterr().out  # the bar counts what the other one did
+    assert "encoding volume 16/16" in capsys.readouterr().out  # what the other one encoded included
     while (theirs := heard.get(timeout=60)) == "began":
         pass
     process.join(timeout=60)
@@ -375,7 +377,7 @@ def test_two_processes_share_the_work(sources, autoencoder, tiny_autoencoder_fol
     assert [(p.name, sha256(p)) for p in entries(tmp_path / "c")] == [
         (p.name, sha256(p)) for p in entries(tmp_path / "d")
     ]
-    assert sorted(p.name for p in (tmp_path / "c").iterdir() if p not in entries(tmp_path / "c")) == [".claims"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir() if p not in entries(tmp_path / "c")) == [".locks"]
 
 
 def test_what_a_killed_process_began_is_made_last(sources, autoencoder, tiny_autoencoder_folder, tmp_path):
@@ -396,47 +398,46 @@ def test_what_a_killed_process_began_is_made_last(sources, autoencoder, tiny_aut
     assert len(entries(tmp_path / "c")) == 4
 
 
-def test_what_another_process_mends_meanwhile_is_not_made_again(sources, autoencoder, tmp_path, monkeypatch):
-    """Both find the entry damaged; the second gets its claim when the first has mended it."""
+def test_what_another_process_replaces_meanwhile_is_not_made_again(sources, autoencoder, tmp_path, monkeypatch):
+    """Both find the entry damaged; the second gets the lock when the first has replaced it."""
     filled(tmp_path / "c", autoencoder, cases=sources[:2])
     (path,) = entries(tmp_path / "c")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    make = LatentCache._make
+    make = LatentCache._encode_entries
 
-    def mended_first(self, missing):
+    def replaced_first(self, missing):
         path.write_bytes(whole)
         return make(self, missing)
 
-    monkeypatch.setattr(LatentCache, "_make", mended_first)
+    monkeypatch.setattr(LatentCache, "_encode_entries", replaced_first)
     made = cache(tmp_path / "c", autoencoder)
     made.encode(sources[:2])
     assert autoencoder.calls == 4 and made.costs["encoded now"] == 0
 
 
-# ---- what is told
+# ---- what is reported
 
 
-def test_a_bar_is_shown_for_what_is_encoded_and_none_when_all_is_there(sources, autoencoder, tmp_path, capsys):
+def test_progress_is_reported_for_what_is_encoded_only(sources, autoencoder, tmp_path, capsys):
     made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
     made.encode(sources[:2])
-    shown = capsys.readouterr()
-    assert "encoding: 100%|##########| 4/4 [00:0" in shown.out and not shown.err and shown.out.isascii()
+    assert "encoding volume 4/4: " in capsys.readouterr().out
     made.encode(sources, variants=2)
-    assert "12/12" in capsys.readouterr().out  # what is missing, not all
+    assert "encoding volume 12/12: " in capsys.readouterr().out  # what is missing, not all
     made.encode(sources, variants=2)
     assert capsys.readouterr() == ("", "")
 
 
-def test_costs_are_those_of_the_last_fill(sources, autoencoder, tmp_path):
+def test_costs_are_those_of_the_last_call(sources, autoencoder, tmp_path):
     autoencoder.seconds = 0.05
     made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
     made.encode(sources[:2])
     plain = made.costs
     made.encode(sources[:3], variants=2)
     both = made.costs
-    assert [plain[name] for name in ("patients", "holes", "variants", "encoded now")] == [1, 2, 1, 4]
-    assert [both[name] for name in ("patients", "holes", "variants", "encoded now")] == [2, 3, 2, 8]
+    assert [plain[name] for name in ("patients", "masks", "variants", "encoded now")] == [1, 2, 1, 4]
+    assert [both[name] for name in ("patients", "masks", "variants", "encoded now")] == [2, 3, 2, 8]
     assert 0.05 < both["s per volume"] < 0.5
     assert both["s per patient"] == pytest.approx(both["s per volume"] * 3 * 2 * 2 / 2)
     made.encode(sources[:3], variants=2)

@@ -41,8 +41,8 @@ def random_batch(c=3, shape=(4, 4, 4), b=2):
 def test_known_cells_are_the_voided_ones_whatever_the_rest():
     batch = random_batch()
     kept = keep_known(torch.full_like(batch["voided"], 9.0), batch)
-    hole = batch["mask"].expand_as(kept) > 0
-    assert (kept[hole] == 9).all() and torch.equal(kept[~hole], batch["voided"][~hole])
+    masked = batch["mask"].expand_as(kept) > 0
+    assert (kept[masked] == 9).all() and torch.equal(kept[~masked], batch["voided"][~masked])
 
 
 @pytest.mark.parametrize("context", ["composite", "concat"])

@@ -16,7 +16,7 @@ def pair(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_answer_means_the_pair_that_made_x_t(prediction):
+def test_a_perfect_prediction_gives_the_pair_that_made_x_t(prediction):
     schedule, (x0, noise) = SCHEDULES[prediction], pair()
     x_t = schedule.add_noise(x0, noise, T)
     found = to_x0_and_noise(prediction, schedule, prediction_target(prediction, schedule, x0, noise, T), x_t, T)
@@ -25,25 +25,25 @@ def test_a_perfect_answer_means_the_pair_that_made_x_t(prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_whatever_is_answered_means_a_pair_that_makes_x_t(prediction):
-    """No answer can contradict the input it was given for."""
-    schedule, (x_t, answer) = SCHEDULES[prediction], pair()
-    x0, noise = to_x0_and_noise(prediction, schedule, answer, x_t, T)
+def test_any_prediction_gives_a_pair_that_makes_x_t(prediction):
+    """No prediction can contradict its input."""
+    schedule, (x_t, output) = SCHEDULES[prediction], pair()
+    x0, noise = to_x0_and_noise(prediction, schedule, output, x_t, T)
     torch.testing.assert_close(schedule.add_noise(x0, noise, T), x_t)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "velocity", "flow"])
-def test_without_signal_the_answer_is_still_finite(prediction):
+def test_without_signal_the_result_is_still_finite(prediction):
     schedule = noise_schedule("flow") if prediction == "flow" else noise_schedule(zero_terminal_snr=True)
-    (x_t, answer), last = pair(), torch.full((4,), 999)
-    x0, noise = to_x0_and_noise(prediction, schedule, answer, x_t, last)
+    (x_t, output), last = pair(), torch.full((4,), 999)
+    x0, noise = to_x0_and_noise(prediction, schedule, output, x_t, last)
     assert x0.isfinite().all() and torch.equal(noise, x_t)  # x_t is all noise there
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weighs_the_error_of_x0_alike_whatever_is_predicted(prediction, gamma):
-    """weight * |error of the answer|^2 = min(SNR, gamma) * |error of x_0|^2, the definition of Hang et al."""
+    """weight * |error of the prediction|^2 = min(SNR, gamma) * |error of x_0|^2, the definition of Hang et al."""
     schedule, (x0, noise) = SCHEDULES[prediction], pair()
     x_t, right = schedule.add_noise(x0, noise, T), prediction_target(prediction, schedule, x0, noise, T)
     wrong = right + 0.1 * torch.randn(right.shape, generator=torch.Generator().manual_seed(1), dtype=right.dtype)

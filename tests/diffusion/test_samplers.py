@@ -1,4 +1,4 @@
-"""Laws of the samplers: right on a Gaussian, true to their papers, and known cells never touched."""
+"""Laws of the samplers: right on a Gaussian, true to their papers, and known voxels never changed."""
 
 import math
 
@@ -33,7 +33,7 @@ def bent(x, t):
     return torch.tanh(x + 0.001 * t.view(-1, 1, 1, 1, 1).to(x.dtype))
 
 
-def told(predictor, schedule=SCHEDULE):
+def denoiser_of(predictor, schedule=SCHEDULE):
     """A denoiser as the samplers want it, from a predictor of the noise."""
 
     def denoise(x, t):
@@ -53,7 +53,7 @@ def fresh(x):
 
 
 def run(sampler, denoise, x, steps, **options):
-    return sampler(told(denoise), x, SCHEDULE, steps=steps, noise=fresh(x), **options)
+    return sampler(denoiser_of(denoise), x, SCHEDULE, steps=steps, noise=fresh(x), **options)
 
 
 def gain(sampler, steps):
@@ -160,23 +160,23 @@ def test_dpm_solver_is_spaced_in_log_snr_and_the_others_in_t():
 @every_sampler
 def test_known_cells_are_clean_for_the_denoiser_at_every_step_and_in_the_result(sampler):
     x, known = standard(2, 1, 4, 3, 3), 5 + standard(2, 1, 4, 3, 3, seed=2)
-    hole = torch.zeros_like(x, dtype=torch.bool)
-    hole[:, :, 1:3] = True
+    masked = torch.zeros_like(x, dtype=torch.bool)
+    masked[:, :, 1:3] = True
     seen, states = [], []
 
     def keep(x):
-        return torch.where(hole, x, known)
+        return torch.where(masked, x, known)
 
     def watched(x, t):
-        seen.append(x[~hole])
+        seen.append(x[~masked])
         return bent(x, t)
 
     y = run(sampler, watched, x, 11, keep=keep, callback=states.append)
     assert len(seen) == 11
-    assert all(torch.equal(cells, known[~hole]) for cells in seen)
-    assert all(torch.equal(s["x0"][~hole], known[~hole]) for s in states)
-    assert torch.equal(y[~hole], known[~hole])
-    assert not torch.isclose(y[hole], known[hole]).any()
+    assert all(torch.equal(voxels, known[~masked]) for voxels in seen)
+    assert all(torch.equal(s["x0"][~masked], known[~masked]) for s in states)
+    assert torch.equal(y[~masked], known[~masked])
+    assert not torch.isclose(y[masked], known[masked]).any()
 
 
 @every_sampler
@@ -185,7 +185,7 @@ def test_a_batch_equals_its_elements(sampler):
     together = run(sampler, bent, x, 12)
     for i in range(3):
         alone = sampler(
-            told(bent),
+            denoiser_of(bent),
             x[i : i + 1],
             SCHEDULE,
             steps=12,
@@ -215,16 +215,16 @@ def test_only_ancestral_sampling_asks_for_noise_once_a_step_but_the_last():
         return fresh(x)(i)
 
     for sampler in (ddim, dpm_solver_pp_2m, ddpm):
-        sampler(told(bent), x, SCHEDULE, steps=6, noise=noise)
+        sampler(denoiser_of(bent), x, SCHEDULE, steps=6, noise=noise)
     assert asked == [0, 1, 2, 3, 4]
 
 
 @every_sampler
 def test_precision_of_x_decides_the_result_and_never_the_tables(sampler):
     before, x = SCHEDULE.alpha_bar.clone(), standard(1, 1, 3, 3, 3, dtype=torch.float32)
-    exact = sampler(told(gaussian), x.double(), SCHEDULE, steps=20, noise=lambda i: fresh(x)(i).double())
+    exact = sampler(denoiser_of(gaussian), x.double(), SCHEDULE, steps=20, noise=lambda i: fresh(x)(i).double())
     for dtype, tolerance in [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.4)]:
-        y = sampler(told(gaussian), x.to(dtype), SCHEDULE, steps=20, noise=lambda i, d=dtype: fresh(x)(i).to(d))
+        y = sampler(denoiser_of(gaussian), x.to(dtype), SCHEDULE, steps=20, noise=lambda i, d=dtype: fresh(x)(i).to(d))
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=tolerance)
     assert torch.equal(SCHEDULE.alpha_bar, before)
@@ -243,7 +243,7 @@ def test_a_half_precision_denoiser_does_not_lower_the_arithmetic(sampler):
 
 def flow_gaussian(x, t):
     """(x_0, noise) of the exact denoiser for data ~ N(MEAN, STD^2) on the straight path."""
-    alpha, sigma = FLOW.rates(t, x)
+    alpha, sigma = FLOW.alpha_sigma(t, x)
     noise = sigma * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
     x0 = MEAN + alpha * STD**2 * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
     return x0, noise
@@ -257,8 +257,8 @@ def flow_gain(sampler, steps, schedule=FLOW):
 
 @pytest.mark.parametrize(("name", "bound"), [("ddim", 0.08), ("euler", 0.08), ("midpoint", 0.02), ("dpm++2m", 0.04)])
 def test_a_flow_returns_the_gaussian(name, bound):
-    spread, middle = flow_gain(SAMPLERS[name], 20)
-    assert spread == pytest.approx(STD, rel=bound) and middle == pytest.approx(MEAN, rel=0.02)
+    std, mean = flow_gain(SAMPLERS[name], 20)
+    assert std == pytest.approx(STD, rel=bound) and mean == pytest.approx(MEAN, rel=0.02)
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (midpoint, 2)])
@@ -280,7 +280,7 @@ def test_on_a_flow_a_denoiser_that_knows_the_truth_gets_it_back(name, steps):
     truth, x = 3 * standard(2, 1, 3, 4, 5, seed=1), standard(2, 1, 3, 4, 5)
 
     def omniscient(x, t):
-        alpha, sigma = FLOW.rates(t, x)
+        alpha, sigma = FLOW.alpha_sigma(t, x)
         return truth, (x - alpha * truth) / sigma
 
     y = SAMPLERS[name](omniscient, x, FLOW, steps=steps, noise=fresh(x))
@@ -289,21 +289,21 @@ def test_on_a_flow_a_denoiser_that_knows_the_truth_gets_it_back(name, steps):
 
 def test_every_evaluation_on_a_flow_is_at_a_timestep_of_its_own_with_known_cells_clean():
     x, known, seen = standard(1, 1, 4, 3, 3), 5 + standard(1, 1, 4, 3, 3, seed=2), []
-    hole = torch.zeros_like(x, dtype=torch.bool)
-    hole[:, :, 1:3] = True
+    masked = torch.zeros_like(x, dtype=torch.bool)
+    masked[:, :, 1:3] = True
 
     def watched(x, t):
-        seen.append((int(t), x[~hole]))
+        seen.append((int(t), x[~masked]))
         return flow_gaussian(x, t)
 
     for name in samplers_for(FLOW):
         seen.clear()
-        keep = lambda z: torch.where(hole, z, known)  # noqa: E731
+        keep = lambda z: torch.where(masked, z, known)  # noqa: E731
         y = SAMPLERS[name](watched, x, FLOW, steps=9, noise=fresh(x), keep=keep)
         times = [t for t, _ in seen]
         assert len(set(times)) == 9 and times == sorted(times, reverse=True) and times[0] == 999
-        assert all(torch.equal(cells, known[~hole]) for _, cells in seen)
-        assert torch.equal(y[~hole], known[~hole])
+        assert all(torch.equal(voxels, known[~masked]) for _, voxels in seen)
+        assert torch.equal(y[~masked], known[~masked])
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -325,7 +325,7 @@ def test_without_terminal_signal_the_gaussian_comes_back_too(name, sampler):
     ("ddpm", FLOW, "'ddpm' given, the model was trained on a rectified flow.*ddim, dpm"),
     ("midpoint", SCHEDULE, "'midpoint' given, the model was trained on a variance-preserving diffusion.*ddpm, ddim"),
 ])  # fmt: skip
-def test_a_sampler_of_the_other_path_is_refused(name, schedule, said):
+def test_a_sampler_of_the_other_path_is_rejected(name, schedule, said):
     x = standard(1, 1, 2, 2, 2)
     with pytest.raises(ConfigError, match=said):
         SAMPLERS[name](flow_gaussian, x, schedule, steps=2, noise=fresh(x))

@@ -1,4 +1,4 @@
-"""The samplers beside diffusers' schedulers: the same trajectory wherever the definition is the same.
+"""The samplers compared with the schedulers of diffusers: the same trajectory wherever the definition is the same.
 
 diffusers keeps its tables, and some of its steps, in float32. Its tables are replaced by ours here; where it computes a
 step in float32 whatever it is given, the tolerance is float32's.
@@ -24,7 +24,7 @@ LINEAR, FLOW = noise_schedule(), noise_schedule("flow")
 FLOAT32 = 2e-5
 
 
-def answer(x, t):
+def output(x, t):
     """A network that is neither linear in x nor constant in t."""
     return 0.8 * torch.tanh(1.3 * x) + 0.2 * torch.sin(x + t / 300.0)
 
@@ -37,7 +37,7 @@ def ours(name, schedule, prediction, steps):
     """Every x that enters a step, and the last."""
     path = []
     last = SAMPLERS[name](
-        lambda x, t: to_x0_and_noise(prediction, schedule, answer(x, t.view(-1, 1, 1, 1, 1)), x, t), start(), schedule,
+        lambda x, t: to_x0_and_noise(prediction, schedule, output(x, t.view(-1, 1, 1, 1, 1)), x, t), start(), schedule,
         steps=steps, noise=drawn, callback=lambda state: path.append(state["x"]),
     )  # fmt: skip
     return [*path, last]
@@ -51,7 +51,7 @@ def theirs(scheduler):
     x = start()
     path = [x]
     for t in scheduler.timesteps:
-        x = scheduler.step(answer(x, t), t, x).prev_sample
+        x = scheduler.step(output(x, t), t, x).prev_sample
         path.append(x)
     return path
 

@@ -115,23 +115,23 @@ def test_log_snr_gaps_are_equal_up_to_the_resolution_of_the_table(schedule):
     assert times[-1] == 0
     log_snr = schedule.log_snr(torch.arange(1000))
     even = torch.linspace(log_snr[-1], log_snr[0], 10, dtype=torch.float64)
-    nearest = torch.stack([(log_snr - wanted).abs().min() for wanted in even])
+    nearest = torch.stack([(log_snr - level).abs().min() for level in even])
     torch.testing.assert_close((schedule.log_snr(times) - even).abs(), nearest)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
-def test_impossible_numbers_of_steps_are_refused(schedule, steps):
+def test_impossible_numbers_of_steps_are_rejected(schedule, steps):
     with pytest.raises(ConfigError, match=f"{steps} sampling steps given, 1 to 1000 allowed"):
         spaced_timesteps(schedule, steps)
 
 
-def test_unknown_spacing_is_refused_with_the_known_ones(schedule):
+def test_unknown_spacing_is_rejected_with_the_known_ones(schedule):
     with pytest.raises(ConfigError, match="'karras' given, uniform or log_snr allowed"):
         spaced_timesteps(schedule, 10, "karras")
 
 
 @pytest.mark.parametrize("t", [-1, 1000])
-def test_timesteps_outside_the_table_are_refused(schedule, t):
+def test_timesteps_outside_the_table_are_rejected(schedule, t):
     x = torch.zeros(1, 1, 2, 2, 2)
     with pytest.raises(ConfigError, match=r"0\.\.999 allowed"):
         schedule.add_noise(x, x, torch.tensor([t]))
@@ -146,7 +146,7 @@ def test_timesteps_outside_the_table_are_refused(schedule, t):
         ({"beta_start": 0.0}, r"betas 0\.0 to 0\.02 given"),
     ],
 )
-def test_impossible_schedules_are_refused(options, said):
+def test_impossible_schedules_are_rejected(options, said):
     with pytest.raises(ConfigError, match=said):
         noise_schedule(**options)
 
@@ -159,7 +159,7 @@ def table(**options):
 
 
 def test_cosine_is_the_closed_form_until_its_betas_are_cut():
-    """Nichol & Dhariwal 2021, eq. 17: cos^2 of the share of the way, over its value at the start."""
+    """Nichol & Dhariwal 2021, eq. 17: cos^2 of the fraction of the way, over its value at the start."""
     found = table(schedule="cosine").alpha_bar
     f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
     for t in (0, 1, 500, 990):
@@ -220,6 +220,6 @@ def test_a_silent_end_is_visited_first_and_the_rest_lies_even_in_log_snr(options
         ({"shift": 0.0}, "0 given, above 0 allowed"),
     ],
 )
-def test_schedules_that_do_not_exist_are_refused(options, said):
+def test_schedules_that_do_not_exist_are_rejected(options, said):
     with pytest.raises(ConfigError, match=said):
         table(**options)

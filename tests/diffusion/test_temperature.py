@@ -29,9 +29,9 @@ def inpainter(tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def gaussian(inpainter):
-    """Of data that are standard normal in every cell, the noise it believes in is sigma x: linear."""
+    """Of data that are standard normal in every voxel, the predicted noise is sigma x: linear."""
 
-    def denoiser(shown, t, told=None):
+    def denoiser(shown, t, conditioned=None):
         _, sigma = inpainter.model.schedule.alpha_sigma(t, shown)
         return sigma * shown[:, :3]
 
@@ -44,7 +44,7 @@ def encoded(cases, inpainter):
 
 
 def drawn(inpainter, encoded, temperature, sampler):
-    """What two samples hold in the hole's cells, at some temperature."""
+    """What two samples hold in the masked region, at some temperature."""
     found = changed(inpainter, temperature=temperature).model.sample(encoded, ["a/0", "a/1"], sampler=sampler, **HOW)
     return found[:, :, encoded["mask"][0] > 0].double()
 
@@ -67,7 +67,7 @@ def test_noise_that_is_drawn_on_the_way_is_not_scaled(gaussian, encoded):
 
 
 @pytest.mark.parametrize("sampler", samplers_for(noise_schedule()))
-def test_known_cells_are_as_warm_as_ever(inpainter, encoded, sampler):
+def test_known_voxels_do_not_depend_on_it(inpainter, encoded, sampler):
     found = changed(inpainter, temperature=0.3).model.sample(encoded, ["a/0"], sampler=sampler, **HOW)[0]
     known = (encoded["mask"] == 0).expand_as(found)
     assert torch.equal(found[known], encoded["voided"][known])
@@ -75,16 +75,16 @@ def test_known_cells_are_as_warm_as_ever(inpainter, encoded, sampler):
 
 def test_colder_samples_of_a_case_lie_nearer_to_each_other(inpainter, cases):
     data = load_case(cases[0])
-    spread = [changed(inpainter, temperature=t)(data, n_samples=2, **HOW).std.sum() for t in (0.25, 0.5, 1.0)]
-    assert 0 < spread[0] < 0.8 * spread[1] < 0.8 * 0.8 * spread[2]
+    std = [changed(inpainter, temperature=t)(data, n_samples=2, **HOW).std.sum() for t in (0.25, 0.5, 1.0)]
+    assert 0 < std[0] < 0.8 * std[1] < 0.8 * 0.8 * std[2]
 
 
 # ---- whose temperature
 
 
 @pytest.fixture
-def told(tiny_model_folder, tmp_path):
-    """A model folder whose config tells a temperature, or anything else, or nothing."""
+def folder_with(tiny_model_folder, tmp_path):
+    """A model folder whose config states a temperature, or something else, or nothing."""
 
     def make(**facts):
         folder = shutil.copytree(tiny_model_folder, tmp_path / "model", dirs_exist_ok=True)
@@ -95,36 +95,36 @@ def told(tiny_model_folder, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("facts", "asked", "taken"), [
+@pytest.mark.parametrize(("facts", "requested", "taken"), [
     ({}, 0.0, 1.0), ({"temperature": 0.0}, 0.0, 1.0), ({"temperature": 0.7}, 0.0, 0.7),
     ({"temperature": 0.7}, 0.3, 0.3), ({}, 1.5, 1.5),
 ])  # fmt: skip
-def test_it_is_the_one_asked_for_or_the_models_own_or_1(told, facts, asked, taken):
-    assert Inpainter.load(told(**facts), device="cpu", temperature=asked).model.temperature == taken
+def test_it_is_the_one_requested_or_the_models_own_or_1(folder_with, facts, requested, taken):
+    assert Inpainter.load(folder_with(**facts), device="cpu", temperature=requested).model.temperature == taken
 
 
 @pytest.mark.parametrize("temperature", [-0.1, 2.5, "hot", None, [1]])
-def test_a_models_own_that_cannot_be_is_refused(told, temperature):
+def test_a_models_own_that_cannot_be_is_rejected(folder_with, temperature):
     with pytest.raises(WeightsError, match=r"does not say how it was trained \(temperature = .*Fix: copy"):
-        Inpainter.load(told(temperature=temperature), device="cpu")
+        Inpainter.load(folder_with(temperature=temperature), device="cpu")
 
 
 @pytest.mark.parametrize("temperature", [-0.1, 2.5, float("nan")])
-def test_one_that_cannot_be_asked_for_is_refused(cases, tiny_model_folder, tmp_path, temperature):
+def test_one_that_is_out_of_range_is_rejected(cases, tiny_model_folder, tmp_path, temperature):
     how = {"model": tiny_model_folder, "device": "cpu", "temperature": temperature}
     with pytest.raises(ConfigError, match=r"temperature = (-0\.1|2\.5|nan): Input should be"):
         inpaint(cases[0].t1n_voided, cases[0].mask, tmp_path / "out.nii.gz", **how)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_filled_at_the_temperature_asked_for(cases, tiny_model_folder, inpainter, tmp_path):
+def test_a_file_is_filled_at_the_requested_temperature(cases, tiny_model_folder, inpainter, tmp_path):
     case, how = cases[0], {"model": tiny_model_folder, "device": "cpu", "steps": 2}
     inpaint(case.t1n_voided, case.mask, tmp_path / "out.nii.gz", temperature=0.4, **how)
     data = load_case(replace(case.to_fill(), growth=None, tissue=None))
-    wanted = changed(inpainter, temperature=0.4)(data, steps=2)
+    expected = changed(inpainter, temperature=0.4)(data, steps=2)
     mask, found = data.mask, read_volume(tmp_path / "out.nii.gz").voxels
-    np.testing.assert_allclose(found[mask], wanted.mean[mask], atol=0.51)  # int16
-    assert np.abs(inpainter(data, steps=2).mean - wanted.mean).max() > 2
+    np.testing.assert_allclose(found[mask], expected.mean[mask], atol=0.51)  # int16
+    assert np.abs(inpainter(data, steps=2).mean - expected.mean).max() > 2
 
 
 def test_another_temperature_is_another_result(inpainter, cases, tmp_path):

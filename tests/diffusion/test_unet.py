@@ -75,12 +75,12 @@ def test_each_level_halves_and_each_way_up_doubles_all_three_axes():
 
 @pytest.mark.parametrize("rates", [(), (4,), (2, 4), (1,)])
 def test_attention_acts_only_at_the_rates_asked_for(rates):
-    network, cells = awake(attention_rates=rates), []
+    network, voxels = awake(attention_rates=rates), []
     for module in network.modules():
         if isinstance(module, Attention):
-            module.register_forward_hook(lambda *args: cells.append(args[1][0][0, 0].numel()))
+            module.register_forward_hook(lambda *args: voxels.append(args[1][0][0, 0].numel()))
     network(latents(8, 8, 8), torch.tensor([0, 1]))
-    counts = {rate: cells.count((8 // rate) ** 3) for rate in (1, 2, 4)}
+    counts = {rate: voxels.count((8 // rate) ** 3) for rate in (1, 2, 4)}
     # Two blocks down, three up; and always one in the middle.
     assert counts == {rate: 5 * (rate in rates) + (rate == 4) for rate in (1, 2, 4)}
 
@@ -251,8 +251,8 @@ def test_flops_equal_those_of_every_layer_that_ran():
         flops.append(2 * module.in_features * output[0].numel())
 
     def attention(module, inputs, output):
-        channels, cells = inputs[0].shape[1], inputs[0][0, 0].numel()
-        flops.append(2 * 2 * channels * cells**2)
+        channels, voxels = inputs[0].shape[1], inputs[0][0, 0].numel()
+        flops.append(2 * 2 * channels * voxels**2)
 
     for module in network.modules():
         for kind, hook in [(nn.Conv3d, convolution), (nn.Linear, linear), (Attention, attention)]:
@@ -271,8 +271,8 @@ def test_the_full_size_is_counted_without_being_built():
 
 def test_a_backward_is_twice_a_forward_less_the_gradients_of_what_was_given():
     network = ADM(in_channels=5, out_channels=2, base_width=8, multipliers=(1, 2), attention_rates=(2,))
-    cells = 8 * 4 * 4
-    given = 2 * 27 * 5 * 8 * cells + 2 * 8 * 32  # of the first convolution, and of the first layer of the embedding
+    voxels = 8 * 4 * 4
+    given = 2 * 27 * 5 * 8 * voxels + 2 * 8 * 32  # of the first convolution, and of the first layer of the embedding
     forward = count_flops(network, (8, 4, 4))
     assert count_flops(network, (8, 4, 4), backward=True) == 3 * forward - given
 
@@ -299,19 +299,19 @@ def test_frozen_parameters_are_not_counted():
         ({"dropout": 1.0}, "dropout: 1.0 given"),
     ],
 )
-def test_options_no_network_can_have_are_refused(options, said):
+def test_options_no_network_can_have_are_rejected(options, said):
     with pytest.raises(ConfigError, match=said):
         ADM(**{**SMALL, **options})
 
 
-def test_wrong_channels_are_refused_with_the_numbers():
+def test_wrong_channels_are_rejected_with_the_numbers():
     with pytest.raises(ConfigError, match=r"shape \(2, 4, 4, 4, 4\) given, \(b, 5, x, y, z\)"):
         awake()(latents(4, 4, 4, channels=4), torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 1), (2, 4, 4), (5, 5, 4)])
 def test_gradients_of_tiny_latents_do_not_read_unwritten_memory(shape):
-    """In bfloat16 torch's own convolution fails this in most of the trials when the first axis has two cells."""
+    """In bfloat16 torch's own convolution fails this in most of the trials when the first axis has two voxels."""
     network = awake(in_channels=4, out_channels=2, base_width=16, multipliers=(1, 2), attention_rates=())
     for _ in range(10):
         litter = [torch.full((size,), torch.nan) for size in (1000, 5000, 10000, 70000, 100000)]
@@ -326,43 +326,43 @@ def test_gradients_of_tiny_latents_do_not_read_unwritten_memory(shape):
 GUIDED = {"in_channels": 9, "conditioning": (3, 7)}
 
 
-def test_told_to_all_is_the_network_as_it_is():
+def test_conditioning_all_samples_is_the_default():
     network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
     assert torch.equal(network(x, t, torch.ones(2)), network(x, t))
 
 
-def test_untold_the_conditioning_is_not_seen_and_is_not_zeros():
+def test_unconditional_samples_do_not_see_the_conditioning_and_it_is_not_zeros():
     network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
     other, zeros = x.clone(), x.clone()
     other[:, 3:7] = latents(6, 4, 4, channels=4, seed=9)
     zeros[:, 3:7] = 0
-    untold = network(x, t, torch.zeros(2))
-    assert torch.equal(network(other, t, torch.zeros(2)), untold)
-    assert not torch.allclose(network(zeros, t), untold, atol=1e-3)
+    unconditional = network(x, t, torch.zeros(2))
+    assert torch.equal(network(other, t, torch.zeros(2)), unconditional)
+    assert not torch.allclose(network(zeros, t), unconditional, atol=1e-3)
     elsewhere = x.clone()
     elsewhere[:, 7:] += 1
-    assert not torch.allclose(network(elsewhere, t, torch.zeros(2)), untold, atol=1e-3)
+    assert not torch.allclose(network(elsewhere, t, torch.zeros(2)), unconditional, atol=1e-3)
 
 
-def test_a_batch_may_be_told_in_part():
+def test_a_batch_may_be_conditioned_in_part():
     network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
     mixed = network(x, t, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(mixed[:1], network(x, t)[:1])
     torch.testing.assert_close(mixed[1:], network(x, t, torch.zeros(2))[1:])
 
 
-def test_null_and_flag_are_learned_from_the_untold_alone():
+def test_null_conditioning_and_embedding_are_learned_from_unconditional_samples_alone():
     network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
     network(x, t, torch.ones(2)).square().mean().backward()
-    assert not network.null.grad.any() and not network.untold.grad.any()
+    assert not network.null_conditioning.grad.any() and not network.unconditional_embedding.grad.any()
     network(x, t, torch.zeros(2)).square().mean().backward()
-    assert network.null.grad.all() and network.untold.grad.any()
+    assert network.null_conditioning.grad.all() and network.unconditional_embedding.grad.any()
 
 
-def test_a_network_that_was_always_told_cannot_do_without():
+def test_a_network_trained_with_conditioning_only_rejects_unconditional_samples():
     network = awake()
     assert not network.supports_unconditional
-    with pytest.raises(ConfigError, match="ADM: it always had its conditioning in training"):
+    with pytest.raises(ConfigError, match="ADM: it was trained with conditioning only"):
         network(latents(4, 4, 4), torch.tensor([0, 1]), torch.zeros(2))
 
 

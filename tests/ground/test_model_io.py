@@ -87,7 +87,7 @@ def whole_numbers(tensors):
     (missing, "do not fit its config: latent_mean is missing, needed is real"),
     (stranger, "do not fit its config: backdoor is real .*, needed is none"),
 ])  # fmt: skip
-def test_wrong_tensors_are_refused(folder, change, reason):
+def test_wrong_tensors_are_rejected(folder, change, reason):
     rewrite(folder, change)
     with pytest.raises(WeightsError, match=reason):
         load_model(folder, Autoencoder)
@@ -100,13 +100,13 @@ def test_wrong_tensors_are_refused(folder, change, reason):
     {"channels": [4, 8], "latent_channels": 3, "blocks": "1", "spacing_mm": "wide"},
     ["channels"],
 ])  # fmt: skip
-def test_a_config_that_builds_another_network_is_refused(folder, build):
+def test_a_config_that_builds_another_network_is_rejected(folder, build):
     edit(folder, build=build)
     with pytest.raises(WeightsError, match="do not fit its config"):
         load_model(folder, Autoencoder)
 
 
-def test_a_changed_byte_is_refused(folder):
+def test_a_changed_byte_is_rejected(folder):
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (folder / "model.safetensors").write_bytes(content)
@@ -175,7 +175,7 @@ def test_an_autoencoder_at_half_the_resolution_is_rejected_in_one_line(folder):
     ("{}", "not a model's config"),
     ('{"kind": "autoencoder", "build": {}}', "not a model's config"),
 ])  # fmt: skip
-def test_a_corrupt_config_is_refused(folder, text, reason):
+def test_a_corrupt_config_is_rejected(folder, text, reason):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(WeightsError, match=reason):
         read_config(folder)
@@ -191,7 +191,7 @@ def test_a_pipe_in_a_configs_place_is_waited_for_by_nobody(folder):
 @pytest.mark.parametrize("change", [
     {"spacing_mm": 1e9}, {"spacing_mm": 0}, {"spacing_mm": -1}, {"spacing_mm": "nan"}, {"input_transform": ["haar"]},
 ])  # fmt: skip
-def test_an_autoencoder_that_cannot_be_is_refused_at_once(folder, change):
+def test_an_autoencoder_that_cannot_be_is_rejected_at_once(folder, change):
     edit(folder, build=json.loads((folder / "config.json").read_text())["build"] | change)
     started = time.monotonic()
     with pytest.raises(WeightsError, match=r"do not fit its config.*Fix: copy"):
@@ -203,7 +203,7 @@ def test_an_autoencoder_that_cannot_be_is_refused_at_once(folder, change):
     {"blocks_per_level": 1_000_000}, {"base_width": 4096}, {"multipliers": [1] * 64}, {"base_width": 10**9},
     {"attention_rates": [3]}, {"in_channels": 9}, {"dropout": "0.1"},
 ])  # fmt: skip
-def test_a_denoiser_that_cannot_be_is_refused_before_memory_is_taken_for_it(tiny_model_folder, tmp_path, change):
+def test_a_denoiser_that_cannot_be_is_rejected_before_memory_is_taken_for_it(tiny_model_folder, tmp_path, change):
     folder = shutil.copytree(tiny_model_folder, tmp_path / "adm")
     edit(folder, build=json.loads((folder / "config.json").read_text())["build"] | change)
     started = time.monotonic()
@@ -244,7 +244,7 @@ def test_a_checkpoint_is_read_and_never_executed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"half", None], ids=["empty", "text", "cut"])
-def test_a_damaged_checkpoint_is_refused(tmp_path, content):
+def test_a_damaged_checkpoint_is_rejected(tmp_path, content):
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {"w": torch.arange(1000)}}, path)
     path.write_bytes(path.read_bytes()[:-300] if content is None else content)
@@ -268,7 +268,7 @@ def test_a_model_and_another_autoencoder_do_not_go_together(tiny_model_folder, t
     {"schedule": [1]},
     {"schedule": {"steps": 1.5}}, {"schedule": {"mood": 1}}, {"prediction": "mood"}, {"prediction": ["noise"]},
 ], ids=str)  # fmt: skip
-def test_a_model_that_does_not_say_how_it_was_trained_is_refused(tiny_model_folder, tmp_path, facts):
+def test_a_model_that_does_not_say_how_it_was_trained_is_rejected(tiny_model_folder, tmp_path, facts):
     folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
     edit(folder, **facts)
     with pytest.raises(WeightsError, match="does not say how it was trained"):
