@@ -117,7 +117,7 @@ def test_wrong_usage_is_status_2(arguments, message, capsys):
         ([*INPAINT, "--steps", "0"], "ERROR --steps 0: Input should be greater than or equal to 1. Fix: see `ldm"),
         ([*INPAINT, "--mask-labels", "a"], "ERROR --mask-labels 'a': positive integers separated by commas"),
         (["evaluate", "d", "--output", "o", "--samples", "0"], "ERROR --samples 0: Input should be "),
-        (["prior", *INPAINT[1:5], "--tissue", "t", "--ratio", "0"], "ERROR --ratio 0.0: Input should be greater than 0."),
+        (["prior", *INPAINT[1:5], "--tissue", "t", "--ratio", "0"], "ERROR --ratio 0.0: Input should be greater"),
         (["params", "9"], "ERROR no stage '9'; there are "),
         (["validate", "nowhere"], "ERROR nowhere: no such folder. Fix: "),
         (["validate", ".", "--json", "nowhere/a.json"], "ERROR nowhere/a.json: its folder does not exist. Fix: "),
