@@ -32,6 +32,6 @@ def masked_laplacian(known: np.ndarray, mask: np.ndarray) -> tuple[csr_array, np
             columns.append(b[inside])
             degree[a[a >= 0]] += 1
             edge_sum[a[edge]] += value[edge]
-    rows, columns = np.concatenate([*rows, range(count)]), np.concatenate([*columns, range(count)])
-    values = np.concatenate([np.full(rows.size - count, -1.0), degree])
-    return csr_array((values, (rows, columns)), shape=(count, count)), edge_sum
+    positions = np.concatenate([*rows, range(count)]), np.concatenate([*columns, range(count)])
+    values = np.concatenate([np.full(positions[0].size - count, -1.0), degree])
+    return csr_array((values, positions), shape=(count, count)), edge_sum

@@ -49,7 +49,7 @@ class ADM(nn.Module):
         conditioning: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self._config = {
+        self._config: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "base_width": base_width,

@@ -202,7 +202,7 @@ def _normalised(
     volumes = {name: np.asarray(volume) for name, volume in volumes.items()}
     _check_shapes(volumes, where)
     _check_finite(volumes, where)
-    mask = volumes["mask"] != 0
+    mask: np.ndarray = volumes["mask"] != 0
     if not mask.any():
         raise InputError("the healthy mask is empty", where=where, fix="give the mask of a hole")
     lo, hi = _intensity_range(volumes["voided"], where)

@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 DEFAULT_PRESET = "demo"
 
 
-def require_fit(configs: Mapping[str, StageConfig]) -> None:
+def require_fit(configs: Mapping[str, Any]) -> None:
     """Refuse, before anything is trained, to sample a flow by what is for diffusion, or the other way round.
 
     Raises:

@@ -34,7 +34,7 @@ OUTPUTS_VARIABLE = "LDM_OUTPUTS"  # the folder of runs, when it is not ./outputs
 SHOWN_ONLY = re.compile(r"stacks-.*|(figures|checkpoints|samples|panels|wandb)/.*|.*\.csv|summary\.json")
 NUMBER = (int, float)
 # What the records of a stage hold at least.
-RECORD_FIELDS = {
+RECORD_FIELDS: dict[str, dict[str, Any]] = {
     "done.json": {"parameters": dict, "outputs": dict, "checks": list, "seconds": NUMBER, "peak_memory_mb": NUMBER,
                   "finished": str},
     "parameters.json": {"parameters": dict, "inputs": dict},

@@ -87,4 +87,4 @@ def write_upper_bound(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
     target = grid_case(data, autoencoder.factor).target
     coded = reconstruct(autoencoder, target, device=inpainter.model.device, precision=inpainter.model.precision)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_like(path, data.source, data.paste(coded.rebuilt, autoencoder.factor), data.mask)
+    return write_like(path, data.source, data.paste(coded.volume, autoencoder.factor), data.mask)

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
@@ -198,8 +199,8 @@ def three_planes(
     """
     sides = np.array([[np.ptp(geometry.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
     height = sides[:, 1].max() * (width - 1.4 - bar) / sides[:, 0].sum() + 0.1
-    figure = InlineFigure(figsize=(width, height * len(rows) + 0.9), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.04, w_pad=0.08, hspace=0.01, wspace=0.0)
+    figure = InlineFigure(figsize=(width, height * len(rows) + 0.9))
+    figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.04, w_pad=0.08, hspace=0.01, wspace=0.0))
     axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=sides[:, 0])
     for ax, plane in zip(axes[0], PLANES, strict=True):
         ax.set_title(geometry.position(plane), fontsize=FONT + 1)
