@@ -129,7 +129,7 @@ def prior(options: argparse.Namespace) -> int:
     for each in made:
         found = ", ".join(f"{name} {value:.4g}" for name, value in each.record["found"].items())
         print(f"{each.path}: {'made' if each.made_now else 'found'} ({found})")
-    if reason := made[0].refused:
+    if reason := made[0].failure:
         picture = made[0].path.with_name(f"{stem(made[0].path)}-refused.png")
         if made[0].registration:
             planes(**made[0].registration.shown(), title=made[0].path.name).savefig(picture)

@@ -1,10 +1,10 @@
-"""Conditioning maps made from the scan alone, kept with a sidecar that says by whom, how and from what.
+"""Make conditioning maps from a scan, and keep them in files with their provenance.
 
     <map>.nii.gz   tissue: labels uint8; growth: concentration float32, on the scan's grid
     <map>.json     made_by, from (role -> sha256), settings, found, and sha256 of the map
 
-A map whose sidecar names the same sources, settings and code is taken as it is. A map that could not be made leaves a
-sidecar that says why, and no map.
+A map whose JSON file names the same sources, settings and code version is not made again. A map that could not be
+made leaves a JSON file that says why, and no map.
 """
 
 import hashlib
@@ -12,83 +12,109 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldm_lib.anatomy.options import DEFAULT_RATES, GrowthRates
-from ldm_lib.anatomy.registration import Registration
-from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
-from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, grow_tumour
 from ldm_lib.data.case import TISSUE_LABELS, Case, CaseData, case_of_files, load_case
 from ldm_lib.data.layouts import CONDITIONING_FOLDERS
-from ldm_lib.data.map_sidecar import read_sidecar, sidecar_path
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, shrink_mm
 from ldm_lib.data.masks import read_labels, read_mask
-from ldm_lib.data.nifti import require_results_writable, require_volume_writable
+from ldm_lib.data.nifti import require_results_writable, require_volume_writable, stem
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
-from ldm_lib.files import expand_path, now, sha256, write_json
+from ldm_lib.files import expand_path, now, read_json, sha256, write_json
+
+if TYPE_CHECKING:  # dipy and torch take seconds to load: they are imported where a map is made
+    from ldm_lib.anatomy.registration import Registration
 
 log = logging.getLogger("ldm_lib")
 
-CODE_VERSION = 2  # raise it when a map would come out otherwise
-DAYS_FROM_SEGMENTATION = 15.0  # grows a soft rim of a few millimetres, less than the margin, around what was segmented
+CODE_VERSION = 2  # raise it when a map would come out differently
+DAYS_FROM_SEGMENTATION = 15.0  # grows a soft rim of a few millimetres, less than the margin, around a segmentation
+NO_MAP, GIVEN = "none", "given"
 
 
 @dataclass(frozen=True)
 class ConditioningMap:
-    """A map beside its sidecar.
+    """Hold where a map is, and how it was made.
 
     Attributes:
-        path: of the map, which is not there if `record["refused"]` says why.
-        record: the sidecar.
+        path: the map's file, which does not exist if there is a `failure`.
+        record: content of the JSON file next to it.
         made_now: False for a map that was found.
-        registration: what a tissue map came from, when it was made now; else None.
+        registration: the registration of a tissue map that was made now; else None.
     """
 
     path: Path
     record: dict[str, Any]
     made_now: bool
-    registration: Registration | None = None
+    registration: "Registration | None" = None
 
     @property
     def row(self) -> dict[str, Any]:
         """One line of a table."""
         return {"map": f"{self.path.parent.name}/{self.path.name}", "made_by": self.record["made_by"],
-                **self.record["found"], "made now": self.made_now, "refused": self.refused}  # fmt: skip
+                **self.record["found"], "made now": self.made_now, "failure": self.failure}  # fmt: skip
 
     @property
-    def refused(self) -> str:
+    def failure(self) -> str:
         """Why there is no map; empty if there is one."""
         return self.record["refused"]
+
+
+def made_by(path: Path | None) -> str:
+    """Return how a map was made: "none" without a map, "given" if this library did not make this very file."""
+    if path is None:
+        return NO_MAP
+    record = _read_record(path)
+    return str(record["made_by"]) if record and record["sha256"] == sha256(path) else GIVEN
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f"{stem(path)}.json")
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Return the record of a map, or None where there is none, or one of another program."""
+    try:
+        record = read_json(_record_path(path))
+    except ValueError:
+        return None
+    return record if {"made_by", "sha256"} <= set(record) else None
 
 
 def make_tissue_map(
     data: CaseData, path: str | Path, *, lesion: np.ndarray | None = None, refine: str = "mixture"
 ) -> ConditioningMap:
-    """Segment a case with the atlas, never looking under its mask (`segmentation.tissue_from_scan`).
+    """Segment a case with the atlas, without the voxels under its mask (`tissue_from_scan`).
 
     Args:
         path: .nii or .nii.gz; its folder is made if needed.
-        lesion: what is no healthy tissue although it is seen, bool (x, y, z).
-        refine: how what is seen is labelled: "mixture", "hmrf" or "none".
+        lesion: visible tissue that is not healthy, bool (x, y, z).
+        refine: how visible voxels are labelled, see `tissue_from_scan`.
+
+    Returns:
+        The map; if the scan cannot be registered, its `failure` says why.
 
     Raises:
-        InputError: the map cannot be written. A scan that cannot be registered is `refused` instead.
+        InputError: the map cannot be written.
     """
+    from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
+
     sources = {"scan": data.case.t1n_voided or data.case.t1n, "mask": data.case.mask}
-    sidecar = _Sidecar(Path(path), "MNI152 by registration", sources, {"refine": refine}, {"lesion": lesion})
-    if found := sidecar.found():
+    recipe = _Recipe(Path(path), "MNI152 by registration", sources, {"refine": refine}, {"lesion": lesion})
+    if found := recipe.found():
         return found
     try:
-        made = tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask, lesion=lesion, refine=refine)
+        made = tissue_from_scan(data.voided / data.scale, data.affine, data.mask, lesion=lesion, refine=refine)
     except InputError as error:
-        return sidecar.keep(None, {}, data.source.affine, refused=str(error))
-    where = made.registration
-    figures = {"brain_dice": where.brain_dice, "correlation": where.correlation, "seconds": where.seconds}
-    voxels = None if where.flaw else made.labels
-    return replace(sidecar.keep(voxels, figures, data.source.affine, refused=where.flaw), registration=where)
+        return recipe.keep(None, {}, data.affine, failure=str(error))
+    fit = made.registration
+    figures = {"brain_dice": fit.brain_dice, "correlation": fit.correlation, "seconds": fit.seconds}
+    voxels = None if fit.flaw else made.labels
+    return replace(recipe.keep(voxels, figures, data.affine, failure=fit.flaw), registration=fit)
 
 
 def make_growth_map(
@@ -101,29 +127,33 @@ def make_growth_map(
     days: float = DAYS_FROM_SEGMENTATION,
     rates: GrowthRates = DEFAULT_RATES,
 ) -> ConditioningMap:
-    """Grow a tumour in a case's tissue (`tumour_growth.grow_tumour`).
+    """Grow a tumour in a case's tissue (`grow_tumour`).
 
     Args:
         labels: tissue (x, y, z) on the case's grid, 0 none, 1 CSF, 2 GM, 3 WM.
         path: .nii or .nii.gz; its folder is made if needed.
-        seed_mm: where it starts, x y z in the file's world (RAS, mm).
-        segmentation: where it is already; without both, the case's unhealthy mask less its margin.
+        seed_mm: where the tumour starts, x y z in the file's world (RAS, mm).
+        segmentation: start instead from a visible tumour, (x, y, z); without both, from the case's unhealthy mask less
+            the margin that the challenge puts around a segmentation.
 
     Raises:
         InputError: no start, one outside white and grey matter, or the map cannot be written.
     """
+    from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, grow_tumour
+
     if seed_mm is None and segmentation is None:
-        segmentation = segmentation_of(data)
+        if data.unhealthy is None or not data.unhealthy.any():
+            raise InputError("no unhealthy mask to start a tumour from", where=data.case.key,
+                             fix="give a seed point or a segmentation")  # fmt: skip
+        segmentation = shrink_mm(data.unhealthy, UNHEALTHY_MARGIN_MM, data.source.spacing_mm)
     settings = rates.model_dump() | {"days": days, "seed_mm": None if seed_mm is None else [float(v) for v in seed_mm]}
-    volumes = {"segmentation": segmentation, "tissue": labels}
-    sidecar = _Sidecar(Path(path), "Fisher-Kolmogorov", {}, settings, volumes)
-    if found := sidecar.found():
+    recipe = _Recipe(Path(path), "Fisher-Kolmogorov", {}, settings, {"segmentation": segmentation, "tissue": labels})
+    if found := recipe.found():
         return found
-    start = {"seed_mm": seed_mm, "segmentation": segmentation}
-    growth = grow_tumour(labels, data.source.affine, days, rates=rates, **start)
+    growth = grow_tumour(labels, data.affine, days, seed_mm=seed_mm, segmentation=segmentation, rates=rates)
     litre = float(np.prod(data.source.spacing_mm)) / 1000
     visible = float((growth >= GROWTH_THRESHOLD).sum() * litre)
-    return sidecar.keep(growth, {"visible_ml": visible, "highest": float(growth.max())}, data.source.affine)
+    return recipe.keep(growth, {"visible_ml": visible, "highest": float(growth.max())}, data.affine)
 
 
 def add_conditioning_maps(
@@ -155,15 +185,16 @@ def add_conditioning_maps(
     """
     if not (tissue or growth):
         return case, []
-    folder, data, made, maps = expand_path(folder), load_case(case), [], {}
+    paths = {kind: expand_path(folder) / name / f"{case.key}.nii.gz" for kind, name in CONDITIONING_FOLDERS.items()}
+    data, made, maps = load_case(case), [], {}
     labels = data.tissue
     if tissue:
-        made.append(make_tissue_map(data, _place(folder, "tissue", case), refine=refine))
-        maps["tissue"] = None if made[-1].refused else made[-1].path
+        made.append(make_tissue_map(data, paths["tissue"], refine=refine))
+        maps["tissue"] = None if made[-1].failure else made[-1].path
         labels = read_labels(maps["tissue"], data.source, TISSUE_LABELS) if maps["tissue"] else None
     if growth and labels is not None and data.unhealthy is not None and data.unhealthy.any():
         try:
-            made.append(make_growth_map(data, labels, _place(folder, "growth", case)))
+            made.append(make_growth_map(data, labels, paths["growth"]))
             maps["growth"] = made[-1].path
         except InputError as error:
             log.warning("%s: no growth map: %s", case.key, error)
@@ -183,17 +214,17 @@ def make_conditioning_maps(
     lesion: str | Path | None = None,
     refine: str = "mixture",
 ) -> list[ConditioningMap]:
-    """Make the tissue map of one scan and, if asked, a growth map in it; never looks under the mask.
+    """Make the tissue map of one scan and, if requested, a growth map in it, without the voxels under the mask.
 
     Args:
         t1n_voided: skull-stripped 3D T1n.
-        mask: binary, on the same grid, 1 = not known.
-        tissue, growth: where the maps go, .nii or .nii.gz, each with a JSON beside it.
-        seed_mm, segmentation: where the tumour starts, as in `make_growth`; one of them if there is `growth`.
-        lesion: binary, on the same grid: what is seen but no healthy tissue.
+        mask: binary, on the same grid, 1 = voxels to inpaint.
+        tissue, growth: files of the maps, .nii or .nii.gz, each with a JSON file next to it.
+        seed_mm, segmentation: where the tumour starts, as in `make_growth_map`; one of them if there is `growth`.
+        lesion: binary, on the same grid: visible tissue that is not healthy.
 
     Returns:
-        what was made or found; a tissue map that was refused ends the list.
+        The maps that were made or found; a tissue map with a `failure` is the last.
 
     Raises:
         LdmError: an input that cannot be used, or an output that cannot be written.
@@ -202,70 +233,54 @@ def make_conditioning_maps(
         raise InputError("a growth map needs an output and one start", where="growth",
                          fix="give growth with either a seed point or a segmentation")  # fmt: skip
     case = case_of_files(t1n_voided, mask)
-    wanted = [expand_path(path) for path in (tissue, growth) if path is not None]
+    outputs = [expand_path(path) for path in (tissue, growth) if path is not None]
     others = [expand_path(path) for path in (lesion, segmentation) if path is not None]
-    for path in wanted:
+    for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
-    require_results_writable(wanted, [*case.files().values(), *others])
-    if len(set(wanted)) < len(wanted):
-        raise InputError("is to hold both maps", where=wanted[0], fix="name two files")
+    require_results_writable(outputs, [*case.files().values(), *others])
+    if len(set(outputs)) < len(outputs):
+        raise InputError("would hold both maps", where=outputs[0], fix="name two files")
     data = load_case(case)
-    seen = {name: None if path is None else read_mask(path, data.source)
-            for name, path in (("lesion", lesion), ("segmentation", segmentation))}  # fmt: skip
-    made = [make_tissue_map(data, tissue, lesion=seen["lesion"], refine=refine)]
-    if growth is not None and not made[0].refused:
+    given = {name: None if path is None else read_mask(path, data.source)
+             for name, path in (("lesion", lesion), ("segmentation", segmentation))}  # fmt: skip
+    made = [make_tissue_map(data, tissue, lesion=given["lesion"], refine=refine)]
+    if growth is not None and not made[0].failure:
         labels = read_labels(made[0].path, data.source, TISSUE_LABELS)
-        start = {"seed_mm": seed_mm, "segmentation": seen["segmentation"]}
+        start = {"seed_mm": seed_mm, "segmentation": given["segmentation"]}
         made.append(make_growth_map(data, labels, growth, days=days, rates=rates, **start))
     return made
 
 
-def _place(folder: Path, kind: str, case: Case) -> Path:
-    return folder / CONDITIONING_FOLDERS[kind] / f"{case.key}.nii.gz"
-
-
-def segmentation_of(data: CaseData) -> np.ndarray:
-    """Where a case's tumour is: its unhealthy mask less the margin that the challenge puts around a segmentation.
-
-    Raises:
-        InputError: the case has no unhealthy mask, or an empty one.
-    """
-    if data.unhealthy is None or not data.unhealthy.any():
-        raise InputError("no unhealthy mask to start a tumour from", where=data.case.key,
-                         fix="give a seed point or a segmentation")  # fmt: skip
-    return shrink_mm(data.unhealthy, UNHEALTHY_MARGIN_MM, data.source.spacing_mm)
-
-
 @dataclass(frozen=True)
-class _Sidecar:
-    """What a map is to be made from: files by role, settings, and volumes that are no files of their own."""
+class _Recipe:
+    """Describe what decides a map: source files by role, settings, and volumes that are not files of their own."""
 
     path: Path
-    how: str
+    method: str
     sources: dict[str, Path]
     settings: dict[str, Any]
     volumes: dict[str, np.ndarray | None]
 
     @property
     def claim(self) -> dict[str, Any]:
-        """What decides the map, as the sidecar tells it."""
+        """The part of the record that must be equal for a map to be used again."""
         files = {role: sha256(path) for role, path in self.sources.items()}
         arrays = {role: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest()
                   for role, v in self.volumes.items() if v is not None}  # fmt: skip
-        return {"made_by": f"{self.how}, version {CODE_VERSION}", "from": files | arrays, "settings": self.settings}
+        return {"made_by": f"{self.method}, version {CODE_VERSION}", "from": files | arrays, "settings": self.settings}
 
     def found(self) -> ConditioningMap | None:
-        """The map as it lies there, if it was made from all this and is whole."""
-        record = read_sidecar(self.path)
+        """Return the map that exists, if it was made from all this and is undamaged."""
+        record = _read_record(self.path)
         if not record or any(record.get(name) != value for name, value in self.claim.items()):
             return None
-        whole = self.path.is_file() and record.get("sha256") == sha256(self.path)
-        return ConditioningMap(self.path, record, made_now=False) if whole or record.get("refused") else None
+        undamaged = self.path.is_file() and record.get("sha256") == sha256(self.path)
+        return ConditioningMap(self.path, record, made_now=False) if undamaged or record.get("refused") else None
 
     def keep(
-        self, voxels: np.ndarray | None, found: dict[str, float], affine: np.ndarray, refused: str = ""
+        self, voxels: np.ndarray | None, found: dict[str, float], affine: np.ndarray, failure: str = ""
     ) -> ConditioningMap:
-        """Write the map, unless it was refused, and then its sidecar."""
+        """Write the map, unless making it failed, and then its record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         require_volume_writable(self.path)
         if voxels is None:
@@ -273,6 +288,6 @@ class _Sidecar:
         else:
             write_map(self.path, voxels, affine)
         digest = sha256(self.path) if voxels is not None else ""
-        record = self.claim | {"found": found, "refused": refused, "sha256": digest, "made": now()}
-        write_json(sidecar_path(self.path), record)
+        record = self.claim | {"found": found, "refused": failure, "sha256": digest, "made": now()}
+        write_json(_record_path(self.path), record)
         return ConditioningMap(self.path, record, made_now=True)

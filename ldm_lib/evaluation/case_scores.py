@@ -8,7 +8,7 @@ import numpy as np
 
 from ldm_lib.anatomy.tissue import WM
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.map_sidecar import NO_MAP, made_by
+from ldm_lib.data.conditioning_maps import NO_MAP, made_by
 from ldm_lib.data.volume import read_volume
 from ldm_lib.evaluation.conditioning_fidelity import growth_response, tissue_by_intensity, tissue_dice
 from ldm_lib.evaluation.metrics import brats_scores, hole_size_class, scores_by_tissue

@@ -153,8 +153,8 @@ def _equipped(
             case, maps, tissue=True, growth=False, refine=inpainter.model.spec.refinement
         )
         for prior in made:
-            if prior.refused:
-                raise InputError(f"no tissue map: {prior.refused}", where=case.key, fix="take it out of the folder")
+            if prior.failure:
+                raise InputError(f"no tissue map: {prior.failure}", where=case.key, fix="take it out of the folder")
             say(f"[{k}/{len(cases)}] {case.key}: tissue map {'made' if prior.made_now else 'found'}")
         yield equipped
 

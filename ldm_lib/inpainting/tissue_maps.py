@@ -40,11 +40,11 @@ def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
     where = data.case.t1n_voided or data.case.t1n
     with _map_folder() as (folder, kept):
         made = make_tissue_map(data, folder / f"{_key(data, refine)}.nii.gz", refine=refine)
-        labels = None if made.refused else read_labels(made.path, data.source, TISSUE_LABELS)
+        labels = None if made.failure else read_labels(made.path, data.source, TISSUE_LABELS)
         if kept:
             _remove_oldest(folder, made.path)
     if labels is None:
-        log.warning("%s: no tissue map: %s; inpainted without", where, made.refused)
+        log.warning("%s: no tissue map: %s; inpainted without", where, made.failure)
         return data
     if made.made_now:
         place = f"; kept in {folder}" if kept else ""

@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ldm_lib.anatomy import registration
+from ldm_lib.anatomy import registration, tissue_segmentation
 from ldm_lib.data import conditioning_maps
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.conditioning_maps import (
     add_conditioning_maps,
+    made_by,
     make_conditioning_maps,
     make_growth_map,
     make_tissue_map,
-    segmentation_of,
 )
-from ldm_lib.data.map_sidecar import made_by, read_sidecar, sidecar_path
 from ldm_lib.data.mask_synthesis import void
 from ldm_lib.data.masks import read_labels, read_unit_map
 from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
@@ -38,7 +37,7 @@ def case(cases, tmp_path):
 def by_atlas(monkeypatch, made_tissue):
     """Stands in for the registration, which is tested elsewhere, and counts how often it was asked for."""
     asked = []
-    monkeypatch.setattr(conditioning_maps, "tissue_from_scan", lambda *_, **how: asked.append(how) or made_tissue)
+    monkeypatch.setattr(tissue_segmentation, "tissue_from_scan", lambda *_, **how: asked.append(how) or made_tissue)
     return asked
 
 
@@ -48,7 +47,7 @@ def test_a_map_is_made_once_and_then_found(case, tmp_path, by_atlas, made_tissue
     assert len(by_atlas) == 1 and first.made_now and not again.made_now and again.record == first.record
     np.testing.assert_array_equal(read_labels(first.path, load_case(case).source, (0, 1, 2, 3)), made_tissue.labels)
     assert first.record["found"]["brain_dice"] == made_tissue.registration.brain_dice
-    assert set(first.record["from"]) == {"scan", "mask"} and not first.refused
+    assert set(first.record["from"]) == {"scan", "mask"} and not first.failure
 
 
 def test_a_change_of_anything_it_came_from_makes_it_anew(case, tmp_path, by_atlas, monkeypatch):
@@ -82,9 +81,9 @@ def test_a_map_that_does_not_fit_is_not_kept_but_told(case, tmp_path, by_atlas, 
     path = tmp_path / "t.nii.gz"
     make_tissue_map(load_case(case), path)
     monkeypatch.setattr(registration, "LEAST_DICE", 1.01)
-    refused = make_tissue_map(load_case(case), path, refine="hmrf")
-    assert not path.exists() and "brains overlap by Dice" in refused.refused and refused.registration is not None
-    assert not make_tissue_map(load_case(case), path, refine="hmrf").made_now
+    failed = make_tissue_map(load_case(case), path, refine="none")
+    assert not path.exists() and "brains overlap by Dice" in failed.failure and failed.registration is not None
+    assert not make_tissue_map(load_case(case), path, refine="none").made_now
     equipped, made = add_conditioning_maps(case, tmp_path, tissue=True, growth=True)
     assert equipped.tissue is None and equipped.growth == case.growth and len(made) == 1
 
@@ -93,9 +92,9 @@ def test_a_scan_that_cannot_be_registered_at_all_is_refused_like_one_that_does_n
     def refuse(*_, **__):
         raise InputError("too few voxels", where="registration")
 
-    monkeypatch.setattr(conditioning_maps, "tissue_from_scan", refuse)
-    refused = make_tissue_map(load_case(case), tmp_path / "t.nii.gz")
-    assert refused.refused == "registration: too few voxels." and not refused.path.exists()
+    monkeypatch.setattr(tissue_segmentation, "tissue_from_scan", refuse)
+    failed = make_tissue_map(load_case(case), tmp_path / "t.nii.gz")
+    assert failed.failure == "registration: too few voxels." and not failed.path.exists()
     assert add_conditioning_maps(case, tmp_path, tissue=True, growth=True)[0].tissue is None
 
 
@@ -105,10 +104,9 @@ def test_who_made_a_map(case, tmp_path, by_atlas):
     assert made_by(made.path) == made.record["made_by"] and "MNI152" in made_by(made.path)
     shutil.copy(case.tissue, made.path)
     assert made_by(made.path) == "given"
-    sidecar_path(made.path).write_text("{not json")
-    assert read_sidecar(made.path) is None and made_by(made.path) == "given"
-    sidecar_path(made.path).write_text(json.dumps({"made_by": "somebody"}))
-    assert read_sidecar(made.path) is None
+    for text in ("{not json", json.dumps({"made_by": "somebody"})):
+        (tmp_path / "t.json").write_text(text)
+        assert made_by(made.path) == "given"
 
 
 def test_a_tumour_grown_from_an_unhealthy_mask_shows_inside_it(tmp_path):
@@ -124,12 +122,11 @@ def test_a_tumour_grown_from_an_unhealthy_mask_shows_inside_it(tmp_path):
         assert make_growth_map(data, data.tissue, made.path, days=3).made_now
 
 
-def test_a_segmentation_is_the_unhealthy_mask_less_its_margin(cases):
+def test_a_tumour_needs_a_start(cases, tmp_path):
     data = load_case(cases[0])
-    assert segmentation_of(data).any() and not (segmentation_of(data) & ~data.unhealthy).any()
     for unhealthy in (None, np.zeros(data.mask.shape, bool)):
         with pytest.raises(InputError, match="no unhealthy mask to start a tumour from"):
-            segmentation_of(replace(data, unhealthy=unhealthy))
+            make_growth_map(replace(data, unhealthy=unhealthy), data.tissue, tmp_path / "g.nii.gz")
 
 
 def test_only_what_is_asked_for_is_made(case, tmp_path, by_atlas):
@@ -160,7 +157,7 @@ def test_a_map_never_takes_the_place_of_what_it_is_made_from(case, tmp_path, by_
     with pytest.raises(InputError, match=r"is one of the inputs\. Fix: name another output"):
         make_conditioning_maps(case.t1n_voided, case.mask, tissue=tmp_path / "t.nii.gz", growth=files[role],
                     segmentation=files["segmentation"])  # fmt: skip
-    with pytest.raises(InputError, match=r"is to hold both maps\. Fix: name two files"):
+    with pytest.raises(InputError, match=r"would hold both maps\. Fix: name two files"):
         make_conditioning_maps(case.t1n_voided, case.mask, tissue=tmp_path / "t.nii.gz", growth=tmp_path / "t.nii.gz",
                     segmentation=files["segmentation"])  # fmt: skip
     assert {name: path.read_bytes() for name, path in files.items()} == before and not by_atlas

@@ -530,7 +530,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(pair, tmp_path, model, monke
     monkeypatch.setattr(
         Inpainter, "_values", lambda self, latent, case_grid: np.full(case_grid.data.mask.sum(), np.nan)
     )
-    with pytest.raises(InputError, match="filled voxels are not finite"):
+    with pytest.raises(InputError, match="inpainted voxels are not finite"):
         inpaint(*pair, tmp_path / "out.nii.gz", samples=2, **model)
     assert sorted(tmp_path.iterdir()) == before
 
