@@ -1,4 +1,4 @@
-"""Names, values, checkpoints and addresses that mean harm: each is refused in one line, or stays the text it is."""
+"""Malicious names, values, checkpoints and addresses are rejected in one line, or stay plain text."""
 
 import ast
 import json
@@ -18,7 +18,6 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from ldm_lib.__main__ import main
-from ldm_lib.autoencoder.losses import PerceptualDistance
 from ldm_lib.autoencoder.third_party import load_autoencoder
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import ConfigError, InputError, WeightsError
@@ -44,33 +43,33 @@ URL = "http://127.0.0.1:9/x"
 
 
 @pytest.fixture(autouse=True)
-def nothing_came_of_it(tmp_path, monkeypatch):
-    """No test here leaves the file that each hostile text would make, wherever it is run."""
+def nothing_is_executed(tmp_path, monkeypatch):
+    """No test here leaves the file that each malicious text would make if it were executed."""
     monkeypatch.chdir(tmp_path)
     yield
     assert not list(tmp_path.rglob("PWNED"))
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def connections(monkeypatch):
     """Names that were looked up and addresses that were connected to; none answers."""
-    told = []
+    attempts = []
 
     def refuse(*words):
-        told.append(words)
+        attempts.append(words)
         raise OSError(101, "Network is unreachable")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return told
+    return attempts
 
 
-def refused(words, capsys):
-    """The one line of a refusal of the command line."""
+def error_line(words, capsys):
+    """The one line of an error of the command line."""
     assert main(words) == 1
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and told[0].startswith("ERROR ")
-    return told[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("ERROR ")
+    return lines[0]
 
 
 # ---- names of parameters
@@ -79,13 +78,13 @@ def refused(words, capsys):
 @pytest.mark.parametrize(
     "name", [CODE_AS_NAME, "__import__('os').system('touch PWNED')", "data_dir;x", "__class__", ""]
 )
-def test_a_name_that_is_no_parameter_is_refused_by_every_way_in(name, outputs, tmp_path, capsys):
+def test_an_unknown_parameter_name_is_rejected_by_every_entry_point(name, outputs, tmp_path, capsys):
     with pytest.raises(ConfigError, match="unknown parameter"):
         runner.run([AUDIT], name="lab", preset="smoke", overrides={name: "1"}, command=[], say=print)
-    assert "unknown parameter" in refused(["run", "--set", f"{name}=1"], capsys)
+    assert "unknown parameter" in error_line(["run", "--set", f"{name}=1"], capsys)
     for part in ({"set": {name: 1}, "runs": [{}]}, {"grid": {name: [1]}}, {"runs": [{name: 1}]}):
         (tmp_path / "grid.yaml").write_text(json.dumps({"name": "a", **part}))  # JSON is YAML
-        assert "unknown parameter" in refused(["sweep", "grid.yaml"], capsys)
+        assert "unknown parameter" in error_line(["sweep", "grid.yaml"], capsys)
     assert not outputs.exists()
 
 
@@ -98,16 +97,16 @@ def test_every_parameter_is_an_identifier():
 
 
 @pytest.mark.parametrize("name", ["../../x", "/abs/x", "a/b", "..", "x\n", "a" * 300, "<img src=x onerror=alert(1)>"])
-def test_a_name_that_is_no_file_name_is_refused_by_every_way_in(name, outputs, tmp_path, capsys):
-    assert "letters, digits" in refused(["run", "--run", name], capsys)
-    assert "letters, digits" in refused(["run", "--set", f"run={name}/"], capsys)
-    assert "letters, digits" in refused(["compare", "01", name], capsys)
+def test_a_run_name_that_is_no_file_name_is_rejected_by_every_entry_point(name, outputs, tmp_path, capsys):
+    assert "letters, digits" in error_line(["run", "--run", name], capsys)
+    assert "letters, digits" in error_line(["run", "--set", f"run={name}/"], capsys)
+    assert "letters, digits" in error_line(["compare", "01", name], capsys)
     (tmp_path / "grid.yaml").write_text(json.dumps({"name": name, "runs": [{}]}))
-    assert "letters, digits" in refused(["sweep", "grid.yaml"], capsys)
+    assert "letters, digits" in error_line(["sweep", "grid.yaml"], capsys)
     assert not outputs.exists()
 
 
-def test_a_sweeps_runs_are_named_by_letters_whatever_their_values(tmp_path):
+def test_the_runs_of_a_sweep_have_safe_names_whatever_their_values(tmp_path):
     values = ["../../x", "/abs/x", "x; touch PWNED", "<img src=x>", "x\n", "é"]
     (tmp_path / "grid.yaml").write_text(json.dumps({"name": "a", "grid": {"show_case": values}}))
     assert all(re.fullmatch(r"a-[A-Za-z0-9._-]+", run.name) for run in read_grid(tmp_path / "grid.yaml").runs)
@@ -125,7 +124,7 @@ def texts(stage):
 
 def test_there_are_parameters_that_take_any_text():
     assert {name for stage in STAGES for name in texts(stage)} == {
-        "data_dir", "conditioning_dir", "autoencoder_dir", "start_dir", "perceptual_file", "show_case", "allow_change"
+        "data_dir", "conditioning_dir", "autoencoder_dir", "start_dir", "show_case", "allow_change"
     }  # fmt: skip
 
 
@@ -143,11 +142,12 @@ def test_papermill_writes_a_value_as_the_literal_it_is(stage, value):
     assert not [line for line in injected.splitlines() if line.lstrip().startswith(("%", "!"))]
 
 
-def test_a_kernel_gets_the_very_text(outputs, tmp_path, monkeypatch):
+def test_a_kernel_receives_the_exact_text(outputs, tmp_path, monkeypatch):
     """All values at once, as folders' names, through the runner, the environment and a real kernel."""
     value = "\n".join(text.replace("\x00", "") for text in VALUES.values())
     first = nbf.new_code_cell(parameters_cell(STAGES[AUDIT]), metadata={"tags": ["parameters"]})
-    then = "import json, pathlib\nfrom ldm_lib.experiment.run_folder import open_stage\nfrom ldm_lib.files import expand_path\n"
+    then = "import json, pathlib\nfrom ldm_lib.experiment.run_folder import open_stage\n"
+    then += "from ldm_lib.files import expand_path\n"
     then += f"stage = open_stage('{AUDIT}', globals())\n"
     then += "found = [str(expand_path(path)) for path in (data_dir, conditioning_dir)]\n"
     then += "pathlib.Path('found.json').write_text(json.dumps(found))\nstage.close({})"
@@ -158,12 +158,12 @@ def test_a_kernel_gets_the_very_text(outputs, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "source_digests", lambda *_: {})
     given = {"data_dir": value, "conditioning_dir": f"/{value}"}
     runner.run([AUDIT], name="lab", preset="smoke", overrides=given, command=[], say=print)
-    meant = runner.absolute(given)
-    assert json.loads((tmp_path / "found.json").read_text()) == [meant["data_dir"], meant["conditioning_dir"]]
-    assert meant["data_dir"] == f"{tmp_path}/{os.path.expandvars(value)}", "variables are all that is put in"
+    expected = runner.absolute(given)
+    assert json.loads((tmp_path / "found.json").read_text()) == [expected["data_dir"], expected["conditioning_dir"]]
+    assert expected["data_dir"] == f"{tmp_path}/{os.path.expandvars(value)}", "variables are all that is put in"
 
 
-# ---- numbers without end
+# ---- excessive numbers
 
 
 @pytest.mark.parametrize("words", [
@@ -174,9 +174,9 @@ def test_a_kernel_gets_the_very_text(outputs, tmp_path, monkeypatch):
     ["run", "--set", "devices=5000"],
     ["run", "--set", f"seed={'9' * 4000}"],
 ])  # fmt: skip
-def test_a_number_without_end_is_refused_at_once(words, outputs, capsys):
+def test_an_excessive_number_is_rejected_at_once(words, outputs, capsys):
     start = time.monotonic()
-    assert re.search("less than|too large|exceed", refused(words, capsys))
+    assert re.search("less than|too large|exceed", error_line(words, capsys))
     assert time.monotonic() - start < 5 and not outputs.exists()
 
 
@@ -194,15 +194,14 @@ class Bomb:
     {"x": Bomb()}, Bomb(), {"state_dict": {"w": torch.zeros(1)}, "hyper_parameters": {"x": Bomb()}},
     {"state_dict": {"w": np.float64(1)}}, {"path": Path("x")},
 ], ids=["in it", "all of it", "in its settings", "numpy", "path"])  # fmt: skip
-def test_a_checkpoint_with_more_than_tensors_and_plain_values_is_refused(tmp_path, content):
+def test_a_checkpoint_with_more_than_tensors_and_plain_values_is_rejected(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
-    for read in (read_checkpoint, PerceptualDistance.load):
-        with pytest.raises(WeightsError, match=r"x\.ckpt: unsafe checkpoint, holds more than tensors"):
-            read(tmp_path / "x.ckpt")
+    with pytest.raises(WeightsError, match=r"x\.ckpt: unsafe checkpoint, holds more than tensors"):
+        read_checkpoint(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("key", ["_instantiator", "_class_path", "_target_"])
-def test_a_checkpoint_that_names_code_is_refused(tmp_path, key):
+def test_a_checkpoint_that_names_code_is_rejected(tmp_path, key):
     """As lightning's loader would import and call it."""
     settings = {key: "os.system", "command": "touch PWNED"}
     (tmp_path / "x.json").write_text(json.dumps({"_target_": "monai.networks.nets.AutoencoderKL", "spatial_dims": 3}))
@@ -222,24 +221,23 @@ def test_the_class_that_a_json_names_is_compared_and_never_imported(tmp_path, ta
 
 
 @pytest.mark.parametrize("url", [URL, "https://example.invalid/a.ckpt", "s3://a/b.safetensors", "file:///etc/passwd"])
-def test_an_address_is_a_file_that_is_not_there(url, asked, outputs, capsys):
-    """No command opens one; the network is not asked."""
+def test_an_address_is_treated_as_a_missing_file(url, connections, outputs, capsys):
+    """No command opens one; the network is not used."""
     inpaint = ["inpaint", "--t1n-voided", f"{url}.nii.gz", "--mask", f"{url}.nii.gz", "--output", "o.nii.gz"]
     for words in ([*inpaint, "--model", url], ["inpaint", "--data", url, "--output", "o", "--model", url],
                   ["validate", url], ["run", "--set", f"data_dir={url}"], ["sweep", url],
                   ["score", *(w for k in ("prediction", "target", "voided", "mask-healthy")
                               for w in (f"--{k}", f"{url}.nii"))]):  # fmt: skip
-        assert re.search("no such file|no such folder|No such file", refused(words, capsys)), words
-    for load in (lambda: load_model(url, ADM), lambda: load_autoencoder(url, spacing_mm=1.0),
-                 lambda: PerceptualDistance.load(url)):  # fmt: skip
+        assert re.search("no such file|no such folder|No such file", error_line(words, capsys)), words
+    for load in (lambda: load_model(url, ADM), lambda: load_autoencoder(url, spacing_mm=1.0)):
         with pytest.raises(WeightsError, match="no such"):
             load()
     with pytest.raises(InputError, match="no such folder"):
         runner.source_digests(url)
-    assert asked == []
+    assert connections == []
 
 
-# ---- what stands in the repository
+# ---- the repository
 
 
 FORBIDDEN_WORDS = (
@@ -253,7 +251,12 @@ def test_nothing_opens_a_server_or_another_index():
     """In no file of the repository, tests and documents included."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
     files = [ROOT / name for name in tracked if name and not name.endswith(".png")] or list(ROOT.glob("*"))
-    told = {(str(path.relative_to(ROOT)), word) for path in files if path.is_file() and path.suffix != ".safetensors"
+    found = {(str(path.relative_to(ROOT)), word) for path in files if path.is_file() and path.suffix != ".safetensors"
             for word in FORBIDDEN_WORDS if word in path.read_text()}  # fmt: skip
-    assert not told
+    assert not found
     assert ROOT / "Makefile" in files
+
+
+def test_every_test_that_the_page_on_security_names_exists():
+    named = set(re.findall(r"`(\w+/test_\w+\.py)`", (ROOT / "docs" / "security.md").read_text()))
+    assert len(named) > 10 and not [name for name in named if not (ROOT / "tests" / name).is_file()]
