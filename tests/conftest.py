@@ -1,4 +1,4 @@
-"""What several test files share: a synthetic cohort, networks that run in milliseconds, stages without notebooks."""
+"""Fixtures of several test files: a synthetic cohort, tiny networks, stages without notebooks."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)  # networks of milliseconds gain nothing from more, and lose much on a shared machine
+torch.set_num_threads(1)  # tiny networks gain nothing from more, and lose much on a shared machine
 
 SCHEDULE = {"steps": 1000, "beta_start": 1e-4, "beta_end": 0.002}  # mild, so that untrained networks stay finite
 SETTINGS = {"growth_threshold": 0.2, "pooling": "area", "mask_dilation": 1, "context": "composite"}
@@ -24,7 +24,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture
 def outputs(tmp_path, monkeypatch) -> Path:
-    """Runs live in a folder of the test; the handler of SIGTERM is put back."""
+    """The outputs folder of the test; the handler of SIGTERM is restored."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("LDM_OUTPUTS", str(tmp_path / "outputs"))
     yield tmp_path / "outputs"
@@ -33,7 +33,7 @@ def outputs(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory) -> Path:
-    """Three synthetic patients with two holes each, 8 mm voxels (30 30 20), in the seed layout."""
+    """Three synthetic patients with two masks each, 8 mm voxels (30 30 20), in the seed layout."""
     from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
 
     folder = tmp_path_factory.mktemp("cohort")
@@ -51,7 +51,7 @@ def cases(cohort_folder) -> list:
 
 @pytest.fixture(scope="session")
 def made_tissue(cases):
-    """The tissue map of the first case, made from its voided scan in earnest: 2 seconds, so once."""
+    """The tissue map of the first case, made from its voided scan with full registration: 2 seconds, so once."""
     from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
     from ldm_lib.data.case import load_case
 
@@ -60,8 +60,8 @@ def made_tissue(cases):
 
 
 @pytest.fixture(scope="session")
-def hurried():
-    """Registrations of half a second, good enough for laws that hold of every one: `with hurried(): ...`."""
+def fast_registration():
+    """Registrations of half a second, for properties that hold for every one: `with fast_registration(): ...`."""
     from unittest import mock
 
     from ldm_lib.anatomy import registration
@@ -71,7 +71,7 @@ def hurried():
 
 @pytest.fixture(scope="session")
 def coarse(tmp_path_factory, cases) -> Path:
-    """An untrained autoencoder, four voxels per cell and three channels: latents of 8 8 5 cells, for trainings."""
+    """An untrained autoencoder, four voxels per latent voxel and three channels: latents of (8 8 5), for trainings."""
     from ldm_lib.autoencoder.fitting import latent_statistics
     from ldm_lib.autoencoder.model import Autoencoder
     from ldm_lib.model_io import save_model
@@ -87,7 +87,7 @@ def coarse(tmp_path_factory, cases) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
-    """An untrained autoencoder, two voxels per cell and three channels, whose latents are standardised."""
+    """An untrained autoencoder, two voxels per latent voxel and three channels, with standardised latents."""
 
     from ldm_lib.autoencoder.fitting import latent_statistics
     from ldm_lib.autoencoder.model import Autoencoder
@@ -96,7 +96,7 @@ def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
     torch.manual_seed(1)
     build = {"channels": (4, 8), "latent_channels": 3, "blocks": 1, "spacing_mm": 8.0, "linear_start": False}
     autoencoder = Autoencoder.of(**build).freeze()
-    autoencoder.network.decoder.blocks[-1].conv.bias.fill_(1.0)  # most voxels above 0, where pasting would cut them
+    autoencoder.network.decoder.blocks[-1].conv.bias.fill_(1.0)  # most voxels above 0: pasting cuts negative ones
     autoencoder.standardise(*latent_statistics(autoencoder, cases[:4], device=torch.device("cpu"), precision="32"))
     folder = tmp_path_factory.mktemp("autoencoder")
     save_model(folder, autoencoder)
@@ -104,7 +104,7 @@ def tiny_autoencoder_folder(tmp_path_factory, cases) -> Path:
 
 
 def tiny_model(folder, autoencoder_folder, settings, in_channels) -> Path:
-    """A model folder as a training leaves it, its denoiser random in every layer."""
+    """A model folder as training writes it, with random weights in every layer of the denoiser."""
     import shutil
 
     from ldm_lib.diffusion.unet import ADM
@@ -124,20 +124,20 @@ def tiny_model(folder, autoencoder_folder, settings, in_channels) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
-    """A model without drafts."""
+    """A model without initial estimates."""
     return tiny_model(tmp_path_factory.mktemp("model"), tiny_autoencoder_folder, SETTINGS, 8)
 
 
 @pytest.fixture(scope="session")
-def tiny_draft_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
-    """A model that mends drafts."""
+def tiny_initial_estimate_folder(tmp_path_factory, tiny_autoencoder_folder) -> Path:
+    """A model that refines initial estimates."""
     settings = SETTINGS | {"context": "initial_estimate", "residual_std": [0.5, 1.0, 2.0]}
-    return tiny_model(tmp_path_factory.mktemp("draft"), tiny_autoencoder_folder, settings, 12)
+    return tiny_model(tmp_path_factory.mktemp("initial_estimate"), tiny_autoencoder_folder, settings, 12)
 
 
 @pytest.fixture
 def executed(monkeypatch):
-    """The stages executed, each by a stand-in that writes a notebook and one result, and closes its stage."""
+    """The stages that ran, each a stand-in that writes a notebook and one result, and closes its stage."""
     import nbformat
 
     from ldm_lib.experiment import runner

@@ -27,8 +27,8 @@ def patient(data):
 
 
 @pytest.fixture(scope="module")
-def fit(patient, hurried):
-    with hurried():
+def fit(patient, fast_registration):
+    with fast_registration():
         return register(*patient)
 
 
@@ -45,20 +45,20 @@ def tissue_dice(shares, brain, truth):
 
 
 @pytest.mark.parametrize("under", ["void", "noise", "what is not finite"])
-def test_what_lies_under_the_hole_changes_nothing(patient, fit, hurried, under):
+def test_what_lies_under_the_hole_changes_nothing(patient, fit, fast_registration, under):
     image, affine, hole = patient
     image = image.copy()
     image[hole] = {"void": 0, "noise": np.random.default_rng(0).uniform(-9, 9, hole.sum())}.get(under, np.nan)
-    with hurried():
+    with fast_registration():
         again = register(image, affine, hole)
     for field in ("forward", "backward", "prealign"):
         np.testing.assert_array_equal(getattr(again.mapping, field), getattr(fit.mapping, field))
     assert (again.brain_dice, again.correlation) == (fit.brain_dice, fit.correlation)
 
 
-def test_the_input_is_left_alone(patient, hurried):
+def test_the_input_is_left_alone(patient, fast_registration):
     before = [array.copy() for array in patient]
-    with hurried():
+    with fast_registration():
         register(*patient)
     for array, kept in zip(patient, before, strict=True):
         np.testing.assert_array_equal(array, kept)
@@ -68,13 +68,13 @@ def test_the_input_is_left_alone(patient, hurried):
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "SLA"])
-def test_the_order_of_the_voxels_does_not_matter(patient, fit, hurried, orientation):
+def test_the_order_of_the_voxels_does_not_matter(patient, fit, fast_registration, orientation):
     image, affine, hole = patient
     turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("LPS", orientation)))
     back = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, (orientation, "LPS")))
     turned = nib.Nifti1Image(image, affine).as_reoriented(turn)
     assert "".join(nib.aff2axcodes(turned.affine)) == orientation != "".join(nib.aff2axcodes(affine))
-    with hurried():
+    with fast_registration():
         other = register(np.asarray(turned.dataobj), turned.affine, nib.orientations.apply_orientation(hole, turn) > 0)
     shares, brain = (
         nib.orientations.apply_orientation(v, back) for v in (other.carry(mni152().shares[2]), other.brain)
@@ -161,8 +161,8 @@ def test_either_number_alone_is_a_flaw(fit, wrong):
     assert sound.flaw == ""
 
 
-def test_too_few_voxels_are_refused(hurried):
-    with hurried(), pytest.raises(InputError, match="registration: the atlas cannot be brought to it"):
+def test_too_few_voxels_are_refused(fast_registration):
+    with fast_registration(), pytest.raises(InputError, match="registration: the atlas cannot be brought to it"):
         register(np.ones((4, 4, 4)), np.diag([8.0, 8, 8, 1]), np.zeros((4, 4, 4), bool))
 
 

@@ -82,35 +82,35 @@ def test_the_whole_brain_is_labelled_the_hole_included(data, made_tissue):
     assert (labels[brain] == data.tissue[brain]).mean() > 0.5
 
 
-def test_what_lies_under_the_mask_decides_nothing(data, hurried):
+def test_what_lies_under_the_mask_decides_nothing(data, fast_registration):
     image, affine, mask = data.voided / data.scale, data.source.affine, data.mask
     filled = np.where(mask, np.random.default_rng(0).uniform(0, 1, mask.shape), image).astype(np.float32)
-    with hurried():
+    with fast_registration():
         ours, theirs = (tissue_from_scan(v, affine, mask).labels for v in (image, filled))
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_lesion_is_labelled_from_the_atlas_like_the_hole(data, hurried):
+def test_a_lesion_is_labelled_from_the_atlas_like_the_hole(data, fast_registration):
     image, affine = data.voided / data.scale, data.source.affine
     lesion = ndimage.binary_dilation(data.mask, iterations=2) & ~data.mask & (image > 0)
     dark = np.where(lesion, 0.05, image).astype(np.float32)
-    with hurried():
+    with fast_registration():
         known, taken_for_tissue = (tissue_from_scan(dark, affine, data.mask, lesion=k).labels for k in (lesion, None))
     assert (taken_for_tissue[lesion] == 1).mean() > 0.95 > 0.9 > (known[lesion] == 1).mean()
 
 
-def test_without_refinement_the_atlas_decides_everywhere(data, hurried):
-    with hurried():
+def test_without_refinement_the_atlas_decides_everywhere(data, fast_registration):
+    with fast_registration():
         made = tissue_from_scan(data.voided / data.scale, data.source.affine, data.mask, refine="none")
     shares = made.registration.carry(made.registration.atlas.shares)
     told = (made.labels > 0) & shares.any(0)
     np.testing.assert_array_equal(made.labels[told], 1 + shares.argmax(0)[told])
 
 
-def test_a_failed_registration_is_not_refined(data, hurried, monkeypatch):
+def test_a_failed_registration_is_not_refined(data, fast_registration, monkeypatch):
     monkeypatch.setattr(tissue_segmentation, "by_mixture", lambda *_: pytest.fail("was refined"))
     noise = np.where(data.voided > 0, np.random.default_rng(0).uniform(0.2, 1, data.mask.shape), 0)
-    with hurried():
+    with fast_registration():
         assert tissue_from_scan(noise, data.source.affine, data.mask).registration.flaw
 
 

@@ -322,7 +322,7 @@ def test_the_module_runs_as_a_command():
 
 
 @pytest.fixture
-def scan(cohort_folder, tmp_path, hurried):
+def scan(cohort_folder, tmp_path, fast_registration):
     """The arguments of `prior` for a small case, and a point in its white matter, mm; registrations are shortened."""
     from ldm_lib.data.case import load_case
     from ldm_lib.data.cohort import find_cases
@@ -333,7 +333,7 @@ def scan(cohort_folder, tmp_path, hurried):
     seed = data.source.affine @ [*np.unravel_index(depth.argmax(), depth.shape), 1]
     words = ["prior", "--t1n-voided", str(case.t1n_voided), "--mask", str(case.mask),
              "--tissue", str(tmp_path / "t.nii.gz")]  # fmt: skip
-    with hurried():
+    with fast_registration():
         yield words, ",".join(f"{v:g}" for v in seed[:3])
 
 

@@ -43,8 +43,8 @@ def case(cases):
 
 
 @pytest.fixture(scope="module")
-def inpainter(tiny_draft_folder):
-    return Inpainter.load(tiny_draft_folder, device="cpu", precision="32")
+def inpainter(tiny_initial_estimate_folder):
+    return Inpainter.load(tiny_initial_estimate_folder, device="cpu", precision="32")
 
 
 def latent_of(autoencoder, image):
@@ -188,8 +188,8 @@ def test_a_model_states_the_standard_deviation_of_its_residuals(inpainter):
     [1.0], [1.0] * 4, [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("inf"), 1.0], [1.0, float("nan"), 1.0],
     ["much", 1.0, 1.0], "111", [10**400, 1.0, 1.0], 1.0, None, [[1.0]] * 3,
 ], ids=lambda std: str(std)[:20])  # fmt: skip
-def test_a_scale_that_cannot_be_is_rejected(tiny_draft_folder, tmp_path, std):
-    folder = shutil.copytree(tiny_draft_folder, tmp_path / "model")
+def test_a_scale_that_cannot_be_is_rejected(tiny_initial_estimate_folder, tmp_path, std):
+    folder = shutil.copytree(tiny_initial_estimate_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["settings"]["residual_std"] = std
     (folder / "config.json").write_text(json.dumps(config))

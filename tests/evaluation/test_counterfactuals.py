@@ -84,9 +84,9 @@ def test_tellings_differ_in_their_conditioning_alone(inpainter, free, data, case
     assert tellings(free, data, other=other)["empty"].guidance == 0
 
 
-def test_each_telling_has_the_draft_that_its_own_map_makes(tiny_draft_folder, data, cases):
+def test_each_telling_has_the_draft_that_its_own_map_makes(tiny_initial_estimate_folder, data, cases):
     """The draft reads the map too: a model that was shown the case's own beside another's map would give it away."""
-    mending, other = Inpainter.load(tiny_draft_folder, device="cpu", precision="32"), load_case(cases[2])
+    mending, other = Inpainter.load(tiny_initial_estimate_folder, device="cpu", precision="32"), load_case(cases[2])
     given = replace(data, tissue=np.where(data.tissue == 2, 3, data.tissue).astype(np.uint8))
     told, case = tellings(mending, data, other=other, given=given), grid_case(data, 2)
     maps = {"as used": data.tissue, "given": given.tissue, "shuffled": other.tissue, "empty": 0 * data.tissue}

@@ -98,10 +98,10 @@ def two(folder):
 
 
 @pytest.fixture(scope="module")
-def done(folder, tiny_draft_folder, tmp_path_factory):
+def done(folder, tiny_initial_estimate_folder, tmp_path_factory):
     """A folder of results, the table, and what was said."""
     output, said = tmp_path_factory.mktemp("done"), []
-    how = {"model": tiny_draft_folder, "tissue": "given", "pictures": 1, "say": said.append}
+    how = {"model": tiny_initial_estimate_folder, "tissue": "given", "pictures": 1, "say": said.append}
     return output, evaluate(folder, output, CONFIG, **how), said
 
 
@@ -123,8 +123,8 @@ def test_every_method_is_scored_in_every_case(done, two):
         assert {name: float(row[name]) for name in oracle} == pytest.approx(oracle, rel=1e-4)
 
 
-def test_what_is_filled_was_told_neither_the_truth_nor_a_growth(done, two, tiny_draft_folder, tmp_path):
-    inpainter = Inpainter.load(tiny_draft_folder, **HOW)
+def test_what_is_filled_was_told_neither_the_truth_nor_a_growth(done, two, tiny_initial_estimate_folder, tmp_path):
+    inpainter = Inpainter.load(tiny_initial_estimate_folder, **HOW)
     fill_cases(inpainter, [case.to_fill() for case in two], CONFIG, tmp_path, say=lambda line: None)
     written = {path.name: path.read_bytes() for path in (done[0] / "results").glob("*.nii.gz")}
     assert written == {path.name: path.read_bytes() for path in tmp_path.glob("*.nii.gz")} and len(written) == 2 * 5
@@ -147,11 +147,11 @@ def test_pictures_are_of_as_many_cases_as_were_asked_for(done, two):
     assert not (done[0] / "maps").exists(), "no map is made where those that came with the cases are asked for"
 
 
-def test_the_same_call_again_fills_nothing_and_says_the_same(done, folder, tiny_draft_folder):
+def test_the_same_call_again_fills_nothing_and_says_the_same(done, folder, tiny_initial_estimate_folder):
     output, table, said = done
     before = {path: path.stat().st_mtime_ns for path in (output / "results").glob("*.nii.gz")}
     again = []
-    how = {"model": tiny_draft_folder, "tissue": "given", "say": again.append}
+    how = {"model": tiny_initial_estimate_folder, "tissue": "given", "say": again.append}
     assert evaluate(folder, output, CONFIG, **how) == table
     assert [line.split(": ")[1].split()[0] for line in said] == ["filled"] * 2 + ["scored"] * 2
     assert [line.split(": ")[1] for line in again] == ["found"] * 2 + ["scored"] * 2
@@ -162,7 +162,7 @@ def test_the_same_call_again_fills_nothing_and_says_the_same(done, folder, tiny_
 
 
 def test_maps_are_made_of_scans_alone_even_where_some_were_given(
-    two, folder, tiny_draft_folder, tiny_model_folder, tmp_path, monkeypatch
+    two, folder, tiny_initial_estimate_folder, tiny_model_folder, tmp_path, monkeypatch
 ):
     """A stand-in whose atlas fits one case of the two: drafts and paint are told of that one only."""
     asked = []
@@ -172,7 +172,7 @@ def test_maps_are_made_of_scans_alone_even_where_some_were_given(
         return (case if case.key == two[0].key else case.with_maps(tissue=None)), []
 
     monkeypatch.setattr(module, "add_conditioning_maps", add_conditioning_maps)
-    for model, refine in ((tiny_model_folder, "mixture"), (tiny_draft_folder, "none")):
+    for model, refine in ((tiny_model_folder, "mixture"), (tiny_initial_estimate_folder, "none")):
         inpainter = Inpainter.load(model, device="cpu")
         list(module._equipped(two, tmp_path / "maps", inpainter, anew=True, say=lambda line: None))
         how = {"tissue": True, "growth": False, "refine": refine}
@@ -184,11 +184,11 @@ def test_maps_are_made_of_scans_alone_even_where_some_were_given(
     assert draft.endswith("|  |") and draft.count(", 0.") == 1
 
 
-def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_draft_folder, tmp_path, monkeypatch):
+def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_initial_estimate_folder, tmp_path, monkeypatch):
     drawn = []
     plot = case_plots.plot
     monkeypatch.setattr(case_plots, "plot", lambda data, views: drawn.append(list(views)) or plot(data, views))
-    how = {"model": tiny_draft_folder, "tissue": "given", "pictures": 1, "say": lambda line: None}
+    how = {"model": tiny_initial_estimate_folder, "tissue": "given", "pictures": 1, "say": lambda line: None}
     table = evaluate(folder, tmp_path, QUICK, **how)
     assert "mean of" not in table and table.count("| one sample |") == 2
     assert drawn == [["voided", ONE_SAMPLE, "truth"]] and len(list(tmp_path.glob("*.png"))) == 1
@@ -199,9 +199,9 @@ def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_draft_folder, tmp_
     (QUICK.model_copy(update={"num_inference_steps": 5000}), 0, "5000"),
     (QUICK.model_copy(update={"sampler": "euler"}), 0, "'euler' given"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_before_any_map_is_made(folder, tiny_draft_folder, tmp_path, config, pictures, told):
+def test_what_cannot_be_is_refused_before_any_map_is_made(folder, tiny_initial_estimate_folder, tmp_path, config, pictures, told):
     with pytest.raises(ConfigError, match=told):
-        evaluate(folder, tmp_path / "out", config, model=tiny_draft_folder, pictures=pictures)
+        evaluate(folder, tmp_path / "out", config, model=tiny_initial_estimate_folder, pictures=pictures)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all; a folder belongs to one process; digests are what they say."""
+"""Files are written atomically; a folder belongs to one process; digests depend on content only."""
 
 import csv
 import hashlib
@@ -53,7 +53,7 @@ except RunError as error:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run folder to lock, let go at the end."""
+    """A run folder to lock, released at the end."""
     yield tmp_path / "run"
     FolderLock(tmp_path / "run").release()
 
@@ -77,7 +77,7 @@ def another_process_tries(folder, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=True).stdout
 
 
-def test_replacing_leaves_the_new_file_and_nothing_else(tmp_path):
+def test_replacing_leaves_only_the_new_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with path.open() as reader:
@@ -85,7 +85,7 @@ def test_replacing_leaves_the_new_file_and_nothing_else(tmp_path):
             partial.write_text("new")
             assert path.read_text() == "old"
         assert partial.parent == path.parent, "renaming works within a folder only"
-        assert reader.read() == "old", "whoever began to read the old file reads it to its end"
+        assert reader.read() == "old", "an open reader of the old file reads it to its end"
     assert path.read_text() == "new"
     assert names(tmp_path) == ["a.json"]
 
@@ -101,7 +101,7 @@ def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path, failure):
     assert names(tmp_path) == ["a.json"]
 
 
-def test_replacing_that_wrote_nothing_fails_and_keeps_the_old_file(tmp_path):
+def test_replacing_without_writing_fails_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with pytest.raises(FileNotFoundError, match=r"a\.json"), replacing(path):
@@ -109,7 +109,7 @@ def test_replacing_that_wrote_nothing_fails_and_keeps_the_old_file(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_write_json_is_sorted_readable_and_the_same_content(tmp_path):
+def test_write_json_is_sorted_and_indented(tmp_path):
     content = {"b": np.float32(0.5), "a": {"d": Path("x/y"), "c": np.int64(3)}}
     write_json(tmp_path / "a.json", content)
     text = (tmp_path / "a.json").read_text()
@@ -137,7 +137,7 @@ def test_fingerprint_does_not_depend_on_the_order_of_keys():
 
 
 @pytest.mark.parametrize("other", [{"a": [2, 1]}, {"a": [1, 2, 3]}, {"b": [1, 2]}, {"a": ["1", "2"]}, {"a": [1.5, 2]}])
-def test_fingerprint_depends_on_everything_else(other):
+def test_fingerprint_depends_on_the_content(other):
     assert fingerprint(other) != fingerprint({"a": [1, 2]})
 
 
@@ -148,7 +148,7 @@ def test_sha256_is_that_of_the_bytes(tmp_path, size):
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
-def test_a_second_process_is_refused_and_told_by_whom(folder, holder):
+def test_a_second_process_is_rejected_with_the_owner_named(folder, holder):
     with pytest.raises(RunError, match=rf"run: locked by pid {holder.pid} since 20\d\d-.*\+00:00. Fix: wait"):
         FolderLock(folder)
 
@@ -160,15 +160,15 @@ def test_a_lock_is_free_again_when_its_owner_was_killed(folder, holder):
     assert f"locked by pid {os.getpid()} since" in another_process_tries(folder)
 
 
-def test_a_kernel_passes_under_the_lock_of_its_own_runner_only(folder):
+def test_a_kernel_works_under_the_lock_of_its_own_runner_only(folder):
     FolderLock(folder)
     assert another_process_tries(folder, **{OWNER_VARIABLE: str(os.getpid())}) == "taken\n"
     assert "locked by" in another_process_tries(folder, **{OWNER_VARIABLE: str(os.getpid() + 1)})
     assert "locked by" in another_process_tries(folder, **{OWNER_VARIABLE: str(os.getpid())[:-1]})
-    assert "locked by" in another_process_tries(folder), "the kernel's passing must not have freed it"
+    assert "locked by" in another_process_tries(folder), "the kernel must not have released it"
 
 
-def test_the_owner_may_ask_again_and_lets_go_once(folder):
+def test_the_owner_may_lock_again_and_releases_once(folder):
     first = FolderLock(folder)
     second = FolderLock(folder)
     del first
@@ -178,8 +178,8 @@ def test_the_owner_may_ask_again_and_lets_go_once(folder):
     second.release()
 
 
-def test_letting_go_works_while_a_forked_child_lives(folder):
-    """Loader processes inherit the open file; the lock must not live on in them."""
+def test_release_works_while_a_forked_child_lives(folder):
+    """Loader processes inherit the open file, but must not keep the lock."""
     lock = FolderLock(folder)
     child = subprocess.Popen(["sleep", "60"], pass_fds=[FolderLock._held[lock.path].fileno()])
     try:
@@ -196,7 +196,7 @@ def test_two_folders_have_two_locks(tmp_path, holder):
     lock.release()
 
 
-def test_a_link_in_the_locks_place_is_refused_and_not_followed(tmp_path):
+def test_a_symlink_in_place_of_the_lock_is_rejected_and_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".lock").symlink_to("precious")
     with pytest.raises(
@@ -207,14 +207,14 @@ def test_a_link_in_the_locks_place_is_refused_and_not_followed(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_json, lambda path, _: write_csv(path, [{"a": 1}])])
-def test_a_link_in_the_place_of_what_is_half_written_is_not_followed(tmp_path, write):
+def test_a_symlink_in_place_of_a_partial_file_is_not_followed(tmp_path, write):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / f".a.json.{os.getpid()}.part").symlink_to("precious")
     write(tmp_path / "a.json", {"a": 1})
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.json").is_symlink()
 
 
-def test_a_file_is_flushed_to_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+def test_a_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", {"old": 1})
     held = []
     monkeypatch.setattr(os, "fsync", lambda stream: held.append((tmp_path / "a.json").read_text()))
@@ -222,23 +222,23 @@ def test_a_file_is_flushed_to_the_disk_before_it_takes_its_name(tmp_path, monkey
     assert len(held) == 1 and "old" in held[0] and "new" in (tmp_path / "a.json").read_text()
 
 
-def test_what_is_no_file_is_never_replaced_by_one(tmp_path):
-    """A rename as root would put a file in the place of /dev/null."""
+def test_a_pipe_is_never_replaced_by_a_file(tmp_path):
+    """As root, a rename would replace /dev/null."""
     os.mkfifo(tmp_path / "pipe")
-    for refuse in (lambda path: write_json(path, {}), require_writable):
+    for write in (lambda path: write_json(path, {}), require_writable):
         with pytest.raises(InputError, match=r"pipe: is a device, a pipe or a socket\. Fix: name a file"):
-            refuse(tmp_path / "pipe")
+            write(tmp_path / "pipe")
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
 
-def test_a_path_that_no_system_has_is_told(tmp_path):
+def test_an_invalid_path_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="holds a zero byte"):
         require_writable(expand_path("a\0b"))
     with pytest.raises(ConfigError, match=r"nobody-here/a: no such user: ~name cannot be expanded"):
         require_writable(expand_path("~nobody-here/a"))
 
 
-def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"file/run: cannot be written \(Not a directory\)\. Fix: choose another"):
         FolderLock(tmp_path / "file" / "run")
@@ -249,7 +249,7 @@ def test_now_is_utc_to_the_second():
     assert abs(datetime.fromisoformat(now()).timestamp() - time.time()) < 3
 
 
-def test_digests_of_files_and_folders_and_of_nothing(tmp_path):
+def test_digests_of_files_and_folders(tmp_path):
     (tmp_path / "model" / "deeper").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "net.pth").write_bytes(b"net")
@@ -260,7 +260,7 @@ def test_digests_of_files_and_folders_and_of_nothing(tmp_path):
     assert found == {"model/config.json": json_digest, f"{here}/net.pth": net_digest, f"{here}/net.json": json_digest}
 
 
-def test_a_table_has_every_column_of_every_row_in_order_of_appearance(tmp_path):
+def test_a_csv_file_has_the_columns_of_all_rows_in_order_of_appearance(tmp_path):
     rows = [{"b": "1", "a": "x, y"}, {"a": 'say "z"', "c": "3"}]
     assert write_csv(tmp_path / "t.csv", rows) == ["b", "a", "c"]
     with (tmp_path / "t.csv").open(newline="") as stream:

@@ -1,4 +1,4 @@
-"""No run asks the network, needs one, shows what a name hides, or leaves what others may read."""
+"""No run uses or needs the network, executes HTML in names, or leaves files that others can read."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ TINY = {"synthetic_patients": 3, "autoencoder_steps": 20, "max_epochs": 1, "num_
 
 @functools.cache
 def empty_network():
-    """The words before a command that give it a network of its own, without a way out and with loopback down."""
+    """The words before a command that give it an empty network namespace, with loopback down."""
     words = ["unshare", "--net", "--map-root-user"]
     found = shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0
     return words if found else None
@@ -35,7 +35,7 @@ needs_namespace = pytest.mark.skipif(empty_network() is None, reason="this syste
 
 
 def confined(words, folder, *, before=()):
-    """Run a Python command with sockets blocked; what it left, and what was noted of its processes."""
+    """Run a Python command with sockets blocked; return its result, its processes and its connections."""
     log = folder / "sockets"
     paths = os.pathsep.join([str(BLOCKED), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = os.environ | {"PYTHONPATH": paths, "SOCKETS_LOG": str(log), OUTPUTS_VARIABLE: str(folder / "outputs")}
@@ -47,7 +47,7 @@ def confined(words, folder, *, before=()):
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory, cohort_folder):
-    """Stage 01, a folder of the data named to do harm and a header with a name in it: the run, and what is noted."""
+    """Stage 01 on data with a malicious folder name and a name in a header: the run, processes, connections."""
     folder = tmp_path_factory.mktemp("audit")
     data = folder / "data"
     shutil.copytree(cohort_folder, data)
@@ -64,21 +64,21 @@ def audited(tmp_path_factory, cohort_folder):
     return folder / "outputs" / "lab", noted, asked
 
 
-def test_a_stage_and_its_kernel_ask_nothing_of_the_network(audited):
+def test_a_stage_and_its_kernel_do_not_use_the_network(audited):
     _, noted, asked = audited
     assert [line for line in noted if "'ldm_lib'" in line] and [line for line in noted if "ipykernel" in line]
     assert asked == []
 
 
-def test_what_asks_would_be_noticed(tmp_path):
-    """The law above is worth what its watchman is."""
+def test_a_connection_would_be_noticed(tmp_path):
+    """The test above relies on this."""
     script = "import socket, urllib.request as r\ntry:\n r.urlopen('http://127.0.0.1:9')\nexcept OSError as e: print(e)"
     done, _, asked = confined(["-c", script], tmp_path)
     assert "names are not looked up here" in done.stdout and len(asked) == 1
 
 
-def test_a_name_that_is_html_is_shown_as_text(audited):
-    """A folder of the data may be called anything; reports show it in a table."""
+def test_html_in_a_name_is_shown_as_text(audited):
+    """A data folder can have any name; reports show it in a table."""
     folder, *_ = audited
     report = folder / "01_data_audit" / "report.html"
     assert IMAGE in (folder / "01_data_audit" / "exclusions.csv").read_text()
@@ -92,13 +92,13 @@ def test_a_name_that_is_html_is_shown_as_text(audited):
     assert "&lt;img src=x onerror=alert(1)&gt;" in report.read_text()
 
 
-def test_what_a_header_says_of_a_person_is_in_no_artefact(audited):
-    """The free text of a header is copied nowhere; only results written like their source keep it."""
+def test_personal_data_of_a_header_are_in_no_artefact(audited):
+    """Free text of a header is kept in results written like their source only."""
     files = [path for path in audited[0].rglob("*") if path.is_file()]
     assert len(files) > 8 and not [path for path in files if b"DOE^JOHN" in path.read_bytes()]
 
 
-def test_what_a_run_leaves_is_its_owners_alone(audited):
+def test_files_of_a_run_are_readable_by_their_owner_only(audited):
     paths = [audited[0], *audited[0].rglob("*")]
     open_to_others = {
         path.name: oct(path.stat().st_mode) for path in paths if stat.S_IMODE(path.stat().st_mode) & 0o077
@@ -108,9 +108,9 @@ def test_what_a_run_leaves_is_its_owners_alone(audited):
 
 
 @needs_namespace
-def test_cases_are_checked_and_filled_without_any_network(tmp_path, cases, tiny_model_folder):
+def test_cases_are_validated_and_inpainted_without_any_network(tmp_path, cases, tiny_model_folder):
     """In an empty network namespace, with sockets blocked too."""
-    case, output = cases[0], tmp_path / "filled.nii.gz"
+    case, output = cases[0], tmp_path / "inpainted.nii.gz"
     inpaint = ["inpaint", "--t1n-voided", case.t1n_voided, "--mask", case.mask, "--output", output,
                "--model", tiny_model_folder, "--steps", "2", "--device", "cpu"]  # fmt: skip
     commands = [["validate", case.mask.parents[1]], inpaint]
@@ -126,7 +126,7 @@ def test_cases_are_checked_and_filled_without_any_network(tmp_path, cases, tiny_
 @pytest.mark.slow
 @needs_namespace
 def test_all_six_notebooks_run_without_any_network(tmp_path):
-    """Both trackers on, loopback down: nothing is asked for, and every stage is done."""
+    """With both trackers on and loopback down, no connection is attempted and every stage is done."""
     settings = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
     words = ["-m", "ldm_lib", "run", "--preset", "smoke", "--run", "alone", *settings]
     done, noted, asked = confined(words, tmp_path, before=empty_network())

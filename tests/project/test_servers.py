@@ -1,4 +1,4 @@
-"""JupyterLab as `make lab` starts it: on this machine only, for who has the token only."""
+"""JupyterLab as `make lab` starts it: on this machine only, with a token."""
 
 import json
 import os
@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def test_both_servers_are_told_to_listen_on_this_machine_only():
+def test_both_servers_listen_on_this_machine_only():
     assert "--ServerApp.ip=127.0.0.1" in MAKEFILE and "mlflow ui --host 127.0.0.1 --port" in MAKEFILE
-    assert len(re.findall(r"jupyter |mlflow (?:ui|server)", MAKEFILE)) == 2, "another server: try it here"
+    assert len(re.findall(r"jupyter |mlflow (?:ui|server)", MAKEFILE)) == 2, "another server: test it here"
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder in which `make lab` finds what it needs; its settings, tokens and outputs are of this test alone."""
+    """A folder in which `make lab` works, with settings, tokens and outputs of its own."""
     scripts = tmp_path / "project" / ".venv" / "bin"
     scripts.mkdir(parents=True)
     (scripts / "jupyter").write_text(f"#!/bin/sh\nexec '{sys.executable}' -m jupyter \"$@\"\n")
@@ -40,7 +40,7 @@ def project(tmp_path):
 
 
 def settings(project, **server):
-    """The environment of a user who has set nothing but this in Jupyter's own settings."""
+    """The environment of a user with only these settings of Jupyter."""
     folder = project.parent / "jupyter"
     folder.mkdir(exist_ok=True)
     (folder / "jupyter_server_config.json").write_text(json.dumps({"ServerApp": {"open_browser": False, **server}}))
@@ -54,17 +54,17 @@ def lab(project):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    # Who is root must say so in his own settings; `make lab` never says it for him.
+    # Root must be allowed in the user's settings; `make lab` never allows it.
     environment = settings(project, allow_root=os.geteuid() == 0) | {"JUPYTER_PORT": str(port)}
     environment.pop("JUPYTER_TOKEN", None)
-    with (project.parent / "told").open("w") as told:
-        server = subprocess.Popen(["make", "lab"], cwd=project, env=environment, stdout=told, stderr=told,
+    with (project.parent / "log").open("w") as log:
+        server = subprocess.Popen(["make", "lab"], cwd=project, env=environment, stdout=log, stderr=log,
                                   start_new_session=True)  # fmt: skip
     try:
         for _ in range(600):
             if found := list((project.parent / "jupyter").glob("jpserver-*.json")):
                 break
-            assert server.poll() is None, (project.parent / "told").read_text()
+            assert server.poll() is None, (project.parent / "log").read_text()
             time.sleep(0.2)
         record = json.loads(found[0].read_text())
         assert record["port"] == port
@@ -75,7 +75,7 @@ def lab(project):
 
 
 @pytest.mark.slow
-def test_make_lab_is_for_this_machine_and_who_has_the_token(project):
+def test_make_lab_needs_the_token_and_serves_this_machine_only(project):
     with lab(project) as (group, port, token, record):
 
         def ask(path, method="GET", **headers):
@@ -93,7 +93,7 @@ def test_make_lab_is_for_this_machine_and_who_has_the_token(project):
         assert ask("/api/kernels", "POST", Origin="http://evil.example").status in (403, 404)
         answer = ask("/api/contents", Origin="http://evil.example")
         assert answer.status == 403 and not answer.getheader("Access-Control-Allow-Origin")
-        # The token is told on the terminal, and kept where its owner alone may read it; nowhere else.
+        # The token is printed on the terminal and kept in a file of mode 0600, nowhere else.
         assert stat.S_IMODE(record.stat().st_mode) == 0o600
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             try:
@@ -105,7 +105,7 @@ def test_make_lab_is_for_this_machine_and_who_has_the_token(project):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is rejected")
 def test_make_lab_does_not_serve_root(project):
     done = subprocess.run(
         ["make", "lab"], cwd=project, env=settings(project), capture_output=True, text=True, timeout=120

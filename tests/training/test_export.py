@@ -19,10 +19,10 @@ HOW = {"n_samples": 2, "steps": 3, "seed": 1}
 
 
 @pytest.fixture
-def stage(tiny_draft_folder, tmp_path):
+def stage(tiny_initial_estimate_folder, tmp_path):
     """A stage 04 as a training leaves it: model, and log beside it."""
     folder = tmp_path / "04_training"
-    shutil.copytree(tiny_draft_folder, folder / "model")
+    shutil.copytree(tiny_initial_estimate_folder, folder / "model")
     (folder / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
     edit(folder / "model", temperature=0.7, optimiser_steps=12, latent_crop=6)
     return folder
