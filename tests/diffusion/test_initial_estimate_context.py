@@ -167,9 +167,7 @@ def test_a_denoiser_of_no_residual_returns_the_initial_estimate(inpainter, cases
     drawn = silenced.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=3)[0]
     torch.testing.assert_close(drawn, latents["initial_estimate"], atol=1e-4, rtol=1e-4)
     filled = silenced(data, steps=3).mean
-    np.testing.assert_allclose(
-        filled, silenced.decode(latents["initial_estimate"], data), atol=1e-3 * data.scale
-    )
+    np.testing.assert_allclose(filled, silenced.decode(latents["initial_estimate"], data), atol=1e-3 * data.scale)
 
 
 def test_known_voxels_are_those_of_the_initial_estimate_whatever_is_sampled(inpainter, cases):

@@ -134,9 +134,7 @@ def test_a_case_is_encoded_alike_whatever_other_masks_there_are(sources, autoenc
     assert all(same(a, b) for a, b in zip(together[3:6], alone, strict=True))
 
 
-def test_only_the_first_variant_is_not_augmented_and_every_mask_has_its_own(
-    sources, autoencoder, tmp_path
-):
+def test_only_the_first_variant_is_not_augmented_and_every_mask_has_its_own(sources, autoencoder, tmp_path):
     drawn = []
 
     class Watched(Augmentation):
