@@ -10,7 +10,7 @@ data of a step are a function of (seed, step), so that a resumed training equals
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ldm_lib.autoencoder.crop_sampler import CropLoader
 from ldm_lib.autoencoder.fitting import fit_linear_parts, latent_statistics
@@ -242,15 +242,15 @@ def _take_steps(
     return history
 
 
-def moving_average(decay: float) -> Any:
-    """Return the update of an exponential moving average for torch's `AveragedModel`.
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """Return an update of exponential moving averages of weights whose decay rises, so that the start is forgotten.
 
-    The decay rises with the number of updates, so that the initial weights are forgotten.
+    The n-th update (from 0) has the decay min(decay, (1 + n) / (10 + n)).
     """
 
-    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
+    def update(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
         rate = min(decay, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averaged, current, 1 - rate)
+        get_ema_multi_avg_fn(rate)(averaged, current, updates)
 
     return update
 

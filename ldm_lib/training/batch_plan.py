@@ -1,8 +1,8 @@
-"""What a training sample is made of (order, variant, t, noise and latent augmentation), and the loss of a batch.
+"""Draw training samples: the order of cases, the encoding, t, noise and augmentation of latents.
 
-The sample is a function of (seed, optimiser step, index in the step's global batch) and of nothing else: not of the
-process, the rank, the worker or what was drawn before. So a training goes on from any step, and N processes train what
-one would.
+A sample is a function of (seed, optimiser step, index in the step's global batch) and of nothing else: not of the
+process, the rank, the worker or earlier draws. So a training resumes from any step, and N processes train what one
+would.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,47 +16,48 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_lib.diffusion.latents import Latents
-from ldm_lib.training.options import TrainingOptions
+from ldm_lib.training.options import TrainerOptions, TrainingOptions
 
 DEBUG_PAIRS = 16  # fixed (t, noise) pairs of the overfitting test; t from a tenth of the schedule to its end
 LEFT_RIGHT = 1  # axis of a latent (c x y z) in LPS
-LATENTS = ("voided", "target", "initial_estimate")  # what of a sample a mirror image changes the signs of
+LATENTS = ("voided", "target", "initial_estimate")  # parts of a sample whose signs change in a mirror image
 
-Place = tuple[int, int, int]  # optimiser step, index in its global batch, case
+SampleIndex = tuple[int, int, int]  # optimiser step, index in its global batch, case
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which case is where in every step, and which part of a step is whose.
+    """Assign training cases to optimiser steps, batches and processes.
 
     Attributes:
-        count: training cases.
-        rank, world: this process among all that train together.
+        count: number of training cases.
+        config: batch size, accumulation, epochs and seed.
+        rank, world: the number of this process, and of all that train together.
     """
 
     count: int
-    config: TrainingOptions
+    config: TrainerOptions
     rank: int = 0
     world: int = 1
 
     @property
     def global_batch(self) -> int:
-        """Samples of one optimiser step, over all processes and accumulated batches."""
+        """Return the samples of one optimiser step, over all processes and accumulated batches."""
         return self.config.batch_size * self.config.accumulate_grad_batches * self.world
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps until each case was used once; the last is filled from the epoch's start."""
+        """Return the optimiser steps of an epoch; its last batch is completed with cases from its start."""
         repeats = DEBUG_PAIRS if self.config.overfit_batches else 1
         return ceil(self.count * repeats / self.global_batch)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole training."""
+        """Return the optimiser steps of the whole training."""
         return self.steps_per_epoch * self.config.max_epochs
 
-    def places(self, step: int) -> list[Place]:
-        """The global batch of a step; an epoch's order is a permutation by (seed, epoch)."""
+    def sample_indices(self, step: int) -> list[SampleIndex]:
+        """Return the global batch of a step; an epoch's order is a permutation by (seed, epoch)."""
         epoch, k = divmod(step, self.steps_per_epoch)
         order = _permutation(self.config.seed, epoch, self.count)
         if self.config.overfit_batches:
@@ -64,14 +65,14 @@ class BatchPlan:
         first = k * self.global_batch
         return [(step, i, int(order[(first + i) % self.count])) for i in range(self.global_batch)]
 
-    def batches(self, step: int) -> list[list[Place]]:
-        """What this process does of a step: one list for each batch that it accumulates."""
-        places, size = self.places(step), self.config.batch_size
+    def batches(self, step: int) -> list[list[SampleIndex]]:
+        """Return this process's part of a step: one list for each batch that it accumulates."""
+        indices, size = self.sample_indices(step), self.config.batch_size
         starts = range(self.rank * size, self.global_batch, self.world * size)
-        return [places[start : start + size] for start in starts]
+        return [indices[start : start + size] for start in starts]
 
-    def batches_from(self, step: int) -> Iterator[list[Place]]:
-        """All that this process has yet to do, in order."""
+    def batches_from(self, step: int) -> Iterator[list[SampleIndex]]:
+        """Yield the batches of this process from a step to the end, in order."""
         for later in range(step, self.steps):
             yield from self.batches(later)
 
@@ -82,13 +83,13 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 class TrainingSamples(Dataset):
-    """Cached latents and, for each place in the plan, the random part of a training sample.
+    """Hold cached latents, and add the random parts of a training sample for each index of the plan.
 
     Args:
-        variants: per case, its encodings; one is asked for when a sample is made of it.
-        steps: of the noise schedule.
+        variants: the encodings of each case; one is read when a sample is drawn from it.
+        steps: steps of the noise schedule.
         global_batch: samples of one optimiser step.
-        mirror: signs (c,) with which flipped latents are those of the mirror image (`LinearCode.mirror`).
+        mirror: signs (c,) with which flipped latents are those of the mirror image (`LinearCodec.mirror`).
     """
 
     def __init__(
@@ -103,12 +104,12 @@ class TrainingSamples(Dataset):
         self.variants, self.config, self.steps, self.global_batch = list(variants), config, steps, global_batch
         self.signs = {} if mirror is None else dict.fromkeys(LATENTS, mirror.cpu().view(-1, 1, 1, 1))
 
-    def __getitem__(self, place: Place) -> Latents:
-        step, index, case = place
+    def __getitem__(self, sample_index: SampleIndex) -> Latents:
+        step, index, case = sample_index
         rng = np.random.default_rng([self.config.seed, step, index])
         sample = dict(self.variants[case][int(rng.integers(len(self.variants[case])))])
         if not self.config.overfit_batches:
-            sample = self._changed(sample, rng)
+            sample = self._augment(sample, rng)
         draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
         t = torch.randint(0, self.steps, (), generator=draw)
         if self.config.overfit_batches:
@@ -122,22 +123,22 @@ class TrainingSamples(Dataset):
         if self.config.outside_weight:
             sample["outside"] = 1 - sample["mask"]
         if self.config.conditioning_dropout:
-            told = self.config.overfit_batches or rng.random() >= self.config.conditioning_dropout
-            sample["conditioned"] = torch.tensor(float(bool(told)))
+            conditioned = self.config.overfit_batches or rng.random() >= self.config.conditioning_dropout
+            sample["conditioned"] = torch.tensor(float(bool(conditioned)))
         return sample | {"t": t, "noise": noise}
 
-    def _changed(self, sample: Latents, rng: np.random.Generator) -> Latents:
+    def _augment(self, sample: Latents, rng: np.random.Generator) -> Latents:
         if rng.random() < self.config.latent_flip_probability:
             sample = {n: tensor.flip(LEFT_RIGHT) * self.signs.get(n, 1) for n, tensor in sample.items()}
         if self.config.latent_crop:
-            sample = crop_around_hole(sample, self.config.latent_crop, rng)
+            sample = crop_around_mask(sample, self.config.latent_crop, rng)
         return sample
 
 
-def crop_around_hole(sample: Latents, edge: int, rng: np.random.Generator) -> Latents:
-    """Cut every tensor (c x y z) to at most `edge` cells an axis, somewhere around a random cell of the hole."""
-    hole = sample["mask"][0].nonzero().numpy()
-    centre = hole[rng.integers(len(hole))] + rng.integers(-(edge // 4), edge // 4 + 1, 3)
+def crop_around_mask(sample: Latents, edge: int, rng: np.random.Generator) -> Latents:
+    """Crop every tensor (c x y z) to at most `edge` latent voxels per axis, around a random one of the mask."""
+    masked = sample["mask"][0].nonzero().numpy()
+    centre = masked[rng.integers(len(masked))] + rng.integers(-(edge // 4), edge // 4 + 1, 3)
     shape = np.array(sample["mask"].shape[1:])
     corner = np.clip(centre - edge // 2, 0, np.maximum(shape - edge, 0))
     box = (slice(None), *(slice(int(c), int(c) + edge) for c in corner))

@@ -1,4 +1,4 @@
-"""Build the denoiser, at random or from a trained model."""
+"""Build the denoiser, with random weights or with those of a trained model."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ from ldm_lib.training.options import TrainingOptions
 
 
 def build_denoiser(config: TrainingOptions, *, in_channels: int, out_channels: int) -> ADM:
-    """The ADM that a training's parameters describe, its weights a function of the seed."""
+    """Build the ADM of a training's options; its weights are a function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return ADM(
@@ -36,56 +36,69 @@ def build_denoiser(config: TrainingOptions, *, in_channels: int, out_channels: i
         )
 
 
-def new_model(autoencoder_folder: Path, config: TrainingOptions, spec: LatentSpec) -> LatentDiffusion:
-    """The frozen autoencoder of a folder beside a denoiser that is untrained, or is that of the model to start from.
+def new_model(
+    autoencoder: Autoencoder | str | Path,
+    config: TrainingOptions,
+    spec: LatentSpec,
+    *,
+    start: LatentDiffusion | None = None,
+) -> LatentDiffusion:
+    """Combine a frozen autoencoder with a denoiser that is untrained, or that of the model to start from.
 
-    A model brings its own scale of what drafts lack.
+    Args:
+        autoencoder: as `load_model` returns it, or its folder.
+        spec: how cases become latents; a model to start from keeps its own scale of residuals.
+        start: the model to start from; without it that of the options, if they name one.
 
     Raises:
-        ConfigError: a model to start from that is not as the parameters say, with all that differs.
+        ConfigError: the model to start from differs from the options, with all that differs.
     """
     device = pick_device(config.device)
-    autoencoder = load_model(autoencoder_folder, Autoencoder)
+    if not isinstance(autoencoder, Autoencoder):
+        autoencoder = load_model(autoencoder, Autoencoder)
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, spec), out_channels=channels)
-    crop = 0 if config.overfit_batches else config.latent_crop
-    how = (
+    fresh = LatentDiffusion(
+        autoencoder.to(device),
+        denoiser.to(device),
+        noise_schedule(**config.process),
+        spec,
         device,
         pick_precision(config.precision, device),
-        config.prediction,
-        autoencoder.folder_config.get("box_margin"),
-        crop,
+        prediction=config.prediction,
+        box_margin=autoencoder.folder_config.get("box_margin"),
+        crop=0 if config.overfit_batches else config.latent_crop,
+        process=config.process,
     )
-    fresh = LatentDiffusion(autoencoder.to(device), denoiser.to(device), noise_schedule(**config.process), spec, *how,
-                            process=config.process)  # fmt: skip
-    return (
-        _taken_over(fresh, LatentDiffusion.load(config.start, device=config.device), config) if config.start else fresh
-    )
+    if config.start and start is None:
+        start = LatentDiffusion.load(config.start, device=config.device)
+    return _with_weights(fresh, start, config) if start else fresh
 
 
-def _taken_over(fresh: LatentDiffusion, model: LatentDiffusion, config: TrainingOptions) -> LatentDiffusion:
-    """The weights of a model in the place of untrained ones, if all else is the same."""
-    wanted = fresh.spec.model_copy(update={"residual_std": model.spec.residual_std})
+def _with_weights(fresh: LatentDiffusion, start: LatentDiffusion, config: TrainingOptions) -> LatentDiffusion:
+    """Replace untrained weights by those of a model, if all else is equal."""
+    spec = fresh.spec.model_copy(update={"residual_std": start.spec.residual_std})
     pairs = {
-        "autoencoder": _digests(model.autoencoder, fresh.autoencoder),
-        "prediction": (model.prediction, fresh.prediction),
-        **_both(model.denoiser.config, fresh.denoiser.config),
-        **_both(model.spec.model_dump(), wanted.model_dump()),
-        **_both(model.denoiser.folder_config["schedule"], config.process),
+        "autoencoder": _digests(start.autoencoder, fresh.autoencoder),
+        "prediction": (start.prediction, fresh.prediction),
+        **_pairs(start.denoiser.config, fresh.denoiser.config),
+        **_pairs(start.spec.model_dump(), spec.model_dump()),
+        **_pairs(start.process, config.process),
     }
-    if told := [f"{name} is {was!r}, not {now!r}" for name, (was, now) in pairs.items() if was != now]:
-        raise ConfigError("; ".join(told), where="the model to start from", fix="set them alike, or start from noise")
-    fresh.denoiser.load_state_dict(model.denoiser.state_dict())
-    return replace(fresh, spec=wanted, temperature=model.temperature)
+    if found := [f"{name} is {was!r}, not {now!r}" for name, (was, now) in pairs.items() if was != now]:
+        raise ConfigError("; ".join(found), where="the model to start from",
+                          fix="set the options to these values, or start from random weights")  # fmt: skip
+    fresh.denoiser.load_state_dict(start.denoiser.state_dict())
+    return replace(fresh, spec=spec, temperature=start.temperature)
 
 
 def _digests(theirs: nn.Module, ours: nn.Module) -> tuple[str, str]:
-    """Of two autoencoders; alike for equal numbers, which differ as files where one was written in half precision."""
+    """Return the digests of two autoencoders, equal for equal weights (files differ if one is in half precision)."""
     pairs = zip(theirs.state_dict().values(), ours.state_dict().values(), strict=False)
     same = theirs.config == ours.config and all(torch.equal(a, b) for a, b in pairs)
     digests = [each.folder_config["sha256"][:12] for each in (theirs, theirs if same else ours)]
     return digests[0], digests[1]
 
 
-def _both(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _pairs(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {name: (theirs.get(name), value) for name, value in ours.items() if name != "dropout"}

@@ -1,7 +1,7 @@
-"""The denoiser that a training's parameters describe, and the error of its answers at some noise level.
+"""Compute the loss of the denoiser, and its error by noise level.
 
-x_t = α_t z_target + σ_t ε;  loss = mean over samples of mean over a sample's generated cells of
-weight(t) (ADM(composite of x_t, conditioning, mask, t) - what was asked for)^2      (Ho et al. 2020, eq. 14)
+x_t = α_t z_target + σ_t ε;  loss = mean over samples of mean over the latent voxels of a sample's mask of
+weight(t) (ADM(composite of x_t, conditioning, mask, t) - prediction target)^2      (Ho et al. 2020, eq. 14)
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,31 +16,30 @@ from ldm_lib.training.options import TrainingOptions
 
 
 def training_loss(network: nn.Module, batch: Latents, model: LatentDiffusion, config: TrainingOptions) -> Tensor:
-    """The error of what the network answers, weighted by noise level and, if asked, told of the known cells too.
+    """Return the masked error of the prediction, weighted by noise level.
 
-    Known cells are clean in x_t, so that the pair they were made of is (z_voided, no noise); that is what is asked for
-    there, whatever is predicted.
+    With `outside_weight` the known latent voxels count too. They are clean in x_t, so that they were made of
+    (z_voided, no noise): that pair gives their prediction target.
     """
-    schedule, how, t = model.schedule, model.prediction, batch["t"]
-    _, answer = _answer(network, batch, model)
-    weight = min_snr_weight(how, schedule, t, config.min_snr_gamma) if config.min_snr_gamma else None
-    loss = masked_loss(
-        answer, prediction_target(how, schedule, batch["target"], batch["noise"], t), batch["loss"], weight
-    )
+    schedule, kind, t = model.schedule, model.prediction, batch["t"]
+    _, prediction = _predict(network, batch, model)
+    weight = min_snr_weight(kind, schedule, t, config.min_snr_gamma) if config.min_snr_gamma else None
+    target = prediction_target(kind, schedule, batch["target"], batch["noise"], t)
+    loss = masked_loss(prediction, target, batch["loss"], weight)
     if config.outside_weight:
-        known = prediction_target(how, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
-        loss = loss + config.outside_weight * masked_loss(answer, known, batch["outside"], weight)
+        known = prediction_target(kind, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
+        loss = loss + config.outside_weight * masked_loss(prediction, known, batch["outside"], weight)
     return loss
 
 
 def noise_loss(network: nn.Module, batch: Latents, model: LatentDiffusion) -> Tensor:
-    """The error of the noise in the generated cells, whatever the network predicts."""
-    noisy, answer = _answer(network, batch, model)
-    _, noise = to_x0_and_noise(model.prediction, model.schedule, answer, noisy, batch["t"])
+    """Return the masked error of the noise, whatever the network predicts."""
+    noisy, prediction = _predict(network, batch, model)
+    _, noise = to_x0_and_noise(model.prediction, model.schedule, prediction, noisy, batch["t"])
     return masked_loss(noise, batch["noise"], batch["loss"])
 
 
-def _answer(network: nn.Module, batch: Latents, model: LatentDiffusion) -> tuple[Tensor, Tensor]:
+def _predict(network: nn.Module, batch: Latents, model: LatentDiffusion) -> tuple[Tensor, Tensor]:
     noisy = model.schedule.add_noise(batch["target"], batch["noise"], batch["t"])
     shown = denoiser_input(noisy, batch, model.spec)
     return noisy, network(shown, batch["t"], batch.get("conditioned")).float()
@@ -55,16 +54,19 @@ def loss_by_noise_level(
     levels: int = 10,
     ends: bool = True,
 ) -> list[dict[str, float]]:
-    """The noise loss of each network at evenly spaced t, of the same noise: rows of {"t", name: loss, ...}.
+    """Return the noise loss of each network at evenly spaced t, with the same noise.
 
-    The last t is left out where it holds no signal: the noise is x_t itself there, and the error says nothing.
+    The last t is left out where it holds no signal: there x_t is the noise itself.
 
     Args:
-        ends: whether the first and the last t are among the levels, or beside them.
+        ends: whether the first and the last t are among the levels, or just outside.
+
+    Returns:
+        Rows of {"t", name: loss, ...}.
     """
     last = model.schedule.steps - 1 - bool(model.schedule.alpha[-1] == 0)
     times = torch.linspace(0, last, levels) if ends else torch.linspace(0, last, levels + 2)[1:-1]
-    noise = [torch.randn(x["target"].shape, generator=torch.Generator().manual_seed(seed)) for x in latents]
+    noise = [_seeded_noise(x["target"], seed) for x in latents]
     rows = []
     for t in times.round().long():
         batch = collate([x | {"t": t, "noise": n} for x, n in zip(latents, noise, strict=True)])
@@ -76,21 +78,25 @@ def loss_by_noise_level(
 
 
 def noisy_composite(batch: Latents, model: LatentDiffusion, *, t: int, seed: int) -> Tensor:
-    """Known cells clean, the others at noise level t: the first channels of what the denoiser sees (b c x y z)."""
-    noise = torch.randn(batch["target"].shape, generator=torch.Generator().manual_seed(seed))
+    """Return the first input channels of the denoiser (b c x y z): known latent voxels clean, others at level t."""
+    noise = _seeded_noise(batch["target"], seed)
     times = torch.full((len(noise),), t)
     return keep_known(model.schedule.add_noise(batch["target"], noise, times), batch)
 
 
-def masked_loss(answer: Tensor, wanted: Tensor, cells: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over samples of the mean squared error over a sample's cells.
+def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the mean over samples of the mean squared error over a sample's mask.
 
     Args:
-        answer, wanted: (b c x y z).
-        cells: (b 1 x y z), 1 where the loss counts; a sample without such cells adds nothing.
-        weight: (b,) of the samples' errors; none counts all alike.
+        prediction, target: (b c x y z).
+        mask: (b 1 x y z), 1 where the loss counts; a sample with an empty mask adds nothing.
+        weight: (b,) of the samples' errors; without it all weigh the same.
     """
-    error = ((answer.float() - wanted.float()).square() * cells).sum(dim=(1, 2, 3, 4))
-    count = cells.sum(dim=(1, 2, 3, 4)) * answer.shape[1]
+    error = ((prediction.float() - target.float()).square() * mask).sum(dim=(1, 2, 3, 4))
+    count = mask.sum(dim=(1, 2, 3, 4)) * prediction.shape[1]
     each = error / count.clamp(min=1)
     return (each if weight is None else each * weight.to(each)).mean()
+
+
+def _seeded_noise(like: Tensor, seed: int) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))

@@ -4,25 +4,26 @@ A training may be killed or run out of disk space at any moment: the same comman
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
+from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
-from ldm_lib.data.case import Case, CaseData
+from ldm_lib.data.case import Case, CaseData, load_case
+from ldm_lib.data.cohort import with_target
 from ldm_lib.diffusion.latent_cache import CachedCase, LatentCache
-from ldm_lib.diffusion.latents import Latents
+from ldm_lib.diffusion.latents import Latents, LatentSpec
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.errors import ConfigError, TrainingError
 from ldm_lib.files import AUTOENCODER_FOLDER, fingerprint
-from ldm_lib.model_io import save_model
+from ldm_lib.model_io import load_model, without_derived
 from ldm_lib.options import names
 from ldm_lib.training import checkpoints
 from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples
-from ldm_lib.training.distributed import WHOLE, Processes
+from ldm_lib.training.distributed import Processes
+from ldm_lib.training.initialise import new_model
 from ldm_lib.training.loop import TrainingLoop
 from ldm_lib.training.options import NO_TRACKERS, SHARED_OUT, TrackerOptions, TrainingOptions
 from ldm_lib.training.step import Trainer
@@ -31,14 +32,70 @@ from ldm_lib.training.validation import Validation
 
 log = logging.getLogger("ldm_lib")
 
-SPARE_COPIES = 3  # checkpoints on the disk at once: two to go on from, and the one that is being written
-COPY_TENSORS = 4  # sets of weights in one: the denoiser, its average and two moments
-OF_GLOBAL_BATCH = {"batch_size", "accumulate_grad_batches", "devices"}  # how a global batch comes about
+COPY_TENSORS = 4  # sets of weights in a checkpoint: the denoiser, its average and two moments
+OF_GLOBAL_BATCH = {"batch_size", "accumulate_grad_batches", "devices"}  # options that a global batch is a product of
+
+
+def train_denoiser(
+    model: LatentDiffusion | Autoencoder,
+    cases: Sequence[Case],
+    options: TrainingOptions | None = None,
+    *,
+    folder: str | Path,
+    validation_cases: Sequence[Case] = (),
+    spec: LatentSpec | None = None,
+) -> LatentDiffusion:
+    """Train a denoiser in the latent space of an autoencoder; an interrupted training resumes from its folder.
+
+    Args:
+        model: a trained autoencoder, for a denoiser from random weights; or a model whose training continues.
+        cases: training cases, with a target.
+        options: architecture and training; the defaults suit a first trial, not a good result.
+        folder: takes latents/, autoencoder/, checkpoints/, metrics.csv and the validation's samples/ and panels/.
+        validation_cases: cases with a target, of other patients; the first `val_cases` are scored.
+        spec: how cases become latents and conditioning; that of the model, or the default one.
+
+    Returns:
+        The model with the averaged (EMA) weights; `save` writes it.
+
+    Raises:
+        ConfigError: the architecture of a given model differs from the options.
+        TrainingError: a loss that is not finite, or a checkpoint of another training in the folder.
+
+    Example:
+        >>> import ldm_lib as ldm
+        >>> from ldm_lib.training.options import TrainingOptions
+        >>> cases = ldm.make_synthetic_cohort(folder, n_patients=2, spacing_mm=8)
+        >>> autoencoder = ldm.Autoencoder.load(model)
+        >>> options = TrainingOptions(base_width=8, multipliers="1", attention_rates="1", max_epochs=1, device="cpu")
+        >>> trained = ldm.train_denoiser(autoencoder, cases[:2], options, folder=folder / "training")
+        >>> trained.prediction, trained.spec.context
+        ('velocity', 'composite')
+        >>> digest = trained.save(folder / "model")
+    """
+    options, folder = options or TrainingOptions(), Path(folder)
+    _require_disjoint(cases, validation_cases)
+    given = model if isinstance(model, Autoencoder) else model.autoencoder
+    given.save(folder / AUTOENCODER_FOLDER, **without_derived(getattr(given, "folder_config", {})))
+    autoencoder = load_model(folder / AUTOENCODER_FOLDER, Autoencoder)
+    start = replace(model, autoencoder=autoencoder) if isinstance(model, LatentDiffusion) else None
+    initial = new_model(autoencoder, options, spec or (start.spec if start else LatentSpec()), start=start)
+    cache = latent_cache(initial, options, folder)
+    cached, validation, _ = encode(cache, with_target(cases), validation_cases, options)
+    variants = {entry.case.key: entry for entry in cached}
+    loaded, latents = [load_case(entry.case) for entry in validation], [entry[0] for entry in validation]
+    return trained_model(train(initial, variants, loaded, latents, options, folder), folder)
+
+
+def _require_disjoint(cases: Sequence[Case], validation_cases: Sequence[Case]) -> None:
+    if shared := {case.patient for case in cases} & {case.patient for case in validation_cases}:
+        raise ConfigError(f"patients {', '.join(sorted(shared)[:3])} are among both training and validation cases",
+                          where="train_denoiser", fix="split the cases by patient")  # fmt: skip
 
 
 def latent_cache(model: LatentDiffusion, config: TrainingOptions, run_folder: Path) -> LatentCache:
-    """The encoded cases of a run, in its folder `latents`."""
-    change = Augmentation(
+    """Return the cache of encoded cases in the folder `latents` of a run."""
+    augmentation = Augmentation(
         config.flip_probability, config.rotation_degrees, config.intensity_shift, config.tissue_deformation_mm
     )
     return LatentCache(
@@ -48,7 +105,7 @@ def latent_cache(model: LatentDiffusion, config: TrainingOptions, run_folder: Pa
         model.spec,
         device=model.device,
         precision=model.precision,
-        augmentation=change,
+        augmentation=augmentation,
         seed=config.seed,
     )
 
@@ -56,20 +113,24 @@ def latent_cache(model: LatentDiffusion, config: TrainingOptions, run_folder: Pa
 def encode(
     cache: LatentCache, training: Sequence[Case], validation: Sequence[Case], config: TrainingOptions
 ) -> tuple[list[CachedCase], list[CachedCase], list[dict[str, Any]]]:
-    """Cases to train on, cases to watch, and what encoding them cost; in debug mode the watched are trained on."""
+    """Encode training and validation cases; with `overfit_batches` training cases are validated.
+
+    Returns:
+        Training cases, validation cases, and a row of costs for each of the two.
+    """
     cached = cache.encode(training, variants=1 if config.overfit_batches else config.cache_variants)
     costs = [{"cases": "training"} | cache.costs]
-    if config.overfit_batches:
-        return cached, cached[: config.val_cases], costs
-    watched = cache.encode(validation[: config.val_cases])
-    return cached, watched, costs + [{"cases": "watched"} | cache.costs]
+    if config.overfit_batches or not validation:
+        return cached, cached[: config.val_cases] if config.overfit_batches else [], costs
+    validated = cache.encode(validation[: config.val_cases])
+    return cached, validated, costs + [{"cases": "validation"} | cache.costs]
 
 
 def train(
     model: LatentDiffusion,
     variants: Mapping[str, Sequence[Latents]],
-    watched: Sequence[CaseData],
-    watched_latents: Sequence[Latents],
+    validation: Sequence[CaseData],
+    validation_latents: Sequence[Latents],
     config: TrainingOptions,
     folder: Path,
     *,
@@ -78,64 +139,65 @@ def train(
     """Train, or resume from the newest checkpoint, and return the trainer at its end.
 
     Args:
-        variants: key of each training case -> its encodings, in memory or read when asked for (`cache.CachedCase`).
-        watched: loaded cases with a target, to validate on; their encodings in the same order.
+        variants: the encodings of each training case by its key, in memory or read when needed (`CachedCase`).
+        validation: loaded validation cases with a target; their encodings in the same order.
         folder: of the stage; takes checkpoints/, samples/, panels/, metrics.csv and the trackers' files.
-        tracking: experiment trackers; metrics.csv is written anyway.
+        tracking: experiment trackers; metrics.csv is always written.
 
     Raises:
         ConfigError: another number of processes than `devices`, while there is something left to train.
         TrainingError: a loss that is not finite, a checkpoint of another training, or one that cannot be written.
         WeightsError: each checkpoint is damaged.
-        InterruptionError: it was asked to end by a signal, and has saved.
+        InterruptionError: a signal requested the end; the state is saved.
     """
     if config.overfit_batches:
         variants = dict([(k, [v[0]]) for k, v in variants.items()][: config.overfit_batches * config.batch_size])
     processes = Processes(model.device, model.precision)
-    plan = BatchPlan(len(variants), config, processes.rank, config.devices)
-    trainer = Trainer(model, config, plan, processes)
-    validation = Validation(watched, watched_latents, config, folder)
-    identity = _identity(trainer, model, list(variants), [data.case.key for data in watched])
+    trainer = Trainer(model, config, BatchPlan(len(variants), config, processes.rank, config.devices), processes)
+    identity = _identity(trainer, model, list(variants), [data.case.key for data in validation])
     _resume(trainer, identity, folder / "checkpoints")
     if trainer.complete:
         log.info("already complete after %d steps", trainer.step)
         return trainer
     if processes.world != config.devices:
         (folder / SHARED_OUT).unlink(missing_ok=True)  # its checkpoints are gone, whatever was noted
-        cause = f"devices = {config.devices}: {processes.world} here, after step {trainer.step} of {plan.steps}"
+        cause = f"devices = {config.devices}: {processes.world} here, after step {trainer.step} of {trainer.plan.steps}"
         fix = f"run `make train DEVICES={config.devices} RUN={folder.parent.name}`, then this again"
         raise ConfigError(cause, where="training", fix=fix)
-    how = {"global_batch": plan.global_batch, "mirror": model.autoencoder.mirror}
-    samples = TrainingSamples(list(variants.values()), config, model.schedule.steps, **how)
-    figures = trackers(config, tracking, folder, from_step=trainer.step) if processes.rank == 0 else None
+    samples = TrainingSamples(list(variants.values()), config, model.schedule.steps,
+                              global_batch=trainer.plan.global_batch, mirror=model.autoencoder.mirror)  # fmt: skip
+    scored = Validation(validation, validation_latents, config, folder)
+    tracked = trackers(config, tracking, folder, from_step=trainer.step) if processes.rank == 0 else None
     failed = True
     try:
-        TrainingLoop(trainer, samples, list(variants), validation, figures, folder, identity).run()
+        TrainingLoop(trainer, samples, list(variants), scored, tracked, folder, identity).run()
         failed = False
     finally:
-        if figures:
-            figures.close(failed=failed)
+        if tracked:
+            tracked.close(failed=failed)
     return trainer
 
 
-def _identity(trainer: Trainer, model: LatentDiffusion, cases: list[str], watched: list[str]) -> dict[str, Any]:
-    """What a checkpoint belongs to; it is of no use to a training that differs in any of it."""
+def _identity(
+    trainer: Trainer, model: LatentDiffusion, cases: list[str], validation_cases: list[str]
+) -> dict[str, Any]:
+    """Describe the training that a checkpoint belongs to; a training that differs in any of it cannot use it."""
     settings = {name: value for name, value in trainer.config.tracked().items() if name in TrainingOptions.model_fields}
     settings = {name: value for name, value in settings.items() if name not in OF_GLOBAL_BATCH}
     settings["start_dir"] = bool(settings["start_dir"])  # no path: a checkpoint may be passed on
     return {
         "architecture": trainer.denoiser.config,
         "autoencoder": model.autoencoder.folder_config["sha256"],
-        "cells": model.spec.model_dump(),
+        "latents": model.spec.model_dump(),
         "training cases": f"{len(cases)}, {fingerprint(cases)[:12]}",
-        "watched cases": f"{len(watched)}, {fingerprint(watched)[:12]}",
+        "validation cases": f"{len(validation_cases)}, {fingerprint(validation_cases)[:12]}",
         "global batch": trainer.plan.global_batch,
         "settings": settings,
     }
 
 
 def _resume(trainer: Trainer, identity: Mapping[str, Any], folder: Path) -> None:
-    """Take over the newest checkpoint that is whole; see that there is room for more."""
+    """Restore the newest checkpoint that verifies, and require free space for the next ones."""
     if trainer.processes.rank == 0:
         checkpoints.remove_orphans(folder)
     trainer.processes.wait()
@@ -143,37 +205,36 @@ def _resume(trainer: Trainer, identity: Mapping[str, Any], folder: Path) -> None
         path, content = found
         allowed = set(names(trainer.config.allow_change))
         allowed |= {"global batch"} if allowed & OF_GLOBAL_BATCH else set()
-        if told := checkpoints.differences(content["identity"], identity, allowed):
-            fix = "undo the change, name it in allow_change, or set overwrite to train anew"
-            raise TrainingError(f"is of another training: {'; '.join(told)}", where=path, fix=fix)
+        if changes := checkpoints.differences(content["identity"], identity, allowed):
+            fix = "undo the change, name it in allow_change, or set overwrite to train from the start"
+            raise TrainingError(f"is of another training: {'; '.join(changes)}", where=path, fix=fix)
         trainer.load(content)
         trainer.processes.wait()  # until all have read
         if trainer.processes.rank == 0:
             checkpoints.remove_newer(path)
-        log.info("training taken up again after step %d", trainer.step)
+        log.info("training resumed after step %d", trainer.step)
     if not trainer.complete:
         copy = COPY_TENSORS * sum(p.numel() * p.element_size() for p in trainer.denoiser.parameters())
-        checkpoints.require_room(folder, (SPARE_COPIES - len(checkpoints.resumable(folder))) * copy)
+        checkpoints.require_room(folder, (checkpoints.KEPT + 1 - len(checkpoints.resumable(folder))) * copy)
+
+
+def trained_model(trainer: Trainer, folder: Path) -> LatentDiffusion:
+    """Return the model with the averaged weights that `keep_weights` names: the last, or the best validation's.
+
+    Args:
+        folder: of the stage, where the best weights are kept in checkpoints/.
+    """
+    if trainer.config.keep_weights == "best" and trainer.best:
+        best = checkpoints.read_verified(folder / "checkpoints" / trainer.best[0][1])
+        trainer.average.load_state_dict(best["average"])
+    return trainer.model
 
 
 def save_trained(trainer: Trainer, autoencoder_folder: Path, folder: Path) -> str:
-    """Write the averaged denoiser and the autoencoder it belongs to as one model folder; return its sha256.
+    """Write the trained model and its autoencoder as one model folder; return the sha256 of its weights.
 
-    With `keep_weights` "best" they are those of the best validation, read from the stage's checkpoints.
+    Args:
+        folder: to write, inside the folder of the stage.
     """
-    config, model = trainer.config, trainer.model
-    if config.keep_weights == "best" and trainer.best:
-        best = checkpoints.read_verified(folder.parent / "checkpoints" / trainer.best[0][1])
-        set_model_state_dict(trainer.average, best["average"], options=WHOLE)
-    shutil.copytree(autoencoder_folder, folder / AUTOENCODER_FOLDER, dirs_exist_ok=True)
-    return save_model(
-        folder,
-        trainer.model.denoiser,
-        schedule=config.process,
-        settings=model.spec.model_dump(),
-        prediction=config.prediction,
-        latent_crop=model.crop,
-        autoencoder_sha256=model.autoencoder.folder_config["sha256"],
-        temperature=model.temperature,
-        optimiser_steps=trainer.step,
-    )
+    model = trained_model(trainer, folder.parent)
+    return model.save(folder, autoencoder_folder=autoencoder_folder, optimiser_steps=trainer.step)

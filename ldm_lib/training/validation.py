@@ -1,15 +1,15 @@
-"""What a training is judged by while it runs: fixed cases, filled with fixed noise and scored in image space."""
+"""Validate a training: inpaint fixed cases with fixed noise, and score them in image space."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.volume import normalise, write_like, write_map
 from ldm_lib.diffusion.latents import Latents
 from ldm_lib.diffusion.model import LatentDiffusion
+from ldm_lib.diffusion.unet import ADM
 from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, Inpainter, sample_name
 from ldm_lib.plots.figures import planes
@@ -18,13 +18,15 @@ from ldm_lib.training.options import TrainingOptions
 
 LEVELS = 5  # noise levels of `val_noise_loss`
 PANEL_DPI = 60
-BY_LEVEL = "val_noise_loss_t"  # what the figures of single levels begin with
+BY_LEVEL = "val_noise_loss_t"  # prefix of the metrics of single levels
 
 
 class Validation:
-    """Cases with a target, and their encodings in the same order.
+    """Score fixed cases that have a target.
 
     Args:
+        cases: loaded cases; none to train without validation.
+        latents: their encodings, in the same order.
         folder: of the stage; takes samples/ and panels/.
     """
 
@@ -34,14 +36,14 @@ class Validation:
         self.cases, self.latents, self.config, self.folder = list(cases), list(latents), config, folder
 
     def scores(
-        self, model: LatentDiffusion, raw: nn.Module, *, epoch: int, share: slice, alive: Callable[[], None]
+        self, model: LatentDiffusion, raw: ADM, *, epoch: int, share: slice, alive: Callable[[], None]
     ) -> dict[int, dict[str, float]]:
-        """Number of each case in this share -> its figures.
+        """Return the metrics of each case of this process, by its number.
 
         Args:
             model: with the averaged weights.
-            raw: the denoiser as it is optimised, for comparison.
-            share: of the cases, for this process.
+            raw: the denoiser that is optimised, for comparison.
+            share: the cases of this process.
             alive: called before each case.
         """
         found = {}
@@ -51,38 +53,38 @@ class Validation:
         return found
 
     def _score(self, k: int, model: LatentDiffusion, epoch: int) -> dict[str, float]:
-        data, steps = self.cases[k], self.config.num_inference_steps
-        name, how = sample_name(data.case, 0), {"seed": self.config.seed, "sampler": DEFAULT_SAMPLER}
-        drawn = model.sample(self.latents[k], [name], steps=steps, **how)
-        filled = Inpainter(model).decode(drawn[0], data)
-        error = normalise(filled, data.scale) - normalise(data.target, data.scale)
-        scores = brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
-        self._write_sample(data, filled, epoch)
+        data = self.cases[k]
+        sampled = model.sample(self.latents[k], [sample_name(data.case, 0)], seed=self.config.seed,
+                               sampler=DEFAULT_SAMPLER, steps=self.config.num_inference_steps)  # fmt: skip
+        inpainted = Inpainter(model).decode(sampled[0], data)
+        error = normalise(inpainted, data.scale) - normalise(data.target, data.scale)
+        scores = brats_scores(inpainted, data.target, data.voided, data.scored, where=data.case.key)
+        self._write_sample(data, inpainted, epoch)
         if k == 0:
-            self._draw(data, filled, epoch)
+            self._draw(data, inpainted, epoch)
         return {"val_loss": float(np.mean(error**2)), "val_psnr": scores["psnr_01"], "val_ssim": scores["ssim"]}
 
-    def _noise_losses(self, k: int, model: LatentDiffusion, raw: nn.Module) -> dict[str, float]:
-        """The noise error at fixed t and noise, of the averaged weights and of the raw ones."""
+    def _noise_losses(self, k: int, model: LatentDiffusion, raw: ADM) -> dict[str, float]:
+        """Return the noise loss at fixed t and noise, with the averaged weights and the raw ones."""
         networks = {"ema": model.denoiser, "raw": raw}
         levels = loss_by_noise_level(networks, [self.latents[k]], model, seed=0, levels=LEVELS, ends=False)
         means = {name: float(np.mean([row[name] for row in levels])) for name in networks}
         by_level = {f"{BY_LEVEL}{row['t']}": row["ema"] for row in levels}
         return {"val_noise_loss": means["ema"], "val_noise_loss_raw": means["raw"], **by_level}
 
-    def _write_sample(self, data: CaseData, filled: np.ndarray, epoch: int) -> None:
+    def _write_sample(self, data: CaseData, inpainted: np.ndarray, epoch: int) -> None:
         every = self.config.save_samples_every
         if not every or epoch % every >= self.config.val_every:
             return
         folder = self.folder / "samples" / f"epoch_{epoch:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"{data.case.id}_{data.case.index or 'mask'}"
-        write_like(folder / f"{stem}_inpainted.nii.gz", data.source, filled, data.mask)
+        write_like(folder / f"{stem}_inpainted.nii.gz", data.source, inpainted, data.mask)
         write_map(folder / f"{stem}_target.nii.gz", data.target, data.source.affine)
 
-    def _draw(self, data: CaseData, filled: np.ndarray, epoch: int) -> None:
-        """One picture of the first case, which nothing in it names."""
-        views = {"voided": data.voided, f"epoch {epoch}": filled, "target": data.target}
+    def _draw(self, data: CaseData, inpainted: np.ndarray, epoch: int) -> None:
+        """Draw a picture of the first case, which nothing in it names."""
+        views = {"voided": data.voided, f"epoch {epoch}": inpainted, "target": data.target}
         views = {name: data.lps(view) for name, view in views.items()}
         figure = planes(views, spacing_mm=data.lps_spacing_mm, mask=data.lps(data.mask), title=f"epoch {epoch}")
         path = panel_path(self.folder, epoch)
@@ -91,11 +93,11 @@ class Validation:
 
 
 def panel_path(folder: Path, epoch: int) -> Path:
-    """Where the picture of the first case after an epoch lies."""
+    """Return the path of the picture of the first case after an epoch."""
     return folder / "panels" / f"epoch_{epoch:03d}.png"
 
 
 def mean_of_cases(rows: dict[int, dict[str, float]]) -> dict[str, float]:
-    """The figures, each case counted once, summed in the order of cases whoever scored them."""
+    """Return the mean of each metric over cases, summed in their order whichever process scored them."""
     names = rows[min(rows)]
     return {name: float(np.mean([rows[k][name] for k in sorted(rows)])) for name in names}

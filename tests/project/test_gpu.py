@@ -74,7 +74,7 @@ def test_no_step_waits_for_the_gpu(precision, changes):
     plan = BatchPlan(2, config)
     trainer = Trainer(model, config, plan, Processes(GPU, precision))
     samples = TrainingSamples([[latents]] * 2, config, schedule.steps, global_batch=plan.global_batch)
-    batches = [{k: v.pin_memory() for k, v in collate([samples[p] for p in plan.places(s)]).items()} for s in range(4)]
+    batches = [{k: v.pin_memory() for k, v in collate([samples[p] for p in plan.sample_indices(s)]).items()} for s in range(4)]
     trainer.advance([on_device(batches[0], GPU)])  # what is set up once may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

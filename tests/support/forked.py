@@ -19,7 +19,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.autoencoder.model import Autoencoder  # noqa: E402
 from ldm_lib.data.case import load_case  # noqa: E402
 from ldm_lib.data.cohort import find_cases  # noqa: E402
 from ldm_lib.data.model_grid import grid_case  # noqa: E402
@@ -28,8 +28,8 @@ from ldm_lib.experiment import launch  # noqa: E402
 from ldm_lib.experiment.presets import resolve  # noqa: E402
 from ldm_lib.model_io import load_model  # noqa: E402
 from ldm_lib.training import checkpoints, validation  # noqa: E402
-from ldm_lib.training import step as trainer
-from ldm_lib.training import train as training
+from ldm_lib.training import step as trainer  # noqa: E402
+from ldm_lib.training import train as training  # noqa: E402
 from ldm_lib.training.initialise import new_model  # noqa: E402
 from ldm_lib.training.validation import Validation  # noqa: E402
 
@@ -52,7 +52,7 @@ def encode(case):
 
 
 LATENTS = {case.key: encode(case) for case in CASES}
-WATCHED = CASES[3:]  # three, so that two processes have unequal shares
+VALIDATION = CASES[3:]  # three, so that two processes have different numbers
 
 
 def train(name, **changes):
@@ -64,8 +64,8 @@ def train(name, **changes):
     trained = training.train(
         new_model(AUTOENCODER, config, LatentSpec()),
         variants,
-        [load_case(case) for case in WATCHED],
-        [LATENTS[case.key] for case in WATCHED],
+        [load_case(case) for case in VALIDATION],
+        [LATENTS[case.key] for case in VALIDATION],
         config,
         folder,
     )
@@ -82,14 +82,14 @@ def spawn(work, world=1):
     for rank in range(world):
         pid = os.fork()
         if not pid:
-            with (FOLDER / f"said-{rank}.txt").open("w") as said:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
+            with (FOLDER / f"printed-{rank}.txt").open("w") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
             if world > 1:
-                told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+                variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
                         "GROUP_RANK": 0}  # fmt: skip
-                os.environ.update({name: str(value) for name, value in told.items()})
+                os.environ.update({name: str(value) for name, value in variables.items()})
             status = 99
             try:
                 status = launch.run_process(lambda _, rank=rank: work(rank), "x")
@@ -104,20 +104,20 @@ def ends(pids):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def said(rank):
-    return [line for line in (FOLDER / f"said-{rank}.txt").read_text().splitlines() if line.startswith("ERROR")]
+def printed(rank):
+    return [line for line in (FOLDER / f"printed-{rank}.txt").read_text().splitlines() if line.startswith("ERROR")]
 
 
 def at_step(step, do):
-    """Do something when a learner has done so many steps."""
+    """Do something when a trainer has done so many steps."""
     advance = trainer.Trainer.advance
 
-    def watched(self, data):
+    def advance_and_do(self, data):
         if self.step == step:
             do()
         advance(self, data)
 
-    trainer.Trainer.advance = watched
+    trainer.Trainer.advance = advance_and_do
 
 
 TWO = {"batch_size": 2, "devices": 2}
@@ -134,42 +134,39 @@ def pair():
 
     started = time.monotonic()
     found["dead"], found["dead_s"] = ends(spawn(dies, 2)), time.monotonic() - started
-    found["dead_said"] = said(0)
+    found["dead_printed"] = printed(0)
     found["dead_resumed"] = ends(spawn(lambda _: train("dead", **TWO), 2))
     found["closed"] = ends(spawn(lambda _: train("two", **TWO)))  # one process closes what two have trained
     return found
 
 
-def asked():
-    """Replicas and shards that get SIGTERM, and the same command again, beside undisturbed ones."""
-    found = {"one": ends(spawn(lambda _: train("one")))}
-    for name in ("ddp", "fsdp"):
-        two = TWO | {"strategy": name, "checkpoint_every": 1000}
-        found[name] = ends(spawn(lambda _, n=name, two=two: train(n, **two), 2))
+def stopped():
+    """Train in one process and in two; two that get SIGTERM, and the same command again."""
+    two = TWO | {"checkpoint_every": 1000}
+    found = {"one": ends(spawn(lambda _: train("one"))), "two": ends(spawn(lambda _: train("two", **two), 2))}
 
-        def hears(rank, name=name, two=two):
-            at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            train(f"{name}-asked", **two)
+    def receives(rank):
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train("stopped", **two)
 
-        found[f"{name}-asked"], found[f"{name}-said"] = ends(spawn(hears, 2)), said(0)
-        kept = checkpoints.resumable(FOLDER / f"{name}-asked" / "04_training" / "checkpoints")
-        found[f"{name}-saved"] = [path.name for path in kept]
-        found[f"{name}-resumed"] = ends(spawn(lambda _, n=name, two=two: train(f"{n}-asked", **two), 2))
+    found["stopped"], found["printed"] = ends(spawn(receives, 2)), printed(0)
+    found["saved"] = [path.name for path in checkpoints.resumable(FOLDER / "stopped" / "04_training" / "checkpoints")]
+    found["resumed"] = ends(spawn(lambda _: train("stopped", **two), 2))
     return found
 
 
 def sweep():
     """SIGKILL at twenty moments of a training, whatever it is doing, and the same command again until it ends."""
-    how = {"checkpoint_every": 1, "val_every": 1, "log_every": 2, "max_epochs": 4}
+    often = {"checkpoint_every": 1, "val_every": 1, "log_every": 2, "max_epochs": 4}
     started = time.monotonic()
-    found = {"whole": ends(spawn(lambda _: train("whole", **how)))}
+    found = {"whole": ends(spawn(lambda _: train("whole", **often)))}
     whole_s = time.monotonic() - started
     rng, moments = random.Random(0), []
     for k in range(20):
         name, deaths = f"killed-{k}", 0
         delay = whole_s * (k + rng.random()) / 21
         while True:
-            (pid,) = spawn(lambda _, n=name: train(n, **how))
+            (pid,) = spawn(lambda _, n=name: train(n, **often))
             end = time.monotonic() + delay
             while time.monotonic() < end and not (ended := os.waitpid(pid, os.WNOHANG))[0]:
                 time.sleep(0.001)
@@ -189,4 +186,4 @@ def sweep():
     return found
 
 
-print(json.dumps({"pair": pair, "asked": asked, "sweep": sweep}[scenario]()))
+print(json.dumps({"pair": pair, "stopped": stopped, "sweep": sweep}[scenario]()))

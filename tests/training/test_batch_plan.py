@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from ldm_lib.experiment.presets import resolve
-from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples, crop_around_hole
+from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples, crop_around_mask
 from ldm_lib.training.objective import masked_loss
+from ldm_lib.training.options import TrainerOptions
 
 STEPS = 1000
 
@@ -87,7 +88,7 @@ def test_a_sample_asks_for_one_encoding_and_none_is_asked_for_before():
         BatchPlan(4, settings()),
     )
     assert not asked
-    told = [data[place] for step in range(plan.steps_per_epoch) for place in plan.places(step)]
+    told = [data[place] for step in range(plan.steps_per_epoch) for place in plan.sample_indices(step)]
     assert [k * 1000 + v * 10000 for k, v in asked] == [int(item["target"].flatten()[0]) for item in told]
     assert sorted(k for k, _ in asked) == [0, 1, 2, 3]
 
@@ -139,7 +140,7 @@ def test_a_crop_holds_a_part_of_the_hole_and_keeps_tensors_together(edge):
 
 def test_cropping_changes_none_of_its_inputs():
     sample = latents(0)
-    crop_around_hole(sample, 2, np.random.default_rng(0))
+    crop_around_mask(sample, 2, np.random.default_rng(0))
     assert same(sample, latents(0))
 
 
@@ -152,7 +153,7 @@ def test_an_epoch_uses_every_case_and_wraps_to_full_batches(count, batch, accumu
     assert plan.global_batch == batch * accumulate * world and plan.steps_per_epoch == steps
     assert plan.steps == steps * plan.config.max_epochs
     for epoch in (0, 1):
-        seen = [place for k in range(steps) for place in plan.places(epoch * steps + k)]
+        seen = [place for k in range(steps) for place in plan.sample_indices(epoch * steps + k)]
         cases = [case for *_, case in seen]
         assert sorted(cases[:count]) == list(range(count))
         assert cases[count:] == (cases * 2)[: len(cases) - count]
@@ -169,17 +170,23 @@ def test_processes_and_accumulation_share_out_one_global_batch(world, accumulate
     for step in range(whole.steps):
         parts = [plan.batches(step) for plan in plans]
         assert all(len(part) == accumulate and all(len(b) == batch for b in part) for part in parts)
-        assert sorted(place for part in parts for b in part for place in b) == whole.places(step)
+        assert sorted(place for part in parts for b in part for place in b) == whole.sample_indices(step)
     later = [list(plan.batches_from(3)) for plan in plans]
     assert [len(batches) for batches in later] == [(whole.steps - 3) * accumulate] * world
     assert later[0][0] == plans[0].batches(3)[0]
 
 
+def test_a_plan_needs_no_more_options_than_those_of_the_optimisation():
+    plan = BatchPlan(5, TrainerOptions(batch_size=4))
+    assert "wandb_mode" not in TrainerOptions.model_fields
+    assert plan.steps_per_epoch == 2 and len(plan.sample_indices(0)) == 4
+
+
 def test_the_order_is_a_function_of_seed_and_epoch():
     plan, other = BatchPlan(50, settings(batch_size=50)), BatchPlan(50, settings(batch_size=50, seed=1))
-    first, second = ([case for *_, case in plan.places(step)] for step in (0, 1))
-    assert [case for *_, case in plan.places(0)] == first != second
-    assert [case for *_, case in other.places(0)] != first
+    first, second = ([case for *_, case in plan.sample_indices(step)] for step in (0, 1))
+    assert [case for *_, case in plan.sample_indices(0)] == first != second
+    assert [case for *_, case in other.sample_indices(0)] != first
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -188,7 +195,11 @@ def test_debug_mode_repeats_sixteen_pairs_per_case(count):
     data, plan = samples(count, **changes), BatchPlan(count, settings(**changes))
     assert plan.steps_per_epoch == 16 * count
     epochs = [
-        [data[place] for k in range(plan.steps_per_epoch) for place in plan.places(epoch * plan.steps_per_epoch + k)]
+        [
+            data[place]
+            for k in range(plan.steps_per_epoch)
+            for place in plan.sample_indices(epoch * plan.steps_per_epoch + k)
+        ]
         for epoch in (0, 1, 7)
     ]
     assert all(same(a, b) for other in epochs[1:] for a, b in zip(epochs[0], other, strict=True))

@@ -16,23 +16,17 @@ STEPS = 8  # six cases in batches of four: two steps an epoch, four epochs
 
 
 def forked(scenario, coarse, cohort_folder, folder):
-    """What the script found, and where its trainings are."""
+    """Run a scenario of the script and return what it found."""
     command = [sys.executable, str(SCRIPT), scenario, str(coarse), str(cohort_folder), str(folder)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=550)
-    assert told.returncode == 0, told.stdout + told.stderr
-    return json.loads(told.stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def pair(coarse, cohort_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     return forked("pair", coarse, cohort_folder, folder), folder
-
-
-@pytest.fixture(scope="module")
-def asked(coarse, cohort_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("asked")
-    return forked("asked", coarse, cohort_folder, folder), folder
 
 
 def end_of(folder, name):
@@ -72,7 +66,7 @@ def test_two_processes_train_what_one_would_at_the_same_global_batch(pair):
 def test_when_one_process_dies_all_end_with_a_message_and_the_same_command_goes_on(pair):
     found, folder = pair
     assert found["dead"] == [1, -9] and found["dead_s"] < 60
-    assert found["dead_said"][0].startswith("ERROR process 0: this process cannot go on without the others (")
+    assert found["dead_printed"][0].startswith("ERROR process 0: this process cannot go on without the others (")
     assert found["dead_resumed"] == [0, 0]
     assert same(end_of(folder, "two")["average"], end_of(folder, "dead")["average"])
 
@@ -84,15 +78,13 @@ def test_one_process_closes_what_two_have_trained(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_sigterm_saves_the_step_in_hand_and_ends_with_143(asked, name):
-    found, folder = asked
-    assert_two_are_one(folder, name)
-    assert found[f"{name}-asked"][0] == 143
-    said = f"ERROR training: asked to end by SIGTERM after step 4 of {STEPS}, saved"
-    assert found[f"{name}-said"][0].startswith(said)
-    assert found[f"{name}-saved"] == ["last-00000004.ckpt"] and found[f"{name}-resumed"] == [0, 0]
-    assert same(end_of(folder, name)["average"], end_of(folder, f"{name}-asked")["average"])
+def test_sigterm_saves_the_step_in_hand_and_ends_with_143(coarse, cohort_folder, tmp_path):
+    found = forked("stopped", coarse, cohort_folder, tmp_path)
+    assert_two_are_one(tmp_path, "two")
+    assert found["stopped"][0] == 143
+    assert found["printed"][0].startswith(f"ERROR training: stopped by SIGTERM after step 4 of {STEPS}, saved")
+    assert found["saved"] == ["last-00000004.ckpt"] and found["resumed"] == [0, 0]
+    assert same(end_of(tmp_path, "two")["average"], end_of(tmp_path, "stopped")["average"])
 
 
 @pytest.mark.slow

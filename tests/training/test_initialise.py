@@ -83,7 +83,7 @@ def other_autoencoder(tiny_autoencoder_folder, tmp_path):
 ])  # fmt: skip
 def test_a_model_of_another_kind_is_refused(model, tiny_autoencoder_folder, changes, cells, told):
     config = settings(start_dir=str(model), **changes)
-    with pytest.raises(ConfigError, match=rf"^the model to start from: {told}\. Fix: set them alike, or start from"):
+    with pytest.raises(ConfigError, match=rf"^the model to start from: {told}\. Fix: set the options to these values"):
         new_model(tiny_autoencoder_folder, config, CELLS.model_copy(update=cells))
 
 

@@ -50,14 +50,14 @@ def settings(**changes):
 
 
 class Study:
-    """What a training needs: three encoded cases to train on and one to watch."""
+    """What a training needs: three encoded cases to train on and one to validate on."""
 
     def __init__(self, cases, folder, context="composite"):
         self.folder, self.cells = folder, LatentSpec(context=context)
         self.autoencoder = load_model(folder, Autoencoder)
         self.variants = {case.key: [self.encode(case)] for case in cases[:3]}
-        self.watched = [load_case(cases[4])]
-        self.watched_latents = [self.encode(cases[4])]
+        self.validation = [load_case(cases[4])]
+        self.validation_latents = [self.encode(cases[4])]
 
     def encode(self, case):
         on_grid = grid_case(load_case(case), self.autoencoder.factor)
@@ -68,7 +68,7 @@ class Study:
 
     def train(self, folder, config, variants=None):
         variants = self.variants if variants is None else variants
-        return train(self.model(config), variants, self.watched, self.watched_latents, config, folder)
+        return train(self.model(config), variants, self.validation, self.validation_latents, config, folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -209,7 +209,7 @@ def test_a_signal_ends_after_the_step_in_hand_and_saves_it(study, straight, tmp_
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "advance", signalled)
-        with pytest.raises(InterruptionError, match=f"asked to end by {number.name} after step 5 of 8, saved") as told:
+        with pytest.raises(InterruptionError, match=f"stopped by {number.name} after step 5 of 8, saved") as told:
             study.train(broken, config)
     assert told.value.status == 128 + number and signal.getsignal(number) is before
     assert checkpoints.resumable(broken / "checkpoints")[0].name == "last-00000005.ckpt"
@@ -307,16 +307,16 @@ def test_another_split_or_autoencoder_is_refused_by_name(study, cases, tmp_path)
     with pytest.raises(TrainingError, match=r"training cases was '3, .*', now '2, "):
         study.train(folder, config, fewer)
     other = Study(cases, study.folder)
-    other.watched = [load_case(cases[5])]
-    with pytest.raises(TrainingError, match="watched cases was "):
+    other.validation = [load_case(cases[5])]
+    with pytest.raises(TrainingError, match="validation cases was "):
         other.train(folder, config)
     model = study.model(config)
     model.autoencoder.folder_config = {"sha256": "another"}
     with pytest.raises(TrainingError, match=r"autoencoder was .*, now 'another'"):
-        train(model, study.variants, study.watched, study.watched_latents, config, folder)
+        train(model, study.variants, study.validation, study.validation_latents, config, folder)
     model = new_model(study.folder, config, LatentSpec(mask_dilation=2))
     with pytest.raises(TrainingError, match="mask_dilation was 1, now 2"):
-        train(model, study.variants, study.watched, study.watched_latents, config, folder)
+        train(model, study.variants, study.validation, study.validation_latents, config, folder)
 
 
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(study, tmp_path, caplog):
@@ -327,7 +327,7 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(study, tmp_path
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     resumed = study.train(folder, config)
-    assert f"{newest.name}: is not what its sha256 says" in caplog.text
+    assert f"{newest.name}: does not match its sha256" in caplog.text
     assert equal(state(whole), state(resumed)) and checkpoints.read_verified(newest)
 
 
@@ -336,7 +336,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(study, tmp_path):
     study.train(folder, settings(max_epochs=1))
     for path in checkpoints.resumable(folder / "checkpoints"):
         path.write_bytes(b"PK and no more")
-    with pytest.raises(WeightsError, match=r"none of \d checkpoints is what was written.*remove this folder"):
+    with pytest.raises(WeightsError, match=r"none of \d checkpoints matches its sha256.*remove this folder"):
         study.train(folder, settings(max_epochs=1))
 
 
@@ -345,7 +345,7 @@ def test_a_full_disk_is_refused_before_the_first_step(study, tmp_path, monkeypat
         free = 1000
 
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: Full)
-    with pytest.raises(TrainingError, match=r"disk full: checkpoints take .* MB, 0\.0 MB are free"):
+    with pytest.raises(TrainingError, match=r"disk full: need .* MB, have 0\.0 MB"):
         study.train(place(tmp_path), settings())
 
 
@@ -390,7 +390,7 @@ def test_the_averaged_weights_follow_their_recursion(study, tmp_path, monkeypatc
 
 def test_averaged_weights_are_used_without_dropout(study, tmp_path):
     trained = study.train(place(tmp_path), settings(max_epochs=1, dropout=0.5))
-    draws = [Inpainter(trained.model)(study.watched[0], steps=2).mean for _ in range(2)]
+    draws = [Inpainter(trained.model)(study.validation[0], steps=2).mean for _ in range(2)]
     assert np.array_equal(*draws)
 
 
@@ -406,7 +406,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_cases_and_is_never_saved(s
     spoiled.calls = 0
     monkeypatch.setattr(trainer, "training_loss", spoiled)
     folder, config = place(tmp_path), settings(log_every=every, checkpoint_every=2, val_every=4)
-    cases = sorted({list(study.variants)[case] for *_, case in BatchPlan(3, config).places(bad - 1)})
+    cases = sorted({list(study.variants)[case] for *_, case in BatchPlan(3, config).sample_indices(bad - 1)})
     said = f"not finite in step {bad}, cases {', '.join(cases)}; last finite checkpoint: last-00000002.ckpt"
     with pytest.raises(TrainingError, match=said):
         study.train(folder, config)
@@ -474,10 +474,10 @@ def test_known_cells_are_clean_in_every_training_step(which, request, tmp_path):
     config = settings(max_epochs=1, latent_crop=0, batch_size=1, patience=5)
     model = study.model(config)
     model.denoiser.register_forward_pre_hook(lambda net, given: seen.append((given[0].clone(), given[1])))
-    train(model, study.variants, study.watched, study.watched_latents, config, place(tmp_path))
+    train(model, study.variants, study.validation, study.validation_latents, config, place(tmp_path))
     seen = seen[:3]  # the averaged network has the hook too, in the validation that follows
     assert len({int(t) for _, t in seen}) == 3
-    places = [BatchPlan(3, config).places(step)[0] for step in range(3)]
+    places = [BatchPlan(3, config).sample_indices(step)[0] for step in range(3)]
     for (x, t), where in zip(seen, places, strict=True):
         sample = TrainingSamples(list(study.variants.values()), config, 1000, global_batch=1)[where]
         known = (sample["mask"] == 0).expand_as(sample["voided"])
@@ -500,8 +500,8 @@ def test_concat_is_trained_saved_and_sampled(concat, cases, tmp_path):
     save(trained, concat, folder)
     loaded = LatentDiffusion.load(folder / "model", device="cpu", precision="32")
     assert loaded.spec.context == "concat"
-    ours = Inpainter(trained.model)(concat.watched[0], steps=2)
-    assert np.array_equal(ours.mean, Inpainter(loaded)(concat.watched[0], steps=2).mean)
+    ours = Inpainter(trained.model)(concat.validation[0], steps=2)
+    assert np.array_equal(ours.mean, Inpainter(loaded)(concat.validation[0], steps=2).mean)
 
 
 FLOW = {"prediction": "flow", "schedule": "flow"}
@@ -552,15 +552,15 @@ def test_validation_scores_the_averaged_weights_in_image_space(study, tmp_path, 
     monkeypatch.setattr(validation, "LEVELS", LEVELS)
     folder, config = place(tmp_path), settings(max_epochs=2, seed=3)
     trained = study.train(folder, config)
-    data, found = study.watched[0], rows(folder)[-1]
+    data, found = study.validation[0], rows(folder)[-1]
     filled = Inpainter(trained.model)(data, seed=3, steps=config.num_inference_steps).mean
     error = normalise(filled, data.scale) - normalise(data.target, data.scale)
     scores = brats_scores(filled, data.target, data.voided, data.healthy)
     assert float(found["val_loss"]) == pytest.approx(float(np.mean(error**2)), rel=1e-4)
     assert float(found["val_psnr"]) == pytest.approx(scores["psnr_01"], abs=1e-3)
     assert float(found["val_ssim"]) == pytest.approx(scores["ssim"], abs=1e-4)
-    networks = {"ema": trained.model.denoiser, "raw": trained.raw}
-    levels = loss_by_noise_level(networks, study.watched_latents, trained.model, seed=0, levels=3)
+    networks = {"ema": trained.model.denoiser, "raw": trained.denoiser}
+    levels = loss_by_noise_level(networks, study.validation_latents, trained.model, seed=0, levels=3)
     assert [row["t"] for row in levels] == [0, 500, 999] and all(row["ema"] != row["raw"] for row in levels)
     assert float(found["val_noise_loss_t500"]) == pytest.approx(levels[1]["ema"], rel=1e-5)
     assert (folder / "panels" / "epoch_002.png").read_bytes().startswith(b"\x89PNG")
@@ -619,7 +619,7 @@ def test_checkpoints_are_named_plain_and_whole(study, tmp_path):
 def test_samples_are_written_as_volumes(study, tmp_path, cases):
     folder = place(tmp_path)
     trained = study.train(folder, settings(max_epochs=4, val_every=1, save_samples_every=2, batch_size=3))
-    data = study.watched[0]
+    data = study.validation[0]
     found = sorted(path.relative_to(folder).as_posix() for path in (folder / "samples").rglob("*.nii.gz"))
     assert found == [f"samples/epoch_{e:03d}/{cases[4].id}_0000_{what}.nii.gz"
                      for e in (2, 4) for what in ("inpainted", "target")]  # fmt: skip
@@ -661,10 +661,10 @@ def test_what_was_trained_fills_files(study, cases, tmp_path, objective):
     assert loaded.denoiser.folder_config["sha256"] == digest and loaded.prediction == objective["prediction"]
     assert torch.equal(loaded.schedule.alpha, trained.model.schedule.alpha)
     assert loaded.denoiser.folder_config["optimiser_steps"] == trained.step
-    ours = Inpainter(trained.model)(study.watched[0], steps=2)
-    assert np.array_equal(ours.mean, Inpainter(loaded)(study.watched[0], steps=2).mean)
+    ours = Inpainter(trained.model)(study.validation[0], steps=2)
+    assert np.array_equal(ours.mean, Inpainter(loaded)(study.validation[0], steps=2).mean)
     inpaint(cases[4].t1n_voided, cases[4].mask, tmp_path / "o.nii.gz", model=folder / "model", steps=2, device="cpu")
-    assert read_volume(tmp_path / "o.nii.gz").shape == study.watched[0].source.shape
+    assert read_volume(tmp_path / "o.nii.gz").shape == study.validation[0].source.shape
 
 
 def test_the_first_weights_are_a_function_of_the_seed(study):
@@ -697,7 +697,7 @@ def test_one_case_can_be_learnt_by_heart(cases, tmp_path):
     save_model(tmp_path / "autoencoder", autoencoder)
     study, data = Study(cases, tmp_path / "autoencoder"), load_case(cases[0])
     study.variants = dict(list(study.variants.items())[:1])
-    study.watched, study.watched_latents = [data], next(iter(study.variants.values()))
+    study.validation, study.validation_latents = [data], next(iter(study.variants.values()))
     folder = place(tmp_path)
     trained = study.train(folder, config)
     losses = [float(row["train_loss"]) for row in epochs(folder)]
