@@ -46,9 +46,7 @@ class Autoencoder(nn.Module):
         history: one row per training step (step, learning_rate, l1, ...); empty unless it was trained just now.
 
     Example:
-        >>> import ldm_lib as ldm
-        >>> import numpy as np
-        >>> autoencoder = ldm.Autoencoder.load()
+        >>> autoencoder = Autoencoder.load()
         >>> image = np.zeros((20, 24, 18), np.float32)
         >>> autoencoder.factor, autoencoder.latent_channels, autoencoder.reconstruct(image).shape
         (8, 16, (20, 24, 18))

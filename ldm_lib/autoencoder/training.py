@@ -167,11 +167,13 @@ def train_autoencoder(
         TrainingError: a loss that is not finite, or cases without a brain.
 
     Example:
-        >>> import ldm_lib as ldm
-        >>> from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
-        >>> cases = ldm.make_synthetic_cohort(folder, n_patients=2, spacing_mm=8)
+        >>> from tempfile import TemporaryDirectory
+        >>> from ldm_lib.data.cohort import find_cases
+        >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
         >>> options = AutoencoderTrainingOptions(autoencoder_steps=2, crop=8, final_crop=8)
-        >>> autoencoder = ldm.train_autoencoder(cases, options)
+        >>> with TemporaryDirectory() as folder:
+        ...     patients = make_synthetic_cohort(folder, 2, spacing_mm=8, masks=1)
+        ...     autoencoder = train_autoencoder(find_cases(f"{folder}/data"), options)
         >>> autoencoder.factor, autoencoder.latent_channels, len(autoencoder.history)
         (2, 6, 2)
     """

@@ -94,8 +94,7 @@ class LatentDiffusion:
         process: arguments of `noise_schedule` from which `schedule` was made; `save` needs them.
 
     Example:
-        >>> import ldm_lib as ldm
-        >>> model = ldm.LatentDiffusion.load(device="cpu")
+        >>> model = LatentDiffusion.load(device="cpu")
         >>> model.autoencoder.factor, model.autoencoder.latent_channels
         (8, 16)
         >>> model.schedule.steps, model.prediction

@@ -1,5 +1,7 @@
 """Laws of the autoencoder: what its numbers mean, and what it refuses."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from monai.networks.blocks import SABlock, SpatialAttentionBlock
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 
+from ldm_lib.autoencoder import model
 from ldm_lib.autoencoder.fitting import fit_linear_parts
 from ldm_lib.autoencoder.model import Autoencoder, LocalNorm, kl_divergence
 from ldm_lib.data.case import load_case
@@ -167,3 +170,28 @@ def test_the_linear_codec_is_not_trained():
 def test_what_cannot_be_built_is_rejected(changes, reason):
     with pytest.raises(ConfigError, match=f"no autoencoder with {reason}"):
         Autoencoder(**fresh().config | changes)
+
+
+def test_the_example_is_right():
+    found = doctest.testmod(model)
+    assert found.attempted and not found.failed
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    autoencoder = fresh(linear_start=True).freeze()
+    digest = autoencoder.save(tmp_path / "own", note="mine")
+    again = Autoencoder.load(tmp_path / "own")
+    assert again.folder_config["sha256"] == digest and again.folder_config["note"] == "mine"
+    assert all(torch.equal(a, b) for a, b in zip(autoencoder.state_dict().values(), again.state_dict().values()))  # noqa: B905
+    (tmp_path / "model").mkdir()
+    autoencoder.save(tmp_path / "model" / "autoencoder")  # of a latent diffusion model
+    assert Autoencoder.load(tmp_path / "model").folder_config["sha256"] == digest
+
+
+def test_an_image_of_any_shape_is_reconstructed_within_its_padding():
+    autoencoder = fresh(channels=(4, 8, 8)).freeze()
+    image = volume(16, 16, 12)[0, 0].numpy()
+    whole = autoencoder.decode(autoencoder.encode(torch.from_numpy(image)[None, None]))[0, 0].numpy()
+    np.testing.assert_array_equal(autoencoder.reconstruct(image), whole)
+    padded = np.pad(image, [(1, 1), (0, 0), (1, 2)])[:, :, :15]  # the padding of an odd shape is 0 on both sides
+    assert autoencoder.reconstruct(padded).shape == padded.shape == (18, 16, 15)

@@ -1,5 +1,7 @@
 """Laws of the autoencoder's training: where it starts, what it sees, and that it can be taken up again."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from ldm_lib.autoencoder import crop_sampler, fitting
 from ldm_lib.autoencoder import training as autoencoder_training
 from ldm_lib.autoencoder.fitting import latent_statistics
 from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
 from ldm_lib.autoencoder.region_decoding import reconstruct
-from ldm_lib.autoencoder.training import AutoencoderTraining, build_autoencoder, fit_autoencoder
+from ldm_lib.autoencoder.training import AutoencoderTraining, build_autoencoder, fit_autoencoder, train_autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.errors import TrainingError
@@ -184,3 +187,19 @@ def test_an_autoencoder_is_what_its_parameters_say():
     assert one.factor == 8 and one.latent_channels == 5 and one.spacing_mm == 2.0
     assert one.config["norm"] == "local" and one.config["network"]["num_res_blocks"] == [2, 2]
     assert torch.equal(weights(one), weights(same))
+
+
+def test_the_example_is_right():
+    found = doctest.testmod(autoencoder_training)
+    assert found.attempted and not found.failed
+
+
+def test_an_autoencoder_is_trained_from_cases_and_options_alone(cases, tmp_path):
+    options = {"channels": "4,8", "autoencoder_steps": 3, "autoencoder_batch_size": 2, "crop": 8, "final_crop": 8}
+    options = AutoencoderTrainingOptions(**options)
+    alone = train_autoencoder(cases[:2], options, device="cpu", precision="32")
+    kept = train_autoencoder(cases[:2], options, folder=tmp_path / "kept", device="cpu", precision="32")
+    assert torch.equal(weights(alone), weights(kept)) and alone.spacing_mm == 8.0
+    assert [row["step"] for row in alone.history] == [0, 1, 2] and (tmp_path / "kept" / "last.ckpt").exists()
+    with pytest.raises(TrainingError, match="no cases"):
+        train_autoencoder([])
