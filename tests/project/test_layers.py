@@ -1,4 +1,4 @@
-"""The structure of the library, read from its syntax trees: who may import whom, size, docstrings, forbidden calls."""
+"""The structure of the library, checked on its syntax trees: imports, sizes, docstrings, forbidden calls."""
 
 import ast
 import os
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "ldm_lib"
-# In the order of the data flow: a module imports from its own room, from rooms before it, and from the top level.
+# In the order of the data flow: a module imports from its own room, from earlier rooms, and from the top level.
 ROOMS = ["", "anatomy", "plots", "data", "autoencoder", "diffusion", "inpainting", "evaluation", "training",
          "experiment", "cli"]  # fmt: skip
 # Third-party package -> where it may be imported.
@@ -42,7 +42,7 @@ SCRIPTS = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "tests").r
 
 
 def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
-    """Every module that is imported anywhere below a node, with the statement."""
+    """All modules imported anywhere below a node, each with its statement."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -56,7 +56,7 @@ def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
 
 
 def own(tree: ast.AST) -> set[str]:
-    """Modules of the library that a module imports, such as "data/case"."""
+    """The modules of the library that a module imports, such as "data/case"."""
     return {name.removeprefix("ldm_lib.").replace(".", "/") for name, _ in imports(tree) if name.startswith("ldm_lib.")}
 
 
@@ -67,7 +67,7 @@ def room(name: str) -> str:
 INNER = [name for name in TREES if name not in ("__init__", "__main__")]
 
 
-def test_imports_follow_the_order_of_the_rooms_and_make_no_circle():
+def test_imports_follow_the_order_of_the_rooms_without_cycles():
     order = {name: k for k, name in enumerate(ROOMS)}
     arrows = {name: own(TREES[name]) for name in INNER}
     backward = [f"{a} -> {b}" for a, found in arrows.items() for b in found if order[room(a)] < order[room(b)]]
@@ -75,7 +75,7 @@ def test_imports_follow_the_order_of_the_rooms_and_make_no_circle():
     while free := [name for name, found in arrows.items() if not found & set(arrows)]:
         for name in free:
             del arrows[name]
-    assert not arrows, f"a circle runs through {sorted(arrows)}"
+    assert not arrows, f"import cycle: {sorted(arrows)}"
 
 
 @pytest.mark.parametrize("package", DOORS)
@@ -84,14 +84,14 @@ def test_third_party_packages_have_one_door_each(package):
     assert users and not {name for name in users if not {name, room(name)} & DOORS[package]}
 
 
-def test_plots_take_arrays_and_are_used_where_results_are_shown():
+def test_plots_import_no_data_and_are_imported_where_results_are_shown():
     inside = {b for name in INNER if room(name) == "plots" for b in own(TREES[name])}
     assert {name for name in inside if room(name) != "plots"} <= {"errors", "geometry", "locking"}
     users = {room(name) for name in INNER for b in own(TREES[name]) if room(b) == "plots"}
     assert users <= {"plots", "evaluation", "training", "experiment", "cli"}
 
 
-def test_rooms_are_small_and_import_nothing_by_themselves():
+def test_rooms_are_small_and_their_init_files_are_empty():
     for name in ROOMS[1:]:
         assert not imports(TREES[f"{name}/__init__"])
         assert len([module for module in PATHS if room(module) == name]) - 1 <= 14
@@ -105,7 +105,7 @@ LIGHT = ["data/cohort", "data/case", "data/volume", "evaluation/metrics", "evalu
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_modules_load_nothing_heavy(name):
-    """Help, validate, score, the tasks of a sweep and notebook 06 start at once."""
+    """Help, validate, score, sweeps and notebook 06 start at once."""
     seen, waiting = set(), [name]
     while waiting:
         module = waiting.pop()
@@ -127,23 +127,23 @@ def test_files_and_functions_are_small(name):
 
 
 def code_lines(function: ast.FunctionDef) -> int:
-    """Lines of a function less its docstring."""
+    """Lines of a function without its docstring."""
     first = function.body[0]
-    told = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
-    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if told else 0)
+    documented = ast.get_docstring(function) is not None
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if documented else 0)
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_public_names_have_docstrings(name):
     tree = TREES[name]
     public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
-    silent = [n.name for n in public if not ast.get_docstring(n)] if name != "cli/commands" else []
-    assert (ast.get_docstring(tree) or not tree.body) and not silent, silent
+    missing = [n.name for n in public if not ast.get_docstring(n)]
+    assert (ast.get_docstring(tree) or not tree.body) and not missing, missing
 
 
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "importlib.reload", "np.load",
                    "numpy.load", "runpy.run_path", "runpy.run_module"}  # fmt: skip
-# What reads objects, runs text, fetches or unpacks: no part of this project needs any of it.
+# They unpickle, execute text, download or unpack; no part of this project needs them.
 FORBIDDEN_MODULES = {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal", "requests", "httpx",
                      "urllib.request", "huggingface_hub", "torch.hub", "monai.bundle", "monai.apps.auto3dseg",
                      "monai.apps.nnunet", "mlflow.pytorch", "mlflow.pyfunc", "tarfile", "yaml"}  # fmt: skip
@@ -154,15 +154,13 @@ YAML_AS_TEXT = {"yaml.parse", "yaml.compose"}  # events and nodes: no object of 
 EXECUTED = TREES | BENCHMARKS | NOTEBOOKS | SCRIPTS
 
 
-def test_every_notebook_and_script_is_looked_at():
+def test_every_notebook_and_script_is_checked():
     assert len(NOTEBOOKS) == 6 and {"conftest", "forked"} <= set(SCRIPTS)
-    assert len(EXECUTED) == len(TREES) + len(BENCHMARKS) + len(NOTEBOOKS) + len(SCRIPTS), (
-        "two of one name hide each other"
-    )
+    assert len(EXECUTED) == len(TREES) + len(BENCHMARKS) + len(NOTEBOOKS) + len(SCRIPTS), "two of one name"
 
 
 @pytest.mark.parametrize("name", EXECUTED)
-def test_nothing_executes_what_it_reads(name):
+def test_nothing_executes_its_input(name):
     """No eval or pickle, no shell, no archive; torch.load with weights_only=True; np.load never; yaml as text only."""
     tree = EXECUTED[name]
     found = imports(tree)
@@ -183,46 +181,57 @@ def test_nothing_executes_what_it_reads(name):
 
 
 def test_tensors_are_read_in_one_place():
-    """`torch.load` under another name would escape the law above."""
+    """`torch.load` under another name would escape the test above."""
     nodes = [(name, node) for name, tree in EXECUTED.items() for node in ast.walk(tree)]
-    places = {name for name, node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"}
+    used = {name for name, node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"}
     renamed = {name for name, node in nodes if isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch")
                and "load" in {alias.name for alias in node.names}}  # fmt: skip
-    assert places == {"model_io"} and not renamed
+    assert used == {"model_io"} and not renamed
 
 
-# A tracker's failure may be of any type, and by contract it never stops a training; nothing else may be that forgiving.
-FORGIVING = {"training/trackers"}
+# A tracker may fail with any exception and never stops a training; nothing else may catch that much.
+CATCHES_ALL = {"training/trackers"}
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_no_assert_and_no_blanket_except(name):
     for node in ast.walk(TREES[name]):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}"
-        if isinstance(node, ast.ExceptHandler) and name not in FORGIVING:
+        if isinstance(node, ast.ExceptHandler) and name not in CATCHES_ALL:
             caught = ast.unparse(node.type) if node.type else ""
             assert caught not in ("", "Exception", "BaseException"), f"line {node.lineno}"
 
 
 def test_the_library_is_thin():
-    """Lines of code: what is left without docstrings, comments and blank lines."""
+    """Lines of code: without docstrings, comments and blank lines."""
     total = 0
     for name, tree in TREES.items():
         lines = [line.strip() for line in PATHS[name].read_text().splitlines()]
         documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.FunctionDef | ast.ClassDef)]
         spans = [n.body[0] for n in documented if ast.get_docstring(n)]
-        told = set(chain.from_iterable(range(s.lineno - 1, s.end_lineno) for s in spans))
-        total += sum(bool(line) and not line.startswith("#") for k, line in enumerate(lines) if k not in told)
+        skipped = set(chain.from_iterable(range(s.lineno - 1, s.end_lineno) for s in spans))
+        total += sum(bool(line) and not line.startswith("#") for k, line in enumerate(lines) if k not in skipped)
     assert total < 10800, f"{total} lines of code"
 
 
 def test_no_path_of_a_machine_in_the_tree():
     pattern = re.compile(r"/(?:home|Users|root|wor[k]|mnt)/\w")
     suffixes = {".py", ".md", ".toml", ".yml", ".yaml", ".ipynb", ".cff", ""}
-    skipped = {".git", ".venv", ".hypothesis", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache"}
+    excluded = {
+        ".git",
+        ".venv",
+        ".mypy_cache",
+        "site",
+        "build",
+        ".hypothesis",
+        "outputs",
+        "__pycache__",
+        ".pytest_cache",
+        ".ruff_cache",
+    }
     paths = []
     for folder, inner, files in os.walk(ROOT):
-        inner[:] = set(inner) - skipped  # never entered: an environment holds more files than all else
+        inner[:] = set(inner) - excluded  # not entered: an environment holds many files
         paths += [Path(folder, name) for name in files if Path(name).suffix in suffixes]
-    told = [str(p.relative_to(ROOT)) for p in paths if pattern.search(p.read_text(errors="ignore"))]
-    assert len(paths) > 100 and not told
+    found = [str(p.relative_to(ROOT)) for p in paths if pattern.search(p.read_text(errors="ignore"))]
+    assert len(paths) > 100 and not found
