@@ -165,7 +165,7 @@ def validate(options: argparse.Namespace) -> int:
 
 def submission(options: argparse.Namespace) -> int:
     """Check results as the challenge does, and zip them."""
-    from ldm_lib.inpainting.submission import check, pack, require_archive, several_holes
+    from ldm_lib.inpainting.submission import check, pack, require_archive, has_several_masks
 
     output, findings = expand_path(options.output or f"{options.results}/submission.zip"), []
     if options.output:
@@ -175,7 +175,7 @@ def submission(options: argparse.Namespace) -> int:
         print(finding, flush=True)
     if invalid := sum(bool(finding.problem) for finding in findings):
         raise InputError(f"{invalid} of {len(findings)} are not valid results", where=options.results, fix="see above")
-    if several_holes(options.data):
+    if has_several_masks(options.data):
         print("WARNING names carry the number of a hole; the challenge knows one hole a case", file=sys.stderr)
     print(f"{output}: {pack(options.data, options.results, output)} results")
     return 0
@@ -204,9 +204,9 @@ def score(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Inpaint cases whose ground truth is known, and score them next to the baselines."""
-    from ldm_lib.evaluation.evaluate import evaluate as run_evaluation
+    from ldm_lib.evaluation.evaluate import evaluate_folder
 
-    table = run_evaluation(
+    table = evaluate_folder(
         options.data_dir,
         options.output,
         parse(InpaintOptions, options),

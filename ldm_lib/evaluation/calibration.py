@@ -1,7 +1,7 @@
-"""Does the spread of K samples tell how wrong they are? Nothing is assumed of their distribution but K.
+"""Measure the calibration of K samples: whether their spread matches their error, for any distribution.
 
-If the truth is as likely as any sample, its rank among them is uniform from 0 to K, so that the interval from the i-th
-smallest sample to the i-th largest holds it with probability (K + 1 - 2i) / (K + 1).
+If the ground truth is as likely as any sample, its rank among them is uniform from 0 to K, so that the interval from
+the i-th smallest sample to the i-th largest contains it with probability (K + 1 - 2i) / (K + 1).
 """
 
 from collections.abc import Sequence
@@ -13,29 +13,29 @@ from ldm_lib.errors import InputError
 
 
 def ranks(samples: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """(K, n) samples and (n,) truth -> (n,) how many samples lie below the truth, 0 to K.
+    """Return the rank of the ground truth (n,) among K samples (K, n): the number of samples below it, 0 to K.
 
-    Where some equal it (air is 0 in all of them) it takes a random place among these: any fixed place would count
-    voxels that are right as too high or too low.
+    Where samples equal the ground truth (air is 0 in all of them) its rank among these is random: any fixed rank would
+    count correct voxels as too high or too low.
 
     Source: Hamill 2001 (Monthly Weather Review 129, 550), section 2.
     """
     if samples.ndim != 2 or samples.shape[1:] != truth.shape:
-        raise InputError(f"samples {samples.shape} and truth {truth.shape} given, (K, n) and (n,) allowed")
+        raise InputError(f"samples {samples.shape} and ground truth {truth.shape} given, (K, n) and (n,) allowed")
     below, equal = (samples < truth).sum(axis=0), (samples == truth).sum(axis=0)
     return below + np.random.default_rng(seed).integers(0, equal + 1)
 
 
 def coverage(rank: np.ndarray, samples: int) -> list[dict[str, float]]:
-    """How often the truth fell inside each interval between two samples of equal rank from either end.
+    """Compute how often the ground truth lies in each interval between two samples of equal rank from either end.
 
     Args:
         rank: (n,) of `ranks`.
         samples: K, at least 2.
 
     Returns:
-        rows of "expected", the probability if the spread is right, and "found", the share of the voxels; the narrowest
-        interval first.
+        rows of "expected", the probability if the samples are calibrated, and "found", the fraction of the voxels; the
+        narrowest interval first.
     """
     return [
         {
@@ -47,9 +47,9 @@ def coverage(rank: np.ndarray, samples: int) -> list[dict[str, float]]:
 
 
 def spread_skill_ratio(samples: np.ndarray, truth: np.ndarray) -> float:
-    """Spread that K samples should have over the error of their mean: 1 if it is right, below 1 too sure.
+    """Compute the spread of K samples over the error of their mean: 1 is calibrated, below 1 overconfident.
 
-    sqrt((K + 1) / K x mean unbiased variance) / root mean square error of the mean; NaN where the mean is the truth.
+    sqrt((K + 1) / K x mean unbiased variance) / root mean square error of the mean; NaN if that error is 0.
 
     Source: Fortin et al. 2014 (Journal of Hydrometeorology 15, 1708), eq. 15.
     """
@@ -60,14 +60,14 @@ def spread_skill_ratio(samples: np.ndarray, truth: np.ndarray) -> float:
 
 
 def calibration_rows(cases: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Rows of `coverage` over all cases, each counted alike, and a row a case of its `spread_over_error`.
+    """Compute rows of `coverage`, averaged over the cases, and a row with the `spread_skill_ratio` of each case.
 
     Args:
-        cases: key, samples (K, n) and truth (n,) of each; K is the same for all.
+        cases: key, samples (K, n) and ground truth (n,) of each; K is the same for all.
     """
     each = [coverage(ranks(samples, truth), len(samples)) for _, samples, truth in cases]
     pooled = [
         {"expected": rows[0]["expected"], "found": float(np.mean([row["found"] for row in rows]))}
         for rows in zip(*each, strict=True)
     ]
-    return pooled, [{"case": key, "spread over error": spread_skill_ratio(s, truth)} for key, s, truth in cases]
+    return pooled, [{"case": key, "spread-skill ratio": spread_skill_ratio(s, truth)} for key, s, truth in cases]

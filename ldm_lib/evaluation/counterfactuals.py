@@ -1,4 +1,4 @@
-"""One hole and one noise, told different things: does the model obey, and what would another tumour look like?"""
+"""Inpaint the same mask with the same noise under different conditioning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,31 +21,30 @@ HEALTHY = "healthy"
 
 @dataclass(frozen=True)
 class ConditioningVariant:
-    """What the model is told of a case: its latents, drawn from what it was told, and the scale of guidance."""
+    """Hold the latents of a case under one conditioning, and the scale of classifier-free guidance."""
 
     latents: Latents
     guidance: float = 1.0
 
 
-def tellings(
+def conditioning_variants(
     inpainter: Inpainter, data: CaseData, *, other: CaseData, given: CaseData | None = None, guidance: float = 1.0
 ) -> dict[str, ConditioningVariant]:
-    """The same case with different conditioning, by name.
+    """Encode the same case under different conditioning, by name.
 
     "as used" has its own maps, "given" those of `given` (the same case, with the maps that came with it), "shuffled"
-    those of another patient, and "empty" none: the learned null where the model has one, else maps of zeros.
+    those of another patient, and "empty" none: the learned null embedding if the model has one, else maps of zeros.
     """
-    told = {AS_USED: data} | ({} if given is None else {GIVEN: given})
-    told[SHUFFLED] = replace(data, **{name: on_grid_of(data, other, name) for name in ("growth", "tissue")})
-    found = {name: ConditioningVariant(inpainter.encode(case), guidance) for name, case in told.items()}
+    variants = {AS_USED: data} | ({} if given is None else {GIVEN: given})
+    variants[SHUFFLED] = replace(data, **{name: on_grid_of(data, other, name) for name in ("growth", "tissue")})
+    found = {name: ConditioningVariant(inpainter.encode(case), guidance) for name, case in variants.items()}
     nothing = inpainter.encode(replace(data, growth=np.zeros_like(data.voided), tissue=None))
-    return found | {
-        EMPTY: ConditioningVariant(nothing, 0.0 if inpainter.model.denoiser.supports_unconditional else guidance)
-    }
+    unconditional = 0.0 if inpainter.model.denoiser.supports_unconditional else guidance
+    return found | {EMPTY: ConditioningVariant(nothing, unconditional)}
 
 
 def on_grid_of(data: CaseData, other: CaseData, name: str) -> np.ndarray | None:
-    """Another patient's map, in LPS order cut or padded behind to a case's own grid."""
+    """Return another patient's map on a case's own grid: cut or zero-padded at the end of each axis in LPS order."""
     volume = getattr(other, name)
     if volume is None:
         return None
@@ -55,30 +54,35 @@ def on_grid_of(data: CaseData, other: CaseData, name: str) -> np.ndarray | None:
     return data.frame(1).to_file(padded)
 
 
-def fill_each(
-    inpainter: Inpainter, data: CaseData, told: Mapping[str, ConditioningVariant], **how: Any
+def inpaint_variants(
+    inpainter: Inpainter, data: CaseData, variants: Mapping[str, ConditioningVariant], **sampling: Any
 ) -> dict[str, np.ndarray]:
-    """One sample for each telling, all from one noise: name -> (x, y, z) in the file's order and units."""
+    """Draw one sample for each variant, all from the same noise: name -> (x, y, z) in the file's order and units.
+
+    Args:
+        sampling: seed, sampler and steps, as `Inpainter` takes them.
+    """
     return {
-        name: inpainter(data, n_samples=1, latents=t.latents, guidance=t.guidance, **how).mean
-        for name, t in told.items()
+        name: inpainter(data, latents=variant.latents, guidance=variant.guidance, **sampling).mean
+        for name, variant in variants.items()
     }
 
 
-def start_of_tumour_mm(data: CaseData) -> tuple[float, float, float]:
-    """Where a tumour of this hole would start, in the file's world (RAS, mm).
+def tumour_seed_mm(data: CaseData) -> tuple[float, float, float]:
+    """Choose the seed point of a tumour in the mask, in the file's world (RAS, mm).
 
-    It is the hole's highest concentration, or without growth the white or grey voxel deepest in the hole.
+    The seed point is the voxel of highest concentration, or without a growth map the white or grey voxel deepest in
+    the mask.
 
     Raises:
-        InputError: the case has no tissue map, or no white or grey matter in its hole.
+        InputError: the case has no tissue map, or no white or grey matter in its mask.
     """
     solid = np.isin(data.tissue, (GM, WM)) & data.mask if data.tissue is not None else np.zeros(data.mask.shape, bool)
     if not solid.any():
-        raise InputError("no white or grey matter in its hole", where=data.case.key, fix="give a tissue map")
+        raise InputError("no white or grey matter in its mask", where=data.case.key, fix="give a tissue map")
     depth = ndimage.distance_transform_edt(data.mask, sampling=data.source.spacing_mm)
-    worth = depth if data.growth is None or not (data.growth * solid).any() else data.growth
-    voxel = np.unravel_index(np.argmax(np.where(solid, worth, -1)), solid.shape)
+    score = depth if data.growth is None or not (data.growth * solid).any() else data.growth
+    voxel = np.unravel_index(np.argmax(np.where(solid, score, -1)), solid.shape)
     return tuple((data.source.affine @ [*voxel, 1])[:3].tolist())
 
 
@@ -89,27 +93,25 @@ def tumours_in_time(
     seed_mm: Sequence[float] | None = None,
     rates: GrowthRates = DEFAULT_RATES,
 ) -> dict[str, np.ndarray]:
-    """Growth maps (x, y, z) of one tumour at several ages, in the case's own tissue; 0 days is healthy.
+    """Grow one tumour to several ages in the case's own tissue: growth maps (x, y, z) by name; 0 days is healthy.
 
     Raises:
-        InputError: no tissue map, or a start outside white and grey matter.
+        InputError: no tissue map, or a seed point outside white and grey matter.
     """
-    seed_mm = start_of_tumour_mm(data) if seed_mm is None else seed_mm
+    seed_mm = tumour_seed_mm(data) if seed_mm is None else seed_mm
     nothing = np.zeros(data.mask.shape, np.float32)
     grown = {
-        age: grow_tumour(data.tissue, data.source.affine, age, seed_mm=seed_mm, rates=rates)
-        for age in days
-        if age
+        age: grow_tumour(data.tissue, data.source.affine, age, seed_mm=seed_mm, rates=rates) for age in days if age
     }
     return {f"{age:g} days" if age else HEALTHY: grown.get(age, nothing) for age in days}
 
 
-def fill_with_growths(
-    inpainter: Inpainter, data: CaseData, growths: Mapping[str, np.ndarray], *, guidance: float = 1.0, **how: Any
+def inpaint_with_growths(
+    inpainter: Inpainter, data: CaseData, growths: Mapping[str, np.ndarray], *, guidance: float = 1.0, **sampling: Any
 ) -> dict[str, np.ndarray]:
-    """One sample for each growth map, all from one noise: name -> (x, y, z) in the file's order and units."""
-    told = {
+    """Draw one sample for each growth map, all from the same noise: name -> (x, y, z) in the file's order and units."""
+    variants = {
         name: ConditioningVariant(inpainter.encode(replace(data, growth=growth)), guidance)
         for name, growth in growths.items()
     }
-    return fill_each(inpainter, data, told, **how)
+    return inpaint_variants(inpainter, data, variants, **sampling)

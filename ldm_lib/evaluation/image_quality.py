@@ -1,4 +1,4 @@
-"""How a rebuilt volume differs from the true one: scores over the brain, spectra, traces of blocks.
+"""Measure how a reconstructed volume differs from the true one: scores over the brain, spectra, blocking artefacts.
 
 Volumes are numpy arrays (x, y, z), normalised; air is 0, and brain is what is above it.
 """
@@ -13,9 +13,9 @@ PEAK = 1.0  # of PSNR and SSIM: the normalised scale itself
 
 
 def brain_scores(rebuilt: np.ndarray, image: np.ndarray) -> dict[str, float]:
-    """`psnr` in dB, `ssim` and `mae` over the voxels of the image that are above 0.
+    """Compute `psnr` in dB, `ssim` and `mae` over the voxels of the image that are above 0.
 
-    A voided image is thereby scored outside its hole. The peak of PSNR and the range of SSIM are 1, the normalised
+    A voided image is thereby scored outside its mask. The peak of PSNR and the range of SSIM are 1, the normalised
     scale itself, so that PSNR is -10 log10 of the mean squared error.
     """
     brain = image > 0
@@ -29,18 +29,18 @@ def brain_scores(rebuilt: np.ndarray, image: np.ndarray) -> dict[str, float]:
 
 
 def psnr(difference: np.ndarray) -> float:
-    """-10 log10 of the mean square of normalised differences, in dB; inf when there are none, NaN without any voxel."""
+    """Compute -10 log10 of the mean square of normalised differences, dB; inf if all are 0, NaN without any voxel."""
     mean_square = rms(difference) ** 2
     return -10 * float(np.log10(mean_square / PEAK**2)) if mean_square != 0 else np.inf
 
 
 def rms(values: np.ndarray) -> float:
-    """Root mean square; NaN of none."""
+    """Compute the root mean square; NaN without any value."""
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else np.nan
 
 
 def error_spectrum(rebuilt: np.ndarray, image: np.ndarray, spacing_mm: Sequence[float]) -> list[dict[str, float]]:
-    """Power of an image and of its error by spatial frequency, up to the coarsest axis' Nyquist frequency.
+    """Compute the power of an image and of its error by spatial frequency, up to the coarsest axis' Nyquist frequency.
 
     Returns:
         rows of `cycles_per_mm`, `image` and `error`, the last two as `power_spectrum` gives them. The mean,
@@ -55,7 +55,7 @@ def error_spectrum(rebuilt: np.ndarray, image: np.ndarray, spacing_mm: Sequence[
 
 
 def power_spectrum(image: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies in cycles per mm, and the power summed over the shell of wave vectors around each.
+    """Return frequencies in cycles per mm, and the power summed over the shell of wave vectors around each.
 
     Shells are as thick as the longest axis' lowest frequency. Over all shells, to the corners of the spectrum, power
     adds up to the mean square of the image (Parseval's theorem); without the first, to its variance.
@@ -72,7 +72,7 @@ def power_spectrum(image: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.n
 
 
 def blockiness(image: np.ndarray, brain: np.ndarray, period: int) -> float:
-    """How much of a grid of blocks an image (x, y, z) shows: 1 is none.
+    """Measure the blocking artefacts of an image (x, y, z): 1 is none.
 
     The mean absolute difference between neighbours across planes at multiples of `period` voxels, over that across
     all other planes; the mean of the three axes. Both neighbours lie in `brain`, bool (x, y, z). NaN where an axis
@@ -82,7 +82,6 @@ def blockiness(image: np.ndarray, brain: np.ndarray, period: int) -> float:
 
 
 def _step_ratio(image: np.ndarray, brain: np.ndarray, period: int) -> float:
-    """`blockiness` of the first axis."""
     steps, pairs = np.abs(np.diff(image, axis=0)), brain[1:] & brain[:-1]
     at_grid = np.arange(1, len(image)) % period == 0
     across, elsewhere = (steps[planes][pairs[planes]] for planes in (at_grid, ~at_grid))

@@ -1,4 +1,4 @@
-"""What an autoencoder's latents are like: their moments, and how they answer to a flip and to a hole.
+"""Measure an autoencoder's latents: their moments, and their response to a flip and to a mask.
 
     latent (c x/f y/f z/f), standardised;   cells (x/f y/f z/f) bool, a choice among its cells
 
@@ -16,11 +16,11 @@ from ldm_lib.autoencoder.region_decoding import Reconstruction, as_batch
 from ldm_lib.devices import autocast
 from ldm_lib.evaluation.image_quality import rms
 
-FARTHEST_CELL = 6
+LARGEST_DISTANCE = 6
 
 
 def latent_table(latent: np.ndarray, cells: np.ndarray) -> list[dict[str, float]]:
-    """Moments of each channel over some cells, for comparison with the normal distribution that sampling starts from.
+    """Compute the moments of each channel, for comparison with the normal distribution that sampling starts from.
 
     Args:
         latent: (c, x, y, z), standardised.
@@ -28,12 +28,12 @@ def latent_table(latent: np.ndarray, cells: np.ndarray) -> list[dict[str, float]
 
     Returns:
         rows of `channel`, `mean`, `std` (ddof 0), `skew` (third standardised moment; 0 for a normal) and
-        `beyond_3_sigma` (share of cells farther than three of these std from this mean; 0.0027 for a normal).
+        `beyond_3_sigma` (fraction of latent voxels farther than 3 std from the mean; 0.0027 for a normal).
     """
     rows = []
     for channel, values in enumerate(latent[:, cells].astype(np.float64)):
         mean, std = values.mean(), values.std()
-        z = (values - mean) / std if std > 1e-6 else np.zeros_like(values)  # a dead channel has no shape
+        z = (values - mean) / std if std > 1e-6 else np.zeros_like(values)  # a constant channel has no shape
         moments = {"mean": mean, "std": std, "skew": np.mean(z**3), "beyond_3_sigma": np.mean(np.abs(z) > 3)}
         rows.append({"channel": channel} | {name: float(value) for name, value in moments.items()})
     return rows
@@ -42,7 +42,7 @@ def latent_table(latent: np.ndarray, cells: np.ndarray) -> list[dict[str, float]
 def posterior_kl(
     autoencoder: Autoencoder, image: np.ndarray, cells: np.ndarray, *, device: torch.device, precision: str
 ) -> list[float]:
-    """KL divergence of the posterior from N(0, 1), nats per latent element, the mean over `cells`; one per channel."""
+    """Compute the mean KL divergence of each channel's posterior from N(0, 1), nats per latent element."""
     with torch.inference_mode(), autocast(device, precision):
         mean, std = (
             m[0].float().cpu()[:, torch.from_numpy(cells)] for m in autoencoder.moments(as_batch(image, device))
@@ -53,9 +53,9 @@ def posterior_kl(
 def flip_error(
     autoencoder: Autoencoder, image: np.ndarray, coded: Reconstruction, *, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """Root mean square error over the brain of coding, and of coding with the latent flipped left to right.
+    """Compute the RMS error over the brain of reconstruction, without and with a left-right flip of the latent.
 
-    A linear code's flip changes the signs of its odd numbers as well (`LinearCode.mirror`), as training does it.
+    The flip of a linear codec also changes the signs of its odd channels (`LinearCodec.mirror`), as in training.
     """
     lateral, brain = 1, image > 0
     signs = 1.0 if autoencoder.mirror is None else autoencoder.mirror.cpu().view(-1, 1, 1, 1)
@@ -66,34 +66,34 @@ def flip_error(
     return {name: rms((volume - image)[brain]) for name, volume in volumes.items()}
 
 
-def hole_reach(full: np.ndarray, voided: np.ndarray, hole: np.ndarray, brain: np.ndarray) -> list[dict[str, float]]:
-    """How far the hole's edge reaches into the latents of cells that hold none of it.
+def mask_reach(full: np.ndarray, voided: np.ndarray, mask: np.ndarray, brain: np.ndarray) -> list[dict[str, float]]:
+    """Measure how far the masked region affects the latent voxels outside it.
 
     Args:
         full, voided: (c, x, y, z) standardised latents of the two images.
-        hole, brain: (x, y, z) bool, cells that hold any of the hole, and cells mostly in the brain.
+        mask, brain: (x, y, z) bool, latent voxels that contain any of the mask, and those mostly in the brain.
 
     Returns:
-        rows of `cells_from_hole` (Chebyshev distance from the cells that hold any of the hole; 0 is these), `cells`
-        (how many of them lie mostly in the brain) and `rms_difference` between the latents of the full and of the
-        voided image there, over channels and cells. NaN where there is no such cell.
+        rows of `cells_from_hole` (Chebyshev distance to the nearest latent voxel that contains any of the mask),
+        `cells` (number of those mostly in the brain) and `rms_difference` between the latents of the full and of the
+        voided image there, over channels and latent voxels. NaN if there are none.
     """
-    distance, rows = ndimage.distance_transform_cdt(~hole, metric="chessboard"), []
-    for k in range(FARTHEST_CELL + 1):
+    distance, rows = ndimage.distance_transform_cdt(~mask, metric="chessboard"), []
+    for k in range(LARGEST_DISTANCE + 1):
         there = brain & (distance == k)
         rows.append({"cells_from_hole": k, "cells": int(there.sum()), "rms_difference": rms((full - voided)[:, there])})
     return rows
 
 
 def dilation_needed(rows: Sequence[dict[str, float]], fraction: float = 0.1) -> int:
-    """The smallest dilation of the latent mask beyond which the hole changes latents little.
+    """Find the smallest dilation of the latent mask beyond which the masked region changes latents little.
 
     Args:
-        rows: of `hole_reach`.
-        fraction: little is up to this share of the change in the hole's own cells.
+        rows: of `mask_reach`.
+        fraction: of the change in the masked latent voxels, up to which a change is little.
 
     Returns:
-        cells; the farthest distance in the rows says that at least so many are needed.
+        latent voxels; the largest distance in the rows means at least that many.
     """
     limit = fraction * rows[0]["rms_difference"]
     return max((row["cells_from_hole"] for row in rows[1:] if row["rms_difference"] > limit), default=0)

@@ -1,8 +1,8 @@
-"""Is a sample a copy of a training patient? Its hole is looked for in every one of them.
+"""Detect samples that copy a training patient.
 
-A patch around the middle of the hole, only its filled voxels, is laid over each training patient and its mirror image,
-at every shift within reach. A copy is far nearer to one patient than to any other, so it is the nearest distance over
-the second nearest that tells: a blurred fill is near to everybody.
+A patch around the middle of the mask, only its inpainted voxels, is compared with each training patient and its mirror
+image at every shift within reach. A copy is far nearer to one patient than to any other, so the score is the ratio of
+the nearest distance to the second nearest: a blurred result is near to every patient.
 
 Source: the ratio of Carlini et al. 2023 (arXiv 2301.13188), section 5.1, with patients in place of pictures.
 """
@@ -18,50 +18,50 @@ from ldm_lib.data.case import Case, CaseData
 from ldm_lib.data.volume import normalise
 
 EDGE_MM, REACH_MM = 32.0, 12.0  # of a patch, and of the search around its place in another head
-COPY = 0.5  # first over second below which a sample is taken for a copy
+COPY = 0.5  # nearest-neighbour distance ratio below which a sample counts as a copy
 LEFT_RIGHT = 0  # axis of LPS volumes
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What fills a part of a hole.
+    """Hold a part of an inpainted region.
 
     Attributes:
-        about: what it is, such as {"case": key}.
+        about: columns of its row, such as {"case": key}.
         values: (x, y, z) normalised, LPS.
-        filled: (x, y, z) bool, the voxels that are compared.
-        corner: where it lies in the whole volume, voxels.
+        compared: (x, y, z) bool, the voxels that are compared.
+        corner: position in the whole volume, voxels.
         spacing_mm: along x, y, z.
     """
 
     about: dict[str, Any]
     values: np.ndarray
-    filled: np.ndarray
+    compared: np.ndarray
     corner: tuple[int, ...]
     spacing_mm: tuple[float, ...]
 
     @classmethod
     def of(cls, data: CaseData, volume: np.ndarray, /, **about: Any) -> "Patch":
-        """The patch around the middle of a case's scored voxels, of a volume (x, y, z) in its order and units."""
-        hole, spacing = data.lps(data.scored), data.lps_spacing_mm
+        """Cut the patch around the middle of a case's scored voxels out of a volume (x, y, z) of the case."""
+        mask, spacing = data.lps(data.scored), data.lps_spacing_mm
         half = [max(1, round(EDGE_MM / 2 / s)) for s in spacing]
-        middle = np.argwhere(hole).mean(axis=0).round().astype(int)
-        box = tuple(slice(max(m - h, 0), min(m + h, n)) for m, h, n in zip(middle, half, hole.shape, strict=True))
-        if not hole[box].any():  # a hole around a middle that is none of it
-            box = tuple(slice(0, n) for n in hole.shape)
+        middle = np.argwhere(mask).mean(axis=0).round().astype(int)
+        box = tuple(slice(max(m - h, 0), min(m + h, n)) for m, h, n in zip(middle, half, mask.shape, strict=True))
+        if not mask[box].any():  # the middle of a mask need not be in it
+            box = tuple(slice(0, n) for n in mask.shape)
         values = normalise(data.lps(volume)[box], data.scale)
-        return cls({"case": data.case.key} | about, values, hole[box], tuple(s.start for s in box), spacing)
+        return cls({"case": data.case.key} | about, values, mask[box], tuple(s.start for s in box), spacing)
 
     def distance(self, image: np.ndarray) -> float:
-        """Root mean square distance to the most alike place of a normalised LPS volume, or of its mirror image."""
+        """Compute the RMS distance to the most similar place of a normalised LPS volume, or of its mirror image."""
         reach = [round(REACH_MM / s) for s in self.spacing_mm]
         return min(self._distance(side, reach) for side in (image, np.flip(image, LEFT_RIGHT)))
 
     def _distance(self, image: np.ndarray, reach: Sequence[int]) -> float:
-        """sum w (p - q)^2 = sum w p^2 - 2 (w p * q) + (w * q^2), for all shifts at once by FFT."""
+        """Compute sum w (p - q)^2 = sum w p^2 - 2 (w p * q) + (w * q^2) for all shifts at once by FFT."""
         within = _window(image, [c - r for c, r in zip(self.corner, reach, strict=True)],
-                         [n + 2 * r for n, r in zip(self.filled.shape, reach, strict=True)])  # fmt: skip
-        weight = self.filled.astype(np.float64)
+                         [n + 2 * r for n, r in zip(self.compared.shape, reach, strict=True)])  # fmt: skip
+        weight = self.compared.astype(np.float64)
         own = weight * self.values
         crossed = fftconvolve(within, np.flip(own), mode="valid")
         squared = fftconvolve(np.square(within), np.flip(weight), mode="valid")
@@ -70,14 +70,14 @@ class Patch:
 
 
 def memorisation_rows(patches: Sequence[Patch], training: Iterable[CaseData]) -> list[dict[str, Any]]:
-    """For each patch its nearest training patients.
+    """Find the nearest training patient of each patch.
 
     Args:
-        training: one case a patient, with its truth, read once each; those of other voxel sizes are passed over.
+        training: one case per patient, with its target, read once each; those of other voxel sizes are skipped.
 
     Returns:
-        rows of what each patch is about, "nearest" patient, its "distance" (normalised intensity), "first over second"
-        (NaN with fewer than two patients), and how many "patients" were compared.
+        rows of `Patch.about`, "nearest" patient, its "distance" (normalised intensity), "distance ratio" of the nearest
+        to the second nearest (NaN with fewer than two patients), and the number of "patients" compared.
     """
     found: list[dict[str, float]] = [{} for _ in patches]
     for data in training:
@@ -88,8 +88,8 @@ def memorisation_rows(patches: Sequence[Patch], training: Iterable[CaseData]) ->
     return [patch.about | _nearest(distances) for patch, distances in zip(patches, found, strict=True)]
 
 
-def one_a_patient(cases: Sequence[Case]) -> list[Case]:
-    """The first case of each patient that has its full image."""
+def one_per_patient(cases: Sequence[Case]) -> list[Case]:
+    """Return the first case of each patient that has its full image."""
     return list({case.patient: case for case in reversed(cases) if case.t1n}.values())[::-1]
 
 
@@ -98,11 +98,11 @@ def _nearest(distances: dict[str, float]) -> dict[str, Any]:
     first, second = (distances[name] for name in order[:2]) if len(order) > 1 else (np.nan, np.nan)
     ratio = first / second if second > 0 else np.nan
     nearest = {"nearest": order[0], "distance": distances[order[0]]} if order else {"nearest": "", "distance": np.nan}
-    return nearest | {"first over second": ratio, "patients": len(order)}
+    return nearest | {"distance ratio": ratio, "patients": len(order)}
 
 
 def _window(image: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """A box of an image; what lies beyond it is air."""
+    """Cut a box out of an image, with zeros beyond its border."""
     window = np.zeros(shape)
     there = [slice(max(a, 0), min(a + n, size)) for a, n, size in zip(start, shape, image.shape, strict=True)]
     if all(s.start < s.stop for s in there):

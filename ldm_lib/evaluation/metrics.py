@@ -1,10 +1,10 @@
-"""The scores of the BraTS inpainting challenge, their break-downs and their aggregates.
+"""Compute the scores of the BraTS inpainting challenge, and their means over patients with bootstrap intervals.
 
-All of them judge the healthy mask only, on intensities normalised by two percentiles of the voided image.
-Axes are `x y z` in the file's own voxel order: the challenge's SSIM is 2-D, one slice along x at a time.
+All scores are of the healthy mask only, on intensities normalised by two percentiles of the voided image. Axes are
+`x y z` in the file's own voxel order: the challenge's SSIM is 2-D, one slice along x at a time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,8 +17,8 @@ from ldm_lib.geometry import bounding_box
 PERCENTILES = (0.5, 99.5)
 WINDOW_SIGMA_VOX, WINDOW_RADIUS_VOX = 1.5, 5
 K1, K2 = 0.01, 0.03
-# Spheres of 27 mm and 42 mm diameter; real healthy holes measured 14, 35, 60 and 79 mL, synthetic ones 6 to 25 mL.
-SMALL_HOLE_BELOW_MM3, LARGE_HOLE_FROM_MM3 = 10_000.0, 40_000.0
+# Spheres of 27 mm and 42 mm diameter; four real healthy masks have 14, 35, 60 and 79 mL, synthetic ones 6 to 25 mL.
+SMALL_BELOW_MM3, LARGE_FROM_MM3 = 10_000.0, 40_000.0
 
 Box = tuple[slice, ...]
 
@@ -31,7 +31,7 @@ def brats_scores(
     *,
     where: str = "",
 ) -> dict[str, float]:
-    """The challenge's scores of one case: `ssim`, `psnr_01` in dB, `mse`, `rmse` and `mae`.
+    """Compute the challenge's scores of one case: `ssim`, `psnr_01` in dB, `mse`, `rmse` and `mae`.
 
     Errors are in units of the normalised intensity, which lies in [0, 1]. A perfect prediction has
     `psnr_01` = inf and `ssim` = 1.
@@ -39,9 +39,9 @@ def brats_scores(
     Args:
         prediction: (x, y, z), the whole volume in the source's units.
         target: (x, y, z), the full T1n.
-        voided: (x, y, z), the T1n with its hole; it alone sets the normalisation.
-        healthy_mask: (x, y, z), nonzero where voxels are judged.
-        where: the case, named by errors.
+        voided: (x, y, z), the voided T1n; it alone sets the normalisation.
+        healthy_mask: (x, y, z), nonzero where voxels are scored.
+        where: the case, for error messages.
 
     Raises:
         InputError: volumes that are not 3-D, differ in shape, hold a non-finite voxel, or leave no
@@ -56,7 +56,7 @@ def brats_scores(
 
 
 def ssim_by_slice(prediction: np.ndarray, target: np.ndarray, *, data_range: float) -> np.ndarray:
-    """Structural similarity of every voxel within its plane of axes y and z, each x by itself.
+    """Compute the structural similarity of every voxel within its plane of axes y and z, for each x separately.
 
     Gaussian window of sigma 1.5 and 11x11 voxels, mirrored at the borders without repeating the edge.
 
@@ -73,7 +73,7 @@ def ssim_by_slice(prediction: np.ndarray, target: np.ndarray, *, data_range: flo
     c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
     above = (2 * mu_p * mu_t + c1) * (2 * cov + c2)
     below = (mu_p**2 + mu_t**2 + c1) * (var_p + var_t + c2)
-    # 0 / 0 arises when both volumes are 0 throughout: they are alike.
+    # 0 / 0 arises when both volumes are 0 throughout: they are equal.
     return np.divide(above, below, out=np.ones_like(above), where=below > 0)
 
 
@@ -86,7 +86,7 @@ def scores_by_tissue(
     *,
     where: str = "",
 ) -> list[dict[str, str | int | float]]:
-    """`psnr_01`, `mse`, `rmse` and `mae` of each tissue in the healthy mask, one row a tissue.
+    """Compute `psnr_01`, `mse`, `rmse` and `mae` of each tissue in the healthy mask, one row per tissue.
 
     Rows have `tissue` (CSF, GM, WM), `voxels`, and the scores with the normalisation of the whole
     case; a tissue without voxels has NaN scores. Voxels of other labels are in no row.
@@ -108,39 +108,25 @@ def scores_by_tissue(
     return rows
 
 
-def hole_size_class(volume_mm3: float) -> str:
-    """`small` below 10 mL, `large` from 40 mL on, `medium` between."""
-    if volume_mm3 < SMALL_HOLE_BELOW_MM3:
+def mask_size_class(volume_mm3: float) -> str:
+    """Return the size class of a mask: `small` below 10 mL, `large` from 40 mL on, `medium` between."""
+    if volume_mm3 < SMALL_BELOW_MM3:
         return "small"
-    return "medium" if volume_mm3 < LARGE_HOLE_FROM_MM3 else "large"
-
-
-def aggregate(rows: Iterable[Mapping[str, float]], keys: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Mean, median and population standard deviation (ddof 0) of each key over the rows.
-
-    NaN (a tissue that a case lacks) is left out; with nothing left all three are NaN. A perfect case's
-    infinite `psnr_01` stays in, as in the challenge: the mean is then inf and the deviation NaN, and
-    the median still tells.
-
-    Raises:
-        InputError: a row without one of the keys.
-    """
-    rows = list(rows)
-    return {key: _moments(_column(rows, key)) for key in keys}
+    return "medium" if volume_mm3 < LARGE_FROM_MM3 else "large"
 
 
 def bootstrap_by_patient(
     values: ArrayLike, patients: Sequence[str], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> dict[str, float]:
-    """Mean over patients and its percentile interval: `mean`, `low`, `high`, and how many `patients` and `holes`.
+    """Compute the mean over patients and its percentile interval: `mean`, `low`, `high`, number of `patients`, `masks`.
 
-    Holes of one patient are not independent: they are averaged first, and it is patients that are drawn, with
-    replacement. Values that are NaN are left out. There is no interval (NaN) for one patient or an infinite score.
+    Masks of one patient are not independent: they are averaged first, and patients are drawn with replacement. NaN
+    values are left out. There is no interval (NaN) for one patient or an infinite score.
 
     Args:
-        values: a score of each hole.
-        patients: whose hole it is.
-        level: share of the resampled means inside the interval.
+        values: a score of each mask.
+        patients: the patient of each mask.
+        level: fraction of the resampled means inside the interval.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
     """
@@ -152,30 +138,11 @@ def bootstrap_by_patient(
         drawn = np.random.default_rng(seed).integers(0, means.size, (resamples, means.size))
         low, high = np.percentile(means[drawn].mean(axis=1), [50 * (1 - level), 50 * (1 + level)])
     mean = float(means.mean()) if means.size else np.nan
-    return {"mean": mean, "low": float(low), "high": float(high), "patients": means.size, "holes": values.size}
-
-
-def _column(rows: list[Mapping[str, float]], key: str) -> np.ndarray:
-    lacking = [index for index, row in enumerate(rows) if key not in row]
-    if lacking:
-        raise InputError(
-            f"row {lacking[0]} of {len(rows)} has no score {key!r}; it has {sorted(rows[lacking[0]])}",
-            where="aggregate",
-            fix="ask for scores that every row has",
-        )
-    values = np.array([row[key] for row in rows], dtype=np.float64)
-    return values[~np.isnan(values)]
-
-
-def _moments(values: np.ndarray) -> dict[str, float]:
-    if values.size == 0:
-        return dict.fromkeys(("mean", "median", "std"), np.nan)
-    std = values.std() if np.isfinite(values).all() else np.nan
-    return {"mean": float(values.mean()), "median": float(np.median(values)), "std": float(std)}
+    return {"mean": mean, "low": float(low), "high": float(high), "patients": means.size, "masks": values.size}
 
 
 def _errors(difference: np.ndarray) -> dict[str, float]:
-    """Error scores of normalised differences, whatever their shape; NaN of none."""
+    """Compute the error scores of normalised differences; NaN if there are none."""
     if difference.size == 0:
         return dict.fromkeys(("psnr_01", "mse", "rmse", "mae"), np.nan)
     mse = float(np.mean(difference**2))
@@ -194,9 +161,9 @@ def _normalised(
     healthy_mask: ArrayLike,
     where: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Box]:
-    """Prediction and target, masked and then brought to [0, 1] by the voided image; mask and box.
+    """Mask prediction and target, normalise them to [0, 1] by the voided image, and crop them and the mask to a box.
 
-    All three are cropped to the box, which holds whatever the scores depend on.
+    The box, returned last, holds all voxels that the scores depend on.
     """
     volumes = {"prediction": prediction, "target": target, "voided": voided, "mask": healthy_mask}
     volumes = {name: np.asarray(volume) for name, volume in volumes.items()}
@@ -204,7 +171,7 @@ def _normalised(
     _check_finite(volumes, where)
     mask: np.ndarray = volumes["mask"] != 0
     if not mask.any():
-        raise InputError("the healthy mask is empty", where=where, fix="give the mask of a hole")
+        raise InputError("the healthy mask is empty", where=where, fix="give a mask with at least one voxel")
     lo, hi = _intensity_range(volumes["voided"], where)
     box = _window_box(mask)
     mask = mask[box]
@@ -233,7 +200,7 @@ def _window_mean(volume: np.ndarray) -> np.ndarray:
 
 
 def _window_box(mask: np.ndarray) -> Box:
-    """The mask's bounding box, grown by what the window reaches, within the volume.
+    """Return the mask's bounding box, widened by the reach of the window, within the volume.
 
     Windows of masked voxels meet the box's border only where it is the volume's, so mirroring agrees.
     The window has no extent in x, but the growth there puts unmasked voxels into the box whenever the

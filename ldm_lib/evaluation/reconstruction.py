@@ -1,4 +1,4 @@
-"""What an autoencoder returns: how much is lost by going latent, and where.
+"""Measure an autoencoder's reconstruction error, and where it arises.
 
     image (x y z) => encode => latent (c x/f y/f z/f) => decode => image (x y z)
 
@@ -22,27 +22,27 @@ from ldm_lib.geometry import Frame, bounding_box
 FARTHEST_SHIFT_VOX = 2
 COLUMN_VOX = 64
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affine of a grid in the model's orientation
-ALIKE = 0.9  # correlation from which on a shift can be told
-BOX_LOSS_LIMIT_DB = 0.1  # a box that changes the hole's PSNR by more is not decoded instead of the whole
+ALIKE = 0.9  # correlation from which on a shift can be measured
+BOX_LOSS_LIMIT_DB = 0.1  # if decoding a box changes the mask's PSNR by more, the whole volume is decoded
 
 
 def upper_bound(data: CaseData, rebuilt: np.ndarray, factor: int) -> tuple[np.ndarray, dict[str, float]]:
-    """The truth through the autoencoder, pasted into the hole, and its scores: about the best that a model can do.
+    """Paste the reconstructed target into the mask, and score it: about the best that a latent model can reach.
 
-    Its edge is not made to fit (`blending`), which would cost it some tenths of a decibel.
+    The mask's edge is not corrected (`edge_blending`), which would cost some tenths of a decibel.
 
     Args:
-        rebuilt: (x, y, z) the target as it came back, normalised, on the grid of a network of this factor.
+        rebuilt: (x, y, z) the reconstructed target, normalised, on the grid of a network of this factor.
 
     Returns:
-        the filled volume (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
+        the inpainted volume (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
     """
     filled = data.paste(rebuilt, factor)
     return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
 
 
 def by_tissue(data: CaseData, filled: np.ndarray) -> list[dict[str, str | int | float]]:
-    """Error scores of a filled volume (file's order and units) in each tissue; no row without a tissue map."""
+    """Score an inpainted volume (file's order and units) in each tissue; no row without a tissue map."""
     if data.tissue is None:
         return []
     return scores_by_tissue(filled, data.target, data.voided, data.scored, data.tissue, where=data.case.key)
@@ -57,10 +57,10 @@ def crop_against_whole(
     device: torch.device,
     precision: str,
 ) -> dict[str, float]:
-    """PSNR in dB over the brain of crops coded alone, and of the same voxels in the whole volume's reconstruction.
+    """Compute PSNR in dB over the brain of crops reconstructed alone, and of the same voxels in the whole volume.
 
-    Up to eight crops of `edge` voxels, rounded down to whole cells, meet in the middle of the brain. A whole volume
-    that is rebuilt no worse than its crops says that training on crops teaches what volumes need.
+    Up to eight crops of `edge` voxels, rounded down to whole latent voxels, meet in the middle of the brain. If the
+    whole volume is reconstructed no worse than its crops, training on crops is sufficient.
     """
     brain, errors = image > 0, {"crop_psnr": [], "whole_psnr": []}
     for box in _central_boxes(brain, edge - edge % autoencoder.factor, autoencoder.factor):
@@ -78,10 +78,10 @@ def alignment(
     device: torch.device,
     precision: str,
 ) -> list[dict[str, float]]:
-    """By how many slices a volume is shifted that was padded, coded, decoded and cropped back; must be 0.
+    """Measure by how many slices padding, encoding, decoding and cropping shift a volume; must be 0.
 
     Args:
-        image: (x, y, z) normalised, LPS, without padding. The column of 64 x 64 voxels in its middle stands for it;
+        image: (x, y, z) normalised, LPS, without padding. The column of 64 x 64 voxels in its middle is used;
             along z the middle is cut, or zeros are added behind, to each depth.
 
     Returns:
@@ -108,7 +108,7 @@ def box_loss_db(
     device: torch.device,
     precision: str,
 ) -> float:
-    """The ceiling's PSNR in dB by full decoding less that by `decode_box`; positive means that the box loses.
+    """Compute the upper bound's PSNR in dB by full decoding less that by `decode_box`; positive: the box is worse.
 
     Args:
         coded: the case's target.
@@ -122,7 +122,7 @@ def box_loss_db(
 
 
 def _central_boxes(brain: np.ndarray, edge: int, factor: int) -> list[tuple[slice, ...]]:
-    """Cubes on the cells' grid on all sides of the brain's middle, shifted into the volume, each once."""
+    """Return distinct cubes on the latent grid on all sides of the brain's middle, shifted into the volume."""
     spans, corners = bounding_box(brain), []
     for span, n in zip(spans, brain.shape, strict=True):
         middle = (span.start + span.stop) // 2 // factor * factor
@@ -131,13 +131,13 @@ def _central_boxes(brain: np.ndarray, edge: int, factor: int) -> list[tuple[slic
 
 
 def _middle(image: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Its middle of at most this shape."""
-    starts = [max(n - wanted, 0) // 2 for n, wanted in zip(image.shape, shape, strict=True)]
-    return image[tuple(slice(start, start + wanted) for start, wanted in zip(starts, shape, strict=True))]
+    """Return the middle of an image, of at most this shape."""
+    starts = [max(n - size, 0) // 2 for n, size in zip(image.shape, shape, strict=True)]
+    return image[tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))]
 
 
 def _shift(rebuilt: np.ndarray, image: np.ndarray) -> dict[str, float]:
-    """The shift along z that makes a volume most like the image, and their correlation then."""
+    """Find the shift along z with the highest correlation between a volume and the image."""
     far, n = FARTHEST_SHIFT_VOX, image.shape[2]
     still, found = image[..., far : n - far].ravel(), {}
     for shift in sorted(range(-far, far + 1), key=abs):

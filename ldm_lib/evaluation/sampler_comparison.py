@@ -1,4 +1,4 @@
-"""How few steps are enough: every sampler at several numbers of steps, on the same cases and from the same noise."""
+"""Compare samplers at several numbers of steps, on the same cases and from the same noise."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,15 +21,15 @@ def sampler_rows(
     guidance: float,
     threshold: float,
 ) -> Iterator[dict[str, Any]]:
-    """Fill each case once by each sampler of the model's path in each number of steps, and score it.
+    """Inpaint each case once by each sampler that supports the model's schedule, in each number of steps, and score it.
 
     Args:
-        cases: with their truth.
-        steps: denoiser calls; those beyond the schedule's are left out.
+        cases: with their target.
+        steps: denoiser calls; numbers above the schedule's are left out.
         threshold: concentration from which there is tumour.
 
     Yields:
-        rows of "case", "sampler", "steps", "seconds" (of sampling and decoding) and the figures of `obedience_row`.
+        rows of "case", "sampler", "steps", "seconds" (of sampling and decoding) and the scores of `fidelity_row`.
     """
     possible = sorted({n for n in steps if n <= inpainter.model.schedule.steps})
     for data in cases:
@@ -37,4 +37,4 @@ def sampler_rows(
         for sampler, n in product(samplers_for(inpainter.model.schedule), possible):
             seconds, filled = timed(partial(fill, sampler=sampler, steps=n), inpainter.model.device)
             row = {"case": data.case.key, "sampler": sampler, "steps": n, "seconds": seconds}
-            yield row | fidelity_row(data, filled.mean, asked=data, threshold=threshold)
+            yield row | fidelity_row(data, filled.mean, requested=data, threshold=threshold)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_lib.evaluation.case_scores import ONE_SAMPLE, mean_of
+from ldm_lib.evaluation.case_scores import SAMPLE, mean_of
 from ldm_lib.evaluation.metrics import bootstrap_by_patient
 from ldm_lib.experiment.run_folder import outputs_folder, read_record, tracked
 from ldm_lib.experiment.stages import STAGES
@@ -76,20 +76,20 @@ def _scores(folder: Path, grid: Grid, run: SweepRun) -> dict[str, Any]:
     with (folder / "metrics.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     found: dict[str, Any] = {}
-    for label, method in zip(_labels(grid), (ONE_SAMPLE, mean_of(run.value("samples"))), strict=True):
+    for label, method in zip(_labels(grid), (SAMPLE, mean_of(run.value("samples"))), strict=True):
         own = [row for row in rows if row["method"] == method]
         for score, column in SCORES.items():
             values = bootstrap_by_patient([float(row[column]) for row in own], [row["patient"] for row in own])
             name = f"{label}: {score}"
             found |= {name: values["mean"], name + LOW: values["low"], name + HIGH: values["high"]}
-        found |= {"patients": values["patients"], "holes": values["holes"]}
+        found |= {"patients": values["patients"], "holes": values["masks"]}
     return found
 
 
 def _labels(grid: Grid) -> tuple[str, str]:
     """What our two methods are called in columns; K is told where all runs have the same."""
     samples = {run.value("samples") for run in grid.runs}
-    return ONE_SAMPLE, mean_of(samples.pop()) if len(samples) == 1 else "mean of K"
+    return SAMPLE, mean_of(samples.pop()) if len(samples) == 1 else "mean of K"
 
 
 def _figures(folder: Path) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Fills without a network: what a learned model has to beat.
+"""Inpaint without a network: the baselines that a learned model has to outperform.
 
-Axes are `x y z`. The mask is nonzero where the volume is to be filled; the brain is what differs from 0
-outside it (real files hold negative brain voxels). Every fill returns a float32 volume that equals the
-voided one outside the mask and does not depend on the voxels under it.
+Axes are `x y z`. The mask is nonzero where the volume is inpainted; the brain is what differs from 0 outside it (real
+files hold negative brain voxels). Every baseline returns a float32 volume that equals the voided one outside the mask
+and does not depend on the voxels under it.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def mean_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
 
 
 def mirror_fill(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> np.ndarray:
-    """Fill with the other hemisphere, mirrored at the brain's mid-sagittal plane.
+    """Fill the mask with the other hemisphere, mirrored at the brain's mid-sagittal plane.
 
     The plane is perpendicular to the lateral axis, at the voxel or half voxel where the brain resembles
     its mirror image most. Voxels whose mirror lies in the mask, in air or outside the volume get
@@ -64,10 +64,10 @@ def mirror_fill(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> np.
 
 
 def mirror_sum_vox(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> int:
-    """The sum of the indices of two mirrored voxels: twice the position of the mid-sagittal plane.
+    """Find the mid-sagittal plane: twice its position, the sum of the indices of two mirrored voxels.
 
-    It maximises the correlation between the volume and its mirror image over the pairs of voxels with
-    both outside the mask. Planes that leave less than half of the volume without a partner compete.
+    The plane maximises the correlation between the volume and its mirror image over the pairs of voxels that both lie
+    outside the mask. Only planes that leave less than half of the volume without a partner are considered.
 
     Raises:
         InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask.
@@ -80,7 +80,7 @@ def mirror_sum_vox(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> 
     ones, first, second = (rfft(v, length, axis=0) for v in (weight, volume, volume**2))
 
     def over_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """For every index sum s, the sum of a(x) b(s - x) over all x and columns."""
+        """Sum a(x) b(s - x) over all x and columns, for every index sum s."""
         return irfft((a * b).sum(axis=(1, 2), dtype=np.complex128), length)[:sums]
 
     pairs = over_pairs(ones, ones)
@@ -94,7 +94,7 @@ def mirror_sum_vox(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> 
 
 
 def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
-    """Fill with the solution of Laplace's equation: the smoothest continuation of the hole's edge.
+    """Fill with the solution of Laplace's equation: the smoothest continuation of the mask's edge.
 
     Each filled voxel is the mean of its six neighbours, with the voxels around the mask given
     (air too) and no flux through the volume's border. The equations hold to a relative residual of 1e-6.
@@ -113,7 +113,7 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
             fix="give a mask that leaves part of the volume",
         )
     laplacian, edge_sum = masked_laplacian(known, mask)
-    # The Laplacian's sum counts the faces of the hole's edge: this is the mean over them.
+    # The Laplacian's sum counts the faces of the mask's edge: this is the mean over them.
     start = np.full(edge_sum.size, edge_sum.sum() / laplacian.sum())
     values, _ = cg(laplacian, edge_sum, x0=start, rtol=RELATIVE_RESIDUAL)
     filled = known.copy()
@@ -122,7 +122,7 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
 
 
 def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma_vox: float = 1.0) -> np.ndarray:
-    """Fill with each tissue's mean outside the mask, painted by the tissue map and smoothed.
+    """Fill with the mean of each tissue outside the mask, by the tissue map, and smooth.
 
     Args:
         tissue: (x, y, z) labels; 0 is air and painted 0. A label without brain outside the mask gets
@@ -149,7 +149,7 @@ def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma
 def initial_estimate_baseline(
     voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, spacing_mm: float
 ) -> np.ndarray:
-    """Fill with the first guess that the network is shown (`draft.draft_fill`), in any units.
+    """Fill with the initial estimate that a denoiser is conditioned on (`anatomy.initial_estimate`), in any units.
 
     Raises:
         InputError: as `tissue_paint`.
@@ -158,26 +158,26 @@ def initial_estimate_baseline(
     return initial_estimate(known, mask, _of_this_grid(tissue, mask), spacing_mm=spacing_mm)
 
 
-# One signature for all: f(voided, mask, tissue=labels, lateral_axis=axis, spacing_mm=edge); each takes what it needs.
+# All have one signature, f(voided, mask, tissue=labels, lateral_axis=axis, spacing_mm=edge); each takes what it needs.
 BASELINES: dict[str, Callable[..., np.ndarray]] = {
     "mean": lambda voided, mask, **_: mean_fill(voided, mask),
     "mirror": lambda voided, mask, *, lateral_axis, **_: mirror_fill(voided, mask, lateral_axis=lateral_axis),
     "harmonic": lambda voided, mask, **_: harmonic_fill(voided, mask),
     "tissue paint": lambda voided, mask, *, tissue, **_: tissue_paint(voided, mask, tissue),
-    "draft": lambda voided, mask, *, tissue, spacing_mm, **_: initial_estimate_baseline(
+    "initial estimate": lambda voided, mask, *, tissue, spacing_mm, **_: initial_estimate_baseline(
         voided, mask, tissue, spacing_mm=spacing_mm
     ),
 }
-OF_TISSUE = ("tissue paint", "draft")  # those that cannot do without a tissue map
+OF_TISSUE = ("tissue paint", "initial estimate")  # baselines that need a tissue map
 
 
 def _known(voided: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """A float32 copy of the volume with 0 under the mask, and the mask as bool."""
+    """Return a float32 copy of the volume with 0 under the mask, and the mask as bool."""
     voided, mask = np.asarray(voided), np.asarray(mask) != 0
     if voided.shape != mask.shape or voided.ndim != 3:
         raise InputError(
             f"the voided volume is {voided.shape}, the mask {mask.shape}; both must be one (x, y, z)",
-            fix="give the mask of this very volume",
+            fix="give the mask of this volume",
         )
     known = np.where(mask, 0, voided).astype(np.float32)
     bad = known.size - np.count_nonzero(np.isfinite(known))
@@ -203,7 +203,7 @@ def _brain_mean(known: np.ndarray) -> float:
     brain = known[known != 0]
     if brain.size == 0:
         raise InputError(
-            f"none of {known.size} voxels outside the mask differs from 0: there is no brain to learn from",
+            f"none of {known.size} voxels outside the mask differs from 0: there is no brain",
             fix="check that volume and mask are not swapped",
         )
     return float(brain.mean(dtype=np.float64))

@@ -1,4 +1,4 @@
-"""A folder of results as the challenge takes it: every case there, each file what it may be, all in one archive."""
+"""Check a folder of results by the rules of the challenge, and pack it into one archive."""
 
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, replacing, require_writable
 
 PATTERN = "*-t1n-inference*.nii.gz"
-BESIDE = ("-std.nii.gz", "-nearest.nii.gz")  # and samples: what stands beside a result and is none
-LEAST_FILLED = 0.1  # share of a hole that is not air; real healthy holes have three quarters in the brain
+OTHER_FILES = ("-std.nii.gz", "-nearest.nii.gz")  # of a result, next to samples: these are not submitted
+LEAST_BRAIN = 0.1  # fraction of a mask that is not air in a result; real healthy masks have three quarters
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the archive, so that the same results are the same bytes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one case or file; no problem means that it may be sent."""
+    """Describe one case or file; an empty problem means that it may be submitted."""
 
     name: str
     problem: str = ""
@@ -32,26 +32,26 @@ class Finding:
 
 
 def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
-    """One finding for each case of a folder and, last, for each result that belongs to none.
+    """Yield one finding for each case of a folder and, last, for each result that belongs to no case.
 
     Raises:
         InputError: a folder does not exist, or the first holds no case.
     """
     folder = expand_path(results)
     if not folder.is_dir():
-        raise InputError("no such folder", where=folder, fix="give the folder that `inpaint --data` filled")
+        raise InputError("no such folder", where=folder, fix="give the output folder of `inpaint --data`")
     cases, exclusions = survey_cases(data_dir)
     yield from (Finding(exclusion.case, exclusion.reason) for exclusion in exclusions)
     for case in cases:
         yield Finding(case.key, _problem(case, folder))
     known = {case.result_name for case in cases}
     for path in sorted(folder.glob(PATTERN)):
-        if path.name not in known and not _stands_beside(path):
+        if path.name not in known and not _is_other_file(path):
             yield Finding(path.name, "belongs to no case of the data. Fix: remove it, or give the whole data folder")
 
 
 def require_archive(output: Path, data_dir: str | Path) -> None:
-    """Refuse early where the archive may not go: among the cases, or in the place of a result."""
+    """Raise early if the archive may not be written: among the cases, or in place of a result."""
     if output.suffix.lower() != ".zip":
         raise InputError("must end in .zip", where=output, fix="name it so")
     require_outside(output, data_dir)
@@ -59,7 +59,7 @@ def require_archive(output: Path, data_dir: str | Path) -> None:
 
 
 def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
-    """Write the results of every case into a zip file, flat, and read it back; return how many there are.
+    """Write the results of every case into a flat zip file, and read it back; return their number.
 
     Raises:
         InputError: the archive cannot be read back.
@@ -72,19 +72,19 @@ def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), content)
         with zipfile.ZipFile(partial) as archive:
             if archive.testzip() or archive.namelist() != names:
-                raise InputError("does not read back as what was written", where=output, fix="check the disk")
+                raise InputError("cannot be read back", where=output, fix="check the disk")
     return len(names)
 
 
-def several_holes(data_dir: str | Path) -> bool:
-    """Whether results carry a hole's number, which the challenge's names do not have."""
+def has_several_masks(data_dir: str | Path) -> bool:
+    """Return whether file names carry the number of a mask, which the challenge's names do not have."""
     return any(case.index for case in find_cases(data_dir))
 
 
 def _problem(case: Case, folder: Path) -> str:
     path = folder / case.result_name
     if not path.exists():
-        return f"no {path.name}. Fix: fill it"
+        return f"no {path.name}. Fix: inpaint it"
     try:
         return _difference(load_case(case.to_fill()), path)
     except LdmError as error:
@@ -92,10 +92,10 @@ def _problem(case: Case, folder: Path) -> str:
 
 
 def _difference(data: CaseData, path: Path) -> str:
-    """What keeps a result from being its source with the hole filled, or nothing."""
+    """Return how a result differs from its inpainted source other than in the mask; empty if it does not."""
     result, source = read_volume(path), data.source
     if result.shape != source.shape:
-        return f"{path.name} has shape {_told(result.shape)}, must have {_told(source.shape)}"
+        return f"{path.name} has shape {_text(result.shape)}, must have {_text(source.shape)}"
     if (apart := np.abs(result.affine - source.affine).max()) > GRID_TOLERANCE_MM:
         return f"{path.name} has another affine, {apart:.3g} off"
     if result.raw.dtype != source.raw.dtype:
@@ -106,14 +106,14 @@ def _difference(data: CaseData, path: Path) -> str:
     if changed := int(np.count_nonzero((result.raw != source.raw) & ~data.mask)):
         return f"{path.name} differs from its source in {changed} voxels outside the mask"
     filled = np.count_nonzero(result.voxels[data.mask])
-    if filled < LEAST_FILLED * data.mask.sum():
-        return f"{path.name} has a void hole: {filled} of its {int(data.mask.sum())} voxels are not 0"
+    if filled < LEAST_BRAIN * data.mask.sum():
+        return f"{path.name} is void under the mask: {filled} of its {int(data.mask.sum())} voxels are not 0"
     return ""
 
 
-def _stands_beside(path: Path) -> bool:
-    return path.name.endswith(BESIDE) or "-sample-" in path.name
+def _is_other_file(path: Path) -> bool:
+    return path.name.endswith(OTHER_FILES) or "-sample-" in path.name
 
 
-def _told(shape: Sequence[int]) -> str:
+def _text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))

@@ -56,7 +56,7 @@ def test_cases_count_alike_whatever_their_size():
     for row, a, b in zip(pooled, *alone, strict=True):
         assert row["found"] == pytest.approx((a["found"] + b["found"]) / 2)
     assert [row["case"] for row in each] == ["few", "many"]
-    assert each[0]["spread over error"] > 1 > each[1]["spread over error"]
+    assert each[0]["spread-skill ratio"] > 1 > each[1]["spread-skill ratio"]
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -9,15 +9,15 @@ from ldm_lib.data.case import load_case
 from ldm_lib.data.volume import write_like
 from ldm_lib.errors import InputError
 from ldm_lib.evaluation.case_scores import (
-    NEAREST,
-    ONE_SAMPLE,
+    MEDOID,
+    SAMPLE,
     UPPER_BOUND,
     candidates,
     mean_of,
     sample_path,
     score_rows,
 )
-from ldm_lib.evaluation.metrics import brats_scores, hole_size_class
+from ldm_lib.evaluation.metrics import brats_scores, mask_size_class
 from ldm_lib.inpainting.baselines import BASELINES
 
 
@@ -28,7 +28,7 @@ def data(cases):
 
 @pytest.fixture
 def results(data, tmp_path):
-    """A folder as stage 05 leaves it: the hole holds 100 in the sample, 200 in the mean, 300 in the ceiling."""
+    """A folder as stage 05 leaves it: the hole holds 100 in the sample, 200 in the mean, 300 in the upper bound."""
     (tmp_path / "ceiling").mkdir()
     name = data.case.result_name
     for path, value in (
@@ -44,7 +44,7 @@ def results(data, tmp_path):
 def test_each_method_is_read_from_its_own_file(data, results):
     found = candidates(data, results, 4, baselines=False)
     assert {name: set(volume[data.mask]) for name, volume in found.items()} == {
-        ONE_SAMPLE: {100.0}, mean_of(4): {200.0}, UPPER_BOUND: {300.0}, NEAREST: {150.0},
+        SAMPLE: {100.0}, mean_of(4): {200.0}, UPPER_BOUND: {300.0}, MEDOID: {150.0},
     }  # fmt: skip
     for volume in found.values():
         assert np.array_equal(volume[~data.mask], data.voided[~data.mask])
@@ -64,7 +64,7 @@ def test_baselines_see_the_hole_only_from_outside(data, results):
     for name in BASELINES:
         assert np.array_equal(found[name], candidates(lied, results, 1)[name])
     without = candidates(replace(data, tissue=None), results, 1)
-    assert set(found) - set(without) == {"tissue paint", "draft"}
+    assert set(found) - set(without) == {"tissue paint", "initial estimate"}
 
 
 def test_rows_are_the_challenges_scores_on_the_healthy_mask(data):
@@ -75,7 +75,7 @@ def test_rows_are_the_challenges_scores_on_the_healthy_mask(data):
         oracle = brats_scores(volume, data.target, data.voided, data.healthy)
         assert {name: row[name] for name in oracle} == oracle
         assert (row["case"], row["patient"]) == (data.case.key, data.case.patient)
-        assert row["hole"] == hole_size_class(data.mask.sum() * 8.0**3) and row["tissue_map"] == "given"
+        assert row["hole"] == mask_size_class(data.mask.sum() * 8.0**3) and row["tissue_map"] == "given"
     assert rows[0]["ssim"] == 1 and rows[0]["psnr_01"] == np.inf and rows[1]["psnr_01"] < 20
     assert {row["tissue"] for row in by_tissue} <= {"CSF", "GM", "WM"} and {"truth", "nothing"} == {
         row["method"] for row in by_tissue

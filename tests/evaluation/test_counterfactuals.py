@@ -15,11 +15,11 @@ from ldm_lib.diffusion.latents import collate
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation.counterfactuals import (
-    fill_each,
-    fill_with_growths,
+    conditioning_variants,
+    inpaint_variants,
+    inpaint_with_growths,
     on_grid_of,
-    start_of_tumour_mm,
-    tellings,
+    tumour_seed_mm,
     tumours_in_time,
 )
 from ldm_lib.inpainting.inpainter import Inpainter
@@ -71,7 +71,7 @@ def test_a_model_that_was_always_told_cannot_be_guided(inpainter, data):
 
 def test_tellings_differ_in_their_conditioning_alone(inpainter, free, data, cases):
     other, bare = load_case(cases[2]), replace(data, tissue=0 * data.tissue)
-    told = tellings(inpainter, data, other=other, given=bare)
+    told = conditioning_variants(inpainter, data, other=other, given=bare)
     assert list(told) == ["as used", "given", "shuffled", "empty"]
     own = inpainter.encode(data)
     for telling in told.values():
@@ -81,14 +81,14 @@ def test_tellings_differ_in_their_conditioning_alone(inpainter, free, data, case
     assert torch.equal(told["given"].latents["conditioning"], inpainter.encode(bare)["conditioning"])
     assert torch.equal(told["shuffled"].latents["conditioning"], inpainter.encode(other)["conditioning"])
     assert not told["empty"].latents["conditioning"].any() and told["empty"].guidance == 1
-    assert tellings(free, data, other=other)["empty"].guidance == 0
+    assert conditioning_variants(free, data, other=other)["empty"].guidance == 0
 
 
 def test_each_telling_has_the_draft_that_its_own_map_makes(tiny_initial_estimate_folder, data, cases):
     """The draft reads the map too: a model that was shown the case's own beside another's map would give it away."""
     mending, other = Inpainter.load(tiny_initial_estimate_folder, device="cpu", precision="32"), load_case(cases[2])
     given = replace(data, tissue=np.where(data.tissue == 2, 3, data.tissue).astype(np.uint8))
-    told, case = tellings(mending, data, other=other, given=given), grid_case(data, 2)
+    told, case = conditioning_variants(mending, data, other=other, given=given), grid_case(data, 2)
     maps = {"as used": data.tissue, "given": given.tissue, "shuffled": other.tissue, "empty": 0 * data.tissue}
     for name, tissue in maps.items():
         labels = data.frame(2).to_model(tissue)
@@ -113,8 +113,8 @@ def test_a_map_of_another_grid_is_cut_or_padded_behind(data):
 
 
 def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, cases):
-    told = tellings(free, data, other=load_case(cases[2]))
-    fills = fill_each(free, data, told, **HOW)
+    told = conditioning_variants(free, data, other=load_case(cases[2]))
+    fills = inpaint_variants(free, data, told, **HOW)
     np.testing.assert_array_equal(fills["as used"], free(data, **HOW).samples[0])
     for name, volume in fills.items():
         np.testing.assert_array_equal(volume[~data.mask], data.voided[~data.mask])
@@ -122,7 +122,7 @@ def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, case
 
 
 def test_a_growth_is_told_as_if_it_were_the_cases_own(inpainter, data):
-    fills = fill_with_growths(inpainter, data, {"own": data.growth, "none": 0 * data.growth}, **HOW)
+    fills = inpaint_with_growths(inpainter, data, {"own": data.growth, "none": 0 * data.growth}, **HOW)
     np.testing.assert_array_equal(fills["own"], inpainter(data, **HOW).samples[0])
     assert not np.array_equal(fills["own"], fills["none"])
 
@@ -132,13 +132,13 @@ def voxel_of(data, position_mm):
 
 
 def test_a_tumour_starts_in_the_holes_tissue(data):
-    at = voxel_of(data, start_of_tumour_mm(data))
+    at = voxel_of(data, tumour_seed_mm(data))
     solid = data.mask & np.isin(data.tissue, (2, 3))
     assert solid[at] and data.growth[at] == data.growth[solid].max()
     unknown = replace(data, growth=None)
-    assert solid[voxel_of(unknown, start_of_tumour_mm(unknown))]
+    assert solid[voxel_of(unknown, tumour_seed_mm(unknown))]
     with pytest.raises(InputError, match=r"no white or grey matter in its hole\. Fix: give a tissue map"):
-        start_of_tumour_mm(replace(data, tissue=None))
+        tumour_seed_mm(replace(data, tissue=None))
 
 
 def test_an_older_tumour_is_larger_and_without_days_there_is_none(data):

@@ -3,6 +3,7 @@
 import csv
 import shutil
 
+import pandas as pd
 import pytest
 
 from ldm_lib.data.case import load_case
@@ -10,9 +11,10 @@ from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.volume import read_volume
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation import evaluate as module
-from ldm_lib.evaluation.case_scores import NEAREST, ONE_SAMPLE, UPPER_BOUND, mean_of
-from ldm_lib.evaluation.evaluate import cases_table, evaluate, methods_table
+from ldm_lib.evaluation.case_scores import MEDOID, SAMPLE, UPPER_BOUND, mean_of
+from ldm_lib.evaluation.evaluate import evaluate_folder
 from ldm_lib.evaluation.metrics import brats_scores
+from ldm_lib.evaluation.summary import as_table, cases_table, methods_table, summarise
 from ldm_lib.experiment.stages import SamplingConfig
 from ldm_lib.files import markdown
 from ldm_lib.inpainting.baselines import BASELINES, harmonic_fill
@@ -30,9 +32,9 @@ QUICK = CONFIG.model_copy(update={"num_inference_steps": 1, "samples": 1})
 
 
 def rows_of(method, scores):
-    """Rows of one method: hole -> (PSNR, SSIM); the patient is the hole's first letter."""
-    return [{"method": method, "case": hole, "patient": hole[0], "psnr_01": psnr, "ssim": ssim}
-            for hole, (psnr, ssim) in scores.items()]  # fmt: skip
+    """Rows of one method: case -> (PSNR, SSIM); the patient is the case's first letter."""
+    return [{"method": method, "case": case, "patient": case[0], "psnr": psnr, "ssim": ssim}
+            for case, (psnr, ssim) in scores.items()]  # fmt: skip
 
 
 HARMONIC = rows_of("harmonic", {"a0": (20, 0.5), "a1": (22, 0.7), "b0": (30, 0.8)})
@@ -41,7 +43,7 @@ OURS = rows_of("ours", {"a0": (24, 0.7), "a1": (22, 0.7), "b0": (31, 0.9)})
 
 def test_holes_of_a_patient_are_averaged_first_and_differences_are_those_of_one_hole():
     """Of two patients, the bounds of the interval are one patient's figures and the other's."""
-    assert methods_table([*HARMONIC, *OURS]) == [
+    assert methods_table(pd.DataFrame([*HARMONIC, *OURS])) == [
         ["method", "PSNR, dB", "SSIM", "PSNR, dB, over harmonic", "SSIM, over harmonic"],
         ["ours", "27.00 [23.00, 31.00]", "0.800 [0.700, 0.900]", "+1.50 [+1.00, +2.00]", "+0.100 [+0.100, +0.100]"],
         ["harmonic", "25.50 [21.00, 30.00]", "0.700 [0.600, 0.800]", "", ""],
@@ -50,19 +52,19 @@ def test_holes_of_a_patient_are_averaged_first_and_differences_are_those_of_one_
 
 def test_of_one_patient_there_is_no_interval_and_what_is_worse_says_so():
     worse = rows_of("worse", {"a0": (19, 0.4), "a1": (20, 0.4)})
-    assert methods_table([*worse, *HARMONIC[:2]])[1:] == [
+    assert methods_table(pd.DataFrame([*worse, *HARMONIC[:2]]))[1:] == [
         ["harmonic", "21.00", "0.600", "", ""], ["worse", "19.50", "0.400", "-1.50", "-0.200"]
     ]  # fmt: skip
 
 
 def test_methods_stand_in_the_order_of_their_scores_whatever_that_of_the_rows():
     many = [rows_of(f"of {psnr}", {"a0": (psnr, 0.5)}) for psnr in (9, 100, -3, 31)]
-    lines = methods_table([*HARMONIC[:1], *(row for rows in many for row in rows)])
+    lines = methods_table(pd.DataFrame([*HARMONIC[:1], *(row for rows in many for row in rows)]))
     assert [line[0] for line in lines] == ["method", "of 100", "of 31", "harmonic", "of 9", "of -3"]
 
 
 def test_each_case_is_told_by_itself():
-    assert cases_table([*HARMONIC, *OURS]) == [
+    assert cases_table(pd.DataFrame([*HARMONIC, *OURS])) == [
         ["method", "a0", "a1", "b0"],
         ["harmonic", "20.00, 0.500", "22.00, 0.700", "30.00, 0.800"],
         ["ours", "24.00, 0.700", "22.00, 0.700", "31.00, 0.900"],
@@ -71,10 +73,19 @@ def test_each_case_is_told_by_itself():
 
 def test_a_method_that_some_cases_lack_is_held_against_the_same_cases():
     """Those that need a tissue map have no row where there is none."""
-    rows = [*HARMONIC, *OURS[1:]]
+    rows = pd.DataFrame([*HARMONIC, *OURS[1:]])
     assert methods_table(rows)[1] == ["ours", "26.50 [22.00, 31.00]", "0.800 [0.700, 0.900]", "+0.50 [+0.00, +1.00]",
                                       "+0.050 [+0.000, +0.100]"]  # fmt: skip
     assert cases_table(rows)[2] == ["ours", "", "22.00, 0.700", "31.00, 0.900"]
+
+
+def test_a_summary_holds_means_and_intervals_of_scores_and_of_their_differences():
+    table = pd.DataFrame([*HARMONIC, *OURS])
+    found = summarise(table)
+    assert found.loc["ours", "psnr"].to_dict() == {"mean": 27.0, "low": 23.0, "high": 31.0}
+    assert list(found.columns.levels[0]) == ["psnr", "ssim"] and list(found.index) == ["harmonic", "ours"]
+    gain = summarise(table, ["psnr"], reference="harmonic")
+    assert gain.loc["ours", "psnr"].to_dict() == {"mean": 1.5, "low": 1.0, "high": 2.0}
 
 
 # ---- two cases from end to end
@@ -102,7 +113,7 @@ def done(folder, tiny_initial_estimate_folder, tmp_path_factory):
     """A folder of results, the table, and what was said."""
     output, said = tmp_path_factory.mktemp("done"), []
     how = {"model": tiny_initial_estimate_folder, "tissue": "given", "pictures": 1, "say": said.append}
-    return output, evaluate(folder, output, CONFIG, **how), said
+    return output, evaluate_folder(folder, output, CONFIG, **how), said
 
 
 def read(output):
@@ -111,7 +122,7 @@ def read(output):
 
 
 def test_every_method_is_scored_in_every_case(done, two):
-    methods = {ONE_SAMPLE, mean_of(2), NEAREST, UPPER_BOUND, *BASELINES}
+    methods = {SAMPLE, mean_of(2), MEDOID, UPPER_BOUND, *BASELINES}
     assert set(read(done[0])) == {(case.key, method) for case in two for method in methods}
     data = load_case(two[0])
     for method, volume in (
@@ -135,11 +146,10 @@ def test_what_is_filled_was_told_neither_the_truth_nor_a_growth(done, two, tiny_
 def test_the_table_is_written_as_it_is_returned(done):
     output, table, _ = done
     assert (output / "table.md").read_text() == f"{table}\n"
-    numbers = {"psnr_01", "ssim"}
-    rows = [{k: float(v) if k in numbers else v for k, v in row.items()} for row in read(output).values()]
+    scores = as_table(pd.read_csv(output / "metrics.csv").to_dict("records"))
     methods, cases, gain = table.split("\n\n")
-    assert (methods, cases) == (markdown(methods_table(rows)), markdown(cases_table(rows)))
-    assert gain.startswith("mean of 2 over one sample: ") and gain.endswith("] dB")
+    assert (methods, cases) == (markdown(methods_table(scores)), markdown(cases_table(scores)))
+    assert gain.startswith("mean of 2 over sample: ") and gain.endswith("] dB")
 
 
 def test_pictures_are_of_as_many_cases_as_were_asked_for(done, two):
@@ -152,7 +162,7 @@ def test_the_same_call_again_fills_nothing_and_says_the_same(done, folder, tiny_
     before = {path: path.stat().st_mtime_ns for path in (output / "results").glob("*.nii.gz")}
     again = []
     how = {"model": tiny_initial_estimate_folder, "tissue": "given", "say": again.append}
-    assert evaluate(folder, output, CONFIG, **how) == table
+    assert evaluate_folder(folder, output, CONFIG, **how) == table
     assert [line.split(": ")[1].split()[0] for line in said] == ["filled"] * 2 + ["scored"] * 2
     assert [line.split(": ")[1] for line in again] == ["found"] * 2 + ["scored"] * 2
     assert {path: path.stat().st_mtime_ns for path in before} == before and not FolderLock._held
@@ -174,14 +184,16 @@ def test_maps_are_made_of_scans_alone_even_where_some_were_given(
     monkeypatch.setattr(module, "add_conditioning_maps", add_conditioning_maps)
     for model, refine in ((tiny_model_folder, "mixture"), (tiny_initial_estimate_folder, "none")):
         inpainter = Inpainter.load(model, device="cpu")
-        list(module._equipped(two, tmp_path / "maps", inpainter, anew=True, say=lambda line: None))
+        for case in two:
+            module._with_map(case, tmp_path / "maps", inpainter, "[1/2]", atlas=True, say=lambda line: None)
         how = {"tissue": True, "growth": False, "refine": refine}
         assert asked == [(case.key, tmp_path / "maps", how) for case in two]
         asked.clear()
-    table = evaluate(folder, tmp_path / "out", QUICK, model=tiny_model_folder, say=lambda line: None)
-    assert {case for case, method in read(tmp_path / "out") if method in ("draft", "tissue paint")} == {two[0].key}
-    draft = next(line for line in table.split("\n\n")[1].splitlines() if line.startswith("| draft |"))
-    assert draft.endswith("|  |") and draft.count(", 0.") == 1
+    table = evaluate_folder(folder, tmp_path / "out", QUICK, model=tiny_model_folder, say=lambda line: None)
+    with_map = {case for case, method in read(tmp_path / "out") if method in ("initial estimate", "tissue paint")}
+    assert with_map == {two[0].key}
+    row = next(line for line in table.split("\n\n")[1].splitlines() if line.startswith("| initial estimate |"))
+    assert row.endswith("|  |") and row.count(", 0.") == 1
 
 
 def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_initial_estimate_folder, tmp_path, monkeypatch):
@@ -189,9 +201,9 @@ def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_initial_estimate_f
     plot = case_plots.plot
     monkeypatch.setattr(case_plots, "plot", lambda data, views: drawn.append(list(views)) or plot(data, views))
     how = {"model": tiny_initial_estimate_folder, "tissue": "given", "pictures": 1, "say": lambda line: None}
-    table = evaluate(folder, tmp_path, QUICK, **how)
-    assert "mean of" not in table and table.count("| one sample |") == 2
-    assert drawn == [["voided", ONE_SAMPLE, "truth"]] and len(list(tmp_path.glob("*.png"))) == 1
+    table = evaluate_folder(folder, tmp_path, QUICK, **how)
+    assert "mean of" not in table and table.count("| sample |") == 2
+    assert drawn == [["voided", SAMPLE, "ground truth"]] and len(list(tmp_path.glob("*.png"))) == 1
 
 
 @pytest.mark.parametrize(("config", "pictures", "told"), [
@@ -199,11 +211,9 @@ def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_initial_estimate_f
     (QUICK.model_copy(update={"num_inference_steps": 5000}), 0, "5000"),
     (QUICK.model_copy(update={"sampler": "euler"}), 0, "'euler' given"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_before_any_map_is_made(
-    folder, tiny_initial_estimate_folder, tmp_path, config, pictures, told
-):
+def test_what_cannot_be_is_refused_before_any_map_is_made(folder, tiny_initial_estimate_folder, tmp_path, config, pictures, told):
     with pytest.raises(ConfigError, match=told):
-        evaluate(folder, tmp_path / "out", config, model=tiny_initial_estimate_folder, pictures=pictures)
+        evaluate_folder(folder, tmp_path / "out", config, model=tiny_initial_estimate_folder, pictures=pictures)
     assert not (tmp_path / "out").exists()
 
 
@@ -211,7 +221,7 @@ def test_what_cannot_be_is_refused_before_any_map_is_made(
 def test_results_among_the_cases_are_refused(folder, tiny_model_folder, inside):
     before = sorted(folder.rglob("*"))
     with pytest.raises(InputError, match=r"lies inside the folder of cases\. Fix: name one outside it"):
-        evaluate(folder, folder / inside, CONFIG, model=tiny_model_folder)
+        evaluate_folder(folder, folder / inside, CONFIG, model=tiny_model_folder)
     assert sorted(folder.rglob("*")) == before
 
 
@@ -219,11 +229,11 @@ def test_a_case_that_cannot_be_filled_is_told_and_the_lock_let_go(two, folder, t
     (tmp_path / "results" / two[0].result_name).mkdir(parents=True)
     how = {"model": tiny_model_folder, "tissue": "given", "say": lambda line: None}
     with pytest.raises(InputError, match=r"1 of 2 cases failed; .*is a directory"):
-        evaluate(folder, tmp_path, QUICK, **how)
+        evaluate_folder(folder, tmp_path, QUICK, **how)
     assert not FolderLock._held and not (tmp_path / "table.md").exists()
 
 
 def test_a_folder_without_the_truth_has_nothing_to_score(folder, tiny_model_folder, tmp_path):
     blind = shutil.copytree(folder, tmp_path / "blind", ignore=shutil.ignore_patterns("*-t1n.nii.gz"))
     with pytest.raises(InputError, match="t1n"):
-        evaluate(blind, tmp_path / "out", CONFIG, model=tiny_model_folder)
+        evaluate_folder(blind, tmp_path / "out", CONFIG, model=tiny_model_folder)

@@ -14,11 +14,11 @@ from ldm_lib.autoencoder.region_decoding import reconstruct
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.evaluation.latent_space import (
-    FARTHEST_CELL,
+    LARGEST_DISTANCE,
     dilation_needed,
     flip_error,
-    hole_reach,
     latent_table,
+    mask_reach,
     posterior_kl,
 )
 from ldm_lib.geometry import latent_mask
@@ -109,7 +109,7 @@ def test_the_reach_by_its_definition(on_grid):
     images = (on_grid.target, on_grid.voided)
     difference = np.subtract(*(reconstruct(autoencoder, image, **HOW).latent for image in images))
     hole, brain = np.argwhere(latent_mask(on_grid.mask, 2)), latent_brain_mask(on_grid.target, 2)
-    squares = {k: [] for k in range(FARTHEST_CELL + 1)}
+    squares = {k: [] for k in range(LARGEST_DISTANCE + 1)}
     for cell in np.argwhere(brain):
         nearest = np.abs(hole - cell).max(axis=1).min()
         if nearest in squares:
@@ -131,7 +131,7 @@ def test_a_code_of_blocks_changes_in_the_hole_alone(cases, on_grid):
 def reach(autoencoder, case):
     """Of a case's hole, by way of its two images."""
     full, voided = (reconstruct(autoencoder, image, **HOW).latent for image in (case.target, case.voided))
-    return hole_reach(full, voided, latent_mask(case.mask, 2), latent_brain_mask(case.target, 2))
+    return mask_reach(full, voided, latent_mask(case.mask, 2), latent_brain_mask(case.target, 2))
 
 
 def column(length, norm):
@@ -144,7 +144,7 @@ def column(length, norm):
 
 
 def test_norms_of_one_voxel_end_the_reach_and_norms_of_the_grid_do_not(monkeypatch):
-    monkeypatch.setattr("ldm_lib.evaluation.latent_space.FARTHEST_CELL", 19)
+    monkeypatch.setattr("ldm_lib.evaluation.latent_space.LARGEST_DISTANCE", 19)
     local, group = column(44, "local"), column(44, "group")
     assert local[0] > local[1] > 0 and not any(local[16:])
     assert all(group)

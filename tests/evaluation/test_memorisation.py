@@ -7,12 +7,12 @@ import pytest
 
 from ldm_lib.data.case import load_case
 from ldm_lib.data.volume import normalise
-from ldm_lib.evaluation.memorisation import COPY, REACH_MM, Patch, memorisation_rows, one_a_patient
+from ldm_lib.evaluation.memorisation import COPY, REACH_MM, Patch, memorisation_rows, one_per_patient
 
 
 @pytest.fixture(scope="module")
 def heads(cases):
-    return [load_case(case) for case in one_a_patient(cases)]
+    return [load_case(case) for case in one_per_patient(cases)]
 
 
 def planted(data, other, shift=(0, 0, 0), *, mirrored=False):
@@ -23,7 +23,7 @@ def planted(data, other, shift=(0, 0, 0), *, mirrored=False):
 
 
 def test_one_case_a_patient(cases):
-    assert [case.key for case in one_a_patient(cases)] == [cases[0].key, cases[2].key, cases[4].key]
+    assert [case.key for case in one_per_patient(cases)] == [cases[0].key, cases[2].key, cases[4].key]
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -34,14 +34,14 @@ def test_a_copy_is_found_with_its_patient(heads, shift, mirrored):
     patch = Patch.of(data, planted(data, others[1], shift, mirrored=mirrored), method="copy")
     (row,) = memorisation_rows([patch], others)
     assert row["nearest"] == others[1].case.patient and row["patients"] == 2
-    assert row["distance"] == pytest.approx(0, abs=1e-6) and row["first over second"] < 1e-4 < COPY
+    assert row["distance"] == pytest.approx(0, abs=1e-6) and row["distance ratio"] < 1e-4 < COPY
     assert (row["case"], row["method"]) == (data.case.key, "copy")
 
 
 def test_another_patients_truth_is_no_copy(heads):
     data, *others = heads
     (row,) = memorisation_rows([Patch.of(data, data.target)], others)
-    assert row["first over second"] > COPY and row["distance"] > 0.05
+    assert row["distance ratio"] > COPY and row["distance"] > 0.05
 
 
 def test_the_distance_is_that_of_brute_force(heads):
@@ -67,7 +67,7 @@ def test_few_patients_and_other_voxel_sizes(heads):
     data, other, third = heads
     patch = Patch.of(data, data.target)
     (alone,) = memorisation_rows([patch], [other])
-    assert alone["patients"] == 1 and np.isnan(alone["first over second"]) and alone["distance"] > 0
+    assert alone["patients"] == 1 and np.isnan(alone["distance ratio"]) and alone["distance"] > 0
     coarse = replace(third, source=replace(third.source, affine=third.source.affine @ np.diag([2, 2, 2, 1])))
     (row,) = memorisation_rows([patch], [coarse])
     assert row["patients"] == 0 and row["nearest"] == "" and np.isnan(row["distance"])

@@ -9,7 +9,7 @@ import torch
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from ldm_lib.errors import InputError
-from ldm_lib.evaluation.metrics import aggregate, bootstrap_by_patient, brats_scores, hole_size_class, scores_by_tissue
+from ldm_lib.evaluation.metrics import bootstrap_by_patient, brats_scores, mask_size_class, scores_by_tissue
 
 SHAPE = (20, 26, 23)
 HOLES = {
@@ -163,7 +163,7 @@ def test_tissue_rows_recombine_to_the_whole():
         assert np.dot(share, parts) == pytest.approx(whole[name])
 
 
-def test_a_tissue_row_judges_its_own_voxels_only():
+def test_a_tissue_row_scores_its_own_voxels_only():
     prediction, target, voided, mask = case()
     tissue = np.random.default_rng(3).integers(0, 3, SHAPE)
     prediction = np.where(tissue == 2, prediction, target)
@@ -181,28 +181,9 @@ def test_a_tissue_map_of_another_grid_is_refused():
         scores_by_tissue(*volumes, mask, mask[0], where="case-7")
 
 
-def test_aggregate_uses_the_population_deviation():
-    rows = [{"mse": value, "case": "a"} for value in (1.0, 2.0, 6.0)]
-    expected = {"mean": 3, "median": 2, "std": np.sqrt(14 / 3)}
-    assert aggregate(rows, ["mse"])["mse"] == pytest.approx(expected)
-
-
-@pytest.mark.filterwarnings("error")
-def test_aggregate_of_infinite_and_missing_scores():
-    rows = [{"psnr_01": value, "mae": np.nan} for value in (20.0, np.inf, 22.0, np.nan)]
-    table = aggregate(rows, ["psnr_01", "mae"])
-    assert table["psnr_01"] == pytest.approx({"mean": np.inf, "median": 22, "std": np.nan}, nan_ok=True)
-    assert np.isnan(list(table["mae"].values())).all()
-
-
-def test_aggregate_refuses_a_row_without_the_score():
-    with pytest.raises(InputError, match=r"row 1 of 2 has no score 'ssim'; it has \['mse'\]"):
-        aggregate([{"ssim": 1.0}, {"mse": 0.0}], ["ssim"])
-
-
-def test_hole_sizes():
+def test_mask_sizes():
     volumes_mm3 = [0, 9_999, 10_000, 34_744, 39_999, 40_000, 79_314]
-    classes = [hole_size_class(volume) for volume in volumes_mm3]
+    classes = [mask_size_class(volume) for volume in volumes_mm3]
     assert classes == ["small"] * 2 + ["medium"] * 3 + ["large"] * 2
 
 
@@ -228,17 +209,17 @@ def test_the_interval_is_the_normal_one_when_patients_are_many():
 
 def test_two_patients_have_the_three_means_that_can_be_drawn():
     """0, 1/2 and 1 with probability 1/4, 1/2, 1/4: the 95 % interval is the whole range, the 40 % one its middle."""
-    assert bootstrap_by_patient([0, 1], ["a", "b"]) == {"mean": 0.5, "low": 0, "high": 1, "patients": 2, "holes": 2}
+    assert bootstrap_by_patient([0, 1], ["a", "b"]) == {"mean": 0.5, "low": 0, "high": 1, "patients": 2, "masks": 2}
     narrow = bootstrap_by_patient([0, 1], ["a", "b"], level=0.4)
     assert narrow["low"] == narrow["high"] == 0.5
 
 
-def test_more_holes_of_the_same_patients_tell_no_more():
+def test_more_masks_of_the_same_patients_do_not_narrow_the_interval():
     scores, patients = [10.0, 14.0, 17.0], ["a", "b", "c"]
     once = bootstrap_by_patient(scores, patients)
     often = bootstrap_by_patient([*scores * 3, 9.0, 11.0], [*patients * 3, "a", "a"])
-    assert {k: v for k, v in often.items() if k != "holes"} == {k: v for k, v in once.items() if k != "holes"}
-    assert (once["holes"], often["holes"]) == (3, 11)
+    assert {k: v for k, v in often.items() if k != "masks"} == {k: v for k, v in once.items() if k != "masks"}
+    assert (once["masks"], often["masks"]) == (3, 11)
 
 
 def test_an_interval_is_drawn_from_the_seed_whatever_the_order():

@@ -16,7 +16,7 @@ from pipelines import TINY
 
 from ldm_lib.data.case import load_case
 from ldm_lib.evaluation.conditioning_fidelity import class_shift
-from ldm_lib.evaluation.counterfactuals import fill_with_growths
+from ldm_lib.evaluation.counterfactuals import inpaint_with_growths
 from ldm_lib.experiment import path_aliases
 from ldm_lib.experiment.cohort_file import read_cohort
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
@@ -24,17 +24,17 @@ from ldm_lib.experiment.stages import STAGES
 from ldm_lib.inpainting.inpainter import Inpainter
 
 METHODS = {
-    "one sample",
+    "sample",
     "mean of 2",
-    "nearest to the mean",
-    "ceiling",
+    "medoid sample",
+    "upper bound",
     "mean",
     "mirror",
     "harmonic",
     "tissue paint",
-    "draft",
+    "initial estimate",
 }
-METHODS |= {"one sample, given tissue", "tissue paint, given tissue"}
+METHODS |= {"sample, given tissue", "tissue paint, given tissue"}
 REAL = Path(os.environ.get("LDM_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
 pytestmark = pytest.mark.pipeline
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real patients: name their folder in LDM_REAL_DATA")
@@ -180,7 +180,7 @@ def test_told_healthy_the_tumours_place_is_filled_with_healthy_tissue(tmp_path):
     for case in read_cohort(run / "03_conditioning" / "cohort.json", run)[1]:
         data = load_case(case)
         place, known = data.mask & (data.growth >= 0.2), (data.voided != 0) & ~data.mask & (data.growth < 0.2)
-        fills = fill_with_growths(
+        fills = inpaint_with_growths(
             inpainter, data, {"healthy": 0 * data.growth, "tumour": data.growth}, seed=0, steps=10
         )
         for name, volume in fills.items():

@@ -499,7 +499,7 @@ def make_done(grid, place, outputs, *, holes=HOLES, stages=None, seconds=10.0, *
         writer.writeheader()
         for patient, values in holes.items():
             for k, value in enumerate(values):
-                for method, more in (("one sample", 0), (f"mean of {one.value('samples')}", 1), ("ceiling", 9)):
+                for method, more in (("sample", 0), (f"mean of {one.value('samples')}", 1), ("upper bound", 9)):
                     scores = {"ssim": 0.5, "psnr_01": value + more, "mse": 10 ** -(value / 10)}
                     writer.writerow({"case": f"{patient}-{k}", "patient": patient, "method": method} | scores)
 
@@ -519,13 +519,13 @@ def three(grid_of, outputs):
 def test_scores_are_means_over_patients_with_their_interval(three):
     row = gather(three)[0]
     means = [12.0, 20.0, 17.0]  # a patient of three holes counts once
-    assert row["one sample: PSNR"] == pytest.approx(np.mean(means))
+    assert row["sample: PSNR"] == pytest.approx(np.mean(means))
     assert row["mean of 2: PSNR"] == pytest.approx(np.mean(means) + 1)
     expected = bootstrap_by_patient(means, ["a", "b", "c"])
-    assert (row["one sample: PSNR low"], row["one sample: PSNR high"]) == (expected["low"], expected["high"])
+    assert (row["sample: PSNR low"], row["sample: PSNR high"]) == (expected["low"], expected["high"])
     assert expected["low"] < np.mean(means) < expected["high"]
     assert row["patients"] == 3 and row["holes"] == 6 and row["seconds"] == 60 and row["state"] == "done"
-    assert (row["one sample: SSIM low"], row["one sample: SSIM"], row["one sample: SSIM high"]) == (0.5, 0.5, 0.5)
+    assert (row["sample: SSIM low"], row["sample: SSIM"], row["sample: SSIM high"]) == (0.5, 0.5, 0.5)
     assert (row["prediction"], row["learning_rate"], row["seed"]) == ("noise", 1e-3, 0)
 
 
@@ -535,12 +535,12 @@ def test_the_table_has_every_run_in_the_grids_order_and_tells_what_is_not_there(
     assert lines[0][:4] == ["run", "prediction", "learning_rate", "seed"] and lines[0][-1] == "state"
     assert [line[0] for line in lines[2:]] == names(three) and len({len(line) for line in lines[2:]}) == 1
     assert [line[-1] for line in lines[2:]] == ["done", "failed", "missing"]
-    assert lines[2][lines[0].index("one sample: PSNR")] == "16.33 [12, 20]"
+    assert lines[2][lines[0].index("sample: PSNR")] == "16.33 [12, 20]"
     folder = sweep_folder("t")
     assert (folder / "table.md").read_text() == f"{table}\n"
     with (folder / "table.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert float(rows[0]["one sample: PSNR"]) == gather(three)[0]["one sample: PSNR"], "no digit is lost"
+    assert float(rows[0]["sample: PSNR"]) == gather(three)[0]["sample: PSNR"], "no digit is lost"
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -548,14 +548,14 @@ def test_a_run_made_with_other_settings_is_not_this_run(grid_of, outputs):
     grid = grid_of(GRID)
     make_done(grid, 0, outputs, seed=1)
     row = gather(grid)[0]
-    assert row["state"] == "missing" and row["seconds"] == 0 and "one sample: PSNR" not in row
+    assert row["state"] == "missing" and row["seconds"] == 0 and "sample: PSNR" not in row
 
 
 def test_one_patient_has_no_interval_and_is_drawn_without(grid_of, outputs):
     grid = grid_of(GRID)
     make_done(grid, 0, outputs, holes={"P0": [10.0, 14.0]})
     row = gather(grid)[0]
-    assert row["one sample: PSNR"] == 12 and np.isnan(row["one sample: PSNR low"]) and row["patients"] == 1
+    assert row["sample: PSNR"] == 12 and np.isnan(row["sample: PSNR low"]) and row["patients"] == 1
     assert "| 12 | " in write_results(grid)
 
 
@@ -571,7 +571,7 @@ def test_without_stage_06_the_last_stages_own_figures_are_told(grid_of, outputs)
     make_done(grid, 0, outputs, stages=STAGES)
     row = gather(grid)[0]
     assert row["val_psnr_at_best"] == 11.5 and row["optimiser_steps"] == 7 and "sha256" not in row
-    assert "one sample: PSNR" not in row and row["seconds"] == 40
+    assert "sample: PSNR" not in row and row["seconds"] == 40
     assert "| 11.5 | " in write_results(grid) and (sweep_folder(grid.name) / "figure.png").exists()
 
 

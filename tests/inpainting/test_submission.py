@@ -75,7 +75,7 @@ def _outside(voxels, affine):
 
 
 FAULTS = {
-    "missing": (lambda path: path.unlink(), r"no BraTS-GLI-00001-000-t1n-inference\.nii\.gz\. Fix: fill it"),
+    "missing": (lambda path: path.unlink(), r"no BraTS-GLI-00001-000-t1n-inference\.nii\.gz\. Fix: inpaint it"),
     "shape": (lambda path: _changed(path, lambda v, a: (v[:-1], a)), "has shape 29x30x20, must have 30x30x20"),
     "affine": (lambda path: _changed(path, _moved), "has another affine, 1 off"),
     "dtype": (lambda path: _changed(path, lambda v, a: (v.astype(np.float32), a)), "holds float32, must hold"),
@@ -115,7 +115,7 @@ def test_a_hole_that_was_left_void_is_told(data, results):
     shutil.copy(case.t1n_voided, results / case.result_name)
     voxels = int((read_volume(case.mask).voxels > 0).sum())
     assert problems(data, results) == [
-        f"{case.key}: {case.result_name} has a void hole: 0 of its {voxels} voxels are not 0"
+        f"{case.key}: {case.result_name} is void under the mask: 0 of its {voxels} voxels are not 0"
     ]  # fmt: skip
 
 

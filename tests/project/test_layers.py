@@ -27,7 +27,7 @@ DOORS = {
     "dipy": {"anatomy"},
     "nilearn": {"anatomy"},
     "nibabel": {"data", "geometry"},
-    "pandas": {"experiment", "evaluation/evaluate"},
+    "pandas": {"experiment", "evaluation/evaluate", "evaluation/summary"},
 }
 NOTHING_HEAVY = {"torch", "monai", "lightning", "mlflow", "wandb", "papermill", "nilearn", "dipy"}
 PATHS = {path.relative_to(LIBRARY).with_suffix("").as_posix(): path for path in sorted(LIBRARY.rglob("*.py"))}

@@ -1,0 +1,83 @@
+"""Summarise scores as means over patients with 95 % bootstrap intervals by patient, and format them as tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ldm_lib.evaluation.case_scores import SAMPLE
+from ldm_lib.evaluation.metrics import bootstrap_by_patient
+from ldm_lib.files import markdown
+
+METRICS = ("psnr", "psnr_01", "ssim", "mse", "rmse", "mae")
+SHOWN = {"PSNR, dB": ("psnr", 2), "SSIM": ("ssim", 3)}  # heading -> column, digits
+REFERENCE = "harmonic"
+MOST_COLUMNS = 6  # cases with a column of their own
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return rows of `score_rows` as a table, its PSNR in the column "psnr"."""
+    return pd.DataFrame(rows).rename(columns={"psnr_01": "psnr"})
+
+
+def summarise(table: pd.DataFrame, scores: Sequence[str] = (), *, reference: str = "") -> pd.DataFrame:
+    """Compute the mean over patients of each score and method, with its 95 % bootstrap interval by patient.
+
+    Args:
+        table: columns "method", "case", "patient" and scores; a row for each case and method.
+        scores: columns to summarise; by default all of `METRICS` that the table has.
+        reference: a method; if given, the differences to it in the same case are summarised.
+
+    Returns:
+        a row for each method, in the order of the table, with columns (score, "mean" | "low" | "high").
+
+    Source: `metrics.bootstrap_by_patient`.
+    """
+    scores = list(scores or [name for name in METRICS if name in table])
+    if reference:
+        base = table[table["method"] == reference].set_index("case")[scores].reindex(table["case"])
+        table = table.assign(**{name: table[name].to_numpy() - base[name].to_numpy() for name in scores})
+    rows = {}
+    for method, own in table.groupby("method", sort=False):
+        found = {name: bootstrap_by_patient(own[name], list(own["patient"])) for name in scores}
+        rows[method] = {(name, part): found[name][part] for name in scores for part in ("mean", "low", "high")}
+    return pd.DataFrame(rows).T
+
+
+def report(table: pd.DataFrame) -> str:
+    """Format the table of methods, that of cases if they are few, and the gain by averaging, as Markdown."""
+    parts = [markdown(methods_table(table))]
+    if table["case"].nunique() <= MOST_COLUMNS:
+        parts.append(markdown(cases_table(table)))
+    for mean in (name for name in table["method"].unique() if name.startswith("mean of ")):
+        gain = summarise(table, ["psnr"], reference=SAMPLE).loc[mean, "psnr"]
+        parts.append(f"{mean} over {SAMPLE}: {_interval(gain, 2, sign='+')} dB")
+    return "\n\n".join(parts)
+
+
+def methods_table(table: pd.DataFrame) -> list[list[str]]:
+    """Return head and cells: methods by PSNR, means with intervals, and differences to the harmonic baseline."""
+    scores = [score for score, _ in SHOWN.values()]
+    own, gain = summarise(table, scores), summarise(table, scores, reference=REFERENCE)
+    lines = []
+    for method in own.sort_values(("psnr", "mean"), ascending=False, kind="stable").index:
+        means = [_interval(own.loc[method, score], digits) for score, digits in SHOWN.values()]
+        gains = [_interval(gain.loc[method, score], digits, sign="+") for score, digits in SHOWN.values()]
+        lines.append([method, *means, *(gains if method != REFERENCE else [""] * len(gains))])
+    return [["method", *SHOWN, *(f"{name}, over {REFERENCE}" for name in SHOWN)], *lines]
+
+
+def cases_table(table: pd.DataFrame) -> list[list[str]]:
+    """Return head and cells: PSNR and SSIM of each method in each case."""
+    text = [f"{psnr:.2f}, {ssim:.3f}" for psnr, ssim in zip(table["psnr"], table["ssim"], strict=True)]
+    cells = table.assign(text=text).pivot(index="method", columns="case", values="text")
+    cells = cells.reindex(index=table["method"].unique(), columns=table["case"].unique()).fillna("")
+    return [
+        ["method", *cells.columns],
+        *([name, *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)),
+    ]
+
+
+def _interval(found: pd.Series, digits: int, sign: str = "") -> str:
+    mean, low, high = (f"{found[name]:{sign}.{digits}f}" for name in ("mean", "low", "high"))
+    return mean if pd.isna(found["low"]) else f"{mean} [{low}, {high}]"
