@@ -1,24 +1,67 @@
-"""Fill holes in 3D brain MRI with conditioned latent diffusion.
+"""Inpaint 3D brain MRI with conditioned latent diffusion: `import ldm_lib as ldm`.
 
-The public entry points are `ldm_lib.inpaint` and `ldm_lib.metrics.brats_scores`. Sub-modules are imported on
-first use: torch, MONAI and Lightning cost seconds, and most commands need none of them.
+The names of `__all__` are the public interface. They are imported when they are first used: torch, MONAI and Lightning
+take seconds to load, and most commands need none of them.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm_lib.anatomy.tumour_growth import grow_tumour as grow_tumour
+    from ldm_lib.autoencoder.model import Autoencoder as Autoencoder
+    from ldm_lib.autoencoder.options import AutoencoderTrainingOptions as AutoencoderTrainingOptions
+    from ldm_lib.autoencoder.training import train_autoencoder as train_autoencoder
+    from ldm_lib.data.case import load_case as load_case
+    from ldm_lib.data.cohort import audit as audit
+    from ldm_lib.data.cohort import find_cases as find_cases
+    from ldm_lib.data.conditioning_maps import add_conditioning_maps as add_conditioning_maps
+    from ldm_lib.data.options import ReadOptions as ReadOptions
+    from ldm_lib.data.synthetic_cohort import make_synthetic_cohort as make_synthetic_cohort
+    from ldm_lib.diffusion.model import LatentDiffusion as LatentDiffusion
+    from ldm_lib.evaluation.case_scores import brats_metrics as brats_metrics
+    from ldm_lib.evaluation.evaluate import evaluate as evaluate
+    from ldm_lib.experiment.run_folder import open_stage as open_stage
+    from ldm_lib.experiment.runner import run as run
+    from ldm_lib.inpainting.inpainter import Inpainter as Inpainter
+    from ldm_lib.inpainting.result import Inpainting as Inpainting
+    from ldm_lib.inpainting.single_file import inpaint as inpaint
+    from ldm_lib.plots.case_plots import plot as plot
+    from ldm_lib.plots.case_plots import view as view
 
 __version__ = "0.8.0"
-__all__ = ["inpaint"]
+
+_MODULES = {  # name -> where it is defined
+    "find_cases": "data.cohort",
+    "load_case": "data.case",
+    "audit": "data.cohort",
+    "make_synthetic_cohort": "data.synthetic_cohort",
+    "add_conditioning_maps": "data.conditioning_maps",
+    "grow_tumour": "anatomy.tumour_growth",
+    "Autoencoder": "autoencoder.model",
+    "train_autoencoder": "autoencoder.training",
+    "LatentDiffusion": "diffusion.model",
+    "Inpainter": "inpainting.inpainter",
+    "Inpainting": "inpainting.result",
+    "inpaint": "inpainting.single_file",
+    "evaluate": "evaluation.evaluate",
+    "brats_metrics": "evaluation.case_scores",
+    "plot": "plots.case_plots",
+    "view": "plots.case_plots",
+    "open_stage": "experiment.run_folder",
+    "run": "experiment.runner",
+    "ReadOptions": "data.options",
+    "AutoencoderTrainingOptions": "autoencoder.options",
+}
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "inpaint":
-        return import_module("ldm_lib.inpainting.single_file").inpaint
-    if name.startswith("_"):
-        raise AttributeError(name)
-    try:
-        return import_module(f"ldm_lib.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"ldm_lib.{name}":
-            raise
-        raise AttributeError(f"module 'ldm_lib' has no attribute {name!r}") from None
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_MODULES, "__version__"])

@@ -87,7 +87,7 @@ class Inpainter:
         """Inpaint one case `n_samples` times; case, seed and number determine a sample.
 
         Args:
-            case: a case, or one that `load_case` has read.
+            case: a case, or one that `load_case` has read; the latter takes the tissue map that is made for it.
             steps: denoiser evaluations of a sample.
             guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
             make_missing: make the tissue map of a case that has none; None makes it if the model needs one. Maps are
@@ -147,7 +147,11 @@ class Inpainter:
     def _with_map(self, data: CaseData, make_missing: bool | None) -> CaseData:
         if data.tissue is not None or not self.makes_maps(make_missing):
             return data
-        return add_tissue_map(data, refine=self.model.spec.refinement)
+        with_map = add_tissue_map(data, refine=self.model.spec.refinement)
+        # The caller's case keeps its map too: it is part of what the result was made from, and of the next call.
+        object.__setattr__(data, "tissue", with_map.tissue)
+        object.__setattr__(data, "warnings", with_map.warnings)
+        return with_map
 
     def _encode(self, case_grid: CaseGrid) -> Latents:
         return encode_case(

@@ -1,0 +1,252 @@
+"""The public interface: names that are seen, typed, fast to import, documented with examples that run, and a session."""
+
+import ast
+import doctest
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ldm_lib as ldm
+from ldm_lib.errors import InputError
+from ldm_lib.files import sha256
+
+REAL = Path(os.environ.get("LDM_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
+NAMES = [name for name in ldm.__all__ if not name.endswith("Options")]
+SLOW = {"train_denoiser"}
+
+
+def test_names_are_seen_and_unknown_ones_are_not():
+    assert set(dir(ldm)) == {*ldm.__all__, "__version__"} and len(ldm.__all__) == len(set(ldm.__all__))
+    for name in ("metrics", "Inpaint", "_nothing"):
+        with pytest.raises(AttributeError, match=f"module 'ldm_lib' has no attribute '{name}'"):
+            getattr(ldm, name)
+    assert import_module("ldm_lib.evaluation.metrics").brats_scores
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(ldm.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    shown = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}
+    assert shown == {name: (f"ldm_lib.{module}", name) for name, module in ldm._MODULES.items()}
+
+
+def test_importing_loads_nothing_and_a_name_only_its_own():
+    code = """import sys, time
+started = time.perf_counter()
+import ldm_lib
+assert time.perf_counter() - started < 0.1
+assert not [name for name in sys.modules if name.startswith("ldm_lib.")]
+ldm_lib.find_cases, ldm_lib.brats_metrics, ldm_lib.ReadOptions
+assert not {"torch", "monai", "dipy", "pandas", "matplotlib"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ---- examples
+
+
+@pytest.fixture(scope="module")
+def example_names(cohort_folder, tiny_model_folder, tmp_path_factory, cases):
+    """What the examples may use without importing it: a cohort, a model folder, a folder, a loaded case, numpy."""
+    return {"cohort": cohort_folder, "model": tiny_model_folder, "case": ldm.load_case(cases[0]), "np": np}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
+def test_every_public_name_has_an_example_that_runs(name, example_names, tmp_path, outputs, hurried, capsys):
+    thing = getattr(ldm, name)
+    names = vars(inspect.getmodule(thing)) | example_names | {"folder": tmp_path}
+    examples = doctest.DocTestFinder(recurse=False).find(thing, name, globs=names)
+    assert examples and examples[0].examples, f"{name} has no example"
+    with hurried():
+        failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples[0])
+    assert not failed, capsys.readouterr().out
+
+
+# ---- a session, as the documentation shows it
+
+SESSION = (Path(__file__).parents[2] / "docs" / "api.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
+def session_holds(names: dict, folder: Path) -> None:
+    case, result = names["case"], names["result"]
+    files = sorted((folder / "filled").glob("*.nii.gz"))
+    assert len(result.samples) == len(result.values) and len(files) == 3
+    for volume in (result.mean, result.medoid, *result.samples, names["tumour"].mean):
+        assert np.array_equal(volume[~case.mask], case.voided[~case.mask]) and np.isfinite(volume).all()
+    assert not result.std[~case.mask].any() and result.std[case.mask].any()
+    methods = set(names["table"]["method"])
+    assert {"sample", "medoid sample", "upper bound", "harmonic", "mean", "initial estimate"} <= methods
+    assert len(names["table"]) == names["table"].groupby(["case", "method"]).ngroups
+
+
+def test_the_example_works_on_a_synthetic_case(cohort_folder, tiny_draft_folder, tmp_path, monkeypatch, hurried):
+    """Without a map that came with it, with fewer steps, an untrained model, and a start inside this brain."""
+    data = shutil.copytree(cohort_folder, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    with hurried():
+        names = _session(data, tiny_draft_folder)
+    session_holds(names, tmp_path)
+
+
+def _session(data: Path, model: Path) -> dict:
+    code = SESSION.replace("~/brats/data", str(data)).replace("Inpainter.load()", f"Inpainter.load({str(model)!r})")
+    code = code.replace("cases[:20]", "cases[:2], steps=1").replace("n_samples=8", "n_samples=2, steps=1")
+    code = code.replace("(-30, 12, 45)", "case.affine[:3] @ [*np.argwhere(case.tissue == 3)[0], 1]")
+    names = {"np": np}
+    exec(compile(code, "docs/api.md", "exec"), names)  # noqa: S102
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real patients: name their folder in LDM_REAL_DATA")
+def test_the_example_works_as_it_stands_on_a_real_case(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(REAL / "TCGA-DU-7294", data / "TCGA-DU-7294", ignore=shutil.ignore_patterns("*000[02]*"))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(SESSION.replace("~/brats/data", str(data)), "docs/api.md", "exec"), names)  # noqa: S102
+    session_holds(names, tmp_path)
+
+
+# ---- maps are made, kept and reported, whichever way a model is called
+
+
+@pytest.fixture
+def bare(cohort_folder, tmp_path):
+    """A case that came without maps."""
+    shutil.copytree(cohort_folder / "Synthetic_00000", tmp_path / "data" / "Synthetic_00000")
+    return ldm.find_cases(tmp_path / "data")[0]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tissue_maps"
+
+
+def registrations(monkeypatch, hurried):
+    """Count registrations, each a short one."""
+    from ldm_lib.anatomy import tissue_segmentation
+    from ldm_lib.data import conditioning_maps
+
+    made, original = [], tissue_segmentation.tissue_from_scan
+    monkeypatch.setattr(tissue_segmentation, "tissue_from_scan", lambda *a, **k: made.append(1) or original(*a, **k))
+    if hasattr(conditioning_maps, "tissue_from_scan"):
+        monkeypatch.setattr(conditioning_maps, "tissue_from_scan", tissue_segmentation.tissue_from_scan)
+    return made
+
+
+def test_a_map_is_made_once_and_found_by_every_other_way(
+    bare, cache, tiny_draft_folder, tmp_path, monkeypatch, hurried, caplog
+):
+    made = registrations(monkeypatch, hurried)
+    inpainter = ldm.Inpainter.load(tiny_draft_folder, device="cpu")
+    with hurried():
+        first = inpainter(bare, steps=1).mean
+        assert len(made) == 1 and caplog.text.count("no tissue map given, made from the scan") == 1
+        case = ldm.load_case(bare)
+        assert case.tissue is None and np.array_equal(inpainter(case, steps=1).mean, first)
+        assert case.tissue.any() and "no tissue map" not in case.warnings
+        output = ldm.inpaint(bare.t1n_voided, bare.mask, tmp_path / "one.nii.gz", model=tiny_draft_folder, steps=1)
+        from ldm_lib.inpainting.folder import inpaint_folder
+        from ldm_lib.inpainting.options import InpaintOptions
+
+        options = InpaintOptions(samples=1, num_inference_steps=1)
+        inpaint_folder(tmp_path / "data", tmp_path / "out", options, model=tiny_draft_folder, say=lambda line: None)
+    assert sha256(output[0]) == sha256(tmp_path / "out" / bare.result_name) and len(made) == 2  # two masks
+    assert cache.stat().st_mode & 0o77 == 0 and len(list(cache.glob("*.nii.gz"))) == 2
+    with_map = case.with_maps(tissue=case.tissue)
+    assert np.array_equal(inpainter(with_map, steps=1).mean, first)
+
+
+def test_another_mask_or_scan_is_another_map(bare, cache, tiny_draft_folder, hurried):
+    from dataclasses import replace
+
+    inpainter = ldm.Inpainter.load(tiny_draft_folder, device="cpu")
+    case = ldm.load_case(bare)
+    with hurried():
+        inpainter(case, steps=1)
+        brighter = replace(case, voided=case.voided * np.float32(1.5), tissue=None)
+        inpainter(brighter, steps=1)
+    assert len(list(cache.glob("*.nii.gz"))) == 2
+
+
+@pytest.mark.parametrize("where", ["file", "no home"])
+def test_without_a_cache_the_result_is_the_same_and_one_line_says_so(
+    where, bare, tiny_draft_folder, tmp_path, monkeypatch, hurried, caplog
+):
+    inpainter = ldm.Inpainter.load(tiny_draft_folder, device="cpu")
+    with hurried():
+        monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+        expected = inpainter(bare, steps=1).mean
+        if where == "file":
+            (tmp_path / "file").touch()
+            monkeypatch.setenv("LDM_CACHE", str(tmp_path / "file"))
+        else:
+            monkeypatch.delenv("LDM_CACHE")
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+            monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home folder")))
+        caplog.clear()
+        assert np.array_equal(inpainter(bare, steps=1).mean, expected)
+    assert caplog.text.count("tissue maps are not kept") == 1
+
+
+def test_a_damaged_map_is_made_again_and_the_oldest_go(bare, cache, tiny_draft_folder, monkeypatch, hurried):
+    from ldm_lib.inpainting import tissue_maps
+
+    made = registrations(monkeypatch, hurried)
+    inpainter = ldm.Inpainter.load(tiny_draft_folder, device="cpu")
+    with hurried():
+        first = inpainter(bare, steps=1).mean
+        (kept,) = cache.glob("*.nii.gz")
+        kept.write_bytes(kept.read_bytes()[:-9])
+        assert np.array_equal(inpainter(bare, steps=1).mean, first) and len(made) == 2
+        monkeypatch.setattr(tissue_maps, "MOST_MAPS", 1)
+        inpainter(ldm.find_cases(bare.t1n.parent.parent)[1], steps=1)
+    (left,) = cache.glob("*.nii.gz")
+    assert left != kept and len(list(cache.iterdir())) == 2
+
+
+def test_a_model_that_needs_no_map_makes_none(bare, cache, tiny_model_folder):
+    ldm.Inpainter.load(tiny_model_folder, device="cpu")(bare, steps=1)
+    assert not cache.exists()
+
+
+# ---- results
+
+
+def test_a_result_is_saved_to_a_file_or_a_folder_and_never_over_an_input(bare, tiny_model_folder, tmp_path):
+    result = ldm.Inpainter.load(tiny_model_folder, device="cpu")(bare, n_samples=2, steps=1)
+    written = result.save(tmp_path / "new" / "folder", samples=True)
+    assert written[0] == tmp_path / "new" / "folder" / bare.result_name and len(written) == 5
+    assert [path.name for path in result.save(tmp_path / "x.nii")] == ["x.nii", "x-std.nii", "x-nearest.nii"]
+    with pytest.raises(InputError, match="is one of the inputs"):
+        result.save(bare.t1n_voided)
+    with pytest.raises(IndexError):
+        result.samples[2]
+
+
+def test_scores_of_a_case_without_its_full_image_are_refused(bare):
+    data = ldm.load_case(bare.to_fill())
+    with pytest.raises(InputError, match=r"has no t1n to compare with\. Fix: give a case with its full image"):
+        ldm.brats_metrics(data.voided, data)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_one_seed_is_one_result_on_every_processor(supported, cases, tiny_model_folder, monkeypatch):
+    """With the processor's bf16 probes forced on and off; inference on a CPU is float32 unless bf16 is named."""
+    import torch
+
+    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: supported, raising=False)
+    inpainter = ldm.Inpainter.load(tiny_model_folder, device="cpu")
+    exact = ldm.Inpainter.load(tiny_model_folder, device="cpu", precision="32")
+    assert inpainter.model.precision == "32"
+    assert np.array_equal(inpainter(cases[0], seed=3, steps=2).mean, exact(cases[0], seed=3, steps=2).mean)
