@@ -1,4 +1,4 @@
-"""The public interface: names that are seen, typed, fast to import, documented with examples that run, and a session."""
+"""The public interface: visible names, types, time to import, examples that run, maps that are made and kept."""
 
 import ast
 import doctest
@@ -86,12 +86,14 @@ def session_holds(names: dict, folder: Path) -> None:
     assert len(names["table"]) == names["table"].groupby(["case", "method"]).ngroups
 
 
-def test_the_example_works_on_a_synthetic_case(cohort_folder, tiny_draft_folder, tmp_path, monkeypatch, hurried):
+def test_the_example_works_on_a_synthetic_case(
+    cohort_folder, tiny_initial_estimate_folder, tmp_path, monkeypatch, hurried
+):
     """Without a map that came with it, with fewer steps, an untrained model, and a start inside this brain."""
     data = shutil.copytree(cohort_folder, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     with hurried():
-        names = _session(data, tiny_draft_folder)
+        names = _session(data, tiny_initial_estimate_folder)
     session_holds(names, tmp_path)
 
 
@@ -144,32 +146,36 @@ def registrations(monkeypatch, hurried):
 
 
 def test_a_map_is_made_once_and_found_by_every_other_way(
-    bare, cache, tiny_draft_folder, tmp_path, monkeypatch, hurried, caplog
+    bare, cache, tiny_initial_estimate_folder, tmp_path, monkeypatch, hurried, caplog
 ):
     made = registrations(monkeypatch, hurried)
-    inpainter = ldm.Inpainter.load(tiny_draft_folder, device="cpu")
+    inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
     with hurried():
         first = inpainter(bare, steps=1).mean
         assert len(made) == 1 and caplog.text.count("no tissue map given, made from the scan") == 1
         case = ldm.load_case(bare)
         assert case.tissue is None and np.array_equal(inpainter(case, steps=1).mean, first)
         assert case.tissue.any() and "no tissue map" not in case.warnings
-        output = ldm.inpaint(bare.t1n_voided, bare.mask, tmp_path / "one.nii.gz", model=tiny_draft_folder, steps=1)
+        output = ldm.inpaint(
+            bare.t1n_voided, bare.mask, tmp_path / "one.nii.gz", model=tiny_initial_estimate_folder, steps=1
+        )
         from ldm_lib.inpainting.folder import inpaint_folder
         from ldm_lib.inpainting.options import InpaintOptions
 
         options = InpaintOptions(samples=1, num_inference_steps=1)
-        inpaint_folder(tmp_path / "data", tmp_path / "out", options, model=tiny_draft_folder, say=lambda line: None)
+        inpaint_folder(
+            tmp_path / "data", tmp_path / "out", options, model=tiny_initial_estimate_folder, say=lambda line: None
+        )
     assert sha256(output[0]) == sha256(tmp_path / "out" / bare.result_name) and len(made) == 2  # two masks
     assert cache.stat().st_mode & 0o77 == 0 and len(list(cache.glob("*.nii.gz"))) == 2
     with_map = case.with_maps(tissue=case.tissue)
     assert np.array_equal(inpainter(with_map, steps=1).mean, first)
 
 
-def test_another_mask_or_scan_is_another_map(bare, cache, tiny_draft_folder, hurried):
+def test_another_mask_or_scan_is_another_map(bare, cache, tiny_initial_estimate_folder, hurried):
     from dataclasses import replace
 
-    inpainter = ldm.Inpainter.load(tiny_draft_folder, device="cpu")
+    inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
     case = ldm.load_case(bare)
     with hurried():
         inpainter(case, steps=1)
@@ -180,9 +186,9 @@ def test_another_mask_or_scan_is_another_map(bare, cache, tiny_draft_folder, hur
 
 @pytest.mark.parametrize("where", ["file", "no home"])
 def test_without_a_cache_the_result_is_the_same_and_one_line_says_so(
-    where, bare, tiny_draft_folder, tmp_path, monkeypatch, hurried, caplog
+    where, bare, tiny_initial_estimate_folder, tmp_path, monkeypatch, hurried, caplog
 ):
-    inpainter = ldm.Inpainter.load(tiny_draft_folder, device="cpu")
+    inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
     with hurried():
         monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
         expected = inpainter(bare, steps=1).mean
@@ -198,11 +204,11 @@ def test_without_a_cache_the_result_is_the_same_and_one_line_says_so(
     assert caplog.text.count("tissue maps are not kept") == 1
 
 
-def test_a_damaged_map_is_made_again_and_the_oldest_go(bare, cache, tiny_draft_folder, monkeypatch, hurried):
+def test_a_damaged_map_is_made_again_and_the_oldest_go(bare, cache, tiny_initial_estimate_folder, monkeypatch, hurried):
     from ldm_lib.inpainting import tissue_maps
 
     made = registrations(monkeypatch, hurried)
-    inpainter = ldm.Inpainter.load(tiny_draft_folder, device="cpu")
+    inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
     with hurried():
         first = inpainter(bare, steps=1).mean
         (kept,) = cache.glob("*.nii.gz")

@@ -211,7 +211,9 @@ def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_initial_estimate_f
     (QUICK.model_copy(update={"num_inference_steps": 5000}), 0, "5000"),
     (QUICK.model_copy(update={"sampler": "euler"}), 0, "'euler' given"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_before_any_map_is_made(folder, tiny_initial_estimate_folder, tmp_path, config, pictures, told):
+def test_what_cannot_be_is_refused_before_any_map_is_made(
+    folder, tiny_initial_estimate_folder, tmp_path, config, pictures, told
+):
     with pytest.raises(ConfigError, match=told):
         evaluate_folder(folder, tmp_path / "out", config, model=tiny_initial_estimate_folder, pictures=pictures)
     assert not (tmp_path / "out").exists()
