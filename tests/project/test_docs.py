@@ -128,3 +128,12 @@ def test_pages_use_the_words_of_the_field(page):
         text = re.sub(r"^\|.*\|$", "", text, flags=re.M)
     found = PRIVATE_WORDS.findall(text)
     assert not found
+
+
+def test_messages_in_the_troubleshooting_table_are_those_of_the_code():
+    """The longest part without numbers and dots of each message is searched in the sources."""
+    code = "\n".join(path.read_text() for path in [ROOT / "Makefile", *(ROOT / "ldm_lib").rglob("*.py")])
+    rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    parts = [max(re.split(r"\d+|\.\.\.|\bpid\b", row), key=len).strip() for row in rows]
+    assert len(parts) > 8
+    assert not [part for part in parts if part not in code]
