@@ -1,4 +1,4 @@
-"""The average head that nilearn carries: the MNI152 T1 template, and what tissue each of its voxels is."""
+"""Load the MNI152 head that nilearn carries: a T1 template and the tissue fractions of each of its voxels."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,21 +7,22 @@ import numpy as np
 from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage
 
-SULCI_MM, DARK, DARK_WIDTH = 3, 0.54, 0.04  # blur that shows sulci; where, and how softly, dark turns to CSF
+SULCI_MM = 3  # standard deviation of the blur that is subtracted to show sulci
+DARK, DARK_WIDTH = 0.54, 0.04  # intensity below which a voxel is CSF, and the width of that transition
 
 
 @dataclass(frozen=True)
 class Atlas:
-    """A skull-stripped head, x y z towards right, anterior, superior.
+    """Hold a skull-stripped head, (x, y, z) towards right, anterior, superior.
 
     Attributes:
         t1: float32 in [0, 1], 0 outside the brain.
-        shares: of CSF, GM and WM, float32 (3, x, y, z), sum 1 in the brain and 0 outside.
+        fractions: CSF, GM and WM, float32 (3, x, y, z), with sum 1 in the brain and 0 outside.
         affine: voxel to world (RAS, mm), 4 x 4.
     """
 
     t1: np.ndarray
-    shares: np.ndarray
+    fractions: np.ndarray
     affine: np.ndarray
 
     @property
@@ -31,10 +32,10 @@ class Atlas:
 
 @lru_cache(maxsize=1)
 def mni152() -> Atlas:
-    """The MNI152 head, 197 x 233 x 189 voxels of 1 mm (Fonov et al. 2011, NeuroImage 54:313).
+    """Return the MNI152 head, 197 x 233 x 189 voxels of 1 mm (Fonov et al. 2011, NeuroImage 54:313).
 
-    An average of many heads hides the sulci: the templates know CSF in the ventricles only. What is darker than its
-    surroundings is taken for CSF as well.
+    Sulci are blurred in an average of many heads, so the templates contain CSF in the ventricles only. Voxels that are
+    darker than their surroundings are therefore counted as CSF as well.
     """
     templates = load_mni152_template, load_mni152_gm_template, load_mni152_wm_template
     images = [load(resolution=1) for load in templates]

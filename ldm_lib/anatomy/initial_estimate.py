@@ -1,10 +1,11 @@
-"""A first guess at what fills a hole: what the tissue map says of the intensities, and what the hole's edge says.
+"""Estimate the masked region from the tissue map and the intensities around it, as a start for the diffusion model.
 
-p     = b_0 + sum over tissues k and widths s of b_ks (G_s * [tissue = k]),  ridge regression on what is seen around
-draft = a p + h,  h harmonic in the hole, h = image - a p on the voxels around it
+p        = b_0 + sum over tissues k and widths s of b_ks (G_s * [tissue = k]),  ridge regression on the visible voxels
+estimate = w p + h,  h harmonic in the mask, h = image - w p on the voxels around it
 
-The same map is read inside and outside the hole, so that the regression learns how far it is to be trusted: from a map
-that fits what is seen better than what is not, such as one refined by the scan's own intensities, it learns too much.
+The same tissue map is used inside and outside the mask, so that the regression learns how reliable it is. A map that
+fits the visible voxels better than the hidden ones, such as one that was refined by the scan's own intensities, would
+be trusted too much.
 """
 
 import numpy as np
@@ -15,68 +16,75 @@ from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.geometry import bounding_box
 from ldm_lib.poisson import masked_laplacian
 
-TRUST = 0.5  # a: the other half of the regression's contrast is left to the edge
-WIDTHS_MM = (2.0, 4.0)  # s: a registered atlas is off by about so much
-NEAR_MM, FAR_MM = 15.0, 40.0  # the regression's weights fade by 1/e in NEAR, and end at FAR
-RIDGE = 1e-3  # of the mean variance of the regressors
-LEAST_SEEN = 100  # voxels, or nothing is learnt from them
+REGRESSION_WEIGHT = 0.5  # w: the other half of the regression's contrast comes from the edge of the mask
+WIDTHS_MM = (2.0, 4.0)  # s: about the error of a registered atlas
+NEAR_MM, FAR_MM = 15.0, 40.0  # the regression's weights fall by 1/e over NEAR, and end at FAR
+RIDGE = 1e-3  # relative to the mean variance of the regressors
+MIN_VISIBLE_VOXELS = 100  # with fewer there is no regression
 RELATIVE_RESIDUAL = 1e-4
 
 
 def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *, spacing_mm: float) -> np.ndarray:
-    """Fill the hole with a first guess.
+    """Fill the masked region by tissue regression and harmonic continuation.
 
     Args:
-        image: (x, y, z) normalised, air 0; what it holds under the mask is not looked at.
-        mask: (x, y, z) bool, True = fill this.
-        tissue: (x, y, z) labels 0 none, 1 CSF, 2 GM, 3 WM, the map of one method inside and outside the hole; all
-            zeros mean unknown, and the guess is the harmonic one.
+        image: (x, y, z) normalised, 0 in air; voxels under the mask are not read.
+        mask: (x, y, z) bool, True = inpaint.
+        tissue: (x, y, z) labels 0 none, 1 CSF, 2 GM, 3 WM, made by one method inside and outside the mask; all zeros
+            mean unknown, and the estimate is the harmonic one.
         spacing_mm: edge of an isotropic voxel.
 
     Returns:
-        float32 (x, y, z), the image outside the mask, from 0 up inside; where nothing of the hole's edge is in the
-        volume, the regression alone.
+        float32 (x, y, z): the image outside the mask, at least 0 inside. Without any voxel around the mask it is the
+        regression alone.
+
+    Example:
+        >>> image, mask = np.full((12, 12, 12), 0.5), np.zeros((12, 12, 12), bool)
+        >>> mask[4:8, 4:8, 4:8] = True
+        >>> estimate = initial_estimate(image, mask, np.full(image.shape, 3), spacing_mm=2.0)
+        >>> bool(np.allclose(estimate, 0.5, atol=1e-3))
+        True
     """
     filled = np.where(mask, 0, image).astype(np.float32)
     if not mask.any():
         return filled
     box = bounding_box(mask, int(np.ceil(FAR_MM / spacing_mm)))
-    told = TRUST * _regressed(filled[box], mask[box], tissue[box], spacing_mm)
+    regression = REGRESSION_WEIGHT * _regression(filled[box], mask[box], tissue[box], spacing_mm)
     core = bounding_box(mask[box], 1)
-    known, hole = np.where(mask[box], 0, filled[box] - told)[core], mask[box][core]
-    values = told[core][hole] + _harmonic(known, hole)
+    residual, inside = np.where(mask[box], 0, filled[box] - regression)[core], mask[box][core]
+    values = regression[core][inside] + _harmonic(residual, inside)
     filled[mask] = np.maximum(values, 0)
     return filled
 
 
-def _regressed(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing_mm: float) -> np.ndarray:
-    """p (x, y, z), or 0 where nothing can be learnt; arguments as of `draft_fill`, the image 0 in the hole."""
+def _regression(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing_mm: float) -> np.ndarray:
+    """Return p (x, y, z), or 0 where too little is visible; the image is 0 under the mask."""
     distance_mm = ndimage.distance_transform_edt(~mask) * spacing_mm
-    seen = ~mask & (distance_mm <= FAR_MM)
-    present = [label for label in TISSUES if (tissue[seen] == label).any()]
-    if not present or np.count_nonzero(seen) < LEAST_SEEN:
+    visible = ~mask & (distance_mm <= FAR_MM)
+    present = [label for label in TISSUES if (tissue[visible] == label).any()]
+    if not present or np.count_nonzero(visible) < MIN_VISIBLE_VOXELS:
         return np.zeros_like(image)
-    shares = [
+    blurred = [
         ndimage.gaussian_filter((tissue == label).astype(np.float32), width / spacing_mm)
         for label in present
         for width in WIDTHS_MM
     ]
-    regressors = np.stack([share[seen] for share in shares], axis=1).astype(np.float64)
-    weights = np.exp(-distance_mm[seen] / NEAR_MM)
+    regressors = np.stack([volume[visible] for volume in blurred], axis=1).astype(np.float64)
+    weights = np.exp(-distance_mm[visible] / NEAR_MM)
     weights /= weights.sum()
-    values, centre = image[seen].astype(np.float64), weights @ regressors
-    apart = regressors - centre
-    gram = apart.T @ (apart * weights[:, None])
+    values, centre = image[visible].astype(np.float64), weights @ regressors
+    centred = regressors - centre
+    gram = centred.T @ (centred * weights[:, None])
     gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-    slopes = np.linalg.solve(gram, apart.T @ (weights * (values - weights @ values)))
+    slopes = np.linalg.solve(gram, centred.T @ (weights * (values - weights @ values)))
     offset = weights @ values - slopes @ centre
-    return np.float32(offset) + sum(np.float32(slope) * share for slope, share in zip(slopes, shares, strict=True))
+    return np.float32(offset) + sum(np.float32(slope) * volume for slope, volume in zip(slopes, blurred, strict=True))
 
 
-def _harmonic(known: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """(n,) float32: the harmonic continuation of what is known into the hole's n voxels."""
-    laplacian, edge = masked_laplacian(known, hole)
-    if not laplacian.sum():  # no voxel around the hole
+def _harmonic(known: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the harmonic continuation of the known voxels into the n masked ones: (n,) float32."""
+    laplacian, edge = masked_laplacian(known, mask)
+    if not laplacian.sum():  # no voxel around the mask
         return np.zeros(len(edge), np.float32)
     start = np.full(len(edge), edge.sum() / laplacian.sum(), np.float32)
     values, _ = cg(laplacian.astype(np.float32), edge.astype(np.float32), x0=start, rtol=RELATIVE_RESIDUAL)

@@ -1,4 +1,4 @@
-"""Tissue segmentations: the three labels, and how training roughens them so that nothing trusts them blindly."""
+"""Define the tissue labels, their one-hot encoding, and the smooth random fields that deform brains."""
 
 from collections.abc import Sequence
 
@@ -9,24 +9,24 @@ TISSUES = {CSF: "CSF", GM: "GM", WM: "WM"}
 
 
 def one_hot(labels: np.ndarray) -> np.ndarray:
-    """Labels x y z to one channel a tissue, in the order CSF, GM, WM: float32 (3, x, y, z) of 0 and 1."""
+    """Encode labels (x, y, z) as one channel per tissue, CSF, GM, WM: float32 (3, x, y, z) of 0 and 1."""
     return np.stack([labels == tissue for tissue in TISSUES]).astype(np.float32)
 
 
 def smooth_field(
     rng: np.random.Generator, positions_mm: Sequence[np.ndarray], node_mm: float, extent_mm: Sequence[float]
 ) -> np.ndarray:
-    """Smooth random field of mean 0 and standard deviation 1: a cubic B-spline with normal coefficients.
+    """Draw a smooth random field of mean 0 and standard deviation 1: a cubic B-spline with normal coefficients.
 
     Args:
-        rng: draws one coefficient a node; their number depends on extent and node distance only, so the
-            same field is found again on any grid.
-        positions_mm: three vectors, where the grid's planes lie along x, y, z, from 0 to the extent.
-        node_mm: distance between nodes; detail is about twice as long.
-        extent_mm: size of the region that carries the field.
+        rng: draws one coefficient per node; their number depends on extent and node distance only, so the field is
+            the same on any grid.
+        positions_mm: three vectors, the positions of the grid's planes along x, y, z, from 0 to the extent.
+        node_mm: distance between nodes; the field varies over about twice this length.
+        extent_mm: size of the region that the field covers.
 
     Returns:
-        float32, one value for each grid point (x, y, z).
+        float32 (x, y, z), one value per grid point.
     """
     counts = [int(np.ceil(e / node_mm)) + 4 for e in extent_mm]
     field = rng.standard_normal(counts, dtype=np.float32)
@@ -37,7 +37,7 @@ def smooth_field(
 
 
 def _cubic_weights(positions: np.ndarray, count: int) -> np.ndarray:
-    """Cubic B-spline of every node at every position, scaled to unit sum of squares: (positions, nodes)."""
+    """Return the cubic B-spline of each node at each position, scaled to unit sum of squares: (positions, nodes)."""
     t = np.abs(positions[:, None] + 1 - np.arange(count)[None])
     weights = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)
     return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)

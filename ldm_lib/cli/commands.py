@@ -132,7 +132,7 @@ def prior(options: argparse.Namespace) -> int:
     if reason := made[0].failure:
         picture = made[0].path.with_name(f"{stem(made[0].path)}-refused.png")
         if made[0].registration:
-            planes(**made[0].registration.shown(), title=made[0].path.name).savefig(picture)
+            planes(**made[0].registration.plot_arguments(), title=made[0].path.name).savefig(picture)
         raise InputError(f"the atlas does not fit: {reason}", where=options.t1n_voided,
                          fix=f"see {picture}; check orientation and skull-stripping")  # fmt: skip
     return 0

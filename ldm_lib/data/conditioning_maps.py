@@ -113,8 +113,8 @@ def make_tissue_map(
         return recipe.keep(None, {}, data.affine, failure=str(error))
     fit = made.registration
     figures = {"brain_dice": fit.brain_dice, "correlation": fit.correlation, "seconds": fit.seconds}
-    voxels = None if fit.flaw else made.labels
-    return replace(recipe.keep(voxels, figures, data.affine, failure=fit.flaw), registration=fit)
+    voxels = None if fit.failure else made.labels
+    return replace(recipe.keep(voxels, figures, data.affine, failure=fit.failure), registration=fit)
 
 
 def make_growth_map(

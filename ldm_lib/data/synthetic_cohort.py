@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, scan
-from ldm_lib.anatomy.synthetic_brain import EXTENT_MM, Grid, as_volume, deformed_atlas, grid_of, make_brain
+from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, simulate_scan
+from ldm_lib.anatomy.synthetic_brain import EXTENT_MM, Grid, as_volume, brats_grid, deformed_atlas, make_brain
 from ldm_lib.anatomy.tissue import smooth_field
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, random_tumour
 from ldm_lib.data.mask_synthesis import healthy_mask, unhealthy_mask, void
@@ -73,7 +73,7 @@ def make_patient(
         spacing_mm: isotropic voxel size; 1 is the BraTS grid 240 x 240 x 155.
         masks: how many pairs of masks.
         deformation: factor on how far the atlas is bent; from about 2 on it folds, as no smooth map of it can.
-        domain_randomisation: "narrow" or "wide": from which ranges contrast, noise, bending and holes are drawn, see `looks`.
+        domain_randomisation: "narrow" or "wide": from which ranges contrast, noise, bending and holes are drawn.
         tissue_map: "exact", or "registered", off as an atlas is that was brought to the scan.
 
     Raises:
@@ -88,19 +88,19 @@ def make_patient(
         raise ConfigError(
             f"{given} given; allowed are {', '.join(RANDOMISATIONS)}; exact, registered", where="make_patient"
         )
-    grid, rng, ranges = grid_of(spacing_mm), partial(_rng, seed, patient), RANDOMISATIONS[domain_randomisation]
-    deformation *= rng(BENDING).uniform(*ranges.bending)
+    grid, rng, ranges = brats_grid(spacing_mm), partial(_rng, seed, patient), RANDOMISATIONS[domain_randomisation]
+    deformation *= rng(BENDING).uniform(*ranges.deformation)
     brain = make_brain(rng(ANATOMY), grid, deformation)
     growth = _resample(_tumour(rng(ANATOMY), rng(TUMOUR), deformation), grid) * brain.inside
     segmentation = growth >= GROWTH_THRESHOLD
     unhealthy = unhealthy_mask(segmentation, spacing_mm)
-    pairs, places, how = [], rng(MASKS), {"spacing_mm": spacing_mm, "scale": ranges.hole}
+    pairs, places, how = [], rng(MASKS), {"spacing_mm": spacing_mm, "scale": ranges.mask_scale}
     for k in range(DONORS, DONORS + 2 * masks, 2):  # a donor is a patient of no cohort
         donor = _resample(_tumour(rng(k), rng(k + 1), deformation), grid) >= GROWTH_THRESHOLD
         pairs.append((healthy_mask(brain.inside, unhealthy, donor, places, **how), unhealthy))
-    t1n = scan(brain, growth, grid, ranges, rng(LOOK), rng(NOISE))
+    t1n = simulate_scan(brain, growth, grid, ranges, rng(LOOK), rng(NOISE))
     if tissue_map == "registered":
-        brain = make_brain(rng(ANATOMY), grid, deformation, missed=rng(REGISTRATION))
+        brain = make_brain(rng(ANATOMY), grid, deformation, registration_rng=rng(REGISTRATION))
     return SyntheticPatient(t1n, brain.labels, growth, segmentation, tuple(pairs), grid.affine)
 
 
@@ -110,11 +110,11 @@ def _rng(seed: int, patient: int, stream: int) -> np.random.Generator:
 
 def _tumour(anatomy_rng: np.random.Generator, rng: np.random.Generator, deformation: float) -> np.ndarray:
     """Growth on the grid of GROWTH_MM in the brain that `anatomy_rng` draws: float32 x y z in [0, 1]."""
-    grid = grid_of(GROWTH_MM)
+    grid = brats_grid(GROWTH_MM)
     brain = deformed_atlas(anatomy_rng, grid, deformation)
     # tissue lets cells through unevenly: tumours are lobed, not round
     patchy = 0.08 + 0.92 / (1 + np.exp(-3 * smooth_field(rng, grid.positions_mm, 9, EXTENT_MM)))
-    grey, white = (as_volume(brain.inside, share) * patchy for share in brain.shares[1:])
+    grey, white = (as_volume(brain.inside, share) * patchy for share in brain.fractions[1:])
     depth = ndimage.distance_transform_edt(brain.inside, sampling=GROWTH_MM)
     allowed = (white > 0.3) & (depth > 10) & (grid.positions_mm[2] > SUPRATENTORIAL_MM)
     return random_tumour(white, grey, allowed, rng, spacing_mm=GROWTH_MM)

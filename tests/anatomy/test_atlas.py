@@ -1,4 +1,4 @@
-"""The atlas: shares of tissue that add up, and nilearn's own templates as the oracle of where they lie."""
+"""The atlas: fractions of tissue that sum to one, and nilearn's own templates as the oracle of their positions."""
 
 import numpy as np
 import pytest
@@ -11,39 +11,39 @@ from ldm_lib.anatomy.tissue import CSF, GM, WM
 
 @pytest.fixture(scope="module")
 def templates():
-    """GM and WM as nilearn carries them, (x, y, z)."""
+    """GM and WM templates of nilearn, (x, y, z)."""
     loaders = datasets.load_mni152_gm_template, datasets.load_mni152_wm_template
     return [load(resolution=1).get_fdata(dtype=np.float32) for load in loaders]
 
 
-def test_shares_sum_to_one_in_the_brain_and_to_nothing_outside():
+def test_fractions_sum_to_one_in_the_brain_and_to_zero_outside():
     atlas = mni152()
-    assert np.abs(atlas.shares.sum(0) - atlas.brain).max() < 1e-5
-    assert atlas.shares.min() >= -1e-6
+    assert np.abs(atlas.fractions.sum(0) - atlas.brain).max() < 1e-5
+    assert atlas.fractions.min() >= -1e-6
 
 
-def test_it_is_loaded_once():
+def test_the_atlas_is_loaded_once():
     assert mni152() is mni152()
 
 
-def test_there_is_brain_where_nilearn_says_so():
+def test_the_brain_is_that_of_nilearn():
     atlas, oracle = mni152(), datasets.load_mni152_brain_mask(resolution=1)
     np.testing.assert_array_equal(atlas.affine, oracle.affine)
-    theirs = oracle.get_fdata() > 0
-    assert 2 * (atlas.brain & theirs).sum() / (atlas.brain.sum() + theirs.sum()) > 0.95
+    expected = oracle.get_fdata() > 0
+    assert 2 * (atlas.brain & expected).sum() / (atlas.brain.sum() + expected.sum()) > 0.95
 
 
-def test_darkness_takes_from_grey_and_white_alike_and_gives_to_csf(templates):
-    """The templates say how grey and white share a voxel; darkness can only make less of both."""
-    thin = (..., *[slice(None, None, 3)] * 3)  # one voxel in 27 tells as much
-    brain, (_, gm, wm), (grey, white) = mni152().brain[thin], mni152().shares[thin], [t[thin] for t in templates]
+def test_dark_voxels_lose_grey_and_white_in_proportion_to_csf(templates):
+    """The templates fix the ratio of grey to white in a voxel; a low intensity can only reduce both."""
+    thin = (..., *[slice(None, None, 3)] * 3)  # one voxel in 27 is enough
+    brain, (_, gm, wm), (grey, white) = mni152().brain[thin], mni152().fractions[thin], [t[thin] for t in templates]
     assert (gm <= grey + 1e-5).all() and (wm <= white + 1e-5).all()
     np.testing.assert_allclose((gm * white)[brain], (wm * grey)[brain], atol=1e-5)
-    assert (grey + white - gm - wm)[brain].mean() > 0.02  # sulci, of which the templates know none
+    assert (grey + white - gm - wm)[brain].mean() > 0.02  # sulci, which the templates do not contain
 
 
 @pytest.mark.parametrize(
-    ("where_mm", "tissue"),
+    ("position_mm", "tissue"),
     [
         ((-26, -20, 32), WM),  # corona radiata
         ((26, -20, 32), WM),
@@ -54,9 +54,9 @@ def test_darkness_takes_from_grey_and_white_alike_and_gives_to_csf(templates):
         ((4, 4, 12), CSF),  # its frontal horn
     ],
 )
-def test_landmarks_have_their_tissue(where_mm, tissue):
-    """Right is right and front is front: the ventricles and nuclei are where anatomists put them in MNI space."""
+def test_landmarks_have_their_tissue(position_mm, tissue):
+    """Ventricles and nuclei lie at their known positions in MNI space, so right is right and front is front."""
     atlas = mni152()
-    voxel = np.linalg.solve(atlas.affine, [*where_mm, 1])[:3]
-    shares = [ndimage.map_coordinates(share, voxel[:, None], order=1)[0] for share in atlas.shares]
-    assert 1 + int(np.argmax(shares)) == tissue, shares
+    voxel = np.linalg.solve(atlas.affine, [*position_mm, 1])[:3]
+    fractions = [ndimage.map_coordinates(fraction, voxel[:, None], order=1)[0] for fraction in atlas.fractions]
+    assert 1 + int(np.argmax(fractions)) == tissue, fractions

@@ -1,4 +1,4 @@
-"""Laws of the tissue labels and of their roughening."""
+"""Laws of the tissue labels, their random deformation and smooth random fields."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def onion():
     return np.select([radius < 7, radius < 11, radius < 15], [WM, GM, CSF], 0).astype(np.uint8)
 
 
-def test_one_hot_is_csf_gm_wm_and_loses_nothing(onion):
+def test_one_hot_has_channels_csf_gm_wm_and_is_invertible(onion):
     channels = one_hot(onion)
     assert channels.dtype == np.float32
     assert [TISSUES[k] for k in (1, 2, 3)] == ["CSF", "GM", "WM"]
@@ -35,11 +35,11 @@ def test_labels_come_from_at_most_the_largest_displacement_away(onion, spacing_m
     h = np.broadcast_to(spacing_mm, 3)
     farthest, changed = 0.0, 0
     for seed in range(6):
-        bent = deform_labels(onion, np.random.default_rng(seed), spacing_mm=h, max_patches=0)
+        deformed = deform_labels(onion, np.random.default_rng(seed), spacing_mm=h, max_patches=0)
         for label in (0, *TISSUES):
             distance = ndimage.distance_transform_edt(onion != label, sampling=h)
-            farthest = max(farthest, distance[bent == label].max())
-        changed += (bent != onion).sum()
+            farthest = max(farthest, distance[deformed == label].max())
+        changed += (deformed != onion).sum()
     assert 0.5 < farthest <= 4.0 + np.linalg.norm(h) / 2  # rounding to the nearest voxel adds half a diagonal
     assert changed > 0.01 * 6 * (onion > 0).sum()
 

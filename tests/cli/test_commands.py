@@ -364,7 +364,7 @@ def test_an_invalid_seed_point_is_rejected_in_one_line(scan, tmp_path, capsys, s
 def test_a_failed_registration_leaves_a_figure_and_no_map(scan, tmp_path, capsys, monkeypatch):
     from ldm_lib.anatomy import registration
 
-    monkeypatch.setattr(registration, "LEAST_DICE", 1.01)
+    monkeypatch.setattr(registration, "MIN_DICE", 1.01)
     assert main(scan[0]) == 1
     pattern = r"ERROR .*: the atlas does not fit: brains overlap by Dice 0\.\d+ .* Fix: see .*-refused\.png"
     assert re.search(pattern, capsys.readouterr().err)

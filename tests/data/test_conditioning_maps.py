@@ -80,7 +80,7 @@ def test_the_full_image_is_no_source(case, tmp_path, by_atlas):
 def test_a_map_that_does_not_fit_is_not_kept_but_told(case, tmp_path, by_atlas, monkeypatch):
     path = tmp_path / "t.nii.gz"
     make_tissue_map(load_case(case), path)
-    monkeypatch.setattr(registration, "LEAST_DICE", 1.01)
+    monkeypatch.setattr(registration, "MIN_DICE", 1.01)
     failed = make_tissue_map(load_case(case), path, refine="none")
     assert not path.exists() and "brains overlap by Dice" in failed.failure and failed.registration is not None
     assert not make_tissue_map(load_case(case), path, refine="none").made_now

@@ -5,8 +5,8 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
-from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, DomainRandomisation, scan
-from ldm_lib.anatomy.synthetic_brain import Brain, grid_of
+from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, DomainRandomisation, simulate_scan
+from ldm_lib.anatomy.synthetic_brain import Brain, brats_grid
 from ldm_lib.data import synthetic_cohort as module
 from ldm_lib.data.synthetic_cohort import make_patient, make_synthetic_cohort, write_patient
 from ldm_lib.errors import ConfigError
@@ -30,12 +30,12 @@ def registered():
 
 def contrast(domain_randomisation, patient=0):
     """Intensity of CSF and GM over WM's in a brain of three thick slabs, without a tumour and what blurs the view."""
-    grid = grid_of(8.0)
+    grid = brats_grid(8.0)
     tissue = np.indices(grid.shape)[0] // 10
     shares = np.eye(3)[:, tissue.ravel()]
     brain = Brain(np.ones(grid.shape, bool), shares, np.zeros(shares.shape[1]))
     streams = [np.random.default_rng([patient, k]) for k in range(2)]
-    image = scan(brain, np.zeros(grid.shape), grid, replace(domain_randomisation, **CLEAN), *streams)
+    image = simulate_scan(brain, np.zeros(grid.shape), grid, replace(domain_randomisation, **CLEAN), *streams)
     csf, gm, white = (np.median(image[10 * k + 3 : 10 * k + 7]) for k in range(3))
     return csf / white, gm / white
 
@@ -71,7 +71,7 @@ def drawn(monkeypatch, domain_randomisation):
         return Brain(np.ones(grid.shape, bool), np.ones((3, 1)), np.ones(1))
 
     monkeypatch.setattr(module, "make_brain", bend)
-    monkeypatch.setattr(module, "_tumour", lambda *_: np.zeros(grid_of(module.GROWTH_MM).shape, np.float32))
+    monkeypatch.setattr(module, "_tumour", lambda *_: np.zeros(brats_grid(module.GROWTH_MM).shape, np.float32))
     monkeypatch.setattr(module, "healthy_mask", stop)
     for patient in range(20):
         with pytest.raises(StopIteration):

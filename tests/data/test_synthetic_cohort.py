@@ -15,7 +15,7 @@ from ldm_lib.data.synthetic_cohort import (
     DEMO_PATIENTS,
     TEST_PATIENTS,
     TRAINING_PATIENTS,
-    grid_of,
+    brats_grid,
     make_patient,
     make_synthetic_cohort,
     write_patient,
@@ -87,7 +87,7 @@ def test_a_patient_at_one_millimetre_is_the_one_at_four(patients):
 
 
 def test_one_millimetre_is_the_brats_grid():
-    grid = grid_of(1.0)
+    grid = brats_grid(1.0)
     assert grid.shape == (240, 240, 155)
     np.testing.assert_array_equal(grid.affine, [[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
 
@@ -104,7 +104,7 @@ def test_tissues_are_ordered_and_all_there(patients):
 
 
 def test_tumour_is_drawn_only_where_it_has_grown(patients, monkeypatch):
-    monkeypatch.setattr(module, "_tumour", lambda *_: np.zeros(grid_of(module.GROWTH_MM).shape, np.float32))
+    monkeypatch.setattr(module, "_tumour", lambda *_: np.zeros(brats_grid(module.GROWTH_MM).shape, np.float32))
     for k, patient in enumerate(patients):
         healthy = make_patient(0, k, spacing_mm=SPACING_MM, masks=0)
         np.testing.assert_array_equal(patient.segmentation, patient.growth >= GROWTH_THRESHOLD)
