@@ -1,6 +1,6 @@
 """Measure an autoencoder's latents: their moments, and their response to a flip and to a mask.
 
-    latent (c x/f y/f z/f), standardised;   cells (x/f y/f z/f) bool, a choice among its cells
+    latent (c x/f y/f z/f), standardised;   chosen (x/f y/f z/f) bool, some of its voxels
 
 Images are normalised (x, y, z) on the model's padded LPS grid.
 """
@@ -19,19 +19,19 @@ from ldm_lib.evaluation.image_quality import rms
 LARGEST_DISTANCE = 6
 
 
-def latent_table(latent: np.ndarray, cells: np.ndarray) -> list[dict[str, float]]:
+def latent_table(latent: np.ndarray, chosen: np.ndarray) -> list[dict[str, float]]:
     """Compute the moments of each channel, for comparison with the normal distribution that sampling starts from.
 
     Args:
         latent: (c, x, y, z), standardised.
-        cells: (x, y, z) bool.
+        chosen: (x, y, z) bool, the latent voxels to use.
 
     Returns:
         rows of `channel`, `mean`, `std` (ddof 0), `skew` (third standardised moment; 0 for a normal) and
         `beyond_3_sigma` (fraction of latent voxels farther than 3 std from the mean; 0.0027 for a normal).
     """
     rows = []
-    for channel, values in enumerate(latent[:, cells].astype(np.float64)):
+    for channel, values in enumerate(latent[:, chosen].astype(np.float64)):
         mean, std = values.mean(), values.std()
         z = (values - mean) / std if std > 1e-6 else np.zeros_like(values)  # a constant channel has no shape
         moments = {"mean": mean, "std": std, "skew": np.mean(z**3), "beyond_3_sigma": np.mean(np.abs(z) > 3)}
@@ -40,12 +40,12 @@ def latent_table(latent: np.ndarray, cells: np.ndarray) -> list[dict[str, float]
 
 
 def posterior_kl(
-    autoencoder: Autoencoder, image: np.ndarray, cells: np.ndarray, *, device: torch.device, precision: str
+    autoencoder: Autoencoder, image: np.ndarray, chosen: np.ndarray, *, device: torch.device, precision: str
 ) -> list[float]:
     """Compute the mean KL divergence of each channel's posterior from N(0, 1), nats per latent element."""
     with torch.inference_mode(), autocast(device, precision):
         mean, std = (
-            m[0].float().cpu()[:, torch.from_numpy(cells)] for m in autoencoder.moments(as_batch(image, device))
+            m[0].float().cpu()[:, torch.from_numpy(chosen)] for m in autoencoder.moments(as_batch(image, device))
         )
     return [kl_divergence(m, s).item() for m, s in zip(mean, std, strict=True)]
 

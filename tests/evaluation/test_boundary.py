@@ -51,7 +51,7 @@ def test_a_smoother_fill_has_less_gradient_and_a_rougher_one_more(hole):
     assert found[20][STEP] == pytest.approx(np.hypot(20, 5) / np.hypot(5, 5), rel=0.1)
 
 
-def test_only_known_brain_beside_the_hole_counts(hole):
+def test_only_known_brain_next_to_the_mask_counts(hole):
     image = ramp((3, 1, 2))
     voided = np.where(hole, 0, image)
     expected = boundary_scores(image, voided, hole, 1.0)
@@ -65,7 +65,7 @@ def test_only_known_brain_beside_the_hole_counts(hole):
 
 
 @pytest.mark.parametrize("box", [np.s_[:4, :4, :4], np.s_[:, :, :], np.s_[0:0, :, :]])
-def test_holes_at_the_border_and_without_an_edge(box):
+def test_masks_at_the_border_and_without_an_edge(box):
     mask, image = np.zeros(SHAPE, bool), ramp((1, 1, 1))
     mask[box] = True
     scores = boundary_scores(image, np.where(mask, 0, image), mask, 1.0)
@@ -85,6 +85,6 @@ def test_of_a_head_the_truth_shows_least(cases):
     )
 
 
-def test_volumes_of_other_shapes_are_refused(hole):
+def test_volumes_of_other_shapes_are_rejected(hole):
     with pytest.raises(InputError, match="shapes differ"):
         boundary_scores(np.zeros((2, 2, 2)), np.zeros(SHAPE), hole, 1.0)

@@ -59,6 +59,6 @@ def test_cases_count_alike_whatever_their_size():
     assert each[0]["spread-skill ratio"] > 1 > each[1]["spread-skill ratio"]
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_arrays_of_other_shapes_are_rejected():
     with pytest.raises(InputError, match=r"samples \(4, 5\) and truth \(6,\) given"):
         ranks(np.zeros((4, 5)), np.zeros(6))

@@ -57,7 +57,7 @@ def test_a_sample_is_where_the_inpainter_writes_it(data, tmp_path):
     assert [sample_path(tmp_path, data, k) for k in range(2)] == written[3:]
 
 
-def test_baselines_see_the_hole_only_from_outside(data, results):
+def test_baselines_do_not_see_under_the_mask(data, results):
     found = candidates(data, results, 1)
     assert set(BASELINES) < set(found)
     lied = replace(data, target=data.target + 7)
@@ -82,7 +82,7 @@ def test_rows_are_the_challenges_scores_on_the_healthy_mask(data):
     }
 
 
-def test_without_maps_and_parts_the_whole_hole_is_scored(data):
+def test_without_maps_and_parts_the_whole_mask_is_scored(data):
     bare = replace(data, tissue=None, healthy=None)
     rows, by_tissue = score_rows(bare, {"nothing": data.voided})
     oracle = brats_scores(data.voided, data.target, data.voided, data.mask)

@@ -26,7 +26,7 @@ def scene():
     return labels, image, hole
 
 
-def test_the_most_likely_tissue_is_told(scene):
+def test_the_most_likely_tissue_is_found(scene):
     labels, image, hole = scene
     found = tissue_by_intensity(image, labels, hole)
     seen = [image[(labels == k) & ~hole] for k in (1, 2, 3)]
@@ -35,13 +35,13 @@ def test_the_most_likely_tissue_is_told(scene):
     assert not found[~hole].any()
 
 
-def test_labels_in_the_hole_are_not_looked_at(scene):
+def test_labels_in_the_mask_are_not_used(scene):
     labels, image, hole = scene
     other = np.where(hole, np.random.default_rng(1).integers(0, 4, hole.shape), labels)
     np.testing.assert_array_equal(tissue_by_intensity(image, other, hole), tissue_by_intensity(image, labels, hole))
 
 
-def test_a_tissue_that_is_nowhere_seen_is_never_told(scene):
+def test_a_tissue_that_is_not_seen_outside_is_never_assigned(scene):
     labels, image, hole = scene
     without = np.where(labels == 2, 0, labels)
     assert set(np.unique(tissue_by_intensity(image, without, hole))) == {0, 1, 3}
@@ -74,7 +74,7 @@ def test_the_response_is_the_difference_of_means(scene):
     assert np.isnan(growth_response(volume, 0 * growth, hole, threshold=0.2)["difference"])
 
 
-def test_a_shift_is_told_in_standard_deviations(scene):
+def test_a_shift_is_in_standard_deviations(scene):
     labels, image, hole = scene
     moved = np.where(hole & (labels > 0), image + 0.2, image)
     shifts, still = (class_shift(v, labels, ~hole, hole) for v in (moved, image))

@@ -49,7 +49,7 @@ def data(cases):
     return load_case(cases[0])
 
 
-def test_guidance_is_the_line_through_told_and_untold(free, data):
+def test_guidance_is_linear_in_the_conditional_and_unconditional_prediction(free, data):
     batch = collate([free.encode(data)] * 2)
     x, t = torch.randn(batch["voided"].shape, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
     with torch.inference_mode():
@@ -64,12 +64,12 @@ def test_guidance_is_the_line_through_told_and_untold(free, data):
         assert not torch.allclose(free.model.predict(x, t, empty, 1.0), untold)
 
 
-def test_a_model_that_was_always_told_cannot_be_guided(inpainter, data):
+def test_a_model_without_conditioning_dropout_cannot_be_guided(inpainter, data):
     with pytest.raises(ConfigError, match="train with conditioning_dropout above 0"):
         inpainter(data, guidance=2.0, **HOW)
 
 
-def test_tellings_differ_in_their_conditioning_alone(inpainter, free, data, cases):
+def test_variants_differ_in_their_conditioning_alone(inpainter, free, data, cases):
     other, bare = load_case(cases[2]), replace(data, tissue=0 * data.tissue)
     told = conditioning_variants(inpainter, data, other=other, given=bare)
     assert list(told) == ["as used", "given", "shuffled", "empty"]
@@ -84,7 +84,7 @@ def test_tellings_differ_in_their_conditioning_alone(inpainter, free, data, case
     assert conditioning_variants(free, data, other=other)["empty"].guidance == 0
 
 
-def test_each_telling_has_the_draft_that_its_own_map_makes(tiny_initial_estimate_folder, data, cases):
+def test_each_variant_has_the_initial_estimate_of_its_own_map(tiny_initial_estimate_folder, data, cases):
     """The draft reads the map too: a model that was shown the case's own beside another's map would give it away."""
     mending, other = Inpainter.load(tiny_initial_estimate_folder, device="cpu", precision="32"), load_case(cases[2])
     given = replace(data, tissue=np.where(data.tissue == 2, 3, data.tissue).astype(np.uint8))
@@ -112,7 +112,7 @@ def test_a_map_of_another_grid_is_cut_or_padded_behind(data):
     assert not data.lps(found)[:, -1].any()
 
 
-def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, cases):
+def test_all_variants_share_one_noise(free, data, cases):
     told = conditioning_variants(free, data, other=load_case(cases[2]))
     fills = inpaint_variants(free, data, told, **HOW)
     np.testing.assert_array_equal(fills["as used"], free(data, **HOW).samples[0])
@@ -121,7 +121,7 @@ def test_each_is_filled_from_one_noise_and_nothing_else_changes(free, data, case
         assert name == "as used" or not np.array_equal(volume, fills["as used"])
 
 
-def test_a_growth_is_told_as_if_it_were_the_cases_own(inpainter, data):
+def test_a_growth_map_conditions_as_the_cases_own_does(inpainter, data):
     fills = inpaint_with_growths(inpainter, data, {"own": data.growth, "none": 0 * data.growth}, **HOW)
     np.testing.assert_array_equal(fills["own"], inpainter(data, **HOW).samples[0])
     assert not np.array_equal(fills["own"], fills["none"])
@@ -131,7 +131,7 @@ def voxel_of(data, position_mm):
     return tuple(np.rint(np.linalg.solve(data.source.affine, [*position_mm, 1])[:3]).astype(int))
 
 
-def test_a_tumour_starts_in_the_holes_tissue(data):
+def test_a_tumour_starts_in_the_masked_tissue(data):
     at = voxel_of(data, tumour_seed_mm(data))
     solid = data.mask & np.isin(data.tissue, (2, 3))
     assert solid[at] and data.growth[at] == data.growth[solid].max()

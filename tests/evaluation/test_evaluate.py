@@ -41,7 +41,7 @@ HARMONIC = rows_of("harmonic", {"a0": (20, 0.5), "a1": (22, 0.7), "b0": (30, 0.8
 OURS = rows_of("ours", {"a0": (24, 0.7), "a1": (22, 0.7), "b0": (31, 0.9)})
 
 
-def test_holes_of_a_patient_are_averaged_first_and_differences_are_those_of_one_hole():
+def test_masks_of_a_patient_are_averaged_first_and_differences_are_by_case():
     """Of two patients, the bounds of the interval are one patient's figures and the other's."""
     assert methods_table(pd.DataFrame([*HARMONIC, *OURS])) == [
         ["method", "PSNR, dB", "SSIM", "PSNR, dB, over harmonic", "SSIM, over harmonic"],
@@ -50,7 +50,7 @@ def test_holes_of_a_patient_are_averaged_first_and_differences_are_those_of_one_
     ]  # fmt: skip
 
 
-def test_of_one_patient_there_is_no_interval_and_what_is_worse_says_so():
+def test_one_patient_has_no_interval_and_worse_scores_are_negative():
     worse = rows_of("worse", {"a0": (19, 0.4), "a1": (20, 0.4)})
     assert methods_table(pd.DataFrame([*worse, *HARMONIC[:2]]))[1:] == [
         ["harmonic", "21.00", "0.600", "", ""], ["worse", "19.50", "0.400", "-1.50", "-0.200"]
@@ -63,7 +63,7 @@ def test_methods_stand_in_the_order_of_their_scores_whatever_that_of_the_rows():
     assert [line[0] for line in lines] == ["method", "of 100", "of 31", "harmonic", "of 9", "of -3"]
 
 
-def test_each_case_is_told_by_itself():
+def test_each_case_has_its_own_column():
     assert cases_table(pd.DataFrame([*HARMONIC, *OURS])) == [
         ["method", "a0", "a1", "b0"],
         ["harmonic", "20.00, 0.500", "22.00, 0.700", "30.00, 0.800"],
@@ -71,7 +71,7 @@ def test_each_case_is_told_by_itself():
     ]
 
 
-def test_a_method_that_some_cases_lack_is_held_against_the_same_cases():
+def test_a_method_that_some_cases_lack_is_compared_in_the_same_cases():
     """Those that need a tissue map have no row where there is none."""
     rows = pd.DataFrame([*HARMONIC, *OURS[1:]])
     assert methods_table(rows)[1] == ["ours", "26.50 [22.00, 31.00]", "0.800 [0.700, 0.900]", "+0.50 [+0.00, +1.00]",
@@ -134,7 +134,7 @@ def test_every_method_is_scored_in_every_case(done, two):
         assert {name: float(row[name]) for name in oracle} == pytest.approx(oracle, rel=1e-4)
 
 
-def test_what_is_filled_was_told_neither_the_truth_nor_a_growth(done, two, tiny_initial_estimate_folder, tmp_path):
+def test_results_depend_neither_on_the_target_nor_on_a_growth_map(done, two, tiny_initial_estimate_folder, tmp_path):
     inpainter = Inpainter.load(tiny_initial_estimate_folder, **HOW)
     fill_cases(inpainter, [case.to_fill() for case in two], CONFIG, tmp_path, say=lambda line: None)
     written = {path.name: path.read_bytes() for path in (done[0] / "results").glob("*.nii.gz")}
@@ -152,12 +152,12 @@ def test_the_table_is_written_as_it_is_returned(done):
     assert gain.startswith("mean of 2 over sample: ") and gain.endswith("] dB")
 
 
-def test_pictures_are_of_as_many_cases_as_were_asked_for(done, two):
+def test_as_many_cases_are_plotted_as_requested(done, two):
     assert [path.name for path in done[0].glob("*.png")] == [f"{two[0].key}.png"]
     assert not (done[0] / "maps").exists(), "no map is made where those that came with the cases are asked for"
 
 
-def test_the_same_call_again_fills_nothing_and_says_the_same(done, folder, tiny_initial_estimate_folder):
+def test_the_same_call_again_inpaints_nothing_and_returns_the_same(done, folder, tiny_initial_estimate_folder):
     output, table, said = done
     before = {path: path.stat().st_mtime_ns for path in (output / "results").glob("*.nii.gz")}
     again = []
@@ -196,7 +196,7 @@ def test_maps_are_made_of_scans_alone_even_where_some_were_given(
     assert row.endswith("|  |") and row.count(", 0.") == 1
 
 
-def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_initial_estimate_folder, tmp_path, monkeypatch):
+def test_one_sample_has_no_mean(folder, tiny_initial_estimate_folder, tmp_path, monkeypatch):
     drawn = []
     plot = case_plots.plot
     monkeypatch.setattr(case_plots, "plot", lambda data, views: drawn.append(list(views)) or plot(data, views))
@@ -211,7 +211,7 @@ def test_of_one_sample_no_mean_is_told_nor_drawn(folder, tiny_initial_estimate_f
     (QUICK.model_copy(update={"num_inference_steps": 5000}), 0, "5000"),
     (QUICK.model_copy(update={"sampler": "euler"}), 0, "'euler' given"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_before_any_map_is_made(
+def test_wrong_parameters_are_rejected_before_any_map_is_made(
     folder, tiny_initial_estimate_folder, tmp_path, config, pictures, told
 ):
     with pytest.raises(ConfigError, match=told):
@@ -220,14 +220,14 @@ def test_what_cannot_be_is_refused_before_any_map_is_made(
 
 
 @pytest.mark.parametrize("inside", ["", "results"])
-def test_results_among_the_cases_are_refused(folder, tiny_model_folder, inside):
+def test_results_among_the_cases_are_rejected(folder, tiny_model_folder, inside):
     before = sorted(folder.rglob("*"))
     with pytest.raises(InputError, match=r"lies inside the folder of cases\. Fix: name one outside it"):
         evaluate_folder(folder, folder / inside, CONFIG, model=tiny_model_folder)
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_case_that_cannot_be_filled_is_told_and_the_lock_let_go(two, folder, tiny_model_folder, tmp_path):
+def test_a_case_that_fails_is_reported_and_the_lock_released(two, folder, tiny_model_folder, tmp_path):
     (tmp_path / "results" / two[0].result_name).mkdir(parents=True)
     how = {"model": tiny_model_folder, "tissue": "given", "say": lambda line: None}
     with pytest.raises(InputError, match=r"1 of 2 cases failed; .*is a directory"):

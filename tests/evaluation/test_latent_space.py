@@ -37,7 +37,7 @@ def on_grid(cases):
     return grid_case(load_case(cases[0]), 2)
 
 
-def test_a_brain_cell_is_one_mostly_above_0():
+def test_a_latent_brain_voxel_is_mostly_above_0():
     image = np.zeros((4, 2, 2))
     image[:2].flat[:5], image[2:].flat[:4] = 1, 1
     assert latent_brain_mask(image, 2).ravel().tolist() == [True, False]
@@ -67,7 +67,7 @@ def test_a_dead_channel_has_numbers_too():
     assert row == pytest.approx({"channel": 0, "mean": 0.7, "std": 0, "skew": 0, "beyond_3_sigma": 0}, abs=1e-12)
 
 
-def test_kl_is_that_of_two_normals_over_the_chosen_cells(on_grid):
+def test_kl_is_that_of_two_normals_over_the_chosen_voxels(on_grid):
     autoencoder, cells = fresh(), latent_brain_mask(on_grid.target, 2)
     found = posterior_kl(autoencoder, on_grid.target, cells, **HOW)
     mean, std = autoencoder.moments(torch.from_numpy(on_grid.target)[None, None])
@@ -90,7 +90,7 @@ def test_flip_errors_are_those_of_flipped_arrays(on_grid):
     assert len(set(errors.values())) == 2
 
 
-def test_where_cells_have_no_left_and_right_a_latent_flip_costs_nothing(on_grid):
+def test_a_latent_flip_costs_nothing_where_latents_are_symmetric(on_grid):
     autoencoder = fresh(linear_start=True, latent_channels=1)  # one channel: about the mean of the block
     with torch.no_grad():
         autoencoder.linear.project.weight.fill_(1 / 8)
@@ -120,7 +120,7 @@ def test_the_reach_by_its_definition(on_grid):
     assert found == pytest.approx([np.sqrt(np.mean(s)) for s in squares.values() if s], rel=1e-5)
 
 
-def test_a_code_of_blocks_changes_in_the_hole_alone(cases, on_grid):
+def test_a_codec_of_blocks_changes_in_the_mask_alone(cases, on_grid):
     autoencoder = fresh(linear_start=True)
     fit_linear_codec(autoencoder.linear, cases[:1])
     first, *others = [row["rms_difference"] for row in reach(autoencoder, on_grid)]
@@ -150,7 +150,7 @@ def test_norms_of_one_voxel_end_the_reach_and_norms_of_the_grid_do_not(monkeypat
     assert all(group)
 
 
-def test_where_there_is_no_such_cell_there_is_no_number():
+def test_a_distance_without_latent_voxels_is_nan():
     rms = column(8, "local")
     assert np.isfinite(rms[:3]).all() and np.isnan(rms[3:]).all()
 

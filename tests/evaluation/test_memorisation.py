@@ -56,7 +56,7 @@ def test_the_distance_is_that_of_brute_force(heads):
     assert patch.distance(image) == pytest.approx(min(found), rel=1e-6)
 
 
-def test_what_lies_around_the_hole_says_nothing(heads):
+def test_voxels_around_the_mask_are_not_compared(heads):
     data, *others = heads
     around = np.where(data.mask, data.target, 5 * data.scale)
     rows = [memorisation_rows([Patch.of(data, volume)], others) for volume in (data.target, around)]

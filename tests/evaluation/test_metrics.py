@@ -145,7 +145,7 @@ def with_nan(volume):
     ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_refusals_name_the_case(spoil, message):
+def test_errors_name_the_case(spoil, message):
     with pytest.raises(InputError, match=message):
         brats_scores(*spoil(*case()), where="case-7")
 
@@ -175,7 +175,7 @@ def test_a_tissue_row_scores_its_own_voxels_only():
     assert np.isnan([wm["psnr_01"], wm["mse"], wm["mae"]]).all()
 
 
-def test_a_tissue_map_of_another_grid_is_refused():
+def test_a_tissue_map_of_another_grid_is_rejected():
     *volumes, mask = case()
     with pytest.raises(InputError, match=r"case-7: shapes differ: .*'tissue': \(26, 23\)"):
         scores_by_tissue(*volumes, mask, mask[0], where="case-7")

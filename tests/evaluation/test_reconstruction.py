@@ -69,7 +69,7 @@ def on_grid(data):
 # ---- the ceiling, and that of the best linear code
 
 
-def test_the_ceiling_is_the_truth_through_the_autoencoder(data, on_grid, tiny_autoencoder_folder):
+def test_the_upper_bound_is_the_reconstructed_target(data, on_grid, tiny_autoencoder_folder):
     autoencoder = load_model(tiny_autoencoder_folder, Autoencoder)
     filled, scores = upper_bound(data, reconstruct(autoencoder, on_grid.target, **HOW).volume, 2)
     outside = ~data.mask
@@ -81,7 +81,7 @@ def test_the_ceiling_is_the_truth_through_the_autoencoder(data, on_grid, tiny_au
     assert scores == brats_scores(filled, data.target, data.voided, data.healthy)
 
 
-def test_the_ceiling_of_a_coder_that_loses_nothing_is_the_truth(data, on_grid):
+def test_the_upper_bound_of_a_lossless_codec_is_the_target(data, on_grid):
     filled, scores = upper_bound(data, on_grid.target, 2)
     np.testing.assert_allclose(filled, data.target, rtol=1e-5)
     assert scores["psnr_01"] > 100
@@ -182,7 +182,7 @@ def test_a_real_code_is_aligned_at_155_and_156_slices(cases, data):
 # ---- decoding a box
 
 
-def test_a_box_holds_its_cells_and_the_margin_and_no_more():
+def test_a_box_holds_its_latent_voxels_and_the_margin_only():
     rng = np.random.default_rng(0)
     for _ in range(20):
         cells, margin = rng.random((6, 9, 7)) < 0.02, int(rng.integers(4))
@@ -195,7 +195,7 @@ def test_a_box_holds_its_cells_and_the_margin_and_no_more():
         assert np.array_equal(found, expected)
 
 
-def test_no_hole_has_no_box():
+def test_an_empty_mask_has_no_box():
     with pytest.raises(InputError, match="the mask is empty"):
         latent_box(np.zeros((3, 3, 3), bool), 1)
 
@@ -229,7 +229,7 @@ def test_with_local_norms_a_wide_box_is_whole_decoding(hole):
 
 
 @pytest.mark.parametrize("input_transform", ["half", "haar"])
-def test_front_ends_are_decoded_in_boxes_too(input_transform):
+def test_input_transforms_are_decoded_in_boxes_too(input_transform):
     autoencoder = fresh(input_transform=input_transform, channels=(4, 8) if input_transform == "half" else (8, 8))
     factor = autoencoder.factor
     latent, mask = torch.from_numpy(noise(1, 3, 16, 4, 4)), np.zeros((16 * factor, 4 * factor, 4 * factor), bool)

@@ -16,7 +16,7 @@ def inpainter(tiny_model_folder):
     return Inpainter.load(tiny_model_folder, device="cpu", precision="32")
 
 
-def test_each_row_is_the_score_of_what_fill_returns(cases, inpainter):
+def test_each_row_is_the_score_of_the_result(cases, inpainter):
     chosen = [load_case(case) for case in cases[:2]]
     rows = list(sampler_rows(inpainter, chosen, steps=(3, 1, 3), **HOW))
     asked = [

@@ -71,7 +71,7 @@ ALIKE = {  # name -> what one unit of the good case is in it, and by how much ro
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_another_coding_of_the_same_case_is_filled_alike(name, tmp_path, fill, plain):
+def test_another_encoding_of_the_same_case_gives_the_same_result(name, tmp_path, fill, plain):
     unit, rounding = ALIKE[name]
     place = spoilt(name, tmp_path / "data", CASE)
     result = fill(place)
@@ -79,7 +79,7 @@ def test_another_coding_of_the_same_case_is_filled_alike(name, tmp_path, fill, p
     np.testing.assert_allclose(result.get_fdata().reshape(plain.shape), plain * unit, atol=rounding, rtol=1e-6)
 
 
-def test_a_ras_copy_is_filled_as_its_lps_original_voxel_for_voxel(tmp_path, fill, plain):
+def test_a_ras_copy_gives_the_result_of_its_lps_original(tmp_path, fill, plain):
     place = spoilt("RAS copy", tmp_path / "data", CASE)
     result = fill(place)
     require_only_the_hole_changed(place, result)
@@ -101,7 +101,7 @@ REST = [name for name, row in ROWS.items() if row.must != "refuse" and name not 
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
-def test_the_output_is_the_input_but_for_its_hole(name, tmp_path, fill):
+def test_the_output_equals_the_input_outside_the_mask(name, tmp_path, fill):
     place = spoilt(name, tmp_path / "data", CASE)
     try:
         result = fill(place)
@@ -112,14 +112,14 @@ def test_the_output_is_the_input_but_for_its_hole(name, tmp_path, fill):
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_a_name_is_a_name_whatever_it_looks_like(tmp_path, fill, form):
+def test_unusual_file_names_are_taken_literally(tmp_path, fill, form):
     place = Place(tmp_path / "data", CASE)
     place.move("t1n-voided", unicodedata.normalize(form, "BraTS [1]* é\n$(x).nii.gz"))
     shutil.copy(place.K, place.folder / "BraTS 1.nii.gz")  # what a glob would find
     require_only_the_hole_changed(place, fill(place))
 
 
-def test_filling_says_what_validate_says(tmp_path, fill, caplog):
+def test_inpaint_reports_what_validate_reports(tmp_path, fill, caplog):
     place = spoilt("negative background", tmp_path / "data", CASE)
     with caplog.at_level(logging.WARNING):
         fill(place)
@@ -137,7 +137,7 @@ def command(data: Path, output: Path, model: Path, *words: str) -> int:
                  "--device", "cpu", *words])  # fmt: skip
 
 
-def test_filling_a_folder_reads_neither_full_images_nor_parts_of_masks(tmp_path, tiny_model_folder, caplog):
+def test_inpainting_a_folder_reads_neither_full_images_nor_parts_of_masks(tmp_path, tiny_model_folder, caplog):
     root, output = tmp_path / "data", tmp_path / "out"
     places = {name: spoilt(name, root, f"BraTS-GLI-{k:05d}-000") for k, name in enumerate(UNREAD)}
     unread = Place(root, "BraTS-GLI-00099-000", complete=True)
@@ -155,7 +155,7 @@ def test_filling_a_folder_reads_neither_full_images_nor_parts_of_masks(tmp_path,
 # ---- on demand
 
 
-def test_free_text_stays_unless_it_is_to_be_scrubbed(tmp_path, tiny_model_folder, capsys, caplog):
+def test_free_text_of_headers_stays_unless_it_is_scrubbed(tmp_path, tiny_model_folder, capsys, caplog):
     names = [name for name, row in ROWS.items() if row.secret]
     places = {name: spoilt(name, tmp_path / "data", f"BraTS-GLI-{k:05d}-000") for k, name in enumerate(names)}
     assert command(tmp_path / "data", tmp_path / "kept", tiny_model_folder) == 0
@@ -184,12 +184,12 @@ MENDED = {  # name -> by how much the filled hole may differ from the good case'
 }
 
 
-def test_every_row_with_a_mend_is_looked_at():
+def test_every_row_with_a_fix_is_tested():
     assert set(MENDED) == {name for name, row in ROWS.items() if row.mend}
 
 
 @pytest.mark.parametrize("name", MENDED)
-def test_what_is_usable_on_demand_is_filled_on_demand(name, tmp_path, tiny_model_folder, plain):
+def test_an_input_that_relaxed_validation_accepts_is_inpainted(name, tmp_path, tiny_model_folder, plain):
     place, output = spoilt(name, tmp_path / "data", CASE), tmp_path / "filled.nii.gz"
     words = ["inpaint", "--t1n-voided", str(place.P), "--mask", str(place.K), "--output", str(output), "--model",
              str(tiny_model_folder), "--steps", "2", "--device", "cpu"]  # fmt: skip

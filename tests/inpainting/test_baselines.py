@@ -77,14 +77,14 @@ def test_an_empty_mask_changes_nothing(fill):
     ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_unusable_volumes_are_refused(fill, spoil, message):
+def test_unusable_volumes_are_rejected(fill, spoil, message):
     volume, tissue = brain()
     with pytest.raises(InputError, match=message):
         fill(spoil(volume), BALL, tissue=tissue, lateral_axis=0, spacing_mm=1.0)
 
 
 @pytest.mark.parametrize("name", ["mean", "mirror", "tissue paint"])
-def test_a_volume_of_air_is_refused(name):
+def test_a_volume_of_air_is_rejected(name):
     with pytest.raises(InputError, match="no brain to learn from"):
         BASELINES[name](np.zeros(SHAPE), BALL, tissue=np.ones(SHAPE), lateral_axis=0, spacing_mm=1.0)
 
@@ -129,7 +129,7 @@ def test_mirror_fill_falls_back_to_the_mean_where_the_mirror_is_no_brain():
     assert np.array_equal(mirror_fill(volume, mask, lateral_axis=0), expected)
 
 
-def test_mirror_fill_refuses_an_axis_that_does_not_exist():
+def test_mirror_fill_rejects_an_axis_that_does_not_exist():
     with pytest.raises(InputError, match="lateral_axis is 3; 0, 1 and 2 are allowed"):
         mirror_fill(np.ones(SHAPE), BALL, lateral_axis=3)
 
@@ -158,7 +158,7 @@ def test_harmonic_fill_lets_no_flux_through_the_border():
     assert harmonic_fill(solution, mask)[mask] == pytest.approx(solution[mask], abs=1e-5)
 
 
-def test_harmonic_fill_obeys_the_maximum_principle():
+def test_harmonic_fill_satisfies_the_maximum_principle():
     volume, _ = brain()
     filled = harmonic_fill(volume, BALL)
     edge = np.zeros(SHAPE, bool)
@@ -180,7 +180,7 @@ def test_harmonic_fill_solves_to_the_stated_residual(offset):
     assert np.linalg.norm(residual) <= 1e-6 * np.linalg.norm(edge_sum)
 
 
-def test_harmonic_fill_refuses_a_mask_without_edge():
+def test_harmonic_fill_rejects_a_mask_without_edge():
     with pytest.raises(InputError, match="the mask covers all 10560 voxels"):
         harmonic_fill(np.ones(SHAPE), np.ones(SHAPE))
 
@@ -224,12 +224,12 @@ def test_tissue_paint_learns_from_brain_only():
 
 
 @pytest.mark.parametrize("name", OF_TISSUE)
-def test_a_map_of_another_grid_is_refused(name):
+def test_a_map_of_another_grid_is_rejected(name):
     with pytest.raises(InputError, match=r"the tissue map is \(23, 22, 20\), the voided volume"):
         BASELINES[name](np.ones(SHAPE), BALL, tissue=np.ones(SHAPE)[1:], lateral_axis=0, spacing_mm=1.0)
 
 
-def test_the_draft_knows_no_units():
+def test_the_initial_estimate_does_not_depend_on_units():
     volume, tissue = brain()
     volume += (200 * tissue).astype(np.int16)
     plain, thrice, fourfold = (initial_estimate_baseline(k * volume, BALL, tissue, spacing_mm=4.0) for k in (1, 3, 4))

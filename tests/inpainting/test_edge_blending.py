@@ -15,7 +15,7 @@ def ball():
     return np.square(np.indices((25, 25, 25)) - 12).sum(axis=0) < 64
 
 
-def test_where_the_decoder_is_right_around_the_hole_nothing_is_added(ball):
+def test_nothing_is_added_where_the_decoder_is_right_around_the_mask(ball):
     known = np.random.default_rng(0).random(ball.shape)
     decoded = np.where(rim(ball) & ~ball, known, 7)
     assert not corrected(decoded, known, ball, 4.0).any()

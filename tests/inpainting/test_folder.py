@@ -57,14 +57,14 @@ def whole(inpainter, cases, tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_shares_make_the_whole_byte_for_byte(inpainter, cases, whole, tmp_path, world):
+def test_parts_of_a_cohort_give_the_bytes_of_the_whole(inpainter, cases, whole, tmp_path, world):
     rows, folder = whole
     shares = [fill_cases(inpainter, cases[:4][rank::world], settings(), tmp_path) for rank in range(world)]
     assert volumes(tmp_path) == volumes(folder) and len(volumes(folder)) == 4 * 5
     assert sorted(row["case"] for share in shares for row in share) == sorted(row["case"] for row in rows)
 
 
-def test_what_is_filled_is_found_and_what_is_damaged_or_missing_is_made_again(inpainter, cases, whole, tmp_path):
+def test_results_are_found_and_damaged_or_missing_ones_are_made_again(inpainter, cases, whole, tmp_path):
     rows, folder = whole
     fill_cases(inpainter, cases[:3], settings(), tmp_path)
     again = fill_cases(inpainter, cases[:4], settings(), tmp_path)
@@ -87,7 +87,7 @@ def test_other_settings_are_other_results(inpainter, cases, tmp_path, changes):
     assert not np.array_equal(first, read_volume(tmp_path / cases[0].result_name).raw)
 
 
-def test_a_changed_source_is_filled_anew(inpainter, cases, cohort_folder, tmp_path):
+def test_a_changed_source_is_inpainted_again(inpainter, cases, cohort_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(cohort_folder / cases[0].id, folder / cases[0].id)
     case = find_cases(folder)[0].to_fill()
@@ -119,7 +119,7 @@ def spoil(folder, case):
     ],
     ids=["pipe", "broken link", "folder"],
 )
-def test_what_is_no_file_is_refused_by_the_gate_and_waited_for_by_nobody(inpainter, cohort, tmp_path, spoil_mask, told):
+def test_what_is_not_a_file_is_rejected_without_waiting(inpainter, cohort, tmp_path, spoil_mask, told):
     cases = [case.to_fill() for case in find_cases(cohort)[:2]]
     cases[0].mask.unlink()
     spoil_mask(cases[0].mask)
@@ -141,7 +141,7 @@ def test_a_record_never_has_another_file_removed(inpainter, cases, tmp_path, out
     assert statuses(rows) == [FILLED] and all(victim.read_text() == "precious" for victim in victims)
 
 
-def test_a_bad_case_stops_no_other_and_is_told(cohort, cases, tiny_model_folder, tmp_path, capsys):
+def test_a_case_that_fails_is_reported_and_the_others_continue(cohort, cases, tiny_model_folder, tmp_path, capsys):
     spoil(cohort, cases[1])
     (cohort / "empty").mkdir()
     arguments = ["inpaint", "--data", str(cohort), "--output", str(tmp_path / "out"), "--steps", "2", "--model",
@@ -164,7 +164,7 @@ def test_a_bad_case_stops_no_other_and_is_told(cohort, cases, tiny_model_folder,
     assert capsys.readouterr().out.splitlines()[-1] == "6 cases: 5 found, 1 filled"
 
 
-def test_a_result_that_cannot_be_written_is_told_of_its_case(inpainter, cases, tmp_path):
+def test_a_result_that_cannot_be_written_is_reported_with_its_case(inpainter, cases, tmp_path):
     (tmp_path / cases[0].result_name).mkdir()
     rows = fill_cases(inpainter, cases[:2], settings(), tmp_path)
     assert statuses(rows) == [REFUSED, FILLED] and rows[0]["reason"].startswith(
@@ -175,7 +175,7 @@ def test_a_result_that_cannot_be_written_is_told_of_its_case(inpainter, cases, t
     require_all(rows[1:])
 
 
-def test_a_folder_comes_out_as_its_files_one_by_one(cohort_folder, cases, tiny_model_folder, tmp_path):
+def test_a_folder_gives_the_results_of_its_files_one_by_one(cohort_folder, cases, tiny_model_folder, tmp_path):
     config = SamplingConfig(num_inference_steps=2, samples=1, device="cpu")
     maps = cohort_folder.parent / "conditioning_data"
     rows = inpaint_folder(cohort_folder, tmp_path / "out", config, model=tiny_model_folder, **QUIET)
@@ -190,7 +190,7 @@ def test_a_folder_comes_out_as_its_files_one_by_one(cohort_folder, cases, tiny_m
 # ---- interruptions
 
 
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(cohort_folder, tiny_model_folder, tmp_path):
+def test_a_killed_command_continues_and_ends_with_the_same_bytes(cohort_folder, tiny_model_folder, tmp_path):
     config = SamplingConfig(num_inference_steps=2, samples=2, device="cpu")
 
     def work(output):
@@ -214,7 +214,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(cohort_f
     assert len(records) == 6 and not list(killed.glob(".*.part"))
 
 
-def test_two_processes_do_not_fill_one_folder(cohort_folder, tiny_model_folder, tmp_path):
+def test_two_processes_do_not_write_into_one_folder(cohort_folder, tiny_model_folder, tmp_path):
     def hold(folder, ready, done):
         FolderLock(folder)
         ready.set()
@@ -232,7 +232,7 @@ def test_two_processes_do_not_fill_one_folder(cohort_folder, tiny_model_folder, 
 
 
 @pytest.mark.parametrize("inside", ["", "results"])
-def test_results_among_the_cases_are_refused(cohort_folder, tiny_model_folder, inside):
+def test_results_among_the_cases_are_rejected(cohort_folder, tiny_model_folder, inside):
     with pytest.raises(InputError, match=r"lies inside the folder of cases\. Fix: name one outside it"):
         inpaint_folder(cohort_folder, cohort_folder / inside, SamplingConfig(), model=tiny_model_folder, **QUIET)
 
@@ -259,7 +259,7 @@ def test_at_most_two_cases_are_in_memory_at_once(inpainter, cases, tmp_path, mon
 
 
 @pytest.mark.parametrize("content", ["garbage", "{}", "[1]", "[" * 100_000])
-def test_a_damaged_record_is_as_none(inpainter, cases, tmp_path, content):
+def test_a_damaged_record_is_ignored(inpainter, cases, tmp_path, content):
     fill_cases(inpainter, cases[:1], settings(), tmp_path)
     (tmp_path / "filled" / f"{cases[0].key}.json").write_text(content)
     assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
@@ -267,7 +267,7 @@ def test_a_damaged_record_is_as_none(inpainter, cases, tmp_path, content):
 
 
 @pytest.mark.parametrize("row", [{}, {"case": "x\x1b[31m", "result": "/etc/passwd", "spread": "much", "seconds": []}])
-def test_a_rows_words_are_the_cases_own_whatever_its_record_says(inpainter, cases, tmp_path, row):
+def test_a_row_of_a_found_result_takes_only_numbers_from_its_record(inpainter, cases, tmp_path, row):
     fill_cases(inpainter, cases[:1], settings(), tmp_path)
     record = tmp_path / "filled" / f"{cases[0].key}.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"row": row}))
@@ -276,7 +276,7 @@ def test_a_rows_words_are_the_cases_own_whatever_its_record_says(inpainter, case
                      "seconds": None, "reason": ""}  # fmt: skip
 
 
-def test_a_record_without_its_result_is_no_result(inpainter, cases, tmp_path):
+def test_a_record_without_its_result_is_ignored(inpainter, cases, tmp_path):
     fill_cases(inpainter, cases[:1], settings(), tmp_path)
     record = tmp_path / "filled" / f"{cases[0].key}.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"outputs": {}}))
@@ -285,7 +285,7 @@ def test_a_record_without_its_result_is_no_result(inpainter, cases, tmp_path):
     assert (tmp_path / cases[0].result_name).exists()
 
 
-def test_a_pipe_in_the_place_of_a_record_or_a_result_is_waited_for_by_nobody(inpainter, cases, tmp_path):
+def test_a_pipe_in_place_of_a_record_or_a_result_is_not_waited_for(inpainter, cases, tmp_path):
     fill_cases(inpainter, cases[:1], settings(), tmp_path)
     record, result = tmp_path / "filled" / f"{cases[0].key}.json", tmp_path / cases[0].result_name
     result.unlink()
@@ -298,13 +298,13 @@ def test_a_pipe_in_the_place_of_a_record_or_a_result_is_waited_for_by_nobody(inp
 
 
 @pytest.mark.parametrize("plant", [lambda path: path.symlink_to("/nowhere"), lambda path: path.touch()])
-def test_a_folder_of_records_that_is_none_is_refused(inpainter, cases, tmp_path, plant):
+def test_a_record_folder_that_is_a_link_or_a_file_is_rejected(inpainter, cases, tmp_path, plant):
     plant(tmp_path / "filled")
     with pytest.raises(InputError, match=r"filled: is not a folder of its own\. Fix: remove it"):
         fill_cases(inpainter, cases[:1], settings(), tmp_path)
 
 
-def test_nothing_of_other_settings_stays_beside_a_new_result(inpainter, cases, tmp_path):
+def test_files_of_other_settings_do_not_stay_next_to_a_new_result(inpainter, cases, tmp_path):
     fill_cases(inpainter, cases[:1], settings(samples=3), tmp_path)
     fill_cases(inpainter, cases[:1], settings(samples=1), tmp_path)
     beside = cases[0].result_name.replace(".nii.gz", "-sample-0000.nii.gz")
@@ -315,7 +315,9 @@ def test_nothing_of_other_settings_stays_beside_a_new_result(inpainter, cases, t
     ({"sampler": "euler"}, "'euler' given, the model was trained on a variance-preserving"),
     ({"num_inference_steps": 5000}, "5000 sampling steps given, 1 to 1000 allowed"),
 ])  # fmt: skip
-def test_what_no_case_can_take_is_refused_before_any_is_read(inpainter, cases, tmp_path, monkeypatch, changes, told):
+def test_parameters_that_suit_no_case_are_rejected_before_any_is_read(
+    inpainter, cases, tmp_path, monkeypatch, changes, told
+):
     monkeypatch.setattr(Job, "read", lambda *_: pytest.fail("a case was read"))
     with pytest.raises(ConfigError, match=told):
         fill_cases(inpainter, cases[:2], SamplingConfig(**changes), tmp_path)
@@ -324,7 +326,7 @@ def test_what_no_case_can_take_is_refused_before_any_is_read(inpainter, cases, t
 @pytest.mark.parametrize(
     "error", [MemoryError("too large"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_a_case_that_does_not_fit_into_memory_stops_no_other(inpainter, cases, tmp_path, monkeypatch, error):
+def test_a_case_that_does_not_fit_into_memory_does_not_stop_the_others(inpainter, cases, tmp_path, monkeypatch, error):
     call = Inpainter.__call__
 
     def fails_once(self, data, **how):
@@ -339,7 +341,7 @@ def test_a_case_that_does_not_fit_into_memory_stops_no_other(inpainter, cases, t
         require_recorded(cases[:2], tmp_path)
 
 
-def test_a_reader_that_leaves_does_not_end_the_work(cohort_folder, tiny_model_folder, tmp_path, monkeypatch):
+def test_a_closed_output_pipe_does_not_stop_the_work(cohort_folder, tiny_model_folder, tmp_path, monkeypatch):
     class Gone:
         def write(self, _):
             raise BrokenPipeError
@@ -353,7 +355,7 @@ def test_a_reader_that_leaves_does_not_end_the_work(cohort_folder, tiny_model_fo
     assert main(arguments) == 0 and len(volumes(tmp_path)) == 6
 
 
-def test_the_lock_is_let_go_when_something_is_refused(cohort_folder, tiny_model_folder, tmp_path):
+def test_the_lock_is_released_after_an_error(cohort_folder, tiny_model_folder, tmp_path):
     config = SamplingConfig(sampler="euler", device="cpu")
     for _ in range(2):
         with pytest.raises(ConfigError, match="'euler' given"):

@@ -113,7 +113,7 @@ def test_slope_and_intercept_are_kept(pair, tmp_path, model):
 # ---- samples, mean and spread
 
 
-def test_of_several_samples_the_output_is_the_mean_and_the_spread_is_numpys(pair, tmp_path, model):
+def test_of_several_samples_the_output_is_the_mean_and_the_deviation_is_numpys(pair, tmp_path, model):
     rewrite(pair[0], lambda voxels: None, np.float32)
     output = tmp_path / "out.nii.gz"
     written = inpaint(*pair, output, samples=5, write_samples=True, **model)
@@ -132,7 +132,7 @@ def test_of_several_samples_the_output_is_the_mean_and_the_spread_is_numpys(pair
     assert np.array_equal(read_volume(written[1]).affine, read_volume(output).affine)
 
 
-def test_without_being_asked_no_sample_is_written(pair, tmp_path, model):
+def test_samples_are_written_only_on_request(pair, tmp_path, model):
     before = set(tmp_path.iterdir())
     written = inpaint(*pair, tmp_path / "OUT.NII.GZ", samples=2, **model)
     assert {path.name for path in set(tmp_path.iterdir()) - before} == {path.name for path in written}
@@ -144,7 +144,7 @@ def test_one_sample_is_its_own_mean(cases, inpainter):
     assert np.array_equal(filled.mean, filled.samples[0]) and not filled.std.any()
 
 
-def test_mean_and_spread_outside_the_mask_are_exact():
+def test_mean_and_deviation_outside_the_mask_are_exact():
     """A third of three equal numbers is the number: the spread of known voxels is exactly 0."""
     voxels = np.random.default_rng(0).uniform(0, 4000, (20, 20, 20)).astype(np.float32)
     mask = voxels > 2000
@@ -154,7 +154,7 @@ def test_mean_and_spread_outside_the_mask_are_exact():
     assert not filled.std.any()
 
 
-def test_the_nearest_sample_is_the_one_nearest_to_the_mean():
+def test_the_medoid_is_the_sample_nearest_to_the_mean():
     mask = np.ones((2, 1, 1), bool)
     values = np.array([[0, 0], [4, 4], [10, 10]], np.float32)  # mean 4.67
     case = SimpleNamespace(voided=np.zeros((2, 1, 1), np.float32), mask=mask)
@@ -181,7 +181,7 @@ def test_what_lies_under_the_mask_changes_nothing(pair, tmp_path, model, caplog)
     assert not np.array_equal(results[0][mask], raw(pair[0])[mask])
 
 
-def test_a_case_with_its_truth_is_filled_as_one_without(cases, inpainter):
+def test_a_case_with_its_target_gives_the_result_of_one_without(cases, inpainter):
     data = load_case(cases[0])
     blind = replace(data, target=None, healthy=None, unhealthy=None)
     assert np.array_equal(inpainter(data, steps=2).mean, inpainter(blind, steps=2).mean)
@@ -271,7 +271,7 @@ def test_the_order_of_a_files_voxels_does_not_matter(tmp_path, inpainter, orient
     assert np.allclose(results[0].affine, results[1].affine)
 
 
-def test_a_file_of_other_voxels_is_filled_in_the_models_and_brought_back(tmp_path, inpainter):
+def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, inpainter):
     """Filled with the truth in the model's voxels, a smooth head of other voxels comes back within a few percent."""
     grid, step = np.indices((40, 44, 36)), np.array([0.8, 1.0, 1.3])
     millimetres = grid * step[:, None, None, None] - np.array([16, 22, 23])[:, None, None, None]
@@ -295,7 +295,7 @@ def test_a_file_of_other_voxels_is_filled_in_the_models_and_brought_back(tmp_pat
 
 
 @pytest.mark.parametrize("shape", ["one voxel", "two holes", "border", "corner"])
-def test_holes_of_every_kind_are_filled(cases, inpainter, shape):
+def test_masks_of_every_kind_are_inpainted(cases, inpainter, shape):
     data = load_case(cases[0])
     brain, mask = data.target > 0, np.zeros(data.mask.shape, bool)
     centre = tuple(np.argwhere(brain)[brain.sum() // 2])
@@ -326,7 +326,7 @@ def test_a_file_with_a_fourth_axis_of_one_keeps_it(pair, tmp_path, model):
 # ---- the box of cells, and the edge
 
 
-def test_the_denoiser_sees_the_hole_and_a_crop_around_it_and_its_noise_is_that_of_the_whole(encoded, inpainter):
+def test_the_denoiser_sees_a_crop_around_the_mask_with_the_noise_of_the_whole(encoded, inpainter):
     seen, whole = [], []
     for crop, told in ((6, seen), (0, whole)):
 
@@ -349,13 +349,13 @@ def test_the_denoiser_sees_the_hole_and_a_crop_around_it_and_its_noise_is_that_o
     ((slice(0, 10), slice(3, 4), slice(3, 4)), 12, 4, [(0, 10), (0, 10), (0, 10)]),  # all there is
     ((slice(2, 8), slice(3, 4), slice(3, 4)), 2, 1, [(1, 9), (2, 5), (2, 5)]),  # a cell of what is known on each side
 ])  # fmt: skip
-def test_the_box_holds_hole_margin_and_crop_as_far_as_the_grid_goes(hole, edge, multiple, box):
+def test_the_box_holds_mask_margin_and_crop_within_the_grid(hole, edge, multiple, box):
     cells = np.zeros((10, 10, 10), bool)
     cells[hole] = True
     assert [(s.start, s.stop) for s in context_box(cells, edge=edge, multiple=multiple)] == box
 
 
-def test_a_callback_is_told_of_whole_latents(encoded, inpainter):
+def test_a_callback_receives_whole_latents(encoded, inpainter):
     states = []
     drawn = changed(inpainter, crop=6).model.sample(
         encoded, ["a/0"], seed=0, sampler="ddim", steps=2, callback=states.append
@@ -366,7 +366,7 @@ def test_a_callback_is_told_of_whole_latents(encoded, inpainter):
     assert torch.equal(drawn[0][known], encoded["voided"][known])
 
 
-def test_the_edge_is_made_to_fit_unless_told_otherwise(tmp_path):
+def test_the_edge_is_corrected_unless_that_is_off(tmp_path):
     """A denoiser that sees all cells too bright by as much is put right by what lies around the hole."""
     full, voided, mask = write_head(tmp_path / "head", 155, "LPS")
     data, autoencoder, schedule = load_case(case_of_files(voided, mask)), SpaceToDepth(4), noise_schedule()
@@ -419,7 +419,7 @@ def test_case_and_seed_determine_a_sample(cases, inpainter, sampler):
     assert len({values.tobytes() for values in six.values}) == 6
 
 
-def test_a_file_is_filled_as_the_case_of_a_cohort(cases, tiny_model_folder, tmp_path):
+def test_a_file_gives_the_result_of_the_case_in_a_cohort(cases, tiny_model_folder, tmp_path):
     case, output = cases[1], tmp_path / "out.nii.gz"
     inpaint(case.t1n_voided, case.mask, output, growth=case.growth, tissue=case.tissue, samples=2, seed=9, steps=3,
             model=tiny_model_folder)  # fmt: skip
@@ -450,7 +450,7 @@ def test_noise_is_standard_and_a_function_of_its_name():
 
 @every_sampler
 @pytest.mark.parametrize("context", ["composite", "concat"])
-def test_known_cells_are_clean_at_every_step(cases, inpainter, sampler, context):
+def test_known_latent_voxels_are_clean_at_every_step(cases, inpainter, sampler, context):
     data, settings = load_case(cases[0]), LatentSpec(context=context)
     latents = encode_case(grid_case(data, 2), inpainter.model.autoencoder, settings, device=CPU, precision="32")
     known, seen = (latents["mask"] == 0).expand_as(latents["voided"]), []
@@ -486,7 +486,7 @@ def test_known_cells_are_clean_at_every_step(cases, inpainter, sampler, context)
     ({"blend_mm": -1.0}, "blend_mm = -1"),
     ({"steps": 1001}, "1001 sampling steps given, 1 to 1000 allowed"),
 ])  # fmt: skip
-def test_parameters_out_of_range_are_refused(pair, tmp_path, model, wrong, reason):
+def test_parameters_out_of_range_are_rejected(pair, tmp_path, model, wrong, reason):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=reason):
         inpaint(*pair, tmp_path / "out.nii.gz", **model | wrong)
@@ -494,7 +494,7 @@ def test_parameters_out_of_range_are_refused(pair, tmp_path, model, wrong, reaso
 
 
 @pytest.mark.parametrize("output", ["missing/out.nii.gz", "out.png", "folder.nii.gz", "out"])
-def test_an_output_that_cannot_be_written_is_refused_first(pair, tmp_path, model, monkeypatch, output):
+def test_an_output_that_cannot_be_written_is_rejected_first(pair, tmp_path, model, monkeypatch, output):
     (tmp_path / "folder.nii.gz").mkdir()
     for module, name in ((single_file, "load_case"), (model_module, "load_model")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("something was loaded"))
@@ -502,7 +502,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(pair, tmp_path, model
         inpaint(*pair, tmp_path / output, **model)
 
 
-def test_a_spread_that_cannot_be_written_is_refused_before_the_mean_is(pair, tmp_path, model):
+def test_a_deviation_that_cannot_be_written_is_rejected_before_the_mean_is(pair, tmp_path, model):
     (tmp_path / "out-std.nii.gz").mkdir()
     with pytest.raises(InputError, match=r"out-std\.nii\.gz: is a directory"):
         inpaint(*pair, tmp_path / "out.nii.gz", samples=2, **model)
@@ -519,7 +519,7 @@ def test_an_input_is_never_overwritten(pair, tmp_path, model, which):
     assert pair[which].read_bytes() == before
 
 
-def test_nor_by_a_file_that_is_written_beside_the_output(pair, tmp_path, model):
+def test_an_input_is_not_overwritten_by_a_file_next_to_the_output(pair, tmp_path, model):
     given = pair[0].rename(tmp_path / "out-sample-0001.nii.gz")
     with pytest.raises(InputError, match=r"out-sample-0001\.nii\.gz: is one of the inputs"):
         inpaint(given, pair[1], tmp_path / "out.nii.gz", samples=2, write_samples=True, **model)
@@ -535,14 +535,14 @@ def test_a_failure_on_the_way_leaves_nothing_behind(pair, tmp_path, model, monke
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_inputs_that_do_not_belong_together_are_refused(pair, tmp_path, model):
+def test_inputs_that_do_not_belong_together_are_rejected(pair, tmp_path, model):
     write_map(tmp_path / "small.nii.gz", np.ones((4, 4, 4), np.uint8), np.eye(4))
     with pytest.raises(InputError, match="resample it onto the image's grid"):
         inpaint(pair[0], tmp_path / "small.nii.gz", tmp_path / "out.nii.gz", **model)
     assert not (tmp_path / "out.nii.gz").exists()
 
 
-def test_another_voxel_size_than_the_models_is_told(pair, tmp_path, model, caplog):
+def test_another_voxel_size_than_the_models_is_reported(pair, tmp_path, model, caplog):
     for path in pair:
         volume = read_volume(path)
         write_map(path, volume.raw, volume.affine * np.array([[0.5], [0.5], [0.5], [1]]))
@@ -551,7 +551,7 @@ def test_another_voxel_size_than_the_models_is_told(pair, tmp_path, model, caplo
     assert "voxels of (4.0, 4.0, 4.0) mm; inpainted at the model's 8 mm" in caplog.text
 
 
-def test_without_a_model_the_shipped_weights_serve(tiny_model_folder, monkeypatch):
+def test_without_a_model_the_pretrained_weights_are_used(tiny_model_folder, monkeypatch):
     monkeypatch.setattr(model_module, "PRETRAINED", tiny_model_folder)
     found, named = Inpainter.load(device="cpu"), Inpainter.load(tiny_model_folder, device="cpu")
     assert found.model.denoiser.folder_config["sha256"] == named.model.denoiser.folder_config["sha256"]

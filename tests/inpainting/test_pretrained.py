@@ -43,7 +43,7 @@ NETWORKS = ("autoencoder", "denoiser")
 
 
 @pytest.mark.parametrize("preset", ["demo", "weights"])
-def test_the_presets_describe_the_model_that_is_shipped(shipped, preset):
+def test_the_presets_describe_the_pretrained_model(shipped, preset):
     """Else `demo` could not go on from it, and `make weights` would make another."""
     from ldm_lib.training.initialise import build_denoiser
 
@@ -77,7 +77,7 @@ def test_the_log_of_its_training_and_its_card_are_there():
     assert "@" not in card, "a figure that was to be filled in"
 
 
-def test_the_makefile_ships_at_the_temperature_that_is_shipped(shipped):
+def test_the_makefile_exports_at_the_temperature_of_the_pretrained_model(shipped):
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{shipped.model.temperature:g}"]
 

@@ -46,7 +46,7 @@ def problems(data, results):
     return [str(finding) for finding in check(data, results) if finding.problem]
 
 
-def test_what_is_right_is_sent_whole_and_alone(data, results, tmp_path, capsys):
+def test_correct_results_are_packed_and_nothing_else(data, results, tmp_path, capsys):
     assert main(["submission", "--data", str(data), "--results", str(results)]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "BraTS-GLI-00000-000: ok" and told[-1].endswith("submission.zip: 2 results")
@@ -86,7 +86,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_told_of_its_case_and_nothing_is_sent(data, results, fault, capsys):
+def test_each_fault_is_reported_with_its_case_and_nothing_is_packed(data, results, fault, capsys):
     spoil, line = FAULTS[fault]
     spoil(results / "BraTS-GLI-00001-000-t1n-inference.nii.gz")
     (found,) = problems(data, results)
@@ -102,7 +102,7 @@ def test_each_fault_is_told_of_its_case_and_nothing_is_sent(data, results, fault
     ("data/x.zip", "lies inside the folder of cases"),
     ("nowhere/x.zip", "its folder does not exist"),
 ])  # fmt: skip
-def test_the_archive_takes_the_place_of_nothing_else(data, results, tmp_path, capsys, name, told):
+def test_the_archive_replaces_no_other_file(data, results, tmp_path, capsys, name, told):
     before = {path: path.read_bytes() for path in (*results.iterdir(), *data.rglob("*.gz"))}
     words = ["submission", "--data", str(data), "--results", str(results), "--output", str(tmp_path / name)]
     assert main(words) == 1
@@ -110,7 +110,7 @@ def test_the_archive_takes_the_place_of_nothing_else(data, results, tmp_path, ca
     assert {path: path.read_bytes() for path in (*results.iterdir(), *data.rglob("*.gz"))} == before
 
 
-def test_a_hole_that_was_left_void_is_told(data, results):
+def test_a_mask_that_was_left_void_is_reported(data, results):
     case = find_cases(data)[0]
     shutil.copy(case.t1n_voided, results / case.result_name)
     voxels = int((read_volume(case.mask).voxels > 0).sum())
@@ -119,7 +119,7 @@ def test_a_hole_that_was_left_void_is_told(data, results):
     ]  # fmt: skip
 
 
-def test_a_scaled_result_is_told(data, results):
+def test_a_scaled_result_is_reported(data, results):
     path = results / "BraTS-GLI-00000-000-t1n-inference.nii.gz"
     content = bytearray(gzip.decompress(path.read_bytes()))
     content[112:120] = np.array([2.0, 0.0], "<f4").tobytes()
@@ -127,13 +127,13 @@ def test_a_scaled_result_is_told(data, results):
     assert "is scaled by 2, 0; must be by 1, 0" in problems(data, results)[0]
 
 
-def test_a_result_of_no_case_and_a_folder_that_is_none_are_told(data, results):
+def test_a_result_and_a_folder_of_no_case_are_reported(data, results):
     shutil.copy(results / "BraTS-GLI-00000-000-t1n-inference.nii.gz", results / "Other-t1n-inference.nii.gz")
     (data / "empty").mkdir()
     assert [line.split(": ")[0] for line in problems(data, results)] == ["empty", "Other-t1n-inference.nii.gz"]
 
 
-def test_several_holes_a_patient_are_warned_of(cohort_folder, cases, tmp_path, capsys):
+def test_several_masks_of_a_patient_cause_a_warning(cohort_folder, cases, tmp_path, capsys):
     for case in cases:
         data = load_case(case)
         write_like(tmp_path / case.result_name, data.source, data.target, data.mask)
