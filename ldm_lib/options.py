@@ -26,6 +26,7 @@ RENAMED = {
     "perceptual_weight": "it was removed: there is no perceptual loss any more",
     "strategy": "it was removed: training on several devices always uses DDP",
 }
+RENAMED_VALUES = {"draft": "initial_estimate", "usual": "narrow", "true": "exact"}  # of parameters with choices
 
 MAX_COUNT = 10**8  # a larger count is a typing error that would take days or all memory
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
@@ -126,7 +127,9 @@ class Options(BaseModel):
         given = f"{name} = {problem['input']!r}: " if name else ""
         if problem["type"] == "extra_forbidden":
             raise ConfigError(f"unknown parameter {name!r}", fix=nearest(name, cls.model_fields))
-        raise ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=cls.hint)
+        renamed = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
+        fix = f"it is called {renamed!r} since version 0.8" if renamed else cls.hint
+        raise ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=fix)
 
     def tracked(self) -> dict[str, Any]:
         """Return the parameters that decide the result."""

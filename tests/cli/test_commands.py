@@ -129,6 +129,11 @@ def test_an_error_is_status_1_and_one_line(arguments, line, capsys, outputs, mon
     assert not outputs.exists()
 
 
+def test_a_renamed_value_is_rejected_with_its_new_name(capsys):
+    for old, new in (("context=draft", "initial_estimate"), ("tissue_map=true", "exact")):
+        assert error_line(["run", "--set", old], capsys).endswith(f"Fix: it is called {new!r} since version 0.8.")
+
+
 def test_debug_raises_the_error_itself():
     with pytest.raises(ConfigError, match="did you mean 'max_epochs'"):
         main(["--debug", "run", "--set", "max_epoch=1"])
