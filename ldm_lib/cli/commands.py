@@ -176,7 +176,7 @@ def submission(options: argparse.Namespace) -> int:
     if invalid := sum(bool(finding.problem) for finding in findings):
         raise InputError(f"{invalid} of {len(findings)} are not valid results", where=options.results, fix="see above")
     if has_several_masks(options.data):
-        print("WARNING names carry the number of a hole; the challenge knows one hole a case", file=sys.stderr)
+        print("WARNING names carry the number of a mask; the challenge has one mask per case", file=sys.stderr)
     print(f"{output}: {pack(options.data, options.results, output)} results")
     return 0
 

@@ -117,10 +117,8 @@ def evaluate_folder(
     root, output = expand_path(data_dir), expand_path(output)
     require_outside(output, root)
     cases = with_target(find_cases(root))
-    names = ("seed", "sampler", "guidance")
-    sampling = {name: getattr(options, name) for name in names} | {"steps": options.num_inference_steps}
     inpainter = Inpainter.for_sampling(model, options)
-    return report(evaluate(inpainter, cases, n_samples=options.samples, output=output, **sampling, **rest))
+    return report(evaluate(inpainter, cases, output=output, **options.sampling, **rest))
 
 
 def _inpaint_and_score(

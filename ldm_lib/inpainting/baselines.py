@@ -45,11 +45,8 @@ def mirror_fill(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> np.
         InputError: as `mean_fill`, or an axis that does not exist.
     """
     if lateral_axis not in (0, 1, 2):
-        raise InputError(
-            f"lateral_axis is {lateral_axis!r}; 0, 1 and 2 are allowed",
-            where="mirror_fill",
-            fix="give the array's left-right axis",
-        )
+        raise InputError(f"lateral_axis is {lateral_axis!r}; 0, 1 and 2 are allowed", where="mirror_fill",
+                         fix="give the array's left-right axis")  # fmt: skip
     known, mask = _known(voided, mask)
     if not mask.any():
         return known
@@ -107,11 +104,8 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
     if not mask.any():
         return known
     if mask.all():
-        raise InputError(
-            f"the mask covers all {mask.size} voxels: no edge to continue from",
-            where="harmonic_fill",
-            fix="give a mask that leaves part of the volume",
-        )
+        raise InputError(f"the mask covers all {mask.size} voxels: no edge to continue from", where="harmonic_fill",
+                         fix="give a mask that leaves part of the volume")  # fmt: skip
     laplacian, edge_sum = masked_laplacian(known, mask)
     # The Laplacian's sum counts the faces of the mask's edge: this is the mean over them.
     start = np.full(edge_sum.size, edge_sum.sum() / laplacian.sum())
@@ -175,37 +169,28 @@ def _known(voided: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Return a float32 copy of the volume with 0 under the mask, and the mask as bool."""
     voided, mask = np.asarray(voided), np.asarray(mask) != 0
     if voided.shape != mask.shape or voided.ndim != 3:
-        raise InputError(
-            f"the voided volume is {voided.shape}, the mask {mask.shape}; both must be one (x, y, z)",
-            fix="give the mask of this volume",
-        )
+        raise InputError(f"the voided volume is {voided.shape}, the mask {mask.shape}; both must be one (x, y, z)",
+                         fix="give the mask of this volume")  # fmt: skip
     known = np.where(mask, 0, voided).astype(np.float32)
-    bad = known.size - np.count_nonzero(np.isfinite(known))
-    if bad:
-        raise InputError(
-            f"{bad} of {known.size} voxels outside the mask are not finite",
-            fix="replace NaN and infinity by finite values",
-        )
+    if bad := known.size - np.count_nonzero(np.isfinite(known)):
+        raise InputError(f"{bad} of {known.size} voxels outside the mask are not finite",
+                         fix="replace NaN and infinity by finite values")  # fmt: skip
     return known, mask
 
 
 def _of_this_grid(tissue: ArrayLike, mask: np.ndarray) -> np.ndarray:
     tissue = np.asarray(tissue)
     if tissue.shape != mask.shape:
-        raise InputError(
-            f"the tissue map is {tissue.shape}, the voided volume {mask.shape}",
-            fix="resample the map to the volume's grid",
-        )
+        raise InputError(f"the tissue map is {tissue.shape}, the voided volume {mask.shape}",
+                         fix="resample the map to the volume's grid")  # fmt: skip
     return tissue
 
 
 def _brain_mean(known: np.ndarray) -> float:
     brain = known[known != 0]
     if brain.size == 0:
-        raise InputError(
-            f"none of {known.size} voxels outside the mask differs from 0: there is no brain",
-            fix="check that volume and mask are not swapped",
-        )
+        raise InputError(f"none of {known.size} voxels outside the mask differs from 0: there is no brain",
+                         fix="check that volume and mask are not swapped")  # fmt: skip
     return float(brain.mean(dtype=np.float64))
 
 

@@ -171,10 +171,7 @@ class Job:
     def fill(self, data: CaseData) -> Inpainting:
         """Inpaint a case."""
         try:
-            return self.inpainter(
-                data, n_samples=self.options.samples, seed=self.options.seed, sampler=self.options.sampler,
-                steps=self.options.num_inference_steps, guidance=self.options.guidance, make_missing=False,
-            )  # fmt: skip
+            return self.inpainter(data, make_missing=False, **self.options.sampling)
         except RuntimeError as error:  # torch has no type of its own for a full memory of a CPU
             if "memory" not in str(error):
                 raise

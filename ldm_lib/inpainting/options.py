@@ -1,6 +1,6 @@
 """Define the options of inpainting a case."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -16,3 +16,9 @@ class InpaintOptions(SamplerOptions, DeviceOptions, SeedOptions):
     blend_mm: Annotated[float, Field(ge=0, le=1000)] = Field(
         16.0, description="reach of the intensity correction at the mask's edge, mm; 0 is off"
     )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return the arguments of `Inpainter.__call__` that these options set."""
+        names = {"n_samples": "samples", "seed": "seed", "sampler": "sampler", "guidance": "guidance"}
+        return {name: getattr(self, own) for name, own in names.items()} | {"steps": self.num_inference_steps}

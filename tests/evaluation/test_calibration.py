@@ -1,4 +1,4 @@
-"""Laws of calibration: an exchangeable truth is covered exactly as often as expected, however few the samples."""
+"""Laws of calibration: an exchangeable ground truth is covered as often as expected, however few the samples."""
 
 import numpy as np
 import pytest
@@ -60,5 +60,5 @@ def test_cases_count_alike_whatever_their_size():
 
 
 def test_arrays_of_other_shapes_are_rejected():
-    with pytest.raises(InputError, match=r"samples \(4, 5\) and truth \(6,\) given"):
+    with pytest.raises(InputError, match=r"samples \(4, 5\) and ground truth \(6,\) given"):
         ranks(np.zeros((4, 5)), np.zeros(6))

@@ -28,7 +28,7 @@ def data(cases):
 
 @pytest.fixture
 def results(data, tmp_path):
-    """A folder as stage 05 leaves it: the hole holds 100 in the sample, 200 in the mean, 300 in the upper bound."""
+    """A folder as of stage 05: the masked region is 100 in the sample, 200 in the mean, 300 in the upper bound."""
     (tmp_path / "ceiling").mkdir()
     name = data.case.result_name
     for path, value in (

@@ -1,4 +1,4 @@
-"""Laws of telling the model otherwise: same hole, same noise, another conditioning and nothing else."""
+"""Laws of conditioning variants: the same mask and noise, another conditioning and nothing else."""
 
 import types
 from dataclasses import replace
@@ -53,15 +53,15 @@ def test_guidance_is_linear_in_the_conditional_and_unconditional_prediction(free
     batch = collate([free.encode(data)] * 2)
     x, t = torch.randn(batch["voided"].shape, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
     with torch.inference_mode():
-        untold, told = (free.model.predict(x, t, batch, scale) for scale in (0.0, 1.0))
+        unconditional, conditional = (free.model.predict(x, t, batch, scale) for scale in (0.0, 1.0))
         for scale in (0.5, 2.0, 3.0):
-            found, line = free.model.predict(x, t, batch, scale), untold + scale * (told - untold)
+            found, line = free.model.predict(x, t, batch, scale), unconditional + scale * (conditional - unconditional)
             torch.testing.assert_close(found, line, atol=1e-4, rtol=1e-4)
-    assert (told - untold).abs().max() > 1e-3
+    assert (conditional - unconditional).abs().max() > 1e-3
     empty = batch | {"conditioning": torch.zeros_like(batch["conditioning"])}
     with torch.inference_mode():
-        assert torch.equal(free.model.predict(x, t, empty, 0.0), untold)
-        assert not torch.allclose(free.model.predict(x, t, empty, 1.0), untold)
+        assert torch.equal(free.model.predict(x, t, empty, 0.0), unconditional)
+        assert not torch.allclose(free.model.predict(x, t, empty, 1.0), unconditional)
 
 
 def test_a_model_without_conditioning_dropout_cannot_be_guided(inpainter, data):
@@ -71,35 +71,35 @@ def test_a_model_without_conditioning_dropout_cannot_be_guided(inpainter, data):
 
 def test_variants_differ_in_their_conditioning_alone(inpainter, free, data, cases):
     other, bare = load_case(cases[2]), replace(data, tissue=0 * data.tissue)
-    told = conditioning_variants(inpainter, data, other=other, given=bare)
-    assert list(told) == ["as used", "given", "shuffled", "empty"]
+    variants = conditioning_variants(inpainter, data, other=other, given=bare)
+    assert list(variants) == ["as used", "given", "shuffled", "empty"]
     own = inpainter.encode(data)
-    for telling in told.values():
+    for variant in variants.values():
         for name in set(own) - {"conditioning"}:
-            assert torch.equal(telling.latents[name], own[name])
-    assert torch.equal(told["as used"].latents["conditioning"], own["conditioning"])
-    assert torch.equal(told["given"].latents["conditioning"], inpainter.encode(bare)["conditioning"])
-    assert torch.equal(told["shuffled"].latents["conditioning"], inpainter.encode(other)["conditioning"])
-    assert not told["empty"].latents["conditioning"].any() and told["empty"].guidance == 1
+            assert torch.equal(variant.latents[name], own[name])
+    assert torch.equal(variants["as used"].latents["conditioning"], own["conditioning"])
+    assert torch.equal(variants["given"].latents["conditioning"], inpainter.encode(bare)["conditioning"])
+    assert torch.equal(variants["shuffled"].latents["conditioning"], inpainter.encode(other)["conditioning"])
+    assert not variants["empty"].latents["conditioning"].any() and variants["empty"].guidance == 1
     assert conditioning_variants(free, data, other=other)["empty"].guidance == 0
 
 
 def test_each_variant_has_the_initial_estimate_of_its_own_map(tiny_initial_estimate_folder, data, cases):
-    """The draft reads the map too: a model that was shown the case's own beside another's map would give it away."""
-    mending, other = Inpainter.load(tiny_initial_estimate_folder, device="cpu", precision="32"), load_case(cases[2])
+    """The initial estimate depends on the map too, and would otherwise reveal the case's own."""
+    inpainter, other = Inpainter.load(tiny_initial_estimate_folder, device="cpu", precision="32"), load_case(cases[2])
     given = replace(data, tissue=np.where(data.tissue == 2, 3, data.tissue).astype(np.uint8))
-    told, case = conditioning_variants(mending, data, other=other, given=given), grid_case(data, 2)
+    variants, case = conditioning_variants(inpainter, data, other=other, given=given), grid_case(data, 2)
     maps = {"as used": data.tissue, "given": given.tissue, "shuffled": other.tissue, "empty": 0 * data.tissue}
     for name, tissue in maps.items():
         labels = data.frame(2).to_model(tissue)
         image = torch.from_numpy(initial_estimate(case.voided, case.mask, labels, spacing_mm=8.0))
         with torch.inference_mode():
             assert torch.equal(
-                told[name].latents["initial_estimate"], mending.model.autoencoder.encode(image[None, None])[0]
+                variants[name].latents["initial_estimate"], inpainter.model.autoencoder.encode(image[None, None])[0]
             ), name
         for same in ("voided", "mask", "mask_fraction"):
-            assert torch.equal(told[name].latents[same], told["as used"].latents[same])
-    assert len({telling.latents["initial_estimate"].numpy().tobytes() for telling in told.values()}) == 4
+            assert torch.equal(variants[name].latents[same], variants["as used"].latents[same])
+    assert len({variant.latents["initial_estimate"].numpy().tobytes() for variant in variants.values()}) == 4
 
 
 def test_a_map_of_another_grid_is_cut_or_padded_behind(data):
@@ -113,8 +113,8 @@ def test_a_map_of_another_grid_is_cut_or_padded_behind(data):
 
 
 def test_all_variants_share_one_noise(free, data, cases):
-    told = conditioning_variants(free, data, other=load_case(cases[2]))
-    fills = inpaint_variants(free, data, told, **HOW)
+    variants = conditioning_variants(free, data, other=load_case(cases[2]))
+    fills = inpaint_variants(free, data, variants, **HOW)
     np.testing.assert_array_equal(fills["as used"], free(data, **HOW).samples[0])
     for name, volume in fills.items():
         np.testing.assert_array_equal(volume[~data.mask], data.voided[~data.mask])
@@ -137,7 +137,7 @@ def test_a_tumour_starts_in_the_masked_tissue(data):
     assert solid[at] and data.growth[at] == data.growth[solid].max()
     unknown = replace(data, growth=None)
     assert solid[voxel_of(unknown, tumour_seed_mm(unknown))]
-    with pytest.raises(InputError, match=r"no white or grey matter in its hole\. Fix: give a tissue map"):
+    with pytest.raises(InputError, match=r"no white or grey matter in its mask\. Fix: give a tissue map"):
         tumour_seed_mm(replace(data, tissue=None))
 
 

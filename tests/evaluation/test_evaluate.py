@@ -1,4 +1,4 @@
-"""Laws of an appraisal: tables that can be worked out by hand, and cases that are filled once and told nothing."""
+"""Laws of the evaluation: tables worked out by hand, and cases that are inpainted once from their scans alone."""
 
 import csv
 import shutil
@@ -38,14 +38,14 @@ def rows_of(method, scores):
 
 
 HARMONIC = rows_of("harmonic", {"a0": (20, 0.5), "a1": (22, 0.7), "b0": (30, 0.8)})
-OURS = rows_of("ours", {"a0": (24, 0.7), "a1": (22, 0.7), "b0": (31, 0.9)})
+PROPOSED = rows_of("proposed", {"a0": (24, 0.7), "a1": (22, 0.7), "b0": (31, 0.9)})
 
 
 def test_masks_of_a_patient_are_averaged_first_and_differences_are_by_case():
     """Of two patients, the bounds of the interval are one patient's figures and the other's."""
-    assert methods_table(pd.DataFrame([*HARMONIC, *OURS])) == [
+    assert methods_table(pd.DataFrame([*HARMONIC, *PROPOSED])) == [
         ["method", "PSNR, dB", "SSIM", "PSNR, dB, over harmonic", "SSIM, over harmonic"],
-        ["ours", "27.00 [23.00, 31.00]", "0.800 [0.700, 0.900]", "+1.50 [+1.00, +2.00]", "+0.100 [+0.100, +0.100]"],
+        ["proposed", "27.00 [23.00, 31.00]", "0.800 [0.700, 0.900]", "+1.50 [+1.00, +2.00]", "+0.100 [+0.100, +0.100]"],
         ["harmonic", "25.50 [21.00, 30.00]", "0.700 [0.600, 0.800]", "", ""],
     ]  # fmt: skip
 
@@ -64,28 +64,28 @@ def test_methods_stand_in_the_order_of_their_scores_whatever_that_of_the_rows():
 
 
 def test_each_case_has_its_own_column():
-    assert cases_table(pd.DataFrame([*HARMONIC, *OURS])) == [
+    assert cases_table(pd.DataFrame([*HARMONIC, *PROPOSED])) == [
         ["method", "a0", "a1", "b0"],
         ["harmonic", "20.00, 0.500", "22.00, 0.700", "30.00, 0.800"],
-        ["ours", "24.00, 0.700", "22.00, 0.700", "31.00, 0.900"],
+        ["proposed", "24.00, 0.700", "22.00, 0.700", "31.00, 0.900"],
     ]
 
 
 def test_a_method_that_some_cases_lack_is_compared_in_the_same_cases():
     """Those that need a tissue map have no row where there is none."""
-    rows = pd.DataFrame([*HARMONIC, *OURS[1:]])
-    assert methods_table(rows)[1] == ["ours", "26.50 [22.00, 31.00]", "0.800 [0.700, 0.900]", "+0.50 [+0.00, +1.00]",
-                                      "+0.050 [+0.000, +0.100]"]  # fmt: skip
-    assert cases_table(rows)[2] == ["ours", "", "22.00, 0.700", "31.00, 0.900"]
+    rows = pd.DataFrame([*HARMONIC, *PROPOSED[1:]])
+    expected = ["26.50 [22.00, 31.00]", "0.800 [0.700, 0.900]", "+0.50 [+0.00, +1.00]", "+0.050 [+0.000, +0.100]"]
+    assert methods_table(rows)[1] == ["proposed", *expected]
+    assert cases_table(rows)[2] == ["proposed", "", "22.00, 0.700", "31.00, 0.900"]
 
 
 def test_a_summary_holds_means_and_intervals_of_scores_and_of_their_differences():
-    table = pd.DataFrame([*HARMONIC, *OURS])
+    table = pd.DataFrame([*HARMONIC, *PROPOSED])
     found = summarise(table)
-    assert found.loc["ours", "psnr"].to_dict() == {"mean": 27.0, "low": 23.0, "high": 31.0}
-    assert list(found.columns.levels[0]) == ["psnr", "ssim"] and list(found.index) == ["harmonic", "ours"]
+    assert found.loc["proposed", "psnr"].to_dict() == {"mean": 27.0, "low": 23.0, "high": 31.0}
+    assert list(found.columns.levels[0]) == ["psnr", "ssim"] and list(found.index) == ["harmonic", "proposed"]
     gain = summarise(table, ["psnr"], reference="harmonic")
-    assert gain.loc["ours", "psnr"].to_dict() == {"mean": 1.5, "low": 1.0, "high": 2.0}
+    assert gain.loc["proposed", "psnr"].to_dict() == {"mean": 1.5, "low": 1.0, "high": 2.0}
 
 
 # ---- two cases from end to end
@@ -93,7 +93,7 @@ def test_a_summary_holds_means_and_intervals_of_scores_and_of_their_differences(
 
 @pytest.fixture(scope="module")
 def folder(cohort_folder, tmp_path_factory):
-    """The first hole of two patients, with the maps that came with them."""
+    """The first mask of two patients, with the maps that came with them."""
     root = tmp_path_factory.mktemp("appraised")
     for patient in sorted(path.name for path in cohort_folder.iterdir())[:2]:
         shutil.copytree(cohort_folder / patient, root / "data" / patient, ignore=lambda _, names: [
@@ -104,7 +104,7 @@ def folder(cohort_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """As they are filled: told no growth."""
+    """The cases as they are inpainted: without growth maps."""
     return [case.with_maps(growth=None) for case in find_cases(folder)]
 
 
@@ -139,8 +139,8 @@ def test_results_depend_neither_on_the_target_nor_on_a_growth_map(done, two, tin
     fill_cases(inpainter, [case.to_fill() for case in two], CONFIG, tmp_path, say=lambda line: None)
     written = {path.name: path.read_bytes() for path in (done[0] / "results").glob("*.nii.gz")}
     assert written == {path.name: path.read_bytes() for path in tmp_path.glob("*.nii.gz")} and len(written) == 2 * 5
-    told = inpainter.encode(load_case(two[0]))["conditioning"]
-    assert not told[0].any() and told[1:].any()
+    seen = inpainter.encode(load_case(two[0]))["conditioning"]
+    assert not seen[0].any() and seen[1:].any()
 
 
 def test_the_table_is_written_as_it_is_returned(done):
@@ -154,7 +154,7 @@ def test_the_table_is_written_as_it_is_returned(done):
 
 def test_as_many_cases_are_plotted_as_requested(done, two):
     assert [path.name for path in done[0].glob("*.png")] == [f"{two[0].key}.png"]
-    assert not (done[0] / "maps").exists(), "no map is made where those that came with the cases are asked for"
+    assert not (done[0] / "maps").exists(), "no map is made if the given ones are requested"
 
 
 def test_the_same_call_again_inpaints_nothing_and_returns_the_same(done, folder, tiny_initial_estimate_folder):
@@ -174,11 +174,11 @@ def test_the_same_call_again_inpaints_nothing_and_returns_the_same(done, folder,
 def test_maps_are_made_of_scans_alone_even_where_some_were_given(
     two, folder, tiny_initial_estimate_folder, tiny_model_folder, tmp_path, monkeypatch
 ):
-    """A stand-in whose atlas fits one case of the two: drafts and paint are told of that one only."""
-    asked = []
+    """A stand-in whose atlas fits one case of the two: baselines that need a map are scored in that one only."""
+    requested = []
 
     def add_conditioning_maps(case, maps, **how):
-        asked.append((case.key, maps, how))
+        requested.append((case.key, maps, how))
         return (case if case.key == two[0].key else case.with_maps(tissue=None)), []
 
     monkeypatch.setattr(module, "add_conditioning_maps", add_conditioning_maps)
@@ -187,8 +187,8 @@ def test_maps_are_made_of_scans_alone_even_where_some_were_given(
         for case in two:
             module._with_map(case, tmp_path / "maps", inpainter, "[1/2]", atlas=True, say=lambda line: None)
         how = {"tissue": True, "growth": False, "refine": refine}
-        assert asked == [(case.key, tmp_path / "maps", how) for case in two]
-        asked.clear()
+        assert requested == [(case.key, tmp_path / "maps", how) for case in two]
+        requested.clear()
     table = evaluate_folder(folder, tmp_path / "out", QUICK, model=tiny_model_folder, say=lambda line: None)
     with_map = {case for case, method in read(tmp_path / "out") if method in ("initial estimate", "tissue paint")}
     assert with_map == {two[0].key}
@@ -206,15 +206,15 @@ def test_one_sample_has_no_mean(folder, tiny_initial_estimate_folder, tmp_path, 
     assert drawn == [["voided", SAMPLE, "ground truth"]] and len(list(tmp_path.glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize(("config", "pictures", "told"), [
+@pytest.mark.parametrize(("config", "pictures", "message"), [
     (QUICK, -1, "pictures = -1: 0 or more are allowed"),
     (QUICK.model_copy(update={"num_inference_steps": 5000}), 0, "5000"),
     (QUICK.model_copy(update={"sampler": "euler"}), 0, "'euler' given"),
 ])  # fmt: skip
 def test_wrong_parameters_are_rejected_before_any_map_is_made(
-    folder, tiny_initial_estimate_folder, tmp_path, config, pictures, told
+    folder, tiny_initial_estimate_folder, tmp_path, config, pictures, message
 ):
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         evaluate_folder(folder, tmp_path / "out", config, model=tiny_initial_estimate_folder, pictures=pictures)
     assert not (tmp_path / "out").exists()
 

@@ -100,7 +100,7 @@ def test_a_latent_flip_costs_nothing_where_latents_are_symmetric(on_grid):
     assert errors["coding with a latent flip"] == pytest.approx(errors["coding"], rel=1e-6)
 
 
-# ---- how far the hole reaches
+# ---- how far the mask reaches
 
 
 def test_the_reach_by_its_definition(on_grid):
@@ -108,10 +108,10 @@ def test_the_reach_by_its_definition(on_grid):
     rows = reach(autoencoder, on_grid)
     images = (on_grid.target, on_grid.voided)
     difference = np.subtract(*(reconstruct(autoencoder, image, **HOW).latent for image in images))
-    hole, brain = np.argwhere(latent_mask(on_grid.mask, 2)), latent_brain_mask(on_grid.target, 2)
+    mask, brain = np.argwhere(latent_mask(on_grid.mask, 2)), latent_brain_mask(on_grid.target, 2)
     squares = {k: [] for k in range(LARGEST_DISTANCE + 1)}
     for cell in np.argwhere(brain):
-        nearest = np.abs(hole - cell).max(axis=1).min()
+        nearest = np.abs(mask - cell).max(axis=1).min()
         if nearest in squares:
             squares[nearest].append(difference[:, *cell] ** 2)
     assert [row["cells_from_hole"] for row in rows] == list(squares)
@@ -129,13 +129,13 @@ def test_a_codec_of_blocks_changes_in_the_mask_alone(cases, on_grid):
 
 
 def reach(autoencoder, case):
-    """Of a case's hole, by way of its two images."""
+    """Reach of a case's mask, from its two images."""
     full, voided = (reconstruct(autoencoder, image, **HOW).latent for image in (case.target, case.voided))
     return mask_reach(full, voided, latent_mask(case.mask, 2), latent_brain_mask(case.target, 2))
 
 
 def column(length, norm):
-    """A brain of one long column with a hole at its lower end, and what the hole does along it."""
+    """A brain of one long column with a mask at its lower end, and the reach of the mask along it."""
     image = np.random.default_rng(0).uniform(0.5, 1, (length, 8, 8)).astype(np.float32)
     mask = np.zeros(image.shape, bool)
     mask[:3] = True

@@ -16,7 +16,7 @@ def heads(cases):
 
 
 def planted(data, other, shift=(0, 0, 0), *, mirrored=False):
-    """The case, its hole filled with another's voxels moved by a shift in LPS."""
+    """The case, its mask filled with another's voxels moved by a shift in LPS."""
     image = normalise(data.lps(other.target), other.scale) * data.scale
     image = np.roll(np.flip(image, 0) if mirrored else image, shift, axis=(0, 1, 2))
     return np.where(data.mask, image, data.voided)  # the synthetic cohort is stored LPS

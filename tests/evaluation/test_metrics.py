@@ -12,7 +12,7 @@ from ldm_lib.errors import InputError
 from ldm_lib.evaluation.metrics import bootstrap_by_patient, brats_scores, mask_size_class, scores_by_tissue
 
 SHAPE = (20, 26, 23)
-HOLES = {
+REGIONS = {
     "inside": np.s_[7:14, 8:17, 7:15],
     "near the border": np.s_[2:9, 3:12, 17:21],
     "low corner": np.s_[:8, :7, :9],
@@ -22,7 +22,7 @@ HOLES = {
 }
 
 
-def case(hole=HOLES["inside"], seed=0):
+def case(region=REGIONS["inside"], seed=0):
     """Prediction, target, voided and mask: smooth anatomy, negative voxels, an air border."""
     rng = np.random.default_rng(seed)
     x, y, z = np.meshgrid(*(np.linspace(0, 3, n) for n in SHAPE), indexing="ij")
@@ -30,7 +30,7 @@ def case(hole=HOLES["inside"], seed=0):
     target[:2], target[:, :, -2:] = 0, 0
     prediction = target + rng.normal(0, 80, SHAPE)
     mask = np.zeros(SHAPE, bool)
-    mask[hole] = True
+    mask[region] = True
     voided = np.where(mask, 0, target) if not mask.all() else target
     return prediction, target, voided, mask
 
@@ -54,10 +54,10 @@ def oracle(prediction, target, voided, mask):
     }
 
 
-@pytest.mark.parametrize("hole", HOLES.values(), ids=HOLES.keys())
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS.keys())
 @pytest.mark.parametrize("offset", [0, 500], ids=["with air", "lo above zero"])
-def test_scores_equal_the_oracle(hole, offset):
-    prediction, target, voided, mask = case(hole)
+def test_scores_equal_the_oracle(region, offset):
+    prediction, target, voided, mask = case(region)
     volumes = (prediction + offset, target + offset, voided + offset, mask)
     assert brats_scores(*volumes) == pytest.approx(oracle(*volumes), abs=1e-9, rel=1e-9)
 
@@ -76,9 +76,9 @@ def test_a_ragged_mask_and_the_integers_of_a_file_equal_the_oracle():
     assert brats_scores(*files, mask.astype(np.uint8)) == pytest.approx(oracle(*files, mask))
 
 
-@pytest.mark.parametrize("hole", HOLES.values(), ids=HOLES.keys())
-def test_a_perfect_prediction(hole):
-    _, target, voided, mask = case(hole)
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS.keys())
+def test_a_perfect_prediction(region):
+    _, target, voided, mask = case(region)
     scores = brats_scores(target, target, voided, mask)
     assert scores == pytest.approx({"ssim": 1, "psnr_01": np.inf, "mse": 0, "rmse": 0, "mae": 0})
 
@@ -155,12 +155,12 @@ def test_tissue_rows_recombine_to_the_whole():
     tissue = np.random.default_rng(3).integers(1, 4, SHAPE)
     rows = scores_by_tissue(prediction, target, voided, mask, tissue)
     whole = brats_scores(prediction, target, voided, mask)
-    share = [row["voxels"] / mask.sum() for row in rows]
+    fraction = [row["voxels"] / mask.sum() for row in rows]
     assert [row["tissue"] for row in rows] == ["CSF", "GM", "WM"]
-    assert sum(share) == pytest.approx(1)
+    assert sum(fraction) == pytest.approx(1)
     for name in ("mse", "mae"):
         parts = [row[name] for row in rows]
-        assert np.dot(share, parts) == pytest.approx(whole[name])
+        assert np.dot(fraction, parts) == pytest.approx(whole[name])
 
 
 def test_a_tissue_row_scores_its_own_voxels_only():

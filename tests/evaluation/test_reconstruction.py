@@ -66,7 +66,7 @@ def on_grid(data):
     return grid_case(data, 2)
 
 
-# ---- the ceiling, and that of the best linear code
+# ---- the upper bound, and that of the best linear codec
 
 
 def test_the_upper_bound_is_the_reconstructed_target(data, on_grid, tiny_autoencoder_folder):
@@ -204,7 +204,7 @@ HOLES = {"middle": np.s_[20:23, 5:8, 3:9], "corner": np.s_[:3, :2, 9:], "whole":
 
 
 def decoded(autoencoder, hole, margin):
-    """The decoded box, the whole decoding, and where they should agree: the box of cells that hold any of the hole."""
+    """The decoded box, the whole decoding, and where they agree: in the box of latent voxels with any of the mask."""
     latent = torch.from_numpy(noise(1, 3, 24, 6, 6))
     mask, expected = np.zeros((48, 12, 12), bool), np.zeros((48, 12, 12), bool)
     mask[HOLES[hole]] = True

@@ -19,10 +19,10 @@ def inpainter(tiny_model_folder):
 def test_each_row_is_the_score_of_the_result(cases, inpainter):
     chosen = [load_case(case) for case in cases[:2]]
     rows = list(sampler_rows(inpainter, chosen, steps=(3, 1, 3), **HOW))
-    asked = [
+    expected = [
         (data.case.key, name, n) for data in chosen for name in samplers_for(inpainter.model.schedule) for n in (1, 3)
     ]
-    assert [(row["case"], row["sampler"], row["steps"]) for row in rows] == asked
+    assert [(row["case"], row["sampler"], row["steps"]) for row in rows] == expected
     for row in rows[::5]:
         data = next(d for d in chosen if d.case.key == row["case"])
         filled = inpainter(data, sampler=row["sampler"], steps=row["steps"], seed=3).mean

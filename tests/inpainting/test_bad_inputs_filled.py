@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("outputs")
 
 @pytest.fixture(scope="module")
 def fill(tiny_model_folder) -> Callable[[Place], nib.Nifti1Image]:
-    """Fill the hole of a place's files, and look at the result with nibabel."""
+    """Inpaint a place's files, and read the result with nibabel."""
 
     def filled(place: Place) -> nib.Nifti1Image:
         output = place.root.parent / f"filled{''.join(place.P.suffixes[-2:]).lower()}"
@@ -42,17 +42,17 @@ def plain(tmp_path_factory, fill) -> np.ndarray:
     return fill(Place(tmp_path_factory.mktemp("plain") / "data", CASE)).get_fdata()
 
 
-def require_only_the_hole_changed(place: Place, result: nib.Nifti1Image) -> None:
-    """Law 1, by another reader: same form, same grid, and outside the hole the same numbers."""
-    given, hole = nib.load(place.P), place.m > 0
+def require_only_the_mask_changed(place: Place, result: nib.Nifti1Image) -> None:
+    """Law 1, by another reader: same form, same grid, and outside the mask the same numbers."""
+    given, mask = nib.load(place.P), place.m > 0
     assert result.shape == given.shape and result.header.endianness == given.header.endianness
     assert result.get_data_dtype() == given.get_data_dtype() and type(result) is type(given)
     assert result.header.get_slope_inter() == given.header.get_slope_inter()
     np.testing.assert_array_equal(result.affine, given.affine)
-    before, after = (image.get_fdata().reshape(hole.shape) for image in (given, result))
-    np.testing.assert_array_equal(after[~hole], before[~hole])
-    np.testing.assert_allclose(after[~hole], place.x[~hole], rtol=1e-6)
-    assert np.isfinite(after[hole]).all() and (hole.sum() == 1 or after[hole].std() > 0)
+    before, after = (image.get_fdata().reshape(mask.shape) for image in (given, result))
+    np.testing.assert_array_equal(after[~mask], before[~mask])
+    np.testing.assert_allclose(after[~mask], place.x[~mask], rtol=1e-6)
+    assert np.isfinite(after[mask]).all() and (mask.sum() == 1 or after[mask].std() > 0)
 
 
 ALIKE = {  # name -> what one unit of the good case is in it, and by how much rounding may differ, in its own units
@@ -75,14 +75,14 @@ def test_another_encoding_of_the_same_case_gives_the_same_result(name, tmp_path,
     unit, rounding = ALIKE[name]
     place = spoilt(name, tmp_path / "data", CASE)
     result = fill(place)
-    require_only_the_hole_changed(place, result)
+    require_only_the_mask_changed(place, result)
     np.testing.assert_allclose(result.get_fdata().reshape(plain.shape), plain * unit, atol=rounding, rtol=1e-6)
 
 
 def test_a_ras_copy_gives_the_result_of_its_lps_original(tmp_path, fill, plain):
     place = spoilt("RAS copy", tmp_path / "data", CASE)
     result = fill(place)
-    require_only_the_hole_changed(place, result)
+    require_only_the_mask_changed(place, result)
     assert nib.aff2axcodes(result.affine) == tuple("RAS")
     np.testing.assert_array_equal(result.get_fdata()[::-1, ::-1], plain)
 
@@ -90,10 +90,10 @@ def test_a_ras_copy_gives_the_result_of_its_lps_original(tmp_path, fill, plain):
 def test_an_outlier_changes_next_to_nothing_and_comes_back(tmp_path, fill, plain):
     place = spoilt("one outlier 1e30", tmp_path / "data", CASE)
     result = fill(place)
-    require_only_the_hole_changed(place, result)
+    require_only_the_mask_changed(place, result)
     assert result.get_fdata()[BRAIN_VOXEL] == np.float32(1e30)
-    hole = place.m > 0
-    np.testing.assert_allclose(result.get_fdata()[hole], plain[hole], atol=0.05 * plain[hole].max())
+    mask = place.m > 0
+    np.testing.assert_allclose(result.get_fdata()[mask], plain[mask], atol=0.05 * plain[mask].max())
 
 
 SHAPES = ["odd shape", "smaller than a patch", "anisotropic", "mask of one voxel", "mask touching the border"]
@@ -108,7 +108,7 @@ def test_the_output_equals_the_input_outside_the_mask(name, tmp_path, fill):
     except InputError:
         assert "refuse" in ROWS[name].must
         return
-    require_only_the_hole_changed(place, result)
+    require_only_the_mask_changed(place, result)
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -116,7 +116,7 @@ def test_unusual_file_names_are_taken_literally(tmp_path, fill, form):
     place = Place(tmp_path / "data", CASE)
     place.move("t1n-voided", unicodedata.normalize(form, "BraTS [1]* é\n$(x).nii.gz"))
     shutil.copy(place.K, place.folder / "BraTS 1.nii.gz")  # what a glob would find
-    require_only_the_hole_changed(place, fill(place))
+    require_only_the_mask_changed(place, fill(place))
 
 
 def test_inpaint_reports_what_validate_reports(tmp_path, fill, caplog):
@@ -147,9 +147,9 @@ def test_inpainting_a_folder_reads_neither_full_images_nor_parts_of_masks(tmp_pa
         assert command(root, output, tiny_model_folder) == 0
     for name, place in (places | {"unread": unread}).items():
         result = nib.load(output / f"{place.id}-t1n-inference.nii.gz")
-        require_only_the_hole_changed(place, result)
-        told = "\n".join(line for line in caplog.messages if place.id in line)
-        assert name == "unread" or ROWS[name].filled == "accept" or re.search(ROWS[name].says, told)
+        require_only_the_mask_changed(place, result)
+        logged = "\n".join(line for line in caplog.messages if place.id in line)
+        assert name == "unread" or ROWS[name].filled == "accept" or re.search(ROWS[name].says, logged)
 
 
 # ---- on demand
@@ -167,7 +167,7 @@ def test_free_text_of_headers_stays_unless_it_is_scrubbed(tmp_path, tiny_model_f
             assert SECRET not in record.read_text()
     for name, place in places.items():
         kept, scrubbed = (tmp_path / folder / f"{place.id}-t1n-inference.nii.gz" for folder in ("kept", "scrubbed"))
-        require_only_the_hole_changed(place, nib.load(scrubbed))
+        require_only_the_mask_changed(place, nib.load(scrubbed))
         np.testing.assert_array_equal(nib.load(kept).get_fdata(), nib.load(scrubbed).get_fdata())
         free = [nib.load(path).header for path in (kept, scrubbed)]
         texts = [[h[field].item() for field in ("descrip", "db_name", "aux_file", "intent_name")] for h in free]
@@ -175,7 +175,7 @@ def test_free_text_of_headers_stays_unless_it_is_scrubbed(tmp_path, tiny_model_f
         assert not any(texts[1]) and not free[1].extensions
 
 
-MENDED = {  # name -> by how much the filled hole may differ from the good case's, as a part of its brightest voxel
+FIXED = {  # name -> by how much the inpainted voxels may differ from the good case's, as a part of its brightest voxel
     "no orientation in any file": 0,
     "segmentation as mask": 0,
     "segmentation of 2023 as mask": 0,
@@ -185,10 +185,10 @@ MENDED = {  # name -> by how much the filled hole may differ from the good case'
 
 
 def test_every_row_with_a_fix_is_tested():
-    assert set(MENDED) == {name for name, row in ROWS.items() if row.mend}
+    assert set(FIXED) == {name for name, row in ROWS.items() if row.mend}
 
 
-@pytest.mark.parametrize("name", MENDED)
+@pytest.mark.parametrize("name", FIXED)
 def test_an_input_that_relaxed_validation_accepts_is_inpainted(name, tmp_path, tiny_model_folder, plain):
     place, output = spoilt(name, tmp_path / "data", CASE), tmp_path / "filled.nii.gz"
     words = ["inpaint", "--t1n-voided", str(place.P), "--mask", str(place.K), "--output", str(output), "--model",
@@ -197,7 +197,7 @@ def test_an_input_that_relaxed_validation_accepts_is_inpainted(name, tmp_path, t
     assert main([*words, *ROWS[name].mend]) == 0
     given, result = nib.load(place.P), nib.load(output)
     assert result.shape == given.shape and result.get_data_dtype() == given.get_data_dtype()
-    before, after, hole = given.get_fdata(), result.get_fdata(), place.m > 0
-    known = ~hole & ~np.isnan(before)
+    before, after, mask = given.get_fdata(), result.get_fdata(), place.m > 0
+    known = ~mask & ~np.isnan(before)
     np.testing.assert_array_equal(after[known], before[known])
-    np.testing.assert_allclose(after[hole], plain[hole], atol=MENDED[name] * plain.max())
+    np.testing.assert_allclose(after[mask], plain[mask], atol=FIXED[name] * plain.max())

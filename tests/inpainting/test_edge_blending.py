@@ -1,4 +1,4 @@
-"""Laws of the fit at a hole's edge: nothing to do where nothing is wrong, closed forms, and reach."""
+"""Laws of the correction at the mask's edge: none where nothing is wrong, closed forms, and reach."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_only_the_rim_is_looked_at(ball):
 
 @pytest.mark.parametrize("place", [np.s_[:3, :4, :5], np.s_[:, :, :]])
 def test_at_the_volumes_border_nothing_flows(place):
-    """A hole in a corner, and one that is all there is, which has no edge to fit."""
+    """A mask in a corner, and one that covers everything and has no edge."""
     mask = np.zeros((8, 9, 10), bool)
     mask[place] = True
     found = corrected(np.zeros(mask.shape), np.full(mask.shape, 2.0), mask, 1e6)

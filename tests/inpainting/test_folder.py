@@ -1,4 +1,4 @@
-"""Laws of filling many cases: shares make the whole, whoever is interrupted; what is bad stops nothing, and is told."""
+"""Laws of inpainting many cases: parts give the whole, interruptions cost nothing, failures are reported."""
 
 import csv
 import json
@@ -59,9 +59,9 @@ def whole(inpainter, cases, tmp_path_factory):
 @pytest.mark.parametrize("world", [2, 3])
 def test_parts_of_a_cohort_give_the_bytes_of_the_whole(inpainter, cases, whole, tmp_path, world):
     rows, folder = whole
-    shares = [fill_cases(inpainter, cases[:4][rank::world], settings(), tmp_path) for rank in range(world)]
+    parts = [fill_cases(inpainter, cases[:4][rank::world], settings(), tmp_path) for rank in range(world)]
     assert volumes(tmp_path) == volumes(folder) and len(volumes(folder)) == 4 * 5
-    assert sorted(row["case"] for share in shares for row in share) == sorted(row["case"] for row in rows)
+    assert sorted(row["case"] for part in parts for row in part) == sorted(row["case"] for row in rows)
 
 
 def test_results_are_found_and_damaged_or_missing_ones_are_made_again(inpainter, cases, whole, tmp_path):
@@ -69,8 +69,8 @@ def test_results_are_found_and_damaged_or_missing_ones_are_made_again(inpainter,
     fill_cases(inpainter, cases[:3], settings(), tmp_path)
     again = fill_cases(inpainter, cases[:4], settings(), tmp_path)
     assert statuses(again) == [FOUND] * 3 + [FILLED]
-    told = ("case", "result", "spread", "reason")
-    assert [[row[name] for name in told] for row in again] == [[row[name] for name in told] for row in rows]
+    columns = ("case", "result", "spread", "reason")
+    assert [[row[name] for name in columns] for row in again] == [[row[name] for name in columns] for row in rows]
     results = [tmp_path / case.result_name for case in cases[:4]]
     results[0].write_bytes(results[0].read_bytes()[:-1])
     results[1].unlink()
@@ -111,7 +111,7 @@ def spoil(folder, case):
 
 
 @pytest.mark.parametrize(
-    ("spoil_mask", "told"),
+    ("spoil_mask", "message"),
     [
         (os.mkfifo, "not a regular file"),
         (lambda path: path.symlink_to("/data/JOHN_DOE/m.nii.gz"), "broken link to m.nii.gz"),
@@ -119,13 +119,15 @@ def spoil(folder, case):
     ],
     ids=["pipe", "broken link", "folder"],
 )
-def test_what_is_not_a_file_is_rejected_without_waiting(inpainter, cohort, tmp_path, spoil_mask, told):
+def test_what_is_not_a_file_is_rejected_without_waiting(inpainter, cohort, tmp_path, spoil_mask, message):
     cases = [case.to_fill() for case in find_cases(cohort)[:2]]
     cases[0].mask.unlink()
     spoil_mask(cases[0].mask)
     rows = fill_cases(inpainter, cases, settings(samples=1), tmp_path / "out", **QUIET)
     assert statuses(rows) == [REFUSED, FILLED]
-    assert rows[0]["reason"].startswith(f"{cases[0].id}/{cases[0].mask.name}: {told}"), "told from the data folder on"
+    assert rows[0]["reason"].startswith(f"{cases[0].id}/{cases[0].mask.name}: {message}"), (
+        "named from the data folder on"
+    )
 
 
 @pytest.mark.parametrize("outputs", [{"../victim.nii.gz": "00"}, {"victim.nii.gz": "00"}, ["a"], {"a": 3}])
@@ -307,19 +309,19 @@ def test_a_record_folder_that_is_a_link_or_a_file_is_rejected(inpainter, cases, 
 def test_files_of_other_settings_do_not_stay_next_to_a_new_result(inpainter, cases, tmp_path):
     fill_cases(inpainter, cases[:1], settings(samples=3), tmp_path)
     fill_cases(inpainter, cases[:1], settings(samples=1), tmp_path)
-    beside = cases[0].result_name.replace(".nii.gz", "-sample-0000.nii.gz")
-    assert set(volumes(tmp_path)) == {cases[0].result_name, beside}
+    sample = cases[0].result_name.replace(".nii.gz", "-sample-0000.nii.gz")
+    assert set(volumes(tmp_path)) == {cases[0].result_name, sample}
 
 
-@pytest.mark.parametrize(("changes", "told"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"sampler": "euler"}, "'euler' given, the model was trained on a variance-preserving"),
     ({"num_inference_steps": 5000}, "5000 sampling steps given, 1 to 1000 allowed"),
 ])  # fmt: skip
 def test_parameters_that_suit_no_case_are_rejected_before_any_is_read(
-    inpainter, cases, tmp_path, monkeypatch, changes, told
+    inpainter, cases, tmp_path, monkeypatch, changes, message
 ):
     monkeypatch.setattr(Job, "read", lambda *_: pytest.fail("a case was read"))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         fill_cases(inpainter, cases[:2], SamplingConfig(**changes), tmp_path)
 
 

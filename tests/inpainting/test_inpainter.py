@@ -207,14 +207,14 @@ class SpaceToDepth(nn.Module):
         return rearrange(latent, " -> ".join(reversed(self.pattern.split(" -> "))), **self.sizes)
 
 
-class KnowsTheTruth(nn.Module):
+class KnowsTheTarget(nn.Module):
     """What a perfect denoiser answers, seen from the true latent."""
 
     def __init__(self, truth, schedule, prediction):
         super().__init__()
         self.truth, self.schedule, self.prediction = truth, schedule, prediction
 
-    def forward(self, x, t, told=None):
+    def forward(self, x, t, conditional=None):
         z = x[:, : self.truth.shape[1]].double()
         alpha, sigma = self.schedule.alpha_sigma(t, z)
         noise = (z - alpha * self.truth) / sigma
@@ -222,13 +222,13 @@ class KnowsTheTruth(nn.Module):
 
 
 def write_head(folder, depth, orientation):
-    """A random head with a hole, as three files; the same voxels in the world whatever the orientation."""
+    """A random head with a mask, as three files; the same voxels in the world whatever the orientation."""
     rng, shape = np.random.default_rng(depth), (24, 20, depth)
     voxels = rng.integers(1, 4000, shape).astype(np.int16)
     voxels[:3] = voxels[:, :2] = voxels[..., -20:] = 0
     mask = np.zeros(shape, np.uint8)
     mask[5:14, 8:15, 60:71] = 1
-    mask[20:, :5, -4:] = 1  # a hole at the edge of the grid
+    mask[20:, :5, -4:] = 1  # a mask at the edge of the grid
     volumes = {"head": voxels, "head-t1n-voided": voxels * (1 - mask), "head-mask": mask}
     lps = nib.orientations.axcodes2ornt("LPS")
     turn = nib.orientations.ornt_transform(lps, nib.orientations.axcodes2ornt(orientation))
@@ -252,7 +252,7 @@ def test_with_an_identity_for_an_autoencoder_the_truth_comes_back(
     autoencoder = SpaceToDepth(factor)
     schedule = noise_schedule("flow" if prediction == "flow" else "linear")
     truth = autoencoder.encode(torch.from_numpy(grid_case(data, factor).target)[None, None]).double()
-    oracle = KnowsTheTruth(truth, schedule, prediction)
+    oracle = KnowsTheTarget(truth, schedule, prediction)
     inpainter = Inpainter(LatentDiffusion(autoencoder, oracle, schedule, LatentSpec(), CPU, "32", prediction))
     filled = inpainter(data, sampler=sampler, steps=3)
     filled.save(tmp_path / "out.nii.gz")
@@ -272,7 +272,7 @@ def test_the_order_of_a_files_voxels_does_not_matter(tmp_path, inpainter, orient
 
 
 def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, inpainter):
-    """Filled with the truth in the model's voxels, a smooth head of other voxels comes back within a few percent."""
+    """With the ground truth in the model's voxels, a smooth head of other voxels comes back within a few percent."""
     grid, step = np.indices((40, 44, 36)), np.array([0.8, 1.0, 1.3])
     millimetres = grid * step[:, None, None, None] - np.array([16, 22, 23])[:, None, None, None]
     radius = np.sqrt(np.square(millimetres).sum(axis=0))
@@ -286,7 +286,7 @@ def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, in
     truth = resampled(replace(data, voided=head, mask=np.zeros_like(hole)), resampling(data, 1.0))
     autoencoder, schedule = SpaceToDepth(2), noise_schedule()
     latent = autoencoder.encode(torch.from_numpy(grid_case(truth, 2).voided)[None, None]).double()
-    oracle = KnowsTheTruth(latent, schedule, "noise")
+    oracle = KnowsTheTarget(latent, schedule, "noise")
     filled = Inpainter(LatentDiffusion(autoencoder, oracle, schedule, LatentSpec(), CPU, "32"))(data, steps=3)
     filled.save(tmp_path / "out.nii.gz")
     result = raw(tmp_path / "out.nii.gz")
@@ -294,13 +294,13 @@ def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, in
     assert np.abs(result - head)[hole].max() < 50 and np.abs(head[hole] - head[hole].mean()).max() > 250
 
 
-@pytest.mark.parametrize("shape", ["one voxel", "two holes", "border", "corner"])
+@pytest.mark.parametrize("shape", ["one voxel", "two regions", "border", "corner"])
 def test_masks_of_every_kind_are_inpainted(cases, inpainter, shape):
     data = load_case(cases[0])
     brain, mask = data.target > 0, np.zeros(data.mask.shape, bool)
     centre = tuple(np.argwhere(brain)[brain.sum() // 2])
     mask[centre] = True
-    if shape == "two holes":
+    if shape == "two regions":
         mask[tuple(np.argwhere(brain)[50])] = True
     if shape == "border":
         mask[:, 12:18, :4] = True
@@ -328,10 +328,10 @@ def test_a_file_with_a_fourth_axis_of_one_keeps_it(pair, tmp_path, model):
 
 def test_the_denoiser_sees_a_crop_around_the_mask_with_the_noise_of_the_whole(encoded, inpainter):
     seen, whole = [], []
-    for crop, told in ((6, seen), (0, whole)):
+    for crop, calls in ((6, seen), (0, whole)):
 
-        def spy(x, t, shown=None, told=told):
-            told.append(x)
+        def spy(x, t, conditional=None, calls=calls):
+            calls.append(x)
             return torch.zeros_like(x[:, :3])
 
         spy.multiple = 2
@@ -345,7 +345,7 @@ def test_the_denoiser_sees_a_crop_around_the_mask_with_the_noise_of_the_whole(en
 
 @pytest.mark.parametrize(("hole", "edge", "multiple", "box"), [
     ((slice(4, 6), slice(0, 2), slice(9, 10)), 4, 1, [(3, 7), (0, 4), (6, 10)]),  # moved into the grid
-    ((slice(4, 6), slice(4, 6), slice(4, 5)), 1, 4, [(3, 7), (3, 7), (2, 6)]),  # multiples, the hole in the middle
+    ((slice(4, 6), slice(4, 6), slice(4, 5)), 1, 4, [(3, 7), (3, 7), (2, 6)]),  # multiples, the mask in the middle
     ((slice(0, 10), slice(3, 4), slice(3, 4)), 12, 4, [(0, 10), (0, 10), (0, 10)]),  # all there is
     ((slice(2, 8), slice(3, 4), slice(3, 4)), 2, 1, [(1, 9), (2, 5), (2, 5)]),  # a cell of what is known on each side
 ])  # fmt: skip
@@ -367,11 +367,11 @@ def test_a_callback_receives_whole_latents(encoded, inpainter):
 
 
 def test_the_edge_is_corrected_unless_that_is_off(tmp_path):
-    """A denoiser that sees all cells too bright by as much is put right by what lies around the hole."""
+    """A denoiser that sees all latent voxels equally too bright is corrected by the voxels around the mask."""
     full, voided, mask = write_head(tmp_path / "head", 155, "LPS")
     data, autoencoder, schedule = load_case(case_of_files(voided, mask)), SpaceToDepth(4), noise_schedule()
     truth = grid_case(load_case(replace(data.case, t1n=full)), 4).target
-    brighter = KnowsTheTruth(autoencoder.encode(torch.from_numpy(truth)[None, None]).double() + 0.3, schedule, "noise")
+    brighter = KnowsTheTarget(autoencoder.encode(torch.from_numpy(truth)[None, None]).double() + 0.3, schedule, "noise")
     model = LatentDiffusion(autoencoder, brighter, schedule, LatentSpec(), CPU, "32")
     off = {}
     for reach in (0.0, 1e5):
@@ -385,7 +385,7 @@ def test_memory_bounds_how_many_samples_are_drawn_at_once(encoded, inpainter, mo
     cells = encoded["mask"].numel() * inpainter.model.denoiser.config["base_width"]
     for fitting, at_once in ((0.5, 1), (2.5, 2), (1e6, model_module.LARGEST_BATCH["cpu"])):
         bytes_in_all = fitting * cells * model_module.BYTES_PER_CHANNEL / model_module.MEMORY_FRACTION
-        monkeypatch.setattr(model_module, "total_memory", lambda device, told=bytes_in_all: told)
+        monkeypatch.setattr(model_module, "total_memory", lambda device, total=bytes_in_all: total)
         assert inpainter.model.samples_at_once(encoded) == at_once
 
 
@@ -455,7 +455,7 @@ def test_known_latent_voxels_are_clean_at_every_step(cases, inpainter, sampler, 
     latents = encode_case(grid_case(data, 2), inpainter.model.autoencoder, settings, device=CPU, precision="32")
     known, seen = (latents["mask"] == 0).expand_as(latents["voided"]), []
 
-    def spy(x, t, told=None):
+    def spy(x, t, conditional=None):
         seen.append((int(t[0]), x[0]))
         return torch.tanh(x[:, :3])
 

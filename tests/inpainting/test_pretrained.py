@@ -1,4 +1,4 @@
-"""The weights in the box: they are what their config says, small enough to ship, and better than what costs nothing."""
+"""The pretrained weights: as their config says, small, and better than the baselines."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ CARD = PRETRAINED / "MODEL_CARD.md"
 
 
 @pytest.fixture(scope="module")
-def shipped():
+def pretrained():
     return Inpainter.load(device="cpu")
 
 
@@ -33,8 +33,8 @@ def test_all_of_it_is_below_64_mb_and_in_half_precision():
         assert {t.dtype for t in read_tensors(folder / WEIGHTS).values()} == {torch.float16}
 
 
-def test_the_networks_are_small(shipped):
-    networks = {name: getattr(shipped.model, name) for name in NETWORKS}
+def test_the_networks_are_small(pretrained):
+    networks = {name: getattr(pretrained.model, name) for name in NETWORKS}
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     assert count["autoencoder"] <= 10e6 and count["denoiser"] <= 20e6
 
@@ -43,28 +43,30 @@ NETWORKS = ("autoencoder", "denoiser")
 
 
 @pytest.mark.parametrize("preset", ["demo", "weights"])
-def test_the_presets_describe_the_pretrained_model(shipped, preset):
+def test_the_presets_describe_the_pretrained_model(pretrained, preset):
     """Else `demo` could not go on from it, and `make weights` would make another."""
     from ldm_lib.training.initialise import build_denoiser
 
     configs = resolve(preset)
     training, conditioning = configs["04_training"], configs["03_conditioning"]
-    channels = shipped.model.autoencoder.latent_channels
-    built = build_denoiser(training, in_channels=shipped.model.denoiser.config["in_channels"], out_channels=channels)
-    assert {**built.config, "dropout": 0} == {**shipped.model.denoiser.config, "dropout": 0}
-    assert (training.prediction, training.latent_crop) == (shipped.model.prediction, shipped.model.crop)
+    channels = pretrained.model.autoencoder.latent_channels
+    built = build_denoiser(training, in_channels=pretrained.model.denoiser.config["in_channels"], out_channels=channels)
+    assert {**built.config, "dropout": 0} == {**pretrained.model.denoiser.config, "dropout": 0}
+    assert (training.prediction, training.latent_crop) == (pretrained.model.prediction, pretrained.model.crop)
     assert (conditioning.context, conditioning.mask_dilation) == (
-        shipped.model.spec.context,
-        shipped.model.spec.mask_dilation,
+        pretrained.model.spec.context,
+        pretrained.model.spec.mask_dilation,
     )
     assert configs["02_autoencoder_check"].latent_channels == channels
-    assert configs["01_data_audit"].spacing_mm == shipped.model.autoencoder.spacing_mm == 1.0
+    assert configs["01_data_audit"].spacing_mm == pretrained.model.autoencoder.spacing_mm == 1.0
 
 
-def test_a_flip_of_its_latents_is_exact(shipped):
+def test_a_flip_of_its_latents_is_exact(pretrained):
     volume = torch.rand((1, 1, 48, 32, 32), generator=torch.Generator().manual_seed(0))
-    flipped = shipped.model.autoencoder.encode(volume.flip(2))
-    again = shipped.model.autoencoder.encode(volume).flip(2) * shipped.model.autoencoder.mirror.view(1, -1, 1, 1, 1)
+    flipped = pretrained.model.autoencoder.encode(volume.flip(2))
+    again = pretrained.model.autoencoder.encode(volume).flip(2) * pretrained.model.autoencoder.mirror.view(
+        1, -1, 1, 1, 1
+    )
     torch.testing.assert_close(flipped, again, atol=2e-2, rtol=0)  # of numbers around 1, from axes in half precision
 
 
@@ -72,14 +74,14 @@ def test_the_log_of_its_training_and_its_card_are_there():
     steps = [line.split(",") for line in (PRETRAINED / LOG).read_text().splitlines()]
     assert "train_loss" in steps[0] and len(steps) > 20
     card = CARD.read_text()
-    for told in ("Intended use", "Limits", "Data", "Scores", "Research"):
-        assert told in card
+    for heading in ("Intended use", "Limits", "Data", "Scores", "Research"):
+        assert heading in card
     assert "@" not in card, "a figure that was to be filled in"
 
 
-def test_the_makefile_exports_at_the_temperature_of_the_pretrained_model(shipped):
+def test_the_makefile_exports_at_the_temperature_of_the_pretrained_model(pretrained):
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{shipped.model.temperature:g}"]
+    assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{pretrained.model.temperature:g}"]
 
 
 def test_a_wheel_would_carry_them():
@@ -90,10 +92,10 @@ def test_a_wheel_would_carry_them():
 
 
 @pytest.mark.slow
-def test_one_sample_is_better_than_the_harmonic_fill_in_a_brain_never_seen(shipped, tmp_path):
+def test_one_sample_is_better_than_the_harmonic_fill_in_a_brain_never_seen(pretrained, tmp_path):
     write_patient(tmp_path, 0, TEST_PATIENTS[-1], masks=1, domain_randomisation="wide", tissue_map="registered")
     data = load_case(find_cases(tmp_path / "data")[0])
-    fills = {"ours": shipped(data).samples[0], "harmonic": harmonic_fill(data.voided, data.mask)}
+    fills = {"proposed": pretrained(data).samples[0], "harmonic": harmonic_fill(data.voided, data.mask)}
     scores = {name: brats_scores(v, data.target, data.voided, data.scored)["psnr_01"] for name, v in fills.items()}
-    assert scores["ours"] > scores["harmonic"], scores
-    np.testing.assert_array_equal(fills["ours"][~data.mask], data.voided[~data.mask])
+    assert scores["proposed"] > scores["harmonic"], scores
+    np.testing.assert_array_equal(fills["proposed"][~data.mask], data.voided[~data.mask])

@@ -1,4 +1,4 @@
-"""Laws of a submission: what the challenge would refuse is told of its case, and what is sent is whole."""
+"""Laws of a submission: each fault is reported with its case, and the archive is complete."""
 
 import gzip
 import re
@@ -18,7 +18,7 @@ from ldm_lib.inpainting.submission import check, pack
 
 @pytest.fixture
 def data(cohort_folder, tmp_path):
-    """Two patients with one hole each, in the challenge's layout."""
+    """Two patients with one mask each, in the challenge's layout."""
     folder = tmp_path / "data"
     for k, case in enumerate(find_cases(cohort_folder)[::2][:2]):
         name = f"BraTS-GLI-0000{k}-000"
@@ -30,7 +30,7 @@ def data(cohort_folder, tmp_path):
 
 @pytest.fixture
 def results(data, tmp_path):
-    """What a perfect model would send, and what stands beside it."""
+    """The results of a perfect model, with the other files next to them."""
     folder = tmp_path / "results"
     folder.mkdir()
     for case in find_cases(data):
@@ -48,8 +48,8 @@ def problems(data, results):
 
 def test_correct_results_are_packed_and_nothing_else(data, results, tmp_path, capsys):
     assert main(["submission", "--data", str(data), "--results", str(results)]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "BraTS-GLI-00000-000: ok" and told[-1].endswith("submission.zip: 2 results")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "BraTS-GLI-00000-000: ok" and lines[-1].endswith("submission.zip: 2 results")
     with zipfile.ZipFile(results / "submission.zip") as archive:
         names = [f"BraTS-GLI-0000{k}-000-t1n-inference.nii.gz" for k in range(2)]
         assert archive.namelist() == names
@@ -97,16 +97,16 @@ def test_each_fault_is_reported_with_its_case_and_nothing_is_packed(data, result
     assert not (results / "submission.zip").exists()
 
 
-@pytest.mark.parametrize(("name", "told"), [
+@pytest.mark.parametrize(("name", "message"), [
     ("results/BraTS-GLI-00000-000-t1n-inference.nii.gz", r"must end in \.zip"),
     ("data/x.zip", "lies inside the folder of cases"),
     ("nowhere/x.zip", "its folder does not exist"),
 ])  # fmt: skip
-def test_the_archive_replaces_no_other_file(data, results, tmp_path, capsys, name, told):
+def test_the_archive_replaces_no_other_file(data, results, tmp_path, capsys, name, message):
     before = {path: path.read_bytes() for path in (*results.iterdir(), *data.rglob("*.gz"))}
     words = ["submission", "--data", str(data), "--results", str(results), "--output", str(tmp_path / name)]
     assert main(words) == 1
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert {path: path.read_bytes() for path in (*results.iterdir(), *data.rglob("*.gz"))} == before
 
 
@@ -140,5 +140,5 @@ def test_several_masks_of_a_patient_cause_a_warning(cohort_folder, cases, tmp_pa
     output = tmp_path / "all.zip"
     arguments = ["submission", "--data", str(cohort_folder), "--results", str(tmp_path), "--output", str(output)]
     assert main(arguments) == 0
-    assert "names carry the number of a hole" in capsys.readouterr().err
+    assert "names carry the number of a" in capsys.readouterr().err
     assert len(zipfile.ZipFile(output).namelist()) == 6
