@@ -67,13 +67,12 @@ def evaluate(
     Example:
         >>> import ldm_lib as ldm
         >>> inpainter = ldm.Inpainter.load(model)
-        >>> table = ldm.evaluate(inpainter, ldm.find_cases(cohort)[:1], n_samples=2, steps=1, tissue="given")
-        ... # doctest: +ELLIPSIS
-        [1/1] ...
+        >>> cases, quiet = ldm.find_cases(cohort)[:1], {"say": lambda line: None}
+        >>> table = ldm.evaluate(inpainter, cases, n_samples=2, steps=1, tissue="given", **quiet)
         >>> sorted(table["method"])[:4]
         ['harmonic', 'initial estimate', 'mean', 'mean of 2']
-        >>> table.groupby("method")[["psnr", "ssim"]].mean().loc["upper bound"].isna().any()
-        np.False_
+        >>> table.groupby("method")[["psnr", "ssim"]].mean().shape
+        (9, 2)
     """
     if pictures < 0:
         raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")
