@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ldm_lib.inpainting.single_file import inpaint as inpaint
     from ldm_lib.plots.case_plots import plot as plot
     from ldm_lib.plots.case_plots import view as view
+    from ldm_lib.training.options import TrainingOptions as TrainingOptions
+    from ldm_lib.training.train import train_denoiser as train_denoiser
 
 __version__ = "0.8.0"
 
@@ -41,6 +43,7 @@ _MODULES = {  # name -> where it is defined
     "Autoencoder": "autoencoder.model",
     "train_autoencoder": "autoencoder.training",
     "LatentDiffusion": "diffusion.model",
+    "train_denoiser": "training.train",
     "Inpainter": "inpainting.inpainter",
     "Inpainting": "inpainting.result",
     "inpaint": "inpainting.single_file",
@@ -52,6 +55,7 @@ _MODULES = {  # name -> where it is defined
     "run": "experiment.runner",
     "ReadOptions": "data.options",
     "AutoencoderTrainingOptions": "autoencoder.options",
+    "TrainingOptions": "training.options",
 }
 __all__ = [*_MODULES]
 

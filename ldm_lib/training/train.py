@@ -64,11 +64,11 @@ def train_denoiser(
 
     Example:
         >>> import ldm_lib as ldm
-        >>> from ldm_lib.training.options import TrainingOptions
-        >>> cases = ldm.make_synthetic_cohort(folder, n_patients=2, spacing_mm=8)
+        >>> patients = ldm.make_synthetic_cohort(folder, n_patients=2, spacing_mm=8, masks=1)
+        >>> cases = ldm.find_cases(folder / "data")
         >>> autoencoder = ldm.Autoencoder.load(model)
-        >>> options = TrainingOptions(base_width=8, multipliers="1", attention_rates="1", max_epochs=1, device="cpu")
-        >>> trained = ldm.train_denoiser(autoencoder, cases[:2], options, folder=folder / "training")
+        >>> options = ldm.TrainingOptions(base_width=8, multipliers="1", attention_rates="1", max_epochs=1, device="cpu")
+        >>> trained = ldm.train_denoiser(autoencoder, cases, options, folder=folder / "training")
         >>> trained.prediction, trained.spec.context
         ('velocity', 'composite')
         >>> digest = trained.save(folder / "model")
