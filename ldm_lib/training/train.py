@@ -67,7 +67,8 @@ def train_denoiser(
         >>> patients = ldm.make_synthetic_cohort(folder, n_patients=2, spacing_mm=8, masks=1)
         >>> cases = ldm.find_cases(folder / "data")
         >>> autoencoder = ldm.Autoencoder.load(model)
-        >>> options = ldm.TrainingOptions(base_width=8, multipliers="1", attention_rates="1", max_epochs=1, device="cpu")
+        >>> network = {"base_width": 8, "multipliers": "1", "attention_rates": "1"}
+        >>> options = ldm.TrainingOptions(**network, max_epochs=1, device="cpu")
         >>> trained = ldm.train_denoiser(autoencoder, cases, options, folder=folder / "training")
         >>> trained.prediction, trained.spec.context
         ('velocity', 'composite')
