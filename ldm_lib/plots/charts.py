@@ -1,4 +1,4 @@
-"""Numbers as pictures: training curves, histograms and scores; tables in, matplotlib Figure out."""
+"""Plot curves, histograms and scores: tables in, matplotlib Figure out."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from ldm_lib.plots.slices import FONT, WIDTH, InlineFigure
 
 GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MOST_MARKS = 12
-SCORES = {
+MAX_TICKS = 12  # a logarithmic axis with fewer values has a tick for each of them
+AXIS_LABELS = {
     "ssim": "SSIM (higher is better)",
     "psnr_01": "PSNR, dB (higher is better)",
     "mse": "MSE (lower is better)",
@@ -26,13 +26,13 @@ def curves(
     log: Collection[str] = (),
     title: str = "",
 ) -> InlineFigure:
-    """Curves over a common axis: one panel for each item of `ys`; names grouped in a list share a panel.
+    """Plot curves over a common axis: one panel per item of `ys`; names grouped in a list share a panel.
 
     Args:
         table: column name to numbers, such as a pandas DataFrame; rows that are NaN are left out.
-        x: the column along the bottom.
-        ys: columns to draw, such as `[["train_loss", "val_noise_loss"], "learning_rate"]`.
-        log: columns whose panel has a logarithmic axis; `x` among them makes the one along the bottom so.
+        x: column of the horizontal axis.
+        ys: columns to plot, such as `[["train_loss", "val_noise_loss"], "learning_rate"]`.
+        log: columns whose panel has a logarithmic axis; with `x` among them the horizontal axis is logarithmic.
         title: of the figure.
     """
     panels = [[y] if isinstance(y, str) else list(y) for y in ys]
@@ -41,17 +41,17 @@ def curves(
     for ax, names in zip(axes, panels, strict=True):
         for name, colour in zip(names, GROUPS, strict=False):
             along, values = np.asarray(table[x], float), np.asarray(table[name], float)
-            known = np.isfinite(along) & np.isfinite(values)
-            marker = "o" if known.sum() < 40 else ""
+            finite = np.isfinite(along) & np.isfinite(values)
+            marker = "o" if finite.sum() < 40 else ""
             style = {"color": colour, "lw": 1.4, "marker": marker, "ms": 3}
-            ax.plot(along[known], values[known], label=name, **style)
+            ax.plot(along[finite], values[finite], label=name, **style)
         ax.set_yscale("log" if set(names) & set(log) else "linear")
         ax.set_xscale("log" if x in log else "linear")
         ax.legend(fontsize=FONT, frameon=False)
         _plain(ax)
-    marks = np.unique(np.asarray(table[x], float))
-    if x in log and len(marks) <= MOST_MARKS:  # a few numbers say more than powers of ten
-        axes[-1].set_xticks(marks, [f"{mark:g}" for mark in marks])
+    ticks = np.unique(np.asarray(table[x], float))
+    if x in log and len(ticks) <= MAX_TICKS:
+        axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes[-1].minorticks_off()
     axes[-1].set_xlabel(x, fontsize=FONT + 0.5)
     figure.suptitle(title, fontsize=FONT + 2.5)
@@ -67,14 +67,14 @@ def histograms(
     bins: int = 80,
     title: str = "",
 ) -> InlineFigure:
-    """Densities of several groups of values, one panel for each channel.
+    """Plot the densities of several groups of values, one panel per channel.
 
     Args:
-        groups: name to values `c n` (or `n` for one channel).
-        channels: their names.
-        unit: what the values are.
-        normal: draw the standard normal density beside them, the sampler's starting point.
-        bins: over the 0.1st to 99.9th percentile of all groups.
+        groups: name to values (c, n), or (n,) for one channel.
+        channels: names of the channels.
+        unit: name of the values' axis.
+        normal: add the standard normal density, the sampler's starting point.
+        bins: number of bins between the 0.1st and 99.9th percentiles of all groups.
         title: of the figure.
     """
     columns = min(len(channels), 3)
@@ -99,7 +99,7 @@ def histograms(
 
 
 def _densities(ax: Axes, values: Mapping[str, np.ndarray], bins: int) -> np.ndarray:
-    """Draw each group's density over common bins and return their edges."""
+    """Draw the density of each group over common bins and return their edges."""
     low, high = np.percentile(np.concatenate(list(values.values())), [0.1, 99.9])
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
     for (name, v), colour in zip(values.items(), GROUPS, strict=False):
@@ -109,11 +109,11 @@ def _densities(ax: Axes, values: Mapping[str, np.ndarray], bins: int) -> np.ndar
 
 
 def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], title: str = "") -> InlineFigure:
-    """Methods by scores: a dot for each case, a line joining a case's methods, a bar at the mean.
+    """Plot scores by method: a dot per case, a line that joins the methods of a case, a bar at the mean.
 
     Args:
-        table: columns `case`, `method` and the scores, one row for each pair, such as a DataFrame.
-        scores: columns to draw, one panel each.
+        table: columns `case`, `method` and the scores, one row per pair, such as a DataFrame.
+        scores: columns to plot, one panel each.
         title: of the figure.
     """
     case, method = np.asarray(table["case"], str), np.asarray(table["method"], str)
@@ -124,16 +124,16 @@ def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], 
         values = np.asarray(table[score], float)
         height = np.array([methods.index(name) for name in method])
         for name in dict.fromkeys(case):
-            own = np.flatnonzero(case == name)[np.argsort(height[case == name])]
-            ax.plot(values[own], height[own], color="0.85", lw=0.8, zorder=1)
+            rows = np.flatnonzero(case == name)[np.argsort(height[case == name])]
+            ax.plot(values[rows], height[rows], color="0.85", lw=0.8, zorder=1)
         ax.scatter(values, height, s=16, color=GROUPS[0], alpha=0.6, lw=0, zorder=2)
         for k, name in enumerate(methods):
-            known = values[(method == name) & ~np.isnan(values)]
-            mean = known.mean() if known.size else np.nan
+            scored = values[(method == name) & ~np.isnan(values)]
+            mean = scored.mean() if scored.size else np.nan
             ax.plot([mean, mean], [k - 0.28, k + 0.28], color=GROUPS[1], lw=2.5, zorder=3)
-            text = f"{mean:.3g}" if known.size else ""
+            text = f"{mean:.3g}" if scored.size else ""
             ax.text(1.01, k, text, transform=ax.get_yaxis_transform(), fontsize=FONT, va="center")
-        ax.set_xlabel(SCORES.get(score, score), fontsize=FONT + 0.5)
+        ax.set_xlabel(AXIS_LABELS.get(score, score), fontsize=FONT + 0.5)
         _plain(ax)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
@@ -149,13 +149,13 @@ def interval_dots(
     notes: Sequence[str] = (),
     title: str = "",
 ) -> InlineFigure:
-    """One row a name: a dot for each group's value on a bar from the low to the high end of its interval.
+    """Plot values with their intervals: one row per name, a dot per group on a bar from the low to the high end.
 
     Args:
-        groups: what is told apart by colour -> (value, low, high) of each name; NaN is not drawn.
-        names: along the left, from the top down.
+        groups: name of a group, which has a colour of its own -> (value, low, high) of each row; NaN is not drawn.
+        names: of the rows, from the top down.
         unit: of the values.
-        notes: told in rows that have no value.
+        notes: texts of rows that have no value.
         title: of the figure.
     """
     figure = InlineFigure(figsize=(WIDTH, max(0.34 * len(names), 0.6) + 1.5), layout="constrained")
@@ -168,9 +168,9 @@ def interval_dots(
         for row in np.flatnonzero(np.isfinite(values)):
             ax.text(1.065 + 0.065 * k, row, f"{values[row]:#.4g}", transform=ax.get_yaxis_transform(), color=colour,
                     fontsize=FONT, ha="right", va="center")  # fmt: skip
-    known = np.isfinite(np.array([groups[group] for group in groups], float)[:, :, 0]).any(axis=0)
+    has_value = np.isfinite(np.array([groups[group] for group in groups], float)[:, :, 0]).any(axis=0)
     for row, note in enumerate(notes):
-        if not known[row]:
+        if not has_value[row]:
             ax.text(0.01, row, note, transform=ax.get_yaxis_transform(), color="0.5", fontsize=FONT, va="center")
     for row in range(1, len(names), 2):
         ax.axhspan(row - 0.5, row + 0.5, color="0.965", lw=0, zorder=0)
@@ -186,16 +186,16 @@ def interval_dots(
 
 
 def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = "") -> InlineFigure:
-    """A bar for each name with its text behind it; one panel below the other, the first bar of each in colour.
+    """Plot a bar per name with its text next to it; one panel below the other, the first bar of each in colour.
 
     Args:
-        panels: what is measured, with its unit -> name -> (value, text).
+        panels: measured quantity with its unit -> name -> (value, text).
         title: of the figure.
     """
     counts = [len(values) for values in panels.values()]
     figure = InlineFigure(figsize=(WIDTH, 0.34 * sum(counts) + 0.55 * len(panels) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[n + 0.6 for n in counts])[:, 0]
-    for ax, (measured, values) in zip(axes, panels.items(), strict=True):
+    for ax, (quantity, values) in zip(axes, panels.items(), strict=True):
         lengths = [value for value, _ in values.values()]
         ax.barh(range(len(values)), lengths, height=0.68, color=[GROUPS[0], *["0.72"] * (len(values) - 1)])
         for k, (value, text) in enumerate(values.values()):
@@ -203,7 +203,7 @@ def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = 
         ax.set_yticks(range(len(values)), values)
         ax.set_ylim(len(values) - 0.4, -0.6)
         ax.set_xlim(0, 1.24 * max(lengths))  # room for the text
-        ax.set_title(measured, fontsize=FONT + 1, loc="left")
+        ax.set_title(quantity, fontsize=FONT + 1, loc="left")
         _plain(ax)
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
@@ -212,7 +212,7 @@ def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = 
 
 
 def _plain(ax: Axes) -> None:
-    """Light grid, no box."""
+    """Draw a light grid and no box."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.92", lw=0.8)
     ax.set_axisbelow(True)

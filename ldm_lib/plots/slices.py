@@ -250,7 +250,7 @@ def intensity_window(volume: np.ndarray, window: tuple[float, float] | None = No
 
 def colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray | Axes, label: str, *, below: bool = False) -> None:
     """Draw a colour bar at the right of its axes, or below them."""
-    layout = {"location": "bottom" if below else "right", "fraction": 0.06, "pad": 0.02, "panchor": False}
-    bar = figure.colorbar(image, ax=axes, aspect=20, **layout)
+    side = {"location": "bottom", "pad": 0.1} if below else {"location": "right", "pad": 0.02}
+    bar = figure.colorbar(image, ax=axes, aspect=20, fraction=0.06, panchor=False, **side)
     bar.set_label(label, fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)

@@ -1,4 +1,4 @@
-"""Voxel order, padding and cells: every way there has an exact way back."""
+"""Voxel order, padding and latent voxels: every conversion has an exact inverse."""
 
 from itertools import permutations, product
 
@@ -56,7 +56,7 @@ def test_every_orientation_becomes_lps():
             np.testing.assert_allclose(step, length, err_msg=f"axis {axis} of {axes} {signs}")
 
 
-def test_an_oblique_grid_turns_to_its_nearest_axes():
+def test_an_oblique_grid_is_reordered_to_its_nearest_axes():
     tilt = np.radians(20)
     oblique = np.eye(4)
     oblique[:2, :2] = [[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]
@@ -78,12 +78,12 @@ def test_a_canonical_copy_is_the_same_case(depth):
 
 
 @pytest.mark.parametrize("multiple", [2, 8, 16])
-def test_padding_is_smallest_and_records_its_offset(multiple):
+def test_padding_is_minimal_and_records_its_offset(multiple):
     for depth in (*range(1, 40), 155, 156, 160):
         padding = Padding.to_multiple((depth,), multiple)
         before, after = padding.before[0], padding.after[0]
         assert (before + depth + after) % multiple == 0
-        assert 0 <= before <= after <= before + 1, "centred, the odd voxel behind"
+        assert 0 <= before <= after <= before + 1, "centred, the odd voxel at the end"
         assert before + after < multiple
     assert Padding.to_multiple((240, 155, 156), 8) == Padding((0, 2, 2), (0, 3, 2))
 
@@ -106,18 +106,18 @@ def test_a_crop_takes_the_last_three_axes_of_tensors_too():
     assert padding.pad(np.ones((5, 6, 7), bool)).dtype == bool
 
 
-def _cells(shape, factor):
-    """Every cell: its index and its slices."""
+def _blocks(shape, factor):
+    """Index and slices of every latent voxel."""
     for index in np.ndindex(*(n // factor for n in shape)):
         yield index, tuple(slice(i * factor, (i + 1) * factor) for i in index)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
-def test_a_cells_share_is_the_mean_of_its_voxels(factor):
+def test_block_mean_is_the_mean_of_the_voxels(factor):
     array = np.random.default_rng(0).uniform(size=(2, 8, 12, 4)).astype(np.float32)
-    shares = block_mean(array, factor)
-    for index, box in _cells(array.shape[1:], factor):
-        np.testing.assert_allclose(shares[(slice(None), *index)], array[(slice(None), *box)].mean((1, 2, 3)), rtol=1e-6)
+    means = block_mean(array, factor)
+    for index, box in _blocks(array.shape[1:], factor):
+        np.testing.assert_allclose(means[(slice(None), *index)], array[(slice(None), *box)].mean((1, 2, 3)), rtol=1e-6)
     mask = np.zeros((8, 8, 8), bool)
     mask[0, 0, 0] = mask[4:, 4:, 4:] = True
     assert block_mean(mask, 4)[0, 0, 0] == 1 / 64
@@ -127,10 +127,10 @@ def test_a_cells_share_is_the_mean_of_its_voxels(factor):
 
 @pytest.mark.parametrize("dilation", [0, 1, 2])
 @pytest.mark.parametrize("factor", [2, 4])
-def test_latent_mask_is_every_cell_near_a_cell_with_a_voxel_of_the_hole(factor, dilation):
+def test_latent_mask_is_every_latent_voxel_near_a_masked_voxel(factor, dilation):
     mask = np.random.default_rng(3).uniform(size=(24, 16, 20)) < 6e-4
     assert 1 < mask.sum() < 10
-    hit = [np.array(index) for index, box in _cells(mask.shape, factor) if mask[box].any()]
+    hit = [np.array(index) for index, box in _blocks(mask.shape, factor) if mask[box].any()]
     expected = np.zeros([n // factor for n in mask.shape], bool)
     for index in np.ndindex(*expected.shape):
         expected[index] = any(np.abs(np.array(index) - h).max() <= dilation for h in hit)
@@ -140,15 +140,15 @@ def test_latent_mask_is_every_cell_near_a_cell_with_a_voxel_of_the_hole(factor, 
     assert not found.all()
 
 
-def test_latent_mask_of_nothing_is_nothing():
+def test_latent_mask_of_an_empty_mask_is_empty():
     assert not latent_mask(np.zeros((8, 8, 8), bool), 4, 2).any()
 
 
 @pytest.mark.parametrize(("factor", "inside"), [(1, 0), (2, 1), (4, 2), (8, 4)])
-def test_the_centre_of_a_cell_is_one_voxel_of_it(factor, inside):
+def test_the_centre_of_a_block_is_one_of_its_voxels(factor, inside):
     array = np.random.default_rng(0).uniform(size=(3, 16, 8, 24))
     centres = block_centre(array, factor)
-    for index, _ in _cells(array.shape[1:], factor):
+    for index, _ in _blocks(array.shape[1:], factor):
         x, y, z = (i * factor + inside for i in index)
         np.testing.assert_array_equal(centres[(slice(None), *index)], array[:, x, y, z])
 

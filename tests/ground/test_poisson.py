@@ -1,4 +1,4 @@
-"""Laws of the discrete Laplacian: faces that are counted by hand, and neighbours that are summed one by one."""
+"""Laws of the discrete Laplacian: faces counted by hand and neighbours summed one by one."""
 
 from itertools import product
 
@@ -15,36 +15,36 @@ STEPS = [step for step in product((-1, 0, 1), repeat=3) if np.abs(step).sum() ==
 
 
 def neighbours(voxel):
-    """Those of a voxel that are in the volume."""
+    """Neighbours of a voxel inside the volume."""
     around = [tuple(np.add(voxel, step)) for step in STEPS]
-    return [place for place in around if all(0 <= i < n for i, n in zip(place, SHAPE, strict=True))]
+    return [other for other in around if all(0 <= i < n for i, n in zip(other, SHAPE, strict=True))]
 
 
 @pytest.mark.parametrize(
     "mask", [RAGGED, np.ones(SHAPE, bool), np.arange(6) % 2 == np.zeros((5, 4, 1))], ids=["ragged", "all", "layers"]
 )
-def test_rows_sum_to_the_number_of_known_neighbours_and_these_to_the_edge(mask):
+def test_rows_sum_to_the_number_of_known_neighbours_and_edge_sums_to_their_values(mask):
     laplacian, edge = masked_laplacian(KNOWN, mask)
-    known = [[place for place in neighbours(voxel) if not mask[place]] for voxel in np.argwhere(mask)]
-    np.testing.assert_array_equal(laplacian.sum(axis=1), [len(places) for places in known])
-    np.testing.assert_array_equal(edge, [sum(KNOWN[place] for place in places) for places in known])
+    known = [[other for other in neighbours(voxel) if not mask[other]] for voxel in np.argwhere(mask)]
+    np.testing.assert_array_equal(laplacian.sum(axis=1), [len(others) for others in known])
+    np.testing.assert_array_equal(edge, [sum(KNOWN[other] for other in others) for others in known])
 
 
-def test_it_is_the_number_of_neighbours_less_the_masked_ones():
+def test_the_matrix_is_degree_minus_adjacency():
     voxels = [tuple(voxel) for voxel in np.argwhere(RAGGED)]
-    wanted = [[len(neighbours(a)) * (a == b) - (b in neighbours(a)) for b in voxels] for a in voxels]
-    np.testing.assert_array_equal(masked_laplacian(KNOWN, RAGGED)[0].toarray(), wanted)
+    expected = [[len(neighbours(a)) * (a == b) - (b in neighbours(a)) for b in voxels] for a in voxels]
+    np.testing.assert_array_equal(masked_laplacian(KNOWN, RAGGED)[0].toarray(), expected)
 
 
 @pytest.mark.parametrize(("voxel", "faces"), [((2, 2, 2), 6), ((0, 2, 2), 5), ((0, 3, 2), 4), ((4, 3, 5), 3)])
-def test_a_voxel_by_itself_has_as_many_faces_as_lie_in_the_volume(voxel, faces):
+def test_an_isolated_voxel_has_one_neighbour_per_face_inside_the_volume(voxel, faces):
     mask = np.zeros(SHAPE, bool)
     mask[voxel] = True
     laplacian, edge = masked_laplacian(np.full(SHAPE, 7.0), mask)
     assert laplacian.toarray().tolist() == [[faces]] and edge.tolist() == [7.0 * faces]
 
 
-def test_what_is_linear_in_place_solves_it_inside_the_volume():
+def test_a_linear_function_solves_it_inside_the_volume():
     mask, (x, y, z) = np.zeros(SHAPE, bool), np.indices(SHAPE)
     mask[1:-1, 1:-1, 1:-1] = RAGGED[1:-1, 1:-1, 1:-1]
     plane = 3.0 * x - 2 * y + z

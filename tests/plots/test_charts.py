@@ -1,4 +1,4 @@
-"""Charts: what is drawn are the numbers that were given."""
+"""Charts show the numbers that they are given."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from ldm_lib.plots import charts
 
 
-def test_curves_leave_out_nan_rows_and_scale_as_told():
+def test_curves_leave_out_nan_rows_and_have_the_scales_asked_for():
     nan = np.nan
     table = {"epoch": [0, 1, 2, 3], "train_loss": [4, 3, 2, 1], "val_loss": [nan, 3.5, nan, 1.5], "lr": [1, 2, 3, 4]}
     figure = charts.curves(table, x="epoch", ys=[["train_loss", "val_loss"], "lr"], log=["lr"])
@@ -29,24 +29,28 @@ def test_histograms_are_densities_over_one_set_of_bins_in_each_channel():
         assert f"train: {groups['train'][c].mean():.3g}" in ax.get_legend().get_texts()[0].get_text()
 
 
-def test_score_dots_show_each_case_and_the_mean_of_each_method():
-    table = {"case": ["a", "b", "a", "b"], "method": ["zero", "zero", "ours", "ours"], "ssim": [0.2, 0.4, 0.9, 0.7]}
+def test_score_dots_show_every_case_and_the_mean_of_every_method():
+    table = {
+        "case": ["a", "b", "a", "b"],
+        "method": ["zero", "zero", "proposed", "proposed"],
+        "ssim": [0.2, 0.4, 0.9, 0.7],
+    }
     (ax,) = charts.score_dots(table, scores=["ssim"]).axes
     dots = ax.collections[0].get_offsets()
     assert {tuple(dot) for dot in np.asarray(dots)} == {(0.2, 0), (0.4, 0), (0.9, 1), (0.7, 1)}
     joins = [line.get_xydata().tolist() for line in ax.lines if len(set(line.get_xdata())) == 2]
     assert joins == [[[0.2, 0], [0.9, 1]], [[0.4, 0], [0.7, 1]]]
     assert [text.get_text() for text in ax.texts] == ["0.3", "0.8"]
-    assert ax.yaxis_inverted() and [t.get_text() for t in ax.get_yticklabels()] == ["zero", "ours"]
+    assert ax.yaxis_inverted() and [t.get_text() for t in ax.get_yticklabels()] == ["zero", "proposed"]
 
 
 def test_a_score_that_a_method_lacks_leaves_its_row_empty():
-    table = {"case": ["a", "a"], "method": ["zero", "ours"], "psnr_01": [np.nan, 20.0]}
+    table = {"case": ["a", "a"], "method": ["zero", "proposed"], "psnr_01": [np.nan, 20.0]}
     (ax,) = charts.score_dots(table, scores=["psnr_01"]).axes
     assert [text.get_text() for text in ax.texts] == ["", "20"]
 
 
-def test_curves_of_a_spectrum_are_straight_where_power_falls_by_a_power_law():
+def test_a_power_law_is_a_straight_line_on_logarithmic_axes():
     frequency = np.array([0.01, 0.02, 0.04, 0.08])
     table = {"cycles_per_mm": frequency, "image": frequency**-3, "error": frequency**-1}
     (ax,) = charts.curves(table, x="cycles_per_mm", ys=[["image", "error"]], log=["cycles_per_mm", "image"]).axes
@@ -57,7 +61,7 @@ def test_curves_of_a_spectrum_are_straight_where_power_falls_by_a_power_law():
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])
-def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_what_is_not_there(count):
+def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_nan(count):
     values = np.linspace(10, 20, count)
     groups = {"one": [(v, v - 1, v + 2) for v in values], "mean": [(v + 1, np.nan, np.nan) for v in values]}
     groups["one"][-1] = groups["mean"][-1] = (np.nan, np.nan, np.nan)
@@ -65,25 +69,28 @@ def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_what_is_not_th
     figure = charts.interval_dots(groups, names=names, unit="dB", notes=["done"] * (count - 1) + ["failed"])
     (ax,) = figure.axes
     bars, dots, no_bars, means = ax.collections
-    known = slice(count - 1)
+    finite = slice(count - 1)
     drawn = [(ends[0, 0], ends[1, 0]) for ends in bars.get_segments() if len(ends)]
-    assert drawn == [(v - 1, v + 2) for v in values[known]]
+    assert drawn == [(v - 1, v + 2) for v in values[finite]]
     for drawn, expected in ((dots, values), (means, values + 1)):
         shown = np.ma.filled(drawn.get_offsets(), np.nan)
-        assert np.array_equal(shown[known, 0], expected[known]) and np.isnan(shown[-1, 0])
-        assert np.array_equal(np.rint(shown[known, 1]), np.arange(count)[known]), "beside the run's own name"
+        assert np.array_equal(shown[finite, 0], expected[finite]) and np.isnan(shown[-1, 0])
+        assert np.array_equal(np.rint(shown[finite, 1]), np.arange(count)[finite]), "in the row of the run"
     assert not any(map(len, no_bars.get_segments()))
-    told = [text.get_text() for text in ax.texts]
-    assert told == [f"{v:#.4g}" for v in [*values[known], *(values + 1)[known]]] + ["failed"]
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == [f"{v:#.4g}" for v in [*values[finite], *(values + 1)[finite]]] + ["failed"]
     assert [label.get_text() for label in ax.get_yticklabels()] == names and ax.yaxis_inverted()
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
-def test_bars_are_as_long_as_their_values_and_say_so():
-    panels = {"a step, s": {"ours": (2.0, "2 s"), "plain loop": (3.0, "3 s, 1.5 x")}, "share": {"whole": (0.5, "50 %")}}
+def test_bars_have_the_lengths_and_texts_given():
+    panels = {
+        "a step, s": {"proposed": (2.0, "2 s"), "plain loop": (3.0, "3 s, 1.5 x")},
+        "fraction": {"whole": (0.5, "50 %")},
+    }
     figure = charts.bars(panels, title="a machine")
-    for ax, (measured, values) in zip(figure.axes, panels.items(), strict=True):
-        assert ax.get_title(loc="left") == measured and ax.yaxis_inverted()
+    for ax, (quantity, values) in zip(figure.axes, panels.items(), strict=True):
+        assert ax.get_title(loc="left") == quantity and ax.yaxis_inverted()
         assert [(bar.get_width(), text.get_text()) for bar, text in zip(ax.patches, ax.texts, strict=True)] == [
             *values.values()
         ]
