@@ -25,7 +25,6 @@ def _hidden(*packages: str) -> Iterator[None]:
 
 with _hidden(*UNUSED):
     from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
-    from monai.losses import PatchAdversarialLoss
     from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
 
-__all__ = ["AutoencoderKL", "AutoencoderKlMaisi", "DiffusionModelUNet", "PatchAdversarialLoss", "PatchDiscriminator"]
+__all__ = ["AutoencoderKL", "AutoencoderKlMaisi", "DiffusionModelUNet", "PatchDiscriminator"]

@@ -9,12 +9,9 @@ from functools import partial
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm_lib.autoencoder._monai import PatchAdversarialLoss, PatchDiscriminator
+from ldm_lib.autoencoder._monai import PatchDiscriminator
 from ldm_lib.autoencoder.options import SMALLEST_DISCRIMINATOR_CROP_VOX as SMALLEST
 from ldm_lib.errors import InputError
-
-# Least squares with labels 0 and 1 (Mao et al., arXiv 1611.04076).
-LEAST_SQUARES = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
 
 
 def patch_discriminator() -> nn.Module:
@@ -27,14 +24,15 @@ def patch_discriminator() -> nn.Module:
 
 
 def generator_loss(discriminator: nn.Module, reconstruction: Tensor) -> Tensor:
-    """Return mean (D(reconstruction) - 1)^2; gradients reach `reconstruction`, and not the discriminator.
+    """Return mean (D(reconstruction) - 1)^2 (least-squares GAN, Mao et al., arXiv 1611.04076, labels 0 and 1).
+
+    Gradients reach `reconstruction`, and not the discriminator.
 
     Raises:
         InputError: crops of fewer than 20 voxels per axis.
     """
     frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    fake = _last_map(partial(functional_call, discriminator, frozen), reconstruction)
-    return LEAST_SQUARES(fake, target_is_real=True, for_discriminator=False)
+    return (_last_map(partial(functional_call, discriminator, frozen), reconstruction) - 1).square().mean()
 
 
 def discriminator_loss(discriminator: nn.Module, reconstruction: Tensor, image: Tensor) -> Tensor:
@@ -44,8 +42,7 @@ def discriminator_loss(discriminator: nn.Module, reconstruction: Tensor, image: 
         InputError: crops of fewer than 20 voxels per axis.
     """
     fake, real = _last_map(discriminator, reconstruction.detach()), _last_map(discriminator, image.detach())
-    losses = [LEAST_SQUARES(output, target_is_real=output is real, for_discriminator=True) for output in (fake, real)]
-    return (losses[0] + losses[1]) / 2
+    return (fake.square().mean() + (real - 1).square().mean()) / 2
 
 
 def _last_map(discriminator: Callable[[Tensor], Sequence[Tensor]], volume: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Autoencoder(nn.Module):
         return cls(network=network, spacing_mm=spacing_mm, **options)
 
     @classmethod
-    def load(cls, folder: str | Path | None = None, *, device: str = "cpu") -> "Autoencoder":
+    def load(cls, folder: str | Path | None = None, *, device: str = "auto") -> "Autoencoder":
         """Load a trained autoencoder; without a folder, the pretrained one of the package.
 
         Args:
@@ -162,10 +162,12 @@ class Autoencoder(nn.Module):
 
     @property
     def latent_channels(self) -> int:
+        """Count the channels of the latent."""
         return self.config["network"]["latent_channels"]
 
     @property
     def spacing_mm(self) -> float:
+        """Return the voxel size that it was trained at."""
         return self.config["spacing_mm"]
 
     @property

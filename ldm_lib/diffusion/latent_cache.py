@@ -181,6 +181,8 @@ class LatentCache:
 
     def _encode_entries(self, missing: Sequence[_Entry]) -> dict[_Entry, float]:
         """Encode entries, or wait for the process that does; return the seconds of each, 0 for another process's."""
+        if not missing:
+            return {}
         load = lru_cache(CASES_IN_MEMORY)(lambda case: grid_case(load_case(case), self.autoencoder.factor))
         seconds: dict[_Entry, float] = {}
         total = sum(entry.volumes for entry in missing)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from monai.losses import PatchAdversarialLoss
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,6 +41,17 @@ def test_the_losses_are_those_of_least_squares(fake, real):
     assert generator_loss(discriminator, reconstruction).item() == pytest.approx((fake - 1) ** 2, abs=1e-6)
     oracle = 0.5 * (fake**2 + (real - 1) ** 2)
     assert discriminator_loss(discriminator, reconstruction, image).item() == pytest.approx(oracle, abs=1e-6)
+
+
+def test_the_losses_are_monais_without_its_activation():
+    oracle = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
+    discriminator = fresh_discriminator()
+    reconstruction, image = noise(2, 1, 28, 24, 20), noise(2, 1, 28, 24, 20, seed=1)
+    fake, real = discriminator(reconstruction)[-1], discriminator(image)[-1]
+    assert fake.min() < -0.01 and fake.numel() == 2 * 5 * 4 * 3
+    halves = [oracle(fake, target_is_real=False, for_discriminator=True), oracle(real, True, True)]
+    assert torch.allclose(discriminator_loss(discriminator, reconstruction, image), sum(halves) / 2)
+    assert torch.allclose(generator_loss(discriminator, reconstruction), oracle(fake, True, False))
 
 
 def test_the_discriminators_loss_trains_the_discriminator_alone():
