@@ -1,21 +1,23 @@
 """Write and read the cases and the split of a run (cohort.json)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.data.case import Case
 from ldm_lib.data.options import ReadOptions
 from ldm_lib.errors import InputError
-from ldm_lib.experiment import path_aliases
+from ldm_lib.experiment.path_aliases import from_alias, to_alias
 from ldm_lib.files import read_json, write_json
+
+_PLAIN = ("id", "patient", "index", "digests")  # fields of a case that are no paths
 
 
 def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]], root: Path) -> None:
-    """Cases and split as JSON, the path of each file relative to `root` or to a place of the run that has a name."""
+    """Write cases and split as JSON, the path of each file relative to `root` or to a folder with an alias."""
     root = root.absolute()
 
-    def told(value: object) -> object:
+    def plain(value: object) -> object:
         if isinstance(value, ReadOptions):
             return value.model_dump()
         if not isinstance(value, Path):
@@ -23,30 +25,41 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
         absolute = value.absolute()  # links stay links: what they point to may be renamed
         if absolute.is_relative_to(root):
             return absolute.relative_to(root).as_posix()
-        return path_aliases.told(absolute, path.absolute().parents[1])
+        return to_alias(absolute, path.absolute().parents[1])
 
-    rows = [{k: told(v) for k, v in vars(case.sealed()).items() if k != "notes"} for case in cases]
+    rows = [{k: plain(v) for k, v in vars(case.sealed()).items() if k != "notes"} for case in cases]
     write_json(path, {"split": split, "cases": rows})
 
 
 def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
-    """Training cases and validation cases of a run; of the latter the first hole of every patient comes first."""
+    """Return training and validation cases of a run; of the latter the first mask of every patient comes first.
+
+    Raises:
+        InputError: the file is no cohort.
+        RunError: the folder of the data is unknown or does not exist.
+    """
     run_folder = path.absolute().parents[1]
     try:
         content = read_json(path)
-        cases = [
-            _case_of_row(row, lambda text: root / path_aliases.found(text, run_folder)) for row in content["cases"]
-        ]
+        cases = [_case(row, root, run_folder) for row in content["cases"]]
         train, validation = (set(content["split"][side]) for side in ("train", "validation"))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"is damaged ({type(error).__name__}: {error})", where=path.name,
                          fix="run 01_data_audit again") from error  # fmt: skip
-    holes_in_turn = sorted((c for c in cases if c.patient in validation), key=lambda c: (c.index, c.id))
-    return [c for c in cases if c.patient in train], holes_in_turn
+    first_masks_first = sorted((c for c in cases if c.patient in validation), key=lambda c: (c.index, c.id))
+    return [c for c in cases if c.patient in train], first_masks_first
 
 
-def _case_of_row(row: dict[str, Any], find: Callable[[str], Path]) -> Case:
-    plain = {name: row[name] for name in ("id", "patient", "index", "digests")}
-    read_options = ReadOptions(**row["read_options"])
-    files = {name: value and find(value) for name, value in row.items() if name not in plain and name != "read_options"}
-    return Case(**plain, **files, read_options=read_options)
+def _case(row: Mapping[str, Any], root: Path, run_folder: Path) -> Case:
+    files = {
+        k: v and root / from_alias(v, run_folder) for k, v in row.items() if k not in (*_PLAIN, "read_options", "allow")
+    }
+    return Case(**{k: row[k] for k in _PLAIN}, **files, read_options=_read_options(row))
+
+
+def _read_options(row: Mapping[str, Any]) -> ReadOptions:
+    """Return the reader's options; versions before 0.8 called them `allow`, with the labels of masks as a list."""
+    if "read_options" in row:
+        return ReadOptions(**row["read_options"])
+    before = row["allow"]
+    return ReadOptions(**before | {"mask_labels": ",".join(map(str, before["mask_labels"]))})

@@ -1,7 +1,8 @@
-"""Where the data lie, told by names in all that is kept: a path may hold a patient's, a project's or a user's name.
+"""Replace the paths of data and weights by names in all that a run keeps.
 
-A run knows its places from `.places.json`, which only its owner can read; its other files say `$LDM_DATA_DIR`
-and the like. A run folder without that one file gives no path away, and goes on where the variables are set.
+A path may contain the name of a patient, a project or a user. A run keeps its paths in `.places.json`, which only its
+owner can read; its other files say `$LDM_DATA_DIR` and the like. A run folder without that file reveals no path, and
+works where the variables are set.
 """
 
 import logging
@@ -17,92 +18,92 @@ from ldm_lib.errors import RunError
 from ldm_lib.files import expand_path, read_json, replacing, write_json
 
 FILE = ".places.json"
-PATHS = ("data_dir", "conditioning_dir", "autoencoder_dir", "start_dir")
-NAMES = {name: f"LDM_{name.upper()}" for name in PATHS}
-_PROJECT = Path(__file__).parents[2]
-_ELSEWHERE = {_PROJECT: "$PROJECT", Path(sys.prefix): "$PYTHON", Path(sys.base_prefix): "$PYTHON_BASE",
-              Path(tempfile.gettempdir()): "$TMPDIR", Path.home(): "$HOME"}  # fmt: skip
+ALIASES = {name: f"LDM_{name.upper()}" for name in ("data_dir", "conditioning_dir", "autoencoder_dir", "start_dir")}
+_MACHINE = {Path(__file__).parents[2]: "$PROJECT", Path(sys.prefix): "$PYTHON", Path(sys.base_prefix): "$PYTHON_BASE",
+            Path(tempfile.gettempdir()): "$TMPDIR", Path.home(): "$HOME"}  # fmt: skip
 
 
-def named(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters with a name in the place of each path."""
-    return {k: f"${NAMES[k]}" if v and k in NAMES else v for k, v in parameters.items()}
+def with_aliases(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters with an alias in the place of each path."""
+    return {k: f"${ALIASES[k]}" if v and k in ALIASES else v for k, v in parameters.items()}
 
 
-def settle(run_folder: Path, *parameters: Mapping[str, Any]) -> None:
-    """Note the paths that were given, and let kernels know them and those of earlier calls by the environment."""
-    given = {NAMES[k]: v for each in parameters for k, v in each.items() if k in NAMES and v and v != f"${NAMES[k]}"}
-    places = places_of(run_folder) | {name: str(expand_path(path).resolve()) for name, path in given.items()}
-    os.environ.update(places)
+def remember_paths(run_folder: Path, *parameters: Mapping[str, Any]) -> None:
+    """Keep the paths that were given, and pass them and those of earlier calls to kernels by environment variables."""
+    given = {
+        ALIASES[k]: v for each in parameters for k, v in each.items() if k in ALIASES and v and v != f"${ALIASES[k]}"
+    }
+    paths = known_paths(run_folder) | {alias: str(expand_path(path).resolve()) for alias, path in given.items()}
+    os.environ.update(paths)
     if given:
-        write_json(run_folder / FILE, places)
+        write_json(run_folder / FILE, paths)
         (run_folder / FILE).chmod(0o600)
 
 
-def places_of(run_folder: Path) -> dict[str, str]:
-    """Name -> path, as settled for this run."""
+def known_paths(run_folder: Path) -> dict[str, str]:
+    """Return alias -> path, as kept for this run."""
     try:
-        found = read_json(run_folder / FILE)
+        content = read_json(run_folder / FILE)
     except ValueError:
         return {}
-    return {name: found[name] for name in NAMES.values() if isinstance(found.get(name), str)}
+    return {alias: content[alias] for alias in ALIASES.values() if isinstance(content.get(alias), str)}
 
 
-def told(path: Path, run_folder: Path) -> str:
-    """A file's path from the nearest place that has a name; absolute if there is none."""
-    places = places_of(run_folder)
-    roots = {Path(place): f"${name}" for name, place in places.items()}
-    if data := places.get(NAMES["data_dir"]):
-        roots.setdefault(Path(data).parent, f"${NAMES['data_dir']}/..")  # where maps lie, if not inside
-    for root in sorted(roots, key=lambda root: -len(root.parts)):
-        if path.is_relative_to(root):
-            return f"{roots[root]}/{path.relative_to(root).as_posix()}"
-    return str(path)
+def to_alias(path: Path, run_folder: Path) -> str:
+    """Return a file's path relative to the nearest folder with an alias; unchanged if there is none."""
+    paths = known_paths(run_folder)
+    roots = {Path(root): f"${alias}" for alias, root in paths.items()}
+    if data := paths.get(ALIASES["data_dir"]):
+        roots.setdefault(Path(data).parent, f"${ALIASES['data_dir']}/..")  # where maps lie, if not inside
+    inside = [root for root in roots if path.is_relative_to(root)]
+    nearest = max(inside, key=lambda root: len(root.parts), default=None)
+    return f"{roots[nearest]}/{path.relative_to(nearest).as_posix()}" if nearest else str(path)
 
 
-def found(text: str, run_folder: Path) -> Path:
-    """The path that `told` wrote.
+def from_alias(text: str, run_folder: Path) -> Path:
+    """Return the path that `to_alias` wrote.
 
     Raises:
-        RunError: a place that is not known here.
+        RunError: the folder of an alias is unknown or does not exist.
     """
-    match = re.match(r"\$(LDM_\w+)", text)
-    if not match:
+    alias = re.match(r"\$(LDM_\w+)", text)
+    if not alias:
         return Path(text)
-    place = places_of(run_folder).get(match[1]) or os.environ.get(match[1])
-    if place and not Path(place).exists():
-        raise RunError(f"its folder ${match[1]} is not there any more", where=run_folder.name,
-                       fix=f"put it back, or: make 01 RUN={run_folder.name} DATA_DIR=/new/place")  # fmt: skip
-    if not place:
-        raise RunError(f"its data lie in ${match[1]}, which is not known here", where=run_folder.name,
-                       fix=f"set {match[1]} to the folder, or run 01_data_audit again with it")  # fmt: skip
-    return Path(place + text[match.end() :])
+    root = known_paths(run_folder).get(alias[1]) or os.environ.get(alias[1])
+    if not root:
+        raise RunError(f"its data are in ${alias[1]}, which is not known here", where=run_folder.name,
+                       fix=f"set {alias[1]} to the folder, or run 01_data_audit again with it")  # fmt: skip
+    if not Path(root).exists():
+        raise RunError(f"its folder ${alias[1]} does not exist any more", where=run_folder.name,
+                       fix=f"restore it, or: make 01 RUN={run_folder.name} DATA_DIR=/new/folder")  # fmt: skip
+    return Path(root + text[alias.end() :])
 
 
-def hidden(text: str, run_folder: Path) -> str:
-    """The text with names in the place of this run's places and of this machine's usual ones."""
-    names = {path: f"${name}" for name, path in places_of(run_folder).items()}
-    names |= {str(run_folder): run_folder.name, str(run_folder.parent): "$OUTPUTS"}
-    names |= {str(path): name for path, name in _ELSEWHERE.items() if len(path.parts) > 1}
-    any_of = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return re.sub(rf"({any_of})(?![\w.-])", lambda match: names[match[1]], text)
+def hide_paths(text: str, run_folder: Path) -> str:
+    """Replace the paths of this run and the usual ones of this machine by their aliases, the longest first."""
+    aliases = {path: f"${alias}" for alias, path in known_paths(run_folder).items()}
+    aliases |= {str(run_folder): run_folder.name, str(run_folder.parent): "$OUTPUTS"}
+    aliases |= {str(path): alias for path, alias in _MACHINE.items() if len(path.parts) > 1}
+    for path in sorted(aliases, key=len, reverse=True):
+        text = text.replace(path, aliases[path])
+    return text
 
 
-def hide(path: Path, run_folder: Path) -> None:
-    """Rewrite a text file, if there is one, as `hidden` tells it."""
-    if not path.is_file():
-        return
-    text = path.read_text(errors="replace")
-    with replacing(path) as partial:
-        partial.write_text(hidden(text, run_folder))
+def hide_paths_in(file: Path, run_folder: Path) -> None:
+    """Rewrite a text file, if it exists, without paths."""
+    if file.is_file():
+        text = file.read_text(errors="replace")
+        with replacing(file) as partial:
+            partial.write_text(hide_paths(text, run_folder))
 
 
-class HidingFormatter(logging.Formatter):
-    """Log lines without paths."""
+class PathHidingFormatter(logging.Formatter):
+    """Format log lines without paths."""
 
     def __init__(self, run_folder: Path) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self.run_folder = run_folder
 
     def format(self, record: logging.LogRecord) -> str:
-        return hidden(super().format(record), self.run_folder)
+        """Return the line, its paths replaced by aliases."""
+        return hide_paths(super().format(record), self.run_folder)

@@ -1,22 +1,24 @@
-"""Run stages headless: papermill executes each notebook in a kernel of its own, and only whole results are kept.
+"""Run stages headless: papermill executes each notebook in a kernel of its own, and only complete results are kept.
 
-The runner holds the run's lock for its kernels, skips what is done, refuses what was made with other settings, and puts
-`done.json` in place last, after the executed notebook and its report.
+The runner holds the run's lock for its kernels, skips what is done, rejects what was made with other settings, and
+renames `pending.json` to `done.json` last, after the executed notebook and its report are in place.
 """
 
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.data.cohort import source_digests
 from ldm_lib.errors import InterruptionError, LdmError, RunError
-from ldm_lib.experiment import path_aliases
-from ldm_lib.experiment.presets import require_fit, resolve
+from ldm_lib.experiment.path_aliases import ALIASES, hide_paths_in, remember_paths, with_aliases
+from ldm_lib.experiment.presets import DEFAULT_PRESET, require_fit, resolve
 from ldm_lib.experiment.run_folder import (
+    NOTEBOOKS,
+    OUTPUTS_VARIABLE,
     SHARED_OUT,
     changes,
     is_done,
@@ -34,60 +36,87 @@ from ldm_lib.experiment.stages import (
     SamplingConfig,
     StageConfig,
     TrainingConfig,
+    stage_name,
 )
 from ldm_lib.files import digests, expand_path, markdown
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 from ldm_lib.process_control import ForwardSignals
 
-PROCESSES_LOG = "processes.txt"  # in the run's folder: what the processes of a training said
-
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PROCESSES_LOG = "processes.txt"  # in the run's folder: the output of the processes of a training
 
 
-def run(
+def run(stages: str | Sequence[str] = (), *, preset: str = DEFAULT_PRESET, run: str = "", **parameters: Any) -> Path:
+    """Run stages in order, as `ldm run` does, and return the folder of the run.
+
+    What is done with the same parameters is skipped; progress is printed.
+
+    Args:
+        stages: such as "04" or ["01_data_audit", "02"]; empty runs all six.
+        preset: "smoke", "demo", "coarse", "weights" or "full".
+        run: name of the run's folder in the outputs folder; empty takes the preset's name.
+        parameters: by name; each reaches every stage that has it.
+
+    Raises:
+        LdmError: as `run_stages`.
+
+    Example:
+        >>> import ldm_lib as ldm
+        >>> folder = ldm.run(["01", "02"], preset="smoke", seed=3)  # doctest: +SKIP
+        >>> sorted(path.name for path in folder.glob("*/report.html"))  # doctest: +SKIP
+    """
+    stages = [stages] if isinstance(stages, str) else stages
+    return run_stages(stages, run=run or preset, preset=preset, overrides=parameters, command=["ldm_lib.run"])
+
+
+def run_stages(
     stages: Sequence[str],
     *,
-    name: str,
+    run: str,
     preset: str,
-    overrides: dict[str, Any],
+    overrides: Mapping[str, Any],
     command: Sequence[str],
-    say: Callable[[str], None],
+    progress: Callable[[str], None] = print,
 ) -> Path:
     """Run stages in order and return the run's folder.
 
     Args:
-        stages: full names; empty means all six.
+        stages: names or numbers; empty means all six.
         overrides: parameter -> value or text; reaches every stage that has a parameter of its name.
-        say: receives one line of progress at a time.
+        command: what is recorded as the command of this run.
+        progress: receives one line at a time.
 
     Raises:
-        LdmError: a parameter is refused (before any kernel starts), the run is locked, a stage was made with other
+        LdmError: a parameter is invalid (before any kernel starts), the run is locked, a stage was made with other
             settings, or a notebook failed.
     """
-    configs = resolve(preset, absolute(overrides) | {"run": name})
-    if {"04_training", "05_sampling"} <= set(stages or STAGES):
+    stages = [stage_name(text) for text in stages] or list(STAGES)
+    configs = resolve(preset, absolute_paths(overrides) | {"run": run})
+    if {"04_training", "05_sampling"} <= set(stages):
         require_fit(configs)
     folder = outputs_folder() / configs["01_data_audit"].run
     lock = FolderLock(folder)
-    os.environ[OWNER_VARIABLE] = str(os.getpid())
+    variables = {OWNER_VARIABLE: str(os.getpid()), OUTPUTS_VARIABLE: str(folder.parent)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)  # for the kernels
     try:
-        path_aliases.settle(folder, *(config.model_dump() for config in configs.values()))
-        for stage in stages or STAGES:
+        remember_paths(folder, *(config.model_dump() for config in configs.values()))
+        for stage in stages:
             if _is_needed(stage, configs[stage], folder):
-                write_provenance(folder, preset=preset, configs=configs, command=[_told(word) for word in command])
-                say(f"{stage}: running, told in {folder / 'log.txt'}")
-                say(_make(stage, configs[stage], folder / stage, say))
+                write_provenance(folder, preset=preset, configs=configs, command=list(map(_without_path, command)))
+                progress(f"{stage}: running, log in {folder / 'log.txt'}")
+                progress(_make(stage, configs[stage], folder / stage, progress))
             else:
-                say(f"{stage}: done already, skipped")
+                progress(f"{stage}: done already, skipped")
         _write_index(folder)
     finally:
-        del os.environ[OWNER_VARIABLE]
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
         lock.release()
     return folder
 
 
 def stage_inputs(stage: str, config: StageConfig, run_folder: Path) -> dict[str, str]:
-    """What a stage is made from: the source files for the first, earlier stages' outputs and given weights after it."""
+    """Return name -> digest of what a stage is made from: source files, outputs of earlier stages, given weights."""
     if isinstance(config, AuditConfig):
         return source_digests(config.data_dir, config.conditioning_dir)
     weights = (config.given_weights,) if isinstance(config, AutoencoderConfig) else ()
@@ -95,7 +124,7 @@ def stage_inputs(stage: str, config: StageConfig, run_folder: Path) -> dict[str,
 
 
 def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
-    """Whether a stage must run; refused if it was made with other settings and may not be replaced."""
+    """Return whether a stage must run, or raise an error if it was made with other settings and may not be replaced."""
     folder = run_folder / stage
     inputs = stage_inputs(stage, config, run_folder)
     if is_done(folder, config, inputs):
@@ -105,12 +134,12 @@ def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
     return True
 
 
-def _make(stage: str, config: StageConfig, folder: Path, say: Callable[[str], None]) -> str:
-    """Execute a stage, write its report, and only then call it done; return a line about it."""
+def _make(stage: str, config: StageConfig, folder: Path, progress: Callable[[str], None]) -> str:
+    """Execute a stage, write its report, and only then mark it as done; return a line about it."""
     shared = (folder / SHARED_OUT).exists() and not changes(folder, config, stage_inputs(stage, config, folder.parent))
     if isinstance(config, TrainingConfig | SamplingConfig) and config.devices > 1 and not shared:
-        say(f"{stage}: in {config.devices} processes, told in {folder.parent / PROCESSES_LOG}")
-        _share_out(stage, config.devices, folder.parent)
+        progress(f"{stage}: in {config.devices} processes, log in {folder.parent / PROCESSES_LOG}")
+        _run_processes(stage, config.devices, folder.parent)
     _execute(stage, config, folder)
     _write_report(stage, folder)
     (folder / "pending.json").replace(folder / "done.json")
@@ -121,71 +150,71 @@ def _make(stage: str, config: StageConfig, folder: Path, say: Callable[[str], No
     return f"{stage}: done in {done['seconds']:.0f} s, {checks}, {done['peak_memory_mb']} MB"
 
 
-def _share_out(stage: str, devices: int, run_folder: Path) -> None:
-    """Do a stage's work in one process a device; its notebook then finds it done, looks at it and closes the stage."""
-    command = [sys.executable, "-m", "ldm_lib.process_control", str(os.getpid()), "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={devices}", "-m", "ldm_lib.experiment.launch", "--", "--stage", stage[:2], "--run", run_folder.name]  # fmt: skip
-    where, told = f"{run_folder.name}/{stage}", run_folder / PROCESSES_LOG
+def _run_processes(stage: str, devices: int, run_folder: Path) -> None:
+    """Do a stage's work in one process a device; its notebook then finds the work done, and checks and records it."""
+    command = [sys.executable, "-m", "ldm_lib.process_control", str(os.getpid()), "torch.distributed.run"]
+    command += ["--standalone", f"--nproc-per-node={devices}", "-m", "ldm_lib.experiment.launch"]
+    command += ["--", "--stage", stage[:2], "--run", run_folder.name]
+    where, output = f"{run_folder.name}/{stage}", run_folder / PROCESSES_LOG
     launcher = None
-    with told.open("w") as stream, ForwardSignals(lambda: launcher and launcher.pid, where=where):
-        # In a group of its own, or Ctrl-C would reach it beside us.
+    with output.open("w") as stream, ForwardSignals(lambda: launcher and launcher.pid, where=where):
+        # In a process group of its own, or Ctrl-C would reach it in addition to this process.
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0)
         status = launcher.wait()
-    path_aliases.hide(told, run_folder)
+    hide_paths_in(output, run_folder)
     if status:
-        words = [line for line in told.read_text(errors="replace").splitlines() if line.startswith("ERROR ")]
-        cause = words[0].removeprefix("ERROR ") if words else f"one of {devices} processes died"
-        raise RunError(cause, where=where, fix=f"see {told}; the same command goes on from what is done")
+        errors = [line for line in output.read_text(errors="replace").splitlines() if line.startswith("ERROR ")]
+        cause = errors[0].removeprefix("ERROR ") if errors else f"one of {devices} processes died"
+        raise RunError(cause, where=where, fix=f"see {output}; the same command continues from the last checkpoint")
 
 
 def _execute(stage: str, config: StageConfig, folder: Path) -> None:
-    from ldm_lib.experiment.kernel import PrivateKernelManager
+    from ldm_lib.experiment.kernel import RunnerKernelManager
 
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "notebook.partial.ipynb"
     try:
-        with ForwardSignals(PrivateKernelManager.pid, where=stage):
+        with ForwardSignals(RunnerKernelManager.pid, where=stage):
             _run_notebook(stage, config, partial)
     finally:
-        path_aliases.hide(partial, folder.parent)
+        hide_paths_in(partial, folder.parent)
     if not (folder / "pending.json").exists():
-        raise RunError("the notebook ended without closing its stage", where=stage, fix=f"see {partial}")
+        raise RunError("the notebook ended without finishing its stage", where=stage, fix=f"see {partial}")
     partial.replace(folder / "notebook.ipynb")
 
 
-def _run_notebook(stage: str, config: StageConfig, written: Path) -> None:
+def _run_notebook(stage: str, config: StageConfig, output: Path) -> None:
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    from ldm_lib.experiment.kernel import PrivateKernelManager
+    from ldm_lib.experiment.kernel import RunnerKernelManager
 
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # of a kernel's end it would tell a second time
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would report the end of a kernel a second time
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{stage}.ipynb",
-            written,
-            parameters=path_aliases.named(config.model_dump()),
+            output,
+            parameters=with_aliases(config.model_dump()),
             kernel_name="python3",
-            kernel_manager_class=PrivateKernelManager,
+            kernel_manager_class=RunnerKernelManager,
             progress_bar=False,
-            cwd=NOTEBOOKS,
+            cwd=output.parents[1],  # the notebooks of an installed package may be in a read-only folder
         )
     except PapermillExecutionError as error:
-        raise _failure(error, stage, written) from error
+        raise _failure(error, stage, output) from error
     except RuntimeError as error:
-        if isinstance(error, DeadKernelError) or PrivateKernelManager.was_killed():
-            raise RunError(PrivateKernelManager.told_end(), where=stage,
-                           fix="take a smaller preset or crop, or a machine with more memory") from error  # fmt: skip
-        raise RunError(f"the kernel did not start ({error})", where=stage, fix="run `make doctor`") from error
+        if death := RunnerKernelManager.death():
+            fix = "take a smaller preset or crop, or a machine with more memory"
+            raise RunError(death, where=stage, fix=fix) from error
+        raise RunError(f"the kernel failed ({error})", where=stage, fix="run `make doctor`") from error
 
 
 def _failure(error: Any, stage: str, notebook: Path) -> LdmError:
-    """What a cell raised, in one line: our refusals as they stand, anything else with its type and where to look."""
+    """Return a cell's error in one line: those of this library unchanged, others with their type and the notebook."""
     where = f"{stage}, cell {error.exec_count}"
     if error.ename == InterruptionError.__name__:
         cause = error.evalue.partition(" Fix: ")[0].removeprefix("training: ")
-        return InterruptionError(cause, where=where)  # what to do is said by who handed the signal on
+        return InterruptionError(cause, where=where)  # ForwardSignals says what to do
     if error.ename in {known.__name__ for known in LdmError.__subclasses__()}:
         return RunError(error.evalue.removeprefix(f"{stage}: "), where=where)
     return RunError(f"{error.ename}: {error.evalue}".splitlines()[0], where=where, fix=f"see {notebook}")
@@ -204,19 +233,19 @@ def _write_index(run_folder: Path) -> None:
     write_index(run_folder, [{"status": "done", **record} for record in done])
 
 
-def absolute(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Paths given on the command line are meant from where it was typed, not from where a kernel starts."""
-    return {k: str(expand_path(v).resolve()) if k in path_aliases.NAMES and v else v for k, v in overrides.items()}
+def absolute_paths(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolve paths relative to the working directory of the command, which is not that of the kernels."""
+    return {k: str(expand_path(v).resolve()) if k in ALIASES and v else v for k, v in overrides.items()}
 
 
-def _told(word: str) -> str:
-    """A word of the command line, a path in it by its name."""
-    name, equals, value = word.partition("=")
-    return f"{name}=${path_aliases.NAMES[name]}" if equals and value and name in path_aliases.NAMES else word
+def _without_path(word: str) -> str:
+    """Return a word of the command line, a path in it replaced by its alias."""
+    name, _, value = word.partition("=")
+    return f"{name}=${ALIASES[name]}" if value and name in ALIASES else word
 
 
 def describe(stage: str, preset: str) -> str:
-    """The parameters of a stage under a preset, one a line, as `make params` prints them."""
+    """List the parameters of a stage under a preset, one a line, as `make params` prints them."""
     config = resolve(preset)[stage]
     fields = type(config).model_fields
     width = max(map(len, fields))
@@ -224,10 +253,10 @@ def describe(stage: str, preset: str) -> str:
 
 
 def compare(stage: str, runs: Sequence[str]) -> str:
-    """A Markdown table of finished runs side by side: the parameters of a stage that differ, then what each found.
+    """Return a Markdown table that compares finished runs: the parameters of a stage that differ, then the results.
 
     Raises:
-        ConfigError: a run's name that is no name.
+        ConfigError: a run's name is invalid.
         RunError: a run has not finished this stage.
     """
     folders = [require_done(outputs_folder() / AuditConfig.parse({"run": run}).run, stage) for run in runs]

@@ -1,4 +1,4 @@
-"""Stages that another run has made already: taken over with their `done.json` instead of being made again."""
+"""Reuse stages that another run has finished: they are copied with their `done.json` instead of being run again."""
 
 import os
 import shutil
@@ -12,69 +12,66 @@ from ldm_lib.experiment.stages import StageConfig
 from ldm_lib.files import now
 from ldm_lib.locking import FolderLock
 
-# What a stage leaves beside its folder. Latents are named by what they were made from: what does not fit is not used.
-BESIDE = {"03_conditioning": ("maps", "latents")}
-# Files that are only ever replaced as a whole, by renaming, never written in place: a link to one is as good as a copy.
+# Folders next to a stage's that go with it. Latents are named after their inputs: those that do not fit are not used.
+COMPANIONS = {"03_conditioning": ("maps", "latents")}
+# Files that are never written in place, only replaced by renaming: a hard link is as good as a copy.
 LINKED = (".nii.gz", ".safetensors", ".ckpt")
 
 
-def adopt(
-    run_folder: Path, configs: Mapping[str, StageConfig], stages: Sequence[str], donors: Sequence[Path]
+def reuse_stages(
+    run_folder: Path, configs: Mapping[str, StageConfig], stages: Sequence[str], sources: Sequence[Path]
 ) -> dict[str, str]:
-    """Take over what a run would make alike, and return stage -> the run it came from.
+    """Copy the stages that this run would make identically, and return stage -> name of the run it came from.
 
-    Stages are looked at in order, up to the first that must be made: what follows it is made from other files. A stage
-    that was begun is left as it is, for the runner to go on with or to refuse.
+    Stages are copied in order, up to the first that must be made. A stage that was started is left to the runner.
 
     Args:
         configs: of the run, stage by stage.
         stages: full names.
-        donors: folders of the runs to take from; the first that fits gives.
+        sources: folders of the runs to copy from; the first that fits is taken.
 
     Raises:
         LdmError: the run is locked by another process, or a source of it cannot be read.
     """
-    lock, taken = FolderLock(run_folder), {}
+    lock, reused = FolderLock(run_folder), {}
     try:
         for stage in stages:
             folder = run_folder / stage
             if (folder / "done.json").exists():
                 continue
-            if folder.exists():
+            inputs = {} if folder.exists() else stage_inputs(stage, configs[stage], run_folder)
+            fitting = (run for run in sources if _copy_stage(run / stage, folder, configs[stage], inputs))
+            if folder.exists() or not (source := next(fitting, None)):
                 break
-            inputs = stage_inputs(stage, configs[stage], run_folder)
-            donor = next((donor for donor in donors if _take(donor, folder, configs[stage], inputs)), None)
-            if donor is None:
-                break
-            taken[stage] = donor.name
-            with (run_folder / "log.txt").open("a") as told:
-                told.write(f"{now()} INFO {stage} taken over from {donor.name}\n")
+            reused[stage] = source.name
+            with (run_folder / "log.txt").open("a") as stream:
+                stream.write(f"{now()} INFO {stage} reused from {source.name}\n")
     finally:
         lock.release()
-    return taken
+    return reused
 
 
-def _take(donor: Path, folder: Path, config: StageConfig, inputs: dict[str, str]) -> bool:
-    """Copy a stage if the donor's is this very one; what is judged is the copy, for the donor may change meanwhile."""
-    source = donor / folder.name
+def _copy_stage(source: Path, folder: Path, config: StageConfig, inputs: dict[str, str]) -> bool:
+    """Copy a stage that fits; the copy is what is checked, since the source may change meanwhile."""
     if source == folder or not (source / "done.json").exists() or changes(source, config, inputs):
         return False
-    with TemporaryDirectory(dir=folder.parent, prefix=".adopting-") as place:
-        copy = Path(place) / folder.name
+    with TemporaryDirectory(dir=folder.parent, prefix=".reusing-") as temporary:
+        copy = Path(temporary) / folder.name
         try:
             _copy(source, copy)
             if not is_done(copy, config, inputs):
                 return False
-            for beside in (name for name in BESIDE.get(folder.name, ()) if (donor / name).is_dir()):
-                _copy(donor / beside, folder.parent / beside)
-        except OSError:  # the donor is being replaced, or the disk is full, which the run itself will tell
+            for companion in COMPANIONS.get(folder.name, ()):
+                if (source.parent / companion).is_dir():
+                    _copy(source.parent / companion, folder.parent / companion)
+        except OSError:  # the source is being replaced, or the disk is full, which the run itself will report
             return False
         copy.rename(folder)
     return True
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A folder without files that another process has not finished; what is there already stays."""
+    """Copy a folder without unfinished files; existing files stay."""
     unfinished = shutil.ignore_patterns(".*.part", ".claims", ".locks")
     shutil.copytree(source, target, symlinks=True, ignore=unfinished, copy_function=_link_or_copy, dirs_exist_ok=True)
 
@@ -82,10 +79,10 @@ def _copy(source: Path, target: Path) -> None:
 def _link_or_copy(source: str, target: str) -> None:
     if Path(target).exists():
         return
-    if source.endswith(LINKED):
-        try:
+    try:
+        if source.endswith(LINKED):
             os.link(source, target)
             return
-        except OSError:  # another file system, or one without links
-            pass
+    except OSError:  # another file system, or one without links
+        pass
     shutil.copy2(source, target)
