@@ -21,13 +21,13 @@ def run(options: argparse.Namespace) -> int:
     from ldm_lib.experiment import runner
 
     overrides = assignments(options.set)
-    folder = runner.run(
-        [stage_name(text) for text in options.stages],
-        name=options.run or overrides.pop("run", options.preset),
+    folder = runner.run_stages(
+        options.stages,
+        run=options.run or overrides.pop("run", options.preset),
         preset=options.preset,
         overrides=overrides | ({"overwrite": True} if options.overwrite else {}),
         command=["python", "-m", "ldm_lib", *sys.argv[1:]],
-        say=lambda line: print(line, flush=True),
+        progress=_say,
     )
     print(f"report: {folder / 'index.html'}")
     return 0
@@ -35,18 +35,18 @@ def run(options: argparse.Namespace) -> int:
 
 def sweep(options: argparse.Namespace) -> int:
     """Run the parameter sets of a grid file, a few at a time, and write a table and a figure."""
-    from ldm_lib.experiment.sweep import sweep as run_sweep
-    from ldm_lib.experiment.sweep_file import read_grid
+    from ldm_lib.experiment.sweep import run_sweep
+    from ldm_lib.experiment.sweep_file import read_sweep
     from ldm_lib.experiment.sweep_table import write_results
 
-    grid, failed = read_grid(options.grid), {}
+    described, failed = read_sweep(options.grid), {}
     if options.count:
-        print(len(grid.runs))
+        print(len(described.runs))
         return 0
     if not options.table:
-        failed = run_sweep(grid, jobs=options.jobs, only=options.only, say=lambda line: print(line, flush=True))
+        failed = run_sweep(described, jobs=options.jobs, only=options.only, progress=_say)
     if options.only is None:  # each task of an array job would write the table of all
-        print(write_results(grid))
+        print(write_results(described))
     for name, reason in failed.items():
         print(f"ERROR {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0

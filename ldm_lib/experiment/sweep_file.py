@@ -32,6 +32,7 @@ from ldm_lib.files import fingerprint, expand_path
 from ldm_lib.options import Name, Options
 
 MOST_BYTES, MOST_RUNS, MOST_LETTERS = 64 * 1024, 1000, 128
+DEEPEST = 3  # a mapping of mappings of lists, or of lists of mappings
 
 
 class SweepFile(Options):
@@ -120,14 +121,16 @@ def _text(path: Path) -> str:
 
 
 def _content(text: str) -> dict[str, Any]:
-    """Return mappings, lists and text; aliases are rejected, for a small file could expand to gigabytes."""
+    """Return mappings, lists and text; what could cost far more than the file's size is rejected while it is parsed."""
+    depth = 0
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.BaseLoader)):
-            raise ConfigError("aliases are not allowed", fix="write the value out")
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                raise ConfigError(f"aliases and nesting deeper than {DEEPEST} are not allowed", fix=SweepFile.hint)
         content = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        cause = " ".join(str(error).split())
-        raise ConfigError(f"is not valid YAML ({cause})", fix=SweepFile.hint) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not valid YAML ({' '.join(str(error).split())})", fix=SweepFile.hint) from error
     if not isinstance(content, dict):
         raise ConfigError("is not a mapping", fix="write `parameter: value` lines, see docs/sweep.yaml")
     return content

@@ -1,4 +1,4 @@
-"""Reports: inert, self-contained, complete, atomic."""
+"""Reports: no active content, self-contained, complete, atomic."""
 
 from html.parser import HTMLParser
 
@@ -59,7 +59,7 @@ def hostile(tmp_path_factory):
     return Elements(write(tmp_path_factory.mktemp("run"), *cells, title="<script>alert(1)</script>")).found
 
 
-def test_nothing_in_a_hostile_notebook_runs(hostile):
+def test_no_active_content_of_a_notebook_is_kept(hostile):
     assert not {tag for tag, _ in hostile} & {"script", "iframe", "object", "embed", "svg", "form", "input", "base"}
     assert not [name for _, attrs in hostile for name in attrs if name.startswith("on") or name == "style"]
     schemes = {
@@ -95,7 +95,12 @@ def test_text_tables_code_and_pictures_survive(tmp_path):
     )
     assert "What it does<a" in text and "<th>SSIM</th>" in text and "<td>0.9</td>" in text
     assert '<a href="https://arxiv.org/abs/2105.05233">the paper</a>, 1 &lt; 2.' in text
-    assert "'a &lt; b'" in text and f"data:image/png;base64,{PIXEL}" in text and "color: red" not in text
+    assert (
+        "'a &lt; b'" in text
+        and 'alt="What it does"' in text
+        and f"data:image/png;base64,{PIXEL}" in text
+        and "td {color: red}" not in text
+    )
 
 
 def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
@@ -111,14 +116,14 @@ def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notebook.ipynb", "report.html"]
 
 
-def test_what_is_no_notebook_is_refused(tmp_path):
+def test_a_file_that_is_not_a_notebook_is_rejected(tmp_path):
     (tmp_path / "broken.ipynb").write_text("{")
     for name in ("absent.ipynb", "broken.ipynb"):
         with pytest.raises(RunError, match=rf"{name}: is not a readable notebook"):
             report.write_report(tmp_path / name, tmp_path / "report.html", title="")
 
 
-def test_the_index_tells_each_stage_and_links_what_exists(tmp_path):
+def test_the_index_lists_each_stage_and_links_existing_reports(tmp_path):
     (tmp_path / "01_data_audit").mkdir()
     (tmp_path / "01_data_audit" / "report.html").write_text("")
     check = {"check": "cases < 3", "passed": False, "found": "<script>alert(1)</script>", "required": True}

@@ -1,4 +1,4 @@
-"""A run folder can testify: what is done, with what, and that nothing half-done passes for it."""
+"""Run folders: what is done, from which inputs, and that nothing unfinished passes for done."""
 
 import json
 import os
@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from ldm_lib import __version__
 from ldm_lib.errors import ConfigError, RunError
-from ldm_lib.experiment import path_aliases, run_folder
+from ldm_lib.experiment import path_aliases, provenance, run_folder
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.run_folder import (
     changes,
@@ -31,7 +32,7 @@ AUDIT, AUTOENCODER, CONDITIONING, *_ = STAGES
 
 @pytest.fixture(autouse=True)
 def outputs(tmp_path, monkeypatch):
-    """Runs live in a folder of the test, and every lock is let go."""
+    """Runs are made in a folder of the test, and every lock is released."""
     monkeypatch.setenv(run_folder.OUTPUTS_VARIABLE, str(tmp_path))
     monkeypatch.delenv(OWNER_VARIABLE, raising=False)
     yield tmp_path
@@ -39,7 +40,7 @@ def outputs(tmp_path, monkeypatch):
 
 
 def done(name, content="result", inputs=None, **parameters):
-    """Open a stage, write one file, close it; return its folder."""
+    """Start a stage, write one file, finish it; return its folder."""
     stage = open_stage(name, parameters, inputs=inputs)
     (stage.folder / "result.txt").write_text(content)
     stage.check("made", True, content)
@@ -55,13 +56,16 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_outputs_folder_is_the_variables_else_the_projects(outputs, monkeypatch):
+def test_the_outputs_folder_is_given_by_the_variable_or_in_the_working_directory(outputs, tmp_path, monkeypatch):
     assert outputs_folder() == outputs.resolve()
     monkeypatch.setenv(run_folder.OUTPUTS_VARIABLE, "")
-    assert outputs_folder() == Path(run_folder.__file__).parents[1] / "outputs"
+    monkeypatch.chdir(tmp_path)
+    assert outputs_folder() == tmp_path.resolve() / "outputs"
+    monkeypatch.chdir(run_folder.NOTEBOOKS)
+    assert outputs_folder() == run_folder.NOTEBOOKS.parent / "outputs", "as a notebook opened by hand finds its run"
 
 
-def test_a_closed_stage_is_done_and_says_what_it_wrote(outputs):
+def test_a_finished_stage_is_done_and_records_its_outputs(outputs):
     folder = done(AUDIT, inputs={"data": "abc"}, seed=3)
     record = read(folder / "done.json")
     assert folder == outputs / "lab" / AUDIT
@@ -72,7 +76,7 @@ def test_a_closed_stage_is_done_and_says_what_it_wrote(outputs):
     assert is_done(folder, config(AUDIT, seed=3), {"data": "abc"})
 
 
-def test_an_open_stage_is_not_done(outputs):
+def test_a_started_stage_is_not_done(outputs):
     folder = done(AUDIT)
     open_stage(AUDIT, {})
     assert not (folder / "done.json").exists() and not is_done(folder, config(AUDIT), {})
@@ -86,12 +90,34 @@ def test_an_open_stage_is_not_done(outputs):
         ({}, {"data": "abc"}, ["input data changed"]),
     ],
 )  # fmt: skip
-def test_other_settings_are_refused_listing_every_difference(outputs, parameters, inputs, expected):
+def test_other_settings_are_rejected_listing_every_difference(outputs, parameters, inputs, expected):
     folder = done(AUDIT)
     assert changes(folder, config(AUDIT, **parameters), inputs) == expected
     with pytest.raises(RunError, match=f"lab/{AUDIT}: was made with other settings: {'; '.join(expected)}. Fix: name"):
         open_stage(AUDIT, parameters, inputs=inputs)
-    assert is_done(folder, config(AUDIT), {}), "a refusal must leave the stage as it was"
+    assert is_done(folder, config(AUDIT), {}), "a rejection must leave the stage unchanged"
+
+
+@pytest.mark.parametrize(("old", "value"), [("variety", "wide"), ("strategy", "ddp")])
+def test_a_stage_of_a_version_before_08_is_rejected_in_one_line(outputs, old, value):
+    folder = done(AUDIT)
+    record = read(folder / "parameters.json")
+    record["parameters"][old] = value
+    (folder / "parameters.json").write_text(json.dumps(record))
+    with pytest.raises(
+        RunError, match=rf"lab/{AUDIT}: was made by version 0.7 or before.*{old}.* Fix: name another run"
+    ):
+        open_stage(AUDIT, {})
+    assert not is_done(folder, config(AUDIT), {})
+    open_stage(AUDIT, {"overwrite": True}).close({})
+    assert is_done(folder, config(AUDIT), {})
+
+
+def test_memory_is_in_megabytes_on_every_system(monkeypatch):
+    here = provenance.peak_memory_mb()
+    assert 10 < here < 100_000
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert provenance.peak_memory_mb() == pytest.approx(here / 1024, abs=2)
 
 
 def test_an_input_that_is_gone_is_a_difference(outputs):
@@ -99,7 +125,7 @@ def test_an_input_that_is_gone_is_a_difference(outputs):
     assert changes(folder, config(AUDIT), {}) == ["input data changed"]
 
 
-def test_a_refused_stage_lets_the_run_go(outputs):
+def test_a_rejected_stage_releases_the_run(outputs):
     done(AUDIT)
     with pytest.raises(RunError, match="other settings"):
         open_stage(AUDIT, {"seed": 1})
@@ -117,7 +143,7 @@ def test_overwrite_replaces_the_whole_stage(outputs):
     assert is_done(folder, config(AUDIT, seed=1), {}) and not is_done(folder, config(AUDIT), {})
 
 
-def test_what_a_killed_process_left_half_written_goes(outputs):
+def test_partial_files_of_a_killed_process_are_removed(outputs):
     folder = done(AUDIT)
     (folder / "synthetic" / "data").mkdir(parents=True)
     (folder / "synthetic" / "data" / ".a.nii.gz.4711.part").write_bytes(b"half")
@@ -134,26 +160,26 @@ def test_the_same_settings_are_accepted_again_and_keep_what_is_there(outputs):
 
 
 @pytest.mark.parametrize("untracked", [{"device": "cpu"}, {"overwrite": True}])
-def test_where_it_runs_does_not_make_another_result(outputs, untracked):
+def test_the_device_does_not_change_what_is_done(outputs, untracked):
     done(AUDIT)
     folder = done(AUTOENCODER)
     assert is_done(folder, config(AUTOENCODER, **untracked), upstream_digests(outputs / "lab", AUTOENCODER))
 
 
-def test_tracked_parameters_are_all_but_where_and_how_to_store():
+def test_tracked_parameters_are_all_that_decide_the_result():
     everything = {name for model in STAGES.values() for name in model.model_fields}
     known = {name for stage in STAGES for name in tracked(config(stage))}
-    gates = {"min_reconstruction_psnr", "min_gain_over_pca", "accept_anyway"}
+    requirements = {"min_reconstruction_psnr", "min_gain_over_pca", "accept_anyway"}
     storing = {"checkpoint_every", "log_every", "allow_change", "wandb_mode", "use_mlflow"}
-    assert everything - known == gates | storing | {"run", "overwrite", "device", "num_workers", "workers"}
+    assert everything - known == requirements | storing | {"run", "overwrite", "device", "num_workers", "workers"}
     assert "devices" in tracked(config("04_training")) and "devices" not in tracked(config("05_sampling"))
 
 
-def test_a_change_that_is_allowed_by_name_opens_the_stage_and_no_other(outputs):
+def test_only_changes_allowed_by_name_start_the_stage(outputs):
     folder = outputs / "lab" / "04_training"
     folder.mkdir(parents=True)
-    begun = {"parameters": tracked(config("04_training")), "inputs": {}}
-    (folder / "parameters.json").write_text(json.dumps(begun))
+    started = {"parameters": tracked(config("04_training")), "inputs": {}}
+    (folder / "parameters.json").write_text(json.dumps(started))
     longer = resolve("coarse", {"max_epochs": 90, "allow_change": "max_epochs, patience"})["04_training"]
     run_folder.require_unchanged(folder, longer, {}, fix="")
     assert run_folder.changes(folder, longer, {}) == ["max_epochs was 40, now 90"], "so it is not done"
@@ -167,7 +193,7 @@ def test_parameters_come_from_a_namespace_by_name(outputs):
     assert stage.config.seed == 5 and stage.config.spacing_mm == config(AUDIT).spacing_mm
 
 
-def test_wrong_parameters_are_refused_before_anything_is_made(outputs):
+def test_wrong_parameters_are_rejected_before_anything_is_made(outputs):
     with pytest.raises(ConfigError, match="spacing_mm = -1"):
         open_stage(AUDIT, {"spacing_mm": -1})
     assert list(outputs.iterdir()) == []
@@ -191,7 +217,7 @@ def test_previous_is_the_folder_of_a_done_stage(outputs):
         stage.previous(CONDITIONING)
 
 
-def test_a_changed_earlier_stage_is_seen_later(outputs):
+def test_a_changed_earlier_stage_is_noticed_later(outputs):
     done(AUDIT)
     folder = done(AUTOENCODER)
     done(AUDIT, content="another result", seed=1, overwrite=True)
@@ -201,7 +227,7 @@ def test_a_changed_earlier_stage_is_seen_later(outputs):
         open_stage(AUTOENCODER, {})
 
 
-def test_an_earlier_stage_made_again_alike_changes_nothing(outputs):
+def test_an_identical_earlier_stage_changes_nothing(outputs):
     done(AUDIT)
     folder = done(AUTOENCODER)
     done(AUDIT)
@@ -228,7 +254,7 @@ def test_notebook_and_report_may_change_without_undoing_a_stage(outputs):
 
 
 @pytest.mark.parametrize("name", ["done.json", "parameters.json"])
-def test_a_damaged_record_is_refused_by_name(outputs, name):
+def test_a_damaged_record_is_rejected_by_name(outputs, name):
     folder = done(AUDIT)
     (folder / name).write_text((folder / name).read_text()[:20])
     with pytest.raises(RunError, match=rf"{name}: is damaged .* Fix: remove its folder"):
@@ -237,7 +263,7 @@ def test_a_damaged_record_is_refused_by_name(outputs, name):
 
 @pytest.mark.parametrize("name", ["done.json", "parameters.json"])
 @pytest.mark.parametrize("content", ["[]", "{}", "null", "5", "[" * 100_000, '{"parameters": [], "outputs": []}'])
-def test_a_record_of_another_form_is_refused_by_name(outputs, name, content):
+def test_a_record_of_another_form_is_rejected_by_name(outputs, name, content):
     folder = done(AUDIT)
     (folder / name).write_text(content)
     with pytest.raises(RunError, match=rf"{name}: is damaged .* Fix: remove its folder"):
@@ -245,12 +271,12 @@ def test_a_record_of_another_form_is_refused_by_name(outputs, name, content):
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "5", "[" * 100_000])
-def test_places_of_another_form_are_none(tmp_path, content):
+def test_damaged_path_aliases_are_ignored(tmp_path, content):
     (tmp_path / path_aliases.FILE).write_text(content)
-    assert path_aliases.places_of(tmp_path) == {}
+    assert path_aliases.known_paths(tmp_path) == {}
 
 
-def test_a_required_check_that_failed_keeps_the_stage_open(outputs):
+def test_a_failed_required_check_keeps_the_stage_from_finishing(outputs):
     stage = open_stage(AUDIT, {})
     stage.check("nice to have", False, 1, required=False)
     stage.check("cases found", False, 0)
@@ -260,7 +286,7 @@ def test_a_required_check_that_failed_keeps_the_stage_open(outputs):
     assert read(stage.folder / "summary.json") == {"cases": 0}
 
 
-def test_a_wish_that_failed_does_not(outputs):
+def test_a_failed_optional_check_does_not(outputs):
     stage = open_stage(AUDIT, {})
     stage.check("nice to have", False, 1, required=False)
     table = stage.close({})
@@ -284,7 +310,7 @@ def test_done_is_written_last(outputs, monkeypatch):
     assert not (stage.folder / "done.json").exists()
 
 
-def test_no_half_written_file_is_left(outputs):
+def test_no_partial_file_is_left(outputs):
     done(AUDIT)
     run_folder.write_provenance(outputs / "lab", preset="smoke", configs=resolve(), command=[])
     names = {path.name for path in (outputs / "lab").rglob("*") if path.is_file()}
@@ -300,42 +326,42 @@ def test_no_half_written_file_is_left(outputs):
     }
 
 
-def test_under_a_runner_a_closed_stage_waits_for_it(outputs, monkeypatch):
+def test_under_a_runner_a_finished_stage_is_pending(outputs, monkeypatch):
     monkeypatch.setenv(OWNER_VARIABLE, str(os.getpid()))
     lock = FolderLock(outputs / "lab")
     folder = done(AUDIT)
     assert (folder / "pending.json").exists() and not (folder / "done.json").exists()
     assert not is_done(folder, config(AUDIT), {})
-    assert lock.path in FolderLock._held, "the lock is the runner's to let go"
+    assert lock.path in FolderLock._held, "the runner releases the lock"
 
 
-def test_closing_lets_the_run_go(outputs):
+def test_finishing_releases_the_run(outputs):
     stage = open_stage(AUDIT, {})
     assert (outputs / "lab" / ".lock") in FolderLock._held
     stage.close({})
     assert (outputs / "lab" / ".lock") not in FolderLock._held
 
 
-def test_run_json_tells_code_versions_machine_and_command(outputs):
+def test_run_json_records_code_versions_machine_and_command(outputs):
     folder = outputs / "lab"
     folder.mkdir()
     configs = resolve("smoke", {"seed": 9})
     run_folder.write_provenance(folder, preset="smoke", configs=configs, command=["python", "-m", "ldm_lib", "run"])
-    told = read(folder / "run.json")
-    root = Path(run_folder.__file__).parents[1]
+    record = read(folder / "run.json")
+    root = Path(run_folder.__file__).parents[2]
     commit = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    assert told["git"]["commit"] == (commit or "unknown")
-    assert told["command"] == ["python", "-m", "ldm_lib", "run"]
-    assert told["versions"] == {name: metadata.version(name) for name in run_folder.PACKAGES}
-    assert told["machine"]["cores"] == os.cpu_count() and told["python"] == sys.version.split()[0]
+    assert record["version"] == __version__ and record["git"]["commit"] == (commit or "unknown")
+    assert record["command"] == ["python", "-m", "ldm_lib", "run"]
+    assert record["versions"] == {name: metadata.version(name) for name in provenance.PACKAGES}
+    assert record["machine"]["cores"] == os.cpu_count() and record["python"] == sys.version.split()[0]
     kept = read(folder / "config.json")
     assert kept.pop("preset") == "smoke"
     assert kept == {stage: model.model_dump() for stage, model in configs.items()}
 
 
-def test_a_figure_is_saved_and_shown_as_it_lies_on_disk(outputs):
+def test_a_figure_is_saved_and_displayed_from_disk(outputs):
     stage = open_stage(AUDIT, {})
     figure = plt.figure(figsize=(1, 1))
     picture = stage.figure(figure, "empty")
@@ -358,4 +384,7 @@ def test_the_log_of_a_run_is_its_own(outputs):
     assert first.stream is None, "the first log is closed"
     for name in ("lab", "other"):
         lines = (outputs / name / "log.txt").read_text().splitlines()
-        assert [line.split(" INFO ")[1].split(" after")[0] for line in lines] == [f"{AUDIT} opened", f"{AUDIT} closed"]
+        assert [line.split(" INFO ")[1].split(" after")[0] for line in lines] == [
+            f"{AUDIT} started",
+            f"{AUDIT} finished",
+        ]

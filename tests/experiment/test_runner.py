@@ -1,4 +1,4 @@
-"""Headless runs: what is skipped, refused, killed or left open, with tiny notebooks in place of the real ones."""
+"""Headless runs: what is skipped, rejected, killed or unfinished, with tiny notebooks in place of the real ones."""
 
 import json
 import os
@@ -47,16 +47,16 @@ def notebook(tmp_path, monkeypatch):
 
 
 def run(*stages, name="lab", preset="smoke", **overrides):
-    said = []
-    runner.run(stages, name=name, preset=preset, overrides=overrides, command=["test"], say=said.append)
-    return said
+    lines = []
+    runner.run_stages(stages, run=name, preset=preset, overrides=overrides, command=["test"], progress=lines.append)
+    return lines
 
 
-def test_stages_run_in_order_and_leave_a_run_that_testifies(outputs, executed):
-    said = run()
+def test_stages_run_in_order_with_records_and_reports(outputs, executed):
+    lines = run()
     assert executed == list(STAGES)
-    assert said[0].startswith(f"{AUDIT}: running, told in ") and said[0].endswith("log.txt")
-    assert re.fullmatch(rf"{AUDIT}: done in \d+ s, 1 of 2 checks passed \(not: liked\), \d+ MB", said[1])
+    assert lines[0].startswith(f"{AUDIT}: running, log in ") and lines[0].endswith("log.txt")
+    assert re.fullmatch(rf"{AUDIT}: done in \d+ s, 1 of 2 checks passed \(not: liked\), \d+ MB", lines[1])
     folder = outputs / "lab"
     for stage in STAGES:
         assert (folder / stage / "done.json").exists() and not (folder / stage / "pending.json").exists()
@@ -71,8 +71,8 @@ def test_what_is_done_is_skipped_and_nothing_is_touched(outputs, executed):
     run()
     changing = {"index.html", ".lock"}
     before = {p: p.stat().st_mtime_ns for p in outputs.rglob("*") if p.is_file() and p.name not in changing}
-    said = run()
-    assert said == [f"{stage}: done already, skipped" for stage in STAGES] and len(executed) == 6
+    lines = run()
+    assert lines == [f"{stage}: done already, skipped" for stage in STAGES] and len(executed) == 6
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
@@ -82,14 +82,14 @@ def test_only_the_stages_named_run(executed):
     assert executed == [AUDIT, AUTOENCODER]
 
 
-def test_a_stage_whose_earlier_ones_are_not_done_is_refused(executed):
+def test_a_stage_whose_earlier_ones_are_not_done_is_rejected(executed):
     run(AUDIT)
     with pytest.raises(RunError, match=rf"lab/{AUTOENCODER}: is not done. Fix: run `make 02 RUN=lab`"):
         run("03_conditioning")
     assert executed == [AUDIT]
 
 
-def test_other_settings_are_refused_and_the_record_stays(outputs, executed):
+def test_other_settings_are_rejected_and_the_record_stays(outputs, executed):
     run(AUDIT)
     before = {p: p.read_bytes() for p in outputs.rglob("*.json")}
     with pytest.raises(
@@ -97,10 +97,12 @@ def test_other_settings_are_refused_and_the_record_stays(outputs, executed):
     ):
         run(AUDIT, seed=1)
     assert executed == [AUDIT]
-    assert before == {p: p.read_bytes() for p in outputs.rglob("*.json")}, "run.json and config.json tell what was made"
+    assert before == {p: p.read_bytes() for p in outputs.rglob("*.json")}, (
+        "run.json and config.json describe what was made"
+    )
 
 
-def test_overwrite_replaces_and_what_follows_is_refused_until_it_is_replaced_too(outputs, executed):
+def test_overwrite_replaces_a_stage_and_later_ones_are_rejected_until_replaced(outputs, executed):
     run(AUDIT, AUTOENCODER)
     run(AUDIT, seed=1, overwrite="true")
     assert (outputs / "lab" / AUDIT / "result.txt").read_text() == "seed 1"
@@ -129,16 +131,16 @@ def test_a_stage_that_failed_before_its_report_is_not_done_and_runs_again(output
     assert run(AUDIT)[-1].startswith(f"{AUDIT}: done in")
 
 
-def test_parameters_are_refused_before_a_folder_or_a_kernel_is_made(outputs, tmp_path):
+def test_parameters_are_rejected_before_a_folder_or_a_kernel_is_made(outputs, tmp_path):
     script = (
         "import sys\nfrom ldm_lib.experiment import runner\nfrom ldm_lib.errors import ConfigError\n"
-        "try:\n    runner.run([], name='lab', preset='smoke', overrides={'max_epochs': '-1'}, command=[], say=print)\n"
+        "try:\n    runner.run(preset='smoke', run='lab', max_epochs='-1')\n"
         "except ConfigError as error:\n    print(error)\n"
         "print(sorted({'papermill', 'nbclient', 'torch', 'jupyter_client'} & set(sys.modules)))"
     )
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert told.splitlines()[0].startswith("max_epochs = '-1': Input should be greater than or equal to 1. Fix:")
-    assert told.splitlines()[1] == "[]"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[0].startswith("max_epochs = '-1': Input should be greater than or equal to 1. Fix:")
+    assert printed.splitlines()[1] == "[]"
     assert not outputs.exists()
 
 
@@ -149,7 +151,7 @@ def test_unknown_names_never_reach_a_notebook(executed, overrides):
     assert executed == []
 
 
-def test_a_locked_run_is_refused_by_the_process_that_holds_it(outputs, executed):
+def test_a_locked_run_is_rejected(outputs, executed):
     hold = (
         "import sys, time\nfrom pathlib import Path\nfrom ldm_lib.locking import FolderLock\n"
         "FolderLock(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
@@ -167,14 +169,14 @@ def test_a_locked_run_is_refused_by_the_process_that_holds_it(outputs, executed)
     assert executed == [AUDIT]
 
 
-def test_the_run_is_let_go_at_the_end_and_after_a_refusal(outputs, executed):
+def test_the_run_is_released_at_the_end_and_after_an_error(outputs, executed):
     run(AUDIT)
     with pytest.raises(RunError, match="other settings"):
         run(AUDIT, seed=1)
     assert not FolderLock._held and OWNER_VARIABLE not in os.environ
 
 
-def test_folders_are_meant_from_where_the_command_was_typed(outputs, tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_working_directory_of_the_command(outputs, tmp_path, monkeypatch):
     received = {}
     monkeypatch.setattr(runner, "source_digests", lambda *folders: dict.fromkeys(folders, "digest"))
     monkeypatch.setattr(runner, "_make", lambda stage, config, *_: received.update(config.model_dump()) or "made")
@@ -187,20 +189,20 @@ def test_folders_are_meant_from_where_the_command_was_typed(outputs, tmp_path, m
     assert received["data_dir"] == ""
 
 
-def test_a_data_folder_that_is_not_there_is_refused_before_a_kernel_starts(executed, tmp_path):
+def test_an_absent_data_folder_is_rejected_before_a_kernel_starts(executed, tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         run(AUDIT, data_dir=str(tmp_path / "nowhere"))
     assert executed == []
 
 
-def test_a_cell_that_fails_is_told_in_one_line_and_its_notebook_is_kept(outputs, notebook):
+def test_a_failed_cell_is_reported_in_one_line_and_its_notebook_is_kept(outputs, notebook):
     notebook(OPEN, "print('before')", "raise ValueError('first line\\nsecond line')")
     with pytest.raises(
         RunError, match=rf"^{AUDIT}, cell \d: ValueError: first line. Fix: see .*partial.ipynb.$"
-    ) as told:
+    ) as failure:
         run(AUDIT)
     folder = outputs / "lab" / AUDIT
-    assert str(told.value).count("\n") == 0
+    assert str(failure.value).count("\n") == 0
     assert not (folder / "done.json").exists() and not (folder / "notebook.ipynb").exists()
     kept = nbformat.read(folder / "notebook.partial.ipynb", 4)
     outputs_kept = [output for cell in kept.cells for output in cell.get("outputs", ())]
@@ -208,34 +210,28 @@ def test_a_cell_that_fails_is_told_in_one_line_and_its_notebook_is_kept(outputs,
     assert any(output.get("ename") == "ValueError" for output in outputs_kept)
 
 
-def test_a_killed_kernel_is_told_and_never_done(outputs, notebook, monkeypatch):
-    sockets = tempfile.mkdtemp()
-    (Path(sockets) / f"ldm-{2**31}-x").mkdir()  # of a runner that was killed
-    monkeypatch.setattr(tempfile, "tempdir", sockets)
+def test_a_killed_kernel_is_reported_and_its_stage_never_done(outputs, notebook):
     notebook(OPEN, "stage.close({})", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(
-        RunError, match=rf"^{AUDIT}: the kernel was killed \(signal 9, most likely out of memory\). Fix: "
-    ):
+    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel was killed \(signal 9; likely out of memory\). Fix: "):
         run(AUDIT)
     folder = outputs / "lab" / AUDIT
     assert not (folder / "done.json").exists() and not (folder / "notebook.ipynb").exists()
-    Path(sockets).rmdir()  # fails while a folder of a kernel's sockets is in it
 
 
-def test_a_kernel_that_is_killed_before_it_answers_is_told_likewise(outputs, notebook, monkeypatch):
-    from ldm_lib.experiment import kernel as kernels
+def test_a_kernel_that_is_killed_before_it_answers_is_reported(outputs, notebook, monkeypatch):
+    from ldm_lib.experiment import kernel
 
     killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    spec = kernels.KernelSpec(argv=killed, display_name="Python 3", language="python")
-    monkeypatch.setattr(kernels.PrivateKernelManager, "kernel_spec", spec)
+    spec = kernel.KernelSpec(argv=killed, display_name="Python 3", language="python")
+    monkeypatch.setattr(kernel.RunnerKernelManager, "kernel_spec", spec)
     notebook(OPEN, "stage.close({})")
-    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel was killed \(signal 9, most likely out of memory\)"):
+    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel was killed \(signal 9; likely out of memory\)"):
         run(AUDIT)
 
 
 def test_without_a_folder_for_temporary_files_a_stage_runs(outputs, notebook, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/nonexistent")
-    monkeypatch.setattr(tempfile, "tempdir", None)  # so that it is looked for anew
+    monkeypatch.setattr(tempfile, "tempdir", None)
     notebook(OPEN, "stage.close({})")
     assert "done in" in run(AUDIT)[1] and (outputs / "lab" / AUDIT / "done.json").exists()
 
@@ -257,7 +253,7 @@ class CellError(Exception):
         ("KeyError", "'x'\ny", "04_training, cell 3: KeyError: 'x'. Fix: see nb.ipynb."),
     ],
 )  # fmt: skip
-def test_our_own_refusals_come_out_as_they_are(ename, evalue, line):
+def test_errors_of_this_library_stay_as_they_are(ename, evalue, line):
     assert str(runner._failure(CellError(ename, evalue), "04_training", Path("nb.ipynb"))) == line
 
 
@@ -267,23 +263,23 @@ def without_kernel(monkeypatch, then):
     monkeypatch.setattr(papermill, "execute_notebook", then)
 
 
-def test_a_notebook_that_ends_without_closing_is_refused(outputs, monkeypatch):
+def test_a_notebook_that_does_not_finish_its_stage_is_rejected(outputs, monkeypatch):
     without_kernel(monkeypatch, lambda source, partial, **_: partial.write_text("{}"))
-    with pytest.raises(RunError, match=f"^{AUDIT}: the notebook ended without closing its stage. Fix: see"):
+    with pytest.raises(RunError, match=f"^{AUDIT}: the notebook ended without finishing its stage. Fix: see"):
         run(AUDIT)
     assert not (outputs / "lab" / AUDIT / "done.json").exists()
 
 
-def test_a_kernel_that_does_not_start_is_told(monkeypatch):
+def test_a_kernel_that_does_not_start_is_reported(monkeypatch):
     def silent(*_, **__):
         raise RuntimeError("Kernel didn't respond in 60 seconds")
 
     without_kernel(monkeypatch, silent)
-    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel did not start .*60 seconds.*make doctor"):
+    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel failed .*60 seconds.*make doctor"):
         run(AUDIT)
 
 
-def test_describe_names_each_parameter_with_its_value_and_meaning():
+def test_describe_lists_each_parameter_with_value_and_description():
     lines = runner.describe("04_training", "smoke").splitlines()
     fields = STAGES["04_training"].model_fields
     assert [line.split()[0] for line in lines] == list(fields)
@@ -291,8 +287,8 @@ def test_describe_names_each_parameter_with_its_value_and_meaning():
     assert any(line.split()[:2] == ["max_epochs", "2"] for line in lines), "the preset's value"
 
 
-TELL = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))"
-SLEEPY = f"{TELL}\ntime.sleep(120)"
+WRITE_PID = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))"
+SLEEPY = f"{WRITE_PID}\ntime.sleep(120)"
 
 
 def started(tmp_path):
@@ -302,7 +298,7 @@ def started(tmp_path):
         "runner.NOTEBOOKS = Path(sys.argv[1])\nsys.exit(main(['run', '01', '--run', 'lab', '--preset', 'smoke']))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "notebooks")], stderr=subprocess.PIPE)
-    pid_file = tmp_path / "notebooks" / "pid"
+    pid_file = tmp_path / "outputs" / "lab" / "pid"
     until(lambda: pid_file.exists() and pid_file.read_text(), 60)
     return process, int(pid_file.read_text())
 
@@ -311,18 +307,18 @@ def test_sigterm_ends_the_kernel_too(outputs, notebook, tmp_path):
     notebook(OPEN, SLEEPY)
     process, kernel = started(tmp_path)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 143, told.decode()
-    assert b"Traceback" not in told and told.count(b"ERROR") == 1, told.decode()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143, errors.decode()
+    assert b"Traceback" not in errors and errors.count(b"ERROR") == 1, errors.decode()
     until(lambda: not Path(f"/proc/{kernel}").exists(), 5)
     assert not (outputs / "lab" / AUDIT / "done.json").exists()
     FolderLock(outputs / "lab").release()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the leash is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG of Linux")
 def test_a_kernel_does_not_outlive_a_killed_runner_even_if_a_cell_holds_the_interpreter(outputs, notebook, tmp_path):
-    """So that the same command, given at once, has the run's folder to itself."""
-    notebook(OPEN, TELL, "import re; re.match('(a+)+b', 'a' * 60)")
+    """The same command, given at once, must have the run's folder to itself."""
+    notebook(OPEN, WRITE_PID, "import re; re.match('(a+)+b', 'a' * 60)")
     process, kernel = started(tmp_path)
     time.sleep(0.5)  # the next cell begins, and never lets another thread run
     process.kill()
@@ -338,7 +334,7 @@ def until(holds, seconds):
         time.sleep(0.05)
 
 
-def test_other_weights_in_the_same_place_are_noticed(outputs, executed, tmp_path):
+def test_other_weights_at_the_same_path_are_noticed(outputs, executed, tmp_path):
     weights = tmp_path / "net" / "model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"one")
@@ -350,18 +346,18 @@ def test_other_weights_in_the_same_place_are_noticed(outputs, executed, tmp_path
         run(AUTOENCODER, **given)
 
 
-# ---- finished runs side by side
+# ---- comparison of finished runs
 
 
-def test_runs_are_compared_by_what_differs_and_what_they_found(outputs, executed):
+def test_runs_are_compared_by_differing_parameters_and_results(outputs, executed):
     for name, seed in (("one", 1), ("two", 2)):
         run(AUDIT, name=name, seed=seed)
-        (outputs / name / AUDIT / "summary.json").write_text(json.dumps({"psnr": seed / 3, "told": "x" * 40}))
+        (outputs / name / AUDIT / "summary.json").write_text(json.dumps({"psnr": seed / 3, "note": "x" * 40}))
     rows = [line.strip("| ").split(" | ") for line in runner.compare(AUDIT, ["one", "two"]).splitlines()]
     table = {name: values for name, *values in rows}
-    assert list(table) == ["run", "---", "seed", "psnr", "told", "stage_s", "peak_memory_mb"]
+    assert list(table) == ["run", "---", "seed", "psnr", "note", "stage_s", "peak_memory_mb"]
     assert table["run"] == ["one", "two"] and table["seed"] == ["1", "2"] and table["psnr"] == ["0.3333", "0.6667"]
-    assert table["told"] == ["x" * 24] * 2
+    assert table["note"] == ["x" * 24] * 2
 
 
 def test_a_run_that_did_not_finish_is_not_compared(outputs, executed):
@@ -375,7 +371,7 @@ def test_a_run_outside_the_outputs_is_not_compared(outputs):
         runner.compare(AUDIT, ["../x"])
 
 
-def test_what_a_cell_holds_never_becomes_another_column():
+def test_a_bar_in_a_value_is_escaped_in_tables():
     assert runner.markdown([["run", "x"], ["a|b", "1"]]).splitlines() == [
         "| run | x |",
         "| --- | --- |",

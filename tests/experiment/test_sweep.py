@@ -18,10 +18,10 @@ from ldm_lib.errors import ConfigError, InputError, LdmError, RunError
 from ldm_lib.evaluation.metrics import bootstrap_by_patient
 from ldm_lib.experiment import run_folder, runner, sweep, sweep_table
 from ldm_lib.experiment.run_folder import tracked
-from ldm_lib.experiment.stage_reuse import adopt
+from ldm_lib.experiment.stage_reuse import reuse_stages
 from ldm_lib.experiment.stages import STAGES
-from ldm_lib.experiment.sweep_file import read_grid
-from ldm_lib.experiment.sweep_table import gather, sweep_folder, write_results
+from ldm_lib.experiment.sweep_file import read_sweep
+from ldm_lib.experiment.sweep_table import results, sweep_folder, write_results
 from ldm_lib.files import sha256, write_json
 from ldm_lib.options import safe_name
 
@@ -49,7 +49,7 @@ def grid_of(tmp_path):
     def read(text=GRID):
         path = tmp_path / "grid.yaml"
         path.write_text(text)
-        return read_grid(path)
+        return read_sweep(path)
 
     return read
 
@@ -110,35 +110,32 @@ def test_names_are_safe_unique_and_stable_whatever_the_values(grid_of):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", r"the file: '' is no mapping\. Fix: write `parameter"),
-        ("- a\n", r"the file: \['a'\] is no mapping"),
+        ("", r"is not a mapping\. Fix: write `parameter"),
+        ("- a\n", r"is not a mapping"),
         ("name: a\n", r"0 runs; from 1 to 1000 are allowed"),
         ("name: a\ngrid: {}\nruns: []\n", r"0 runs; "),
-        ("name: a\ngrid: {seed: []}\n", r"grid: 'seed' has no values"),
-        ("name: a\ngrid: {seed: 1}\n", r"grid, seed: '1' is no list\. Fix: write \[a, b\]"),
-        ("name: a\ngrid: {seed: [[1, 2]]}\n", r"line 2: nested deeper than 3"),
-        ("name: a\nset: {channels: [8, 8]}\nruns: [{}]\n", r"set, channels: \['8', '8'\] is not one value\. Fix: "),
-        ("name: a\nruns: {seed: 1}\n", r"runs: \{'seed': '1'\} is no list"),
-        ("name: a\nruns: [1]\n", r"runs: '1' is no mapping"),
-        ("name: a/b\nruns: [{}]\n", r"name = 'a/b': letters, digits, .* Fix: name the sweep"),
-        ("runs: [{}]\n", r"name = '': letters"),
-        ("name: a\ngrids: {seed: [1]}\n", r"unknown key 'grids'; there are .* Fix: did you mean 'grid'\?"),
+        ("name: a\ngrid: {seed: []}\n", r"0 runs; "),
+        ("name: a\ngrid: {seed: 1}\n", r"grid.seed = '1': Input should be a valid list\. Fix: see docs/sweep.yaml"),
+        ("name: a\ngrid: {seed: [[1, 2]]}\n", r"aliases and nesting deeper than 3 are not allowed"),
+        ("name: a\nset: {channels: [8, 8]}\nruns: [{}]\n", r"set.channels = \['8', '8'\]: Input should be a valid string"),
+        ("name: a\nruns: {seed: 1}\n", r"runs = \{'seed': '1'\}: Input should be a valid list"),
+        ("name: a\nruns: [1]\n", r"runs.0 = '1': Input should be a valid dict"),
+        ("name: a/b\nruns: [{}]\n", r"name = 'a/b': letters, digits"),
+        ("runs: [{}]\n", r"name = .*: Field required"),
+        ("name: a\ngrids: {seed: [1]}\n", r"unknown parameter 'grids'. Fix: did you mean 'grid'\?"),
         ("name: a\npreset: huge\nruns: [{}]\n", r"no preset 'huge'"),
         ("name: a\nstages: [09]\nruns: [{}]\n", r"no stage '09'"),
         ("name: a\nruns: [{max_epoch: 1}]\n", r"unknown parameter 'max_epoch'. Fix: did you mean 'max_epochs'\?"),
         ("name: a\nruns: [{seed: 1}, {seed: x}]\n", r"seed = 'x': Input should be a valid integer"),
         ("name: a\nset: {seed: 1}\nruns: [{seed: 2}]\n", r"'seed' is in `set` and varies\. Fix: keep one"),
-        ("name: a\nset: {run: b}\nruns: [{}]\n", r"'run' is not yours to set"),
-        ("name: a\ngrid: {learning_rate: [1e-3, 0.001]}\n", r"two runs come to the same name 'a-0\.001'"),
-        ("name: a\nruns: [{seed: 2}, {samples: 2}]\n", r"two runs come to the same name 'a-2'"),
-        ("name: a\nname: b\nruns: [{}]\n", r"line 2: 'name' is given twice\. Fix: keep one"),
-        ("name: a\nruns: [{seed: 1, seed: 2}]\n", r"line 2: 'seed' is given twice"),
-        ("name: a\nset: &x {seed: 1}\nruns: [*x]\n", r"line 2: anchors, aliases and tags are not read"),
-        ("name: !!python/object/apply:os.system [id]\n", r"line 1: anchors, aliases and tags are not read"),
-        ("name: !x a\nruns: [{}]\n", r"line 1: anchors, aliases and tags"),
-        ("name: a\n? [b]\n: c\n", r"line 2: a key that is no name"),
-        ("name: a\nruns: [{]\n", r"is not YAML \(.*line 2"),
-        ("name: a\n---\nname: b\n", r"is not YAML \("),
+        ("name: a\nset: {run: b}\nruns: [{}]\n", r"'run' cannot be set"),
+        ("name: a\ngrid: {learning_rate: [1e-3, 0.001]}\n", r"two runs have the same name 'a-0\.001'"),
+        ("name: a\nruns: [{seed: 2}, {samples: 2}]\n", r"two runs have the same name 'a-2'"),
+        ("name: a\nset: &x {seed: 1}\nruns: [*x]\n", "aliases and nesting"),
+        ("name: !!python/object/apply:os.system [id]\n", r"name = \['id'\]: Input should be a valid string"),
+        ("name: a\n? [b]\n: c\n", r"is not valid YAML \(.*unhashable key"),
+        ("name: a\nruns: [{]\n", r"is not valid YAML \(.*line 2"),
+        ("name: a\n---\nname: b\n", r"is not valid YAML \("),
         (f"name: a\ngrid: {{seed: {list(range(101))}, samples: {list(range(1, 11))}}}\n", r"1010 runs; from 1 to 1000"),
         ("name: a\ngrid:\n" + "".join(f"  p{k}: [{'1,' * 99}1]\n" for k in range(100)), r"0{20} runs; from 1 to 1000"),
     ],
@@ -153,25 +150,25 @@ def test_what_a_file_may_not_say_is_one_line_that_names_it(grid_of, text, told):
     ("content", "told"),
     [
         (b"a" * 65537, "is larger than 65536 bytes"),
-        (b"name: \xff", r"is no text in UTF-8 \(byte 6\)"),
-        (b"name: a\nruns: " + b"[" * 60000, "nested deeper than 3"),
+        (b"name: \xff", r"is not text in UTF-8 \(byte 6\)"),
+        (b"name: a\nruns: " + b"[" * 60000, "deeper than 3 are not allowed"),
     ],
 )
 def test_a_file_that_would_cost_much_is_refused_at_once(tmp_path, content, told):
     (tmp_path / "grid.yaml").write_bytes(content)
     start = time.monotonic()
     with pytest.raises(LdmError, match=told):
-        read_grid(tmp_path / "grid.yaml")
+        read_sweep(tmp_path / "grid.yaml")
     assert time.monotonic() - start < 5
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"nowhere: cannot be read \(No such file"):
-        read_grid(tmp_path / "nowhere")
+        read_sweep(tmp_path / "nowhere")
 
 
 def test_the_example_is_accepted():
-    assert len(read_grid(ROOT / "docs" / "sweep.yaml").runs) == 4
+    assert len(read_sweep(ROOT / "docs" / "sweep.yaml").runs) == 4
 
 
 # ---- runs at work, with a stand-in for `python -m ldm_lib run`
@@ -209,7 +206,7 @@ def calls(tmp_path, monkeypatch):
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep, "COMMAND", (sys.executable, str(tmp_path / "stand_in.py"), "run"))
-    monkeypatch.setattr(sweep, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(sweep, "POLL_S", 0.02)
     return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
 
 
@@ -239,7 +236,7 @@ def test_so_many_runs_are_at_work_and_share_the_cores(calls, seeds, jobs, capsys
     share = None if jobs == 1 else str(max(1, len(os.sched_getaffinity(0)) // jobs))
     assert {e["threads"] for e in events} == {share}
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("[1/4] seeds-0: started, told in ") and said[0].endswith("seeds-0.txt")
+    assert said[0].startswith("[1/4] seeds-0: started, log in ") and said[0].endswith("seeds-0.txt")
     ends = [line for line in said if re.fullmatch(r"\[\d/4\] seeds-\d: done after \d+ s; \d left(, .*)?", line)]
     assert [line.split("; ")[1][0] for line in ends] == ["3", "2", "1", "0"]
 
@@ -266,10 +263,10 @@ def test_a_run_that_fails_stops_no_other_and_is_told_at_the_end(calls, seeds, ca
     told = capsys.readouterr()
     assert told.err.splitlines() == [f"ERROR seeds-0: {why}", f"ERROR seeds-2: {why}"]
     assert f"[1/4] seeds-0: {why} after 0 s; 3 left, less than a minute" in told.out.splitlines()
-    assert [row["state"] for row in gather(read_grid(seeds))] == ["failed", "missing", "failed", "missing"]
+    assert [row["state"] for row in results(read_sweep(seeds))] == ["failed", "missing", "failed", "missing"]
     monkeypatch.setenv("FAILS", "")
     assert main(["sweep", seeds]) == 0
-    assert [row["state"] for row in gather(read_grid(seeds))] == ["missing"] * 4, "nothing of it failed any more"
+    assert [row["state"] for row in results(read_sweep(seeds))] == ["missing"] * 4, "nothing of it failed any more"
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -293,7 +290,7 @@ def test_told_to_end_it_ends_its_runs_first(calls, seeds, tmp_path, sent, status
     events = calls()
     assert sorted(e["event"] for e in events) == ["started"] * 2 + ["terminated"] * 2, "and no other was started"
     assert not [e for e in events if Path(f"/proc/{e['pid']}").exists()]
-    assert [row["state"] for row in gather(read_grid(seeds))] == ["missing"] * 4, "ended is not failed"
+    assert [row["state"] for row in results(read_sweep(seeds))] == ["missing"] * 4, "ended is not failed"
 
 
 def test_a_run_that_does_not_listen_is_killed(calls, seeds, monkeypatch):
@@ -303,8 +300,7 @@ def test_a_run_that_does_not_listen_is_killed(calls, seeds, monkeypatch):
     )
     process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
     process.stdout.readline()
-    grid = read_grid(seeds)
-    sweep._stop([sweep._Active(grid.runs[0], 0, Path("log"), process)])
+    sweep._stop([process])
     assert process.returncode == -signal.SIGKILL
     process.stdout.close()
 
@@ -312,7 +308,7 @@ def test_a_run_that_does_not_listen_is_killed(calls, seeds, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--only", "4"], "ERROR --only 4: the runs are 0 to 3. Fix: ask --count how many there are."),
+        (["--only", "4"], "ERROR --only 4: the runs are 0 to 3. Fix: see --count for their number."),
         (["--only", "-1"], "ERROR --only -1: the runs are 0 to 3. Fix: "),
         (["--jobs", "0"], "ERROR --jobs 0: at least 1. Fix: write for example --jobs 2."),
     ],
@@ -362,18 +358,17 @@ def content(folder):
 
 
 def run(sweep_run, grid, **more):
-    """What the runner says about a run of a sweep."""
-    said = []
+    """The lines of the runner about a run of a sweep."""
+    lines = []
     values = sweep_run.values | more
-    runner.run(
-        grid.stages, name=sweep_run.name, preset=grid.preset, overrides=values, command=["test"], say=said.append
-    )
-    return said
+    runner.run_stages(grid.stages, run=sweep_run.name, preset=grid.preset, overrides=values, command=["test"],
+                      progress=lines.append)  # fmt: skip
+    return lines
 
 
 def adopted(grid, place, outputs):
     one = grid.runs[place]
-    return adopt(outputs / one.name, one.configs, grid.stages, [outputs / other for other in names(grid)])
+    return reuse_stages(outputs / one.name, one.configs, grid.stages, [outputs / other for other in names(grid)])
 
 
 @pytest.mark.parametrize(
@@ -415,7 +410,7 @@ def test_maps_and_latents_come_along_but_nothing_unfinished(pair, outputs):
     for large, shared in (("maps/a.nii.gz", True), ("latents/a-0-12.safetensors", True), ("maps/a.json", False)):
         assert (first / large).samefile(second / large) == shared
     assert sorted(p.name for p in second.iterdir() if p.is_dir()) == [*FIRST_THREE, "latents", "maps"]
-    assert (second / "log.txt").read_text().count(f"taken over from {first.name}") == 3
+    assert (second / "log.txt").read_text().count(f"reused from {first.name}") == 3
 
 
 def test_what_becomes_of_a_copy_never_reaches_its_donor(pair, outputs):
@@ -517,7 +512,7 @@ def three(grid_of, outputs):
 
 
 def test_scores_are_means_over_patients_with_their_interval(three):
-    row = gather(three)[0]
+    row = results(three)[0]
     means = [12.0, 20.0, 17.0]  # a patient of three holes counts once
     assert row["sample: PSNR"] == pytest.approx(np.mean(means))
     assert row["mean of 2: PSNR"] == pytest.approx(np.mean(means) + 1)
@@ -540,21 +535,21 @@ def test_the_table_has_every_run_in_the_grids_order_and_tells_what_is_not_there(
     assert (folder / "table.md").read_text() == f"{table}\n"
     with (folder / "table.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert float(rows[0]["sample: PSNR"]) == gather(three)[0]["sample: PSNR"], "no digit is lost"
+    assert float(rows[0]["sample: PSNR"]) == results(three)[0]["sample: PSNR"], "no digit is lost"
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_made_with_other_settings_is_not_this_run(grid_of, outputs):
     grid = grid_of(GRID)
     make_done(grid, 0, outputs, seed=1)
-    row = gather(grid)[0]
+    row = results(grid)[0]
     assert row["state"] == "missing" and row["seconds"] == 0 and "sample: PSNR" not in row
 
 
 def test_one_patient_has_no_interval_and_is_drawn_without(grid_of, outputs):
     grid = grid_of(GRID)
     make_done(grid, 0, outputs, holes={"P0": [10.0, 14.0]})
-    row = gather(grid)[0]
+    row = results(grid)[0]
     assert row["sample: PSNR"] == 12 and np.isnan(row["sample: PSNR low"]) and row["patients"] == 1
     assert "| 12 | " in write_results(grid)
 
@@ -563,13 +558,13 @@ def test_k_is_told_where_it_does_not_vary(grid_of, outputs):
     grid = grid_of("name: t\npreset: smoke\ngrid: {samples: [2, 3]}\n")
     for place in (0, 1):
         make_done(grid, place, outputs)
-    assert [row["mean of K: PSNR"] for row in gather(grid)] == pytest.approx([17 + 1 / 3] * 2)
+    assert [row["mean of K: PSNR"] for row in results(grid)] == pytest.approx([17 + 1 / 3] * 2)
 
 
 def test_without_stage_06_the_last_stages_own_figures_are_told(grid_of, outputs):
     grid = grid_of(f"{GRID}stages: [01, 02, 03, 04]\n")
     make_done(grid, 0, outputs, stages=STAGES)
-    row = gather(grid)[0]
+    row = results(grid)[0]
     assert row["val_psnr_at_best"] == 11.5 and row["optimiser_steps"] == 7 and "sha256" not in row
     assert "sample: PSNR" not in row and row["seconds"] == 40
     assert "| 11.5 | " in write_results(grid) and (sweep_folder(grid.name) / "figure.png").exists()

@@ -150,7 +150,7 @@ FORBIDDEN_MODULES = {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marsh
 FORBIDDEN_METHODS = {"read_pickle", "extract", "extractall", "unpack_archive", "load_state_dict_from_url",
                      "load_from_checkpoint", "log_model", "from_pretrained", "hf_hub_download"}  # fmt: skip
 YAML_READERS = {"experiment/sweep_file": {"yaml"}}
-YAML_AS_TEXT = {"yaml.parse", "yaml.compose"}  # events and nodes: no object of any type is ever built
+YAML_AS_TEXT = {"yaml.parse", "yaml.load"}  # with BaseLoader every scalar is text, and tags build nothing
 EXECUTED = TREES | BENCHMARKS | NOTEBOOKS | SCRIPTS
 
 

@@ -24,7 +24,7 @@ from ldm_lib.errors import ConfigError, InputError, WeightsError
 from ldm_lib.experiment import runner
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.stages import STAGES, parameters_cell
-from ldm_lib.experiment.sweep_file import read_grid
+from ldm_lib.experiment.sweep_file import read_sweep
 from ldm_lib.model_io import load_model, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def error_line(words, capsys):
 )
 def test_an_unknown_parameter_name_is_rejected_by_every_entry_point(name, outputs, tmp_path, capsys):
     with pytest.raises(ConfigError, match="unknown parameter"):
-        runner.run([AUDIT], name="lab", preset="smoke", overrides={name: "1"}, command=[], say=print)
+        runner.run_stages([AUDIT], run="lab", preset="smoke", overrides={name: "1"}, command=[])
     assert "unknown parameter" in error_line(["run", "--set", f"{name}=1"], capsys)
     for part in ({"set": {name: 1}, "runs": [{}]}, {"grid": {name: [1]}}, {"runs": [{name: 1}]}):
         (tmp_path / "grid.yaml").write_text(json.dumps({"name": "a", **part}))  # JSON is YAML
@@ -109,7 +109,7 @@ def test_a_run_name_that_is_no_file_name_is_rejected_by_every_entry_point(name, 
 def test_the_runs_of_a_sweep_have_safe_names_whatever_their_values(tmp_path):
     values = ["../../x", "/abs/x", "x; touch PWNED", "<img src=x>", "x\n", "é"]
     (tmp_path / "grid.yaml").write_text(json.dumps({"name": "a", "grid": {"show_case": values}}))
-    assert all(re.fullmatch(r"a-[A-Za-z0-9._-]+", run.name) for run in read_grid(tmp_path / "grid.yaml").runs)
+    assert all(re.fullmatch(r"a-[A-Za-z0-9._-]+", run.name) for run in read_sweep(tmp_path / "grid.yaml").runs)
 
 
 # ---- values of parameters
@@ -157,9 +157,10 @@ def test_a_kernel_receives_the_exact_text(outputs, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(runner, "source_digests", lambda *_: {})
     given = {"data_dir": value, "conditioning_dir": f"/{value}"}
-    runner.run([AUDIT], name="lab", preset="smoke", overrides=given, command=[], say=print)
-    expected = runner.absolute(given)
-    assert json.loads((tmp_path / "found.json").read_text()) == [expected["data_dir"], expected["conditioning_dir"]]
+    runner.run_stages([AUDIT], run="lab", preset="smoke", overrides=given, command=[])
+    expected = runner.absolute_paths(given)
+    found = json.loads((outputs / "lab" / "found.json").read_text())
+    assert found == [expected["data_dir"], expected["conditioning_dir"]]
     assert expected["data_dir"] == f"{tmp_path}/{os.path.expandvars(value)}", "variables are all that is put in"
 
 
