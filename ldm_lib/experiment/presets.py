@@ -1,4 +1,4 @@
-"""The presets: which numbers run the same code in minutes or in days, and what a run's parameters come to."""
+"""Define the presets, with which the same code runs in minutes or in days, and resolve the parameters of a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,8 @@ from ldm_lib.errors import ConfigError
 from ldm_lib.experiment.stages import STAGES, StageConfig
 from ldm_lib.options import nearest
 
-# What the shipped weights are: a cell of 8 mm holds 16 numbers of a linear code, and a draft is mended.
+# The pretrained weights: a linear codec with 16 latent channels per latent voxel of 8 mm; the denoiser corrects an
+# initial estimate.
 PRETRAINED_MODEL: dict[str, Any] = {
     "spacing_mm": 1.0, "domain_randomisation": "wide", "tissue_map": "registered", "workers": 2,
     "channels": "8,8,8,8", "latent_channels": 16, "learned": "none", "min_gain_over_pca": 0.0,
@@ -23,8 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_width": 16, "multipliers": "1,2,2", "attention_rates": "4", "max_epochs": 2, "val_every": 1,
         "val_cases": 1, "num_inference_steps": 4, "save_samples_every": 1, "cache_variants": 1, "warmup_steps": 5,
         "samples": 2, "max_cases": 1, "show_cases": 1, "fidelity_cases": 1, "guidance_scales": "0,1,2",
-        "counterfactual_days": "0,200", "compare_cases": 1, "compare_steps": "2,4", "log_every": 1, "checkpoint_every": 2,
-        "wandb_mode": "off", "use_mlflow": False,
+        "counterfactual_days": "0,200", "compare_cases": 1, "compare_steps": "2,4", "log_every": 1,
+        "checkpoint_every": 2, "wandb_mode": "off", "use_mlflow": False,
     },
     "demo": PRETRAINED_MODEL | {
         "pretrained": True, "synthetic_patients": 6, "masks_per_patient": 1, "validation_fraction": 0.34,
@@ -54,19 +55,19 @@ DEFAULT_PRESET = "demo"
 
 
 def require_fit(configs: Mapping[str, Any]) -> None:
-    """Refuse, before anything is trained, to sample a flow by what is for diffusion, or the other way round.
+    """Check, before anything is trained, that the sampler of stage 05 supports the schedule of stage 04.
 
     Raises:
-        ConfigError: the sampler of 05 cannot walk on the path of 04.
+        ConfigError: it does not, such as a sampler of diffusion models with a flow.
     """
     schedule, sampler = configs["04_training"].schedule, configs["05_sampling"].sampler
     is_flow = schedule == "flow"
     if FLOW_SAMPLERS.get(sampler, is_flow) != is_flow:
-        raise ConfigError(f"sampler = {sampler!r}: with schedule {schedule!r}", fix="take dpm++2m, which walks on any")
+        raise ConfigError(f"sampler = {sampler!r}: with schedule {schedule!r}", fix="take dpm++2m, which supports all")
 
 
 def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = None) -> dict[str, StageConfig]:
-    """The configuration of all six stages: defaults, then the preset, then `overrides` (text values are converted).
+    """Return the configuration of all six stages: defaults, then the preset, then `overrides` (text is converted).
 
     An override reaches every stage that has a parameter of its name.
 

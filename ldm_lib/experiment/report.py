@@ -24,8 +24,11 @@ TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block data_png -%}<div class="jp-RenderedImage jp-OutputArea-output">
 <img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
      alt="{{ output.metadata.alt | escape_html }}"></div>{%- endblock -%}"""
-TAGS = """a abbr b blockquote br caption code dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i li ol p pre s span strong
-    sub summary sup table tbody td tfoot th thead tr ul""".split()
+TAGS = [
+    "a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div", "dl", "dt", "em", "h1",
+    "h2", "h3", "h4", "h5", "h6", "hr", "i", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "summary", "sup",
+    "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
+]  # fmt: skip
 ATTRIBUTES = {"*": ["class", "id"], "a": ["href"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
 INDEX = """<!DOCTYPE html>
 <html lang="en">
@@ -123,7 +126,8 @@ def _stage_row(run_folder: Path, row: Mapping[str, Any]) -> str:
         name = f'<a href="{quote(stage)}/report.html">{name}</a>'
     checks = "".join(_check(check) for check in row.get("checks") or ())
     duration = "" if seconds is None else f"{float(seconds):.0f}"
-    return f"<tr><td>{name}</td><td>{html.escape(str(row['status']))}</td><td>{duration}</td><td><ul>{checks}</ul></td></tr>"
+    columns = (name, html.escape(str(row["status"])), duration, f"<ul>{checks}</ul>")
+    return f"<tr>{''.join(f'<td>{column}</td>' for column in columns)}</tr>"
 
 
 def _check(check: Mapping[str, Any]) -> str:

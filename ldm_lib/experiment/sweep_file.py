@@ -28,7 +28,7 @@ from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.experiment.presets import DEFAULT_PRESET, resolve
 from ldm_lib.experiment.runner import absolute_paths
 from ldm_lib.experiment.stages import STAGES, StageConfig, stage_name
-from ldm_lib.files import fingerprint, expand_path
+from ldm_lib.files import expand_path, fingerprint
 from ldm_lib.options import Name, Options
 
 MOST_BYTES, MOST_RUNS, MOST_LETTERS = 64 * 1024, 1000, 128

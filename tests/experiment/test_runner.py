@@ -294,7 +294,8 @@ SLEEPY = f"{WRITE_PID}\ntime.sleep(120)"
 def started(tmp_path):
     """The runner as a process of its own, once the kernel is at work, and the kernel's process id."""
     script = (
-        "import sys\nfrom pathlib import Path\nfrom ldm_lib.experiment import runner\nfrom ldm_lib.__main__ import main\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from ldm_lib.experiment import runner\nfrom ldm_lib.__main__ import main\n"
         "runner.NOTEBOOKS = Path(sys.argv[1])\nsys.exit(main(['run', '01', '--run', 'lab', '--preset', 'smoke']))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "notebooks")], stderr=subprocess.PIPE)

@@ -117,7 +117,7 @@ def test_names_are_safe_unique_and_stable_whatever_the_values(grid_of):
         ("name: a\ngrid: {seed: []}\n", r"0 runs; "),
         ("name: a\ngrid: {seed: 1}\n", r"grid.seed = '1': Input should be a valid list\. Fix: see docs/sweep.yaml"),
         ("name: a\ngrid: {seed: [[1, 2]]}\n", r"aliases and nesting deeper than 3 are not allowed"),
-        ("name: a\nset: {channels: [8, 8]}\nruns: [{}]\n", r"set.channels = \['8', '8'\]: Input should be a valid string"),
+        ("name: a\nset: {channels: [8, 8]}\nruns: [{}]\n", r"set.channels = .*'8'\]: Input should be a valid string"),
         ("name: a\nruns: {seed: 1}\n", r"runs = \{'seed': '1'\}: Input should be a valid list"),
         ("name: a\nruns: [1]\n", r"runs.0 = '1': Input should be a valid dict"),
         ("name: a/b\nruns: [{}]\n", r"name = 'a/b': letters, digits"),
