@@ -13,14 +13,15 @@ OWNER_VARIABLE = "LDM_RUN_OWNER"  # process id of the runner that holds the lock
 
 
 class FolderLock:
-    """A folder belongs to one process; the system drops the lock when its owner dies.
+    """Reserve a folder for one process; the system releases the lock when its owner ends.
 
-    A kernel works under the lock of the runner that started it, and a notebook may open its stage again.
+    A kernel works under the lock of the runner that started it, and a notebook may start its stage again.
 
     Raises:
         RunError: another process holds the lock, or the folder cannot be written.
     """
 
+    # Not filelock's: that removes or truncates the file in which the next process reads who holds the lock.
     _held: ClassVar[dict[Path, IO[str]]] = {}  # of this process: a lock outlives the stage object that took it
 
     def __init__(self, folder: Path) -> None:
@@ -29,15 +30,14 @@ class FolderLock:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            no_link = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            stream = os.fdopen(os.open(self.path, no_link, 0o600), "a+")
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            stream = os.fdopen(os.open(self.path, flags, 0o600), "a+")
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise RunError("is a link, and what it leads to would be overwritten", where=self.path,
+                raise RunError("is a link, and its target would be overwritten", where=self.path,
                                fix="remove it") from error  # fmt: skip
-            raise RunError(
-                f"cannot be written ({error.strerror})", where=folder, fix="choose another outputs folder"
-            ) from error
+            fix = "choose another outputs folder"
+            raise RunError(f"cannot be written ({error.strerror})", where=folder, fix=fix) from error
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -49,7 +49,7 @@ class FolderLock:
         self._held[self.path] = stream
 
     def release(self) -> None:
-        """Let go, even while a forked loader process still has the file open."""
+        """Release the lock, even while a forked loader process still has the file open."""
         if stream := self._held.pop(self.path, None):
             fcntl.flock(stream, fcntl.LOCK_UN)
             stream.close()

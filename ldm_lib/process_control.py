@@ -4,7 +4,7 @@
 
 runs a module as `python -m MODULE` does, and is killed when process PARENT ends (Linux `PR_SET_PDEATHSIG`; elsewhere
 the child is not tied to its parent). A thread that polls for the parent, as kernels have, does not run while a busy
-cell holds the interpreter, so that the cell would go on writing into a run that belongs to another process by then.
+cell holds the interpreter, and the cell would continue to write into a run that another process has locked by then.
 """
 
 import ctypes
@@ -21,16 +21,16 @@ from typing import IO, Self
 
 from ldm_lib.errors import InterruptionError
 
-GRACE_S = 60.0  # for a child to end in good order, before it is killed
+GRACE_S = 60.0  # for a child to shut down, before it is killed
 STALL_S = 1800.0  # without a step or a validated case in half an hour, something hangs
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Handlers:
-    """Within this context SIGTERM and SIGINT come to `_note`.
+    """Pass SIGTERM and SIGINT to `_note` within this context.
 
     Attributes:
-        received: the signal that asks for an end, or None.
+        received: the signal that requests to stop, or None.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class _Handlers:
 
 
 class StopRequest(_Handlers):
-    """Within this context SIGTERM and SIGINT are noted, not obeyed; a second SIGINT is obeyed at once."""
+    """Record SIGTERM and SIGINT within this context instead of stopping; a second SIGINT stops at once."""
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
@@ -60,11 +60,11 @@ class StopRequest(_Handlers):
 
 
 class ForwardSignals(_Handlers):
-    """Within this context SIGTERM and SIGINT go on to a child as SIGTERM, and end this process when it has ended.
+    """Forward SIGTERM and SIGINT to a child as SIGTERM within this context, and stop when the child has ended.
 
     Args:
-        child: tells its process id, or None while there is none.
-        where: what it works on.
+        child: returns its process id, or None while there is none.
+        where: what it works on, for the error message.
 
     Raises:
         InterruptionError: on the way out, if there was a signal.
@@ -81,13 +81,13 @@ class ForwardSignals(_Handlers):
         if not self.received:
             return
         cause = error.cause if isinstance(error, InterruptionError) else f"stopped by {self.received.name}"
-        fix, status = "give the same command: it goes on from there", 128 + self.received
+        fix, status = "give the same command: it continues from there", 128 + self.received
         raise InterruptionError(cause, where=self.where, fix=fix, status=status) from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         first = self.received is None
         super()._note(number, frame)
-        if self.child() is None:  # nobody to hand it on to, and nothing to wait for
+        if self.child() is None:  # nothing to forward it to, and nothing to wait for
             raise InterruptionError(f"stopped by {self.received.name}", where=self.where)
         if first:
             self._killer.daemon = True
@@ -101,9 +101,9 @@ class ForwardSignals(_Handlers):
 
 
 class Watchdog:
-    """Ends this process with the stacks of its threads in a file, unless it is told in time that work goes on.
+    """End this process and write the stacks of its threads to a file, unless `alive` is called in time.
 
-    A rank that died or a loader that is stuck leaves the others waiting for ever, without a message.
+    A rank that died or a loader that is stuck leaves the others waiting forever, without a message.
     """
 
     def __init__(self, path: Path, seconds: float = STALL_S) -> None:
@@ -111,12 +111,12 @@ class Watchdog:
         self._stream: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        self._stream = self.path.open("a")  # what an earlier hang left is not forgotten
+        self._stream = self.path.open("a")  # stacks of an earlier hang are kept
         self.alive()
         return self
 
     def alive(self) -> None:
-        """Work goes on: count from now."""
+        """Restart the countdown."""
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=self._stream)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

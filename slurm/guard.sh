@@ -1,5 +1,5 @@
-# Sourced by the job scripts here. A job is told to stop by SIGTERM, two minutes before its time is up or when another
-# takes its place. The script hands that on, waits for the work to be put down in good order, and asks for another turn.
+# Sourced by the job scripts in this folder. A job receives SIGTERM two minutes before its time limit or when it is
+# preempted. The script forwards the signal, waits until the work has been saved, and requeues the job.
 
 child=
 signals=0
@@ -9,18 +9,18 @@ forward() {
 }
 trap forward TERM
 
-# Run a command that hears our SIGTERM, and return its status. A signal cuts `wait` short, so we wait until none came.
+# Run a command that receives our SIGTERM, and return its status. A signal interrupts `wait`, which is then repeated.
 guarded() {
-  local status heard
+  local status before
   "$@" &
   child=$!
   [ "$signals" -eq 0 ] || kill -TERM "$child" 2>/dev/null
-  while heard=$signals; wait "$child"; status=$?; [ "$heard" -ne "$signals" ]; do :; done
+  while before=$signals; wait "$child"; status=$?; [ "$before" -ne "$signals" ]; do :; done
   child=
   return "$status"
 }
 
-# Whether a status means "stopped from outside", not "failed".
+# Test whether a status means "stopped from outside", not "failed".
 was_stopped() {
   [ "$1" -eq 143 ] || { [ "$1" -ne 0 ] && [ "$signals" -gt 0 ]; }
 }

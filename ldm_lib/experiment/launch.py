@@ -66,7 +66,7 @@ def run_process(work: Callable[[str], None], run: str, *, debug: bool = False) -
     except (LdmError, RuntimeError) as error:
         if debug or not (isinstance(error, LdmError) or world_size() > 1):
             raise
-        print(f"ERROR {_told(error)}", file=sys.stderr)
+        print(f"ERROR {_in_one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -75,21 +75,21 @@ TRAINING, SAMPLING = "04_training", "05_sampling"
 
 
 def mark_done(folder: Path) -> None:
-    """Note that the work of a stage is done, for the runner, which then only closes it."""
+    """Record that the work of a stage is done, so that its notebook only checks it and finishes the stage."""
     write_json(folder / SHARED_OUT, {"processes": world_size()})
 
 
-def _told(error: LdmError | RuntimeError) -> LdmError:
-    """What torch raises when another process is gone is long; its first line says enough."""
+def _in_one_line(error: LdmError | RuntimeError) -> LdmError:
+    """Return an error of this library unchanged, and the first line of torch's long ones when a process has ended."""
     if isinstance(error, LdmError):
         return error
     first = str(error).strip().splitlines()[0][:160]
-    return TrainingError(f"this process cannot go on without the others ({first})", where=f"process {local_rank()}",
-                         fix="see what the process that ended first said; the same command goes on")  # fmt: skip
+    return TrainingError(f"this process cannot continue without the others ({first})", where=f"process {local_rank()}",
+                         fix="see the error of the process that ended first; the same command continues")  # fmt: skip
 
 
 def train_run(name: str) -> None:
-    """Train stage 04 of a run, with the parameters in its config.json; the stage's notebook closes it afterwards."""
+    """Train stage 04 of a run, with the parameters in its config.json; the stage's notebook finishes it afterwards."""
     run_folder = outputs_folder() / name
     for stage in ("01_data_audit", "02_autoencoder_check", "03_conditioning"):
         require_done(run_folder, stage)
@@ -112,11 +112,11 @@ def train_run(name: str) -> None:
     )
     if is_first():
         mark_done(folder)
-    print(f"{name}/{TRAINING}: trained for {trainer.step} steps; stage 04 closes it", flush=True)
+    print(f"{name}/{TRAINING}: trained for {trainer.step} steps; stage 04 finishes it", flush=True)
 
 
-def fill_run(name: str) -> None:
-    """Fill this process's share of the cases of stage 05, with the parameters in the run's config.json."""
+def inpaint_run(name: str) -> None:
+    """Inpaint this process's part of the cases of stage 05, with the parameters in the run's config.json."""
     run_folder = outputs_folder() / name
     model, prepared = require_done(run_folder, "04_training") / "model", require_done(run_folder, "03_conditioning")
     config = SamplingConfig.parse(read_record(run_folder / "config.json")[SAMPLING] | {"run": name})
@@ -125,7 +125,7 @@ def fill_run(name: str) -> None:
     if is_first():
         open_stage(SAMPLING, config.model_dump())
     if world_size() > 1:
-        torch.distributed.barrier()  # opening may have cleared the folder
+        torch.distributed.barrier()  # starting the stage may have cleared the folder
     cases = read_cohort(prepared / "cohort.json", run_folder)[1][: config.max_cases or None]
     inpainter = Inpainter.for_sampling(model, config)
     rows = fill_cases(inpainter, cases[global_rank() :: world_size()], config, run_folder / SAMPLING)
@@ -137,7 +137,7 @@ def fill_run(name: str) -> None:
         mark_done(run_folder / SAMPLING)
 
 
-WORK: dict[str, Callable[[str], None]] = {"04": train_run, "05": fill_run}
+WORK: dict[str, Callable[[str], None]] = {"04": train_run, "05": inpaint_run}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -34,7 +34,7 @@ from ldm_lib.training.options import TrackerOptions, TrainingOptions
 
 
 class StageConfig(SeedOptions):
-    """Hold what every stage takes."""
+    """Hold the parameters that every stage has."""
 
     heading = "Run"
     untracked = frozenset({"run", "overwrite"})
@@ -44,7 +44,7 @@ class StageConfig(SeedOptions):
 
 
 class AuditConfig(SyntheticCohortOptions, ReadOptions, StageConfig):
-    """01_data_audit: which cases are found, which are valid, which train and which validate."""
+    """Describe stage 01_data_audit: cases that are found and valid, and their training/validation split."""
 
     hint = "see `make params NB=01`"
 
@@ -57,7 +57,7 @@ class AuditConfig(SyntheticCohortOptions, ReadOptions, StageConfig):
 
 
 class AutoencoderConfig(AutoencoderTrainingOptions, DeviceOptions, StageConfig):
-    """02_autoencoder_check: how much is lost by encoding and decoding."""
+    """Describe stage 02_autoencoder_check: how much is lost by encoding and decoding."""
 
     hint = "see `make params NB=02`"
 
@@ -73,12 +73,12 @@ class AutoencoderConfig(AutoencoderTrainingOptions, DeviceOptions, StageConfig):
 
     @property
     def given_weights(self) -> str:
-        """Folder or file of the weights to use; empty if they are trained here."""
+        """Return folder or file of the weights to use; empty if they are trained here."""
         return self.autoencoder_dir or (str(PRETRAINED / AUTOENCODER_FOLDER) if self.pretrained else "")
 
 
 class ConditioningConfig(LatentOptions, StageConfig):
-    """03_conditioning: what the model is conditioned on."""
+    """Describe stage 03_conditioning: the maps that the model is conditioned on."""
 
     hint = "see `make params NB=03`"
 
@@ -95,13 +95,13 @@ class ConditioningConfig(LatentOptions, StageConfig):
 
 
 class TrainingConfig(TrackerOptions, TrainingOptions, StageConfig):
-    """04_training: the denoiser, on cached latents."""
+    """Describe stage 04_training: the denoiser's training on cached latents."""
 
     hint = "see `make params NB=04`"
 
 
 class SamplingConfig(InpaintOptions, StageConfig):
-    """05_sampling: voided volumes in, inpainted volumes out."""
+    """Describe stage 05_sampling: voided volumes in, inpainted volumes out."""
 
     untracked = frozenset({"devices"})
     hint = "see `make params NB=05`"
@@ -117,7 +117,7 @@ class SamplingConfig(InpaintOptions, StageConfig):
 
 
 class EvaluationConfig(StageConfig):
-    """06_evaluation: scores comparable with the challenge's."""
+    """Describe stage 06_evaluation: scores comparable with the challenge's."""
 
     hint = "see `make params NB=06`"
 
@@ -145,7 +145,7 @@ def stage_name(text: str) -> str:
 
 
 def parameter_groups(model: type[Options]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the heading and the parameter names of each group, those that matter first."""
+    """Yield the heading and the parameter names of each group: run, the stage's own, then those of its rooms."""
     owners = [cls for cls in model.__mro__ if issubclass(cls, Options)]
     order = sorted(owners, key=lambda cls: (cls is not StageConfig, cls is not SeedOptions, cls is not model))
     own = {cls: [name for name in model.model_fields if name in cls.__annotations__] for cls in order}

@@ -1,4 +1,4 @@
-"""The job scripts, run by bash with stand-ins for the cluster: what they call, hand on, and ask for again."""
+"""The job scripts, run by bash with stand-ins for the cluster: their commands, signals and requeueing."""
 
 import os
 import re
@@ -14,11 +14,11 @@ SCRIPTS = sorted((ROOT / "slurm").iterdir())
 JOBS = [path for path in SCRIPTS if path.suffix == ".sbatch"]
 KNOWN = {"job-name", "ntasks", "ntasks-per-node", "requeue", "signal", "open-mode"}
 SITES = {"partition", "account", "qos", "constraint", "nodelist", "chdir", "mail-user"}
-# Tells the words it was called by; as $LONG, stays until SIGTERM and ends with $ON_TERM; else ends with $STATUS.
+# Records its arguments; as $LONG, waits for SIGTERM and ends with $ON_TERM; else ends with $STATUS.
 STAND_IN = """#!/usr/bin/env bash
 printf '%s' "{name}" >> "$CALLS"; printf ' %q' "$@" >> "$CALLS"; echo >> "$CALLS"
 if [ "{name}" = "${{LONG:-}}" ]; then
-  trap 'sleep 0.3; echo "{name} heard TERM" >> "$CALLS"; exit "$ON_TERM"' TERM
+  trap 'sleep 0.3; echo "{name} received TERM" >> "$CALLS"; exit "$ON_TERM"' TERM
   touch "$CALLS.ready"
   for k in $(seq 100); do sleep 0.1; done
 fi
@@ -28,7 +28,7 @@ exit "${{STATUS:-0}}"
 
 @pytest.fixture
 def cluster(tmp_path):
-    """Start a job script in a folder of fakes: `start(script, *words, **variables)` -> process, and `calls()`."""
+    """Start a job script with stand-ins: `start(script, *words, **variables)` -> process, and `calls()`."""
     bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
     bin_folder.mkdir()
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
@@ -52,8 +52,8 @@ def cluster(tmp_path):
 
 
 def ended(process):
-    _, told = process.communicate(timeout=30)
-    return process.returncode, told
+    _, errors = process.communicate(timeout=30)
+    return process.returncode, errors
 
 
 def stopped(process, ready):
@@ -72,7 +72,7 @@ def test_bash_can_read_it(path):
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
-def test_its_options_are_known_and_of_no_site(path):
+def test_its_options_are_known_and_not_specific_to_a_site(path):
     lines = path.read_text().splitlines()
     options = dict(
         re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", line).groups() for line in lines if "#SBATCH" in line
@@ -85,7 +85,7 @@ def test_its_options_are_known_and_of_no_site(path):
     )
 
 
-def test_a_task_makes_the_run_of_its_place(cluster):
+def test_a_task_makes_the_run_of_its_index(cluster):
     start, calls, _ = cluster
     assert ended(start("sweep.sbatch", "my grid.yaml"))[0] == 0
     assert calls() == [r"python -m ldm_lib sweep my\ grid.yaml --only 3"]
@@ -93,7 +93,7 @@ def test_a_task_makes_the_run_of_its_place(cluster):
 
 @pytest.mark.parametrize(("status", "again"), [(0, False), (1, False), (143, True)])
 @pytest.mark.parametrize("words", [("sweep.sbatch", "grid.yaml"), ("train.sbatch", "brats", "full")])
-def test_only_what_was_stopped_is_queued_again(cluster, words, status, again):
+def test_only_what_was_stopped_is_requeued(cluster, words, status, again):
     start, calls, _ = cluster
     assert ended(start(*words, STATUS=str(status)))[0] == status
     assert ("scontrol requeue 4321" in calls()) == again
@@ -105,42 +105,42 @@ def test_only_what_was_stopped_is_queued_again(cluster, words, status, again):
         (("sweep.sbatch", "grid.yaml"), "python", 143),
         (("train.sbatch", "brats", "full"), "srun", 143),
         (("train.sbatch", "brats", "full"), "srun", 1),  # what torchrun ends with when it is stopped
-        (("train.sbatch", "brats", "full"), "python", 143),  # while the stage is being closed
+        (("train.sbatch", "brats", "full"), "python", 143),  # while the stage is being finished
     ],
 )
-def test_sigterm_reaches_the_work_which_is_waited_for_and_queued_again(cluster, words, long, code):
+def test_sigterm_is_forwarded_and_the_job_is_requeued(cluster, words, long, code):
     start, calls, ready = cluster
     assert stopped(start(*words, LONG=long, ON_TERM=str(code)), ready) == code
-    assert calls()[-2:] == [f"{long} heard TERM", "scontrol requeue 4321"]
+    assert calls()[-2:] == [f"{long} received TERM", "scontrol requeue 4321"]
 
 
-def test_work_that_ends_well_in_spite_of_sigterm_is_not_queued_again(cluster):
+def test_work_that_finishes_despite_sigterm_is_not_requeued(cluster):
     start, calls, ready = cluster
     assert stopped(start("sweep.sbatch", "grid.yaml", LONG="python", ON_TERM="0"), ready) == 0
-    assert calls()[-1] == "python heard TERM"
+    assert calls()[-1] == "python received TERM"
 
 
-def test_a_training_starts_a_launcher_a_node_and_closes_its_stage(cluster):
+def test_a_training_starts_one_launcher_a_node_and_finishes_its_stage(cluster):
     start, calls, _ = cluster
     assert ended(start("train.sbatch", "brats", "full", "max_epochs=9", "data_dir=a b"))[0] == 0
-    _, launched, closed = calls()
+    _, launched, finished = calls()
     assert launched == (
         "srun python -m torch.distributed.run --nnodes=2 --nproc-per-node=4 --rdzv-id=4321 --rdzv-backend=c10d "
         "--rdzv-endpoint=node7:24321 -m ldm_lib.experiment.launch -- --stage 04 --run brats"
     )
-    assert closed == (
+    assert finished == (
         r"python -m ldm_lib run 04 --run brats --preset full --set devices=8 --set max_epochs=9 --set data_dir=a\ b"
     )
 
 
-def test_a_training_that_failed_is_not_closed(cluster):
+def test_a_stage_whose_training_failed_is_not_finished(cluster):
     start, calls, _ = cluster
     assert ended(start("train.sbatch", "brats", "full", STATUS="1"))[0] == 1
     assert [call.split()[0] for call in calls()] == ["scontrol", "srun"]
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
-def test_without_its_words_it_says_how_it_is_used(cluster, path):
+def test_without_arguments_it_prints_its_usage(cluster, path):
     start, _, _ = cluster
-    status, told = ended(start(path.name))
-    assert status != 0 and "usage: sbatch" in told
+    status, errors = ended(start(path.name))
+    assert status != 0 and "usage: sbatch" in errors

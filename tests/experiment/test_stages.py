@@ -1,4 +1,4 @@
-"""Parameters: what is refused, what is converted, and that a notebook's cell is its model."""
+"""Parameters: what is rejected, what is converted, and that a notebook's parameters cell matches its model."""
 
 import ast
 from contextlib import nullcontext
@@ -22,23 +22,23 @@ CODE_AS_NAME = 'x=1\nimport os;os.system("touch PWNED")\ny'
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("given", "intended"),
     [("max_epoch", "max_epochs"), ("lr_learning_rate", "learning_rate"), ("batchsize", "batch_size"), ("sed", "seed")],
 )
-def test_unknown_name_is_refused_with_the_nearest(given, meant):
-    with pytest.raises(ConfigError, match=f"unknown parameter '{given}'.*did you mean '{meant}'"):
+def test_an_unknown_name_is_rejected_with_the_nearest(given, intended):
+    with pytest.raises(ConfigError, match=f"unknown parameter '{given}'.*did you mean '{intended}'"):
         resolve("coarse", overrides={given: "1"})
-    stage = FIRST[meant]
-    with pytest.raises(ConfigError, match=f"unknown parameter '{given}'.*did you mean '{meant}'"):
+    stage = FIRST[intended]
+    with pytest.raises(ConfigError, match=f"unknown parameter '{given}'.*did you mean '{intended}'"):
         STAGES[stage].parse({given: 1})
 
 
-def test_nothing_near_names_where_the_parameters_are_listed():
+def test_a_name_far_from_all_refers_to_the_list_of_parameters():
     with pytest.raises(ConfigError, match=r"unknown parameter 'qqqqqq'.*see docs/parameters.md"):
         resolve("coarse", overrides={"qqqqqq": "1"})
 
 
-def test_a_parameter_name_that_would_execute_is_refused():
+def test_a_parameter_name_that_is_code_is_rejected():
     with pytest.raises(ConfigError, match="unknown parameter 'x=1"):
         resolve("coarse", overrides={CODE_AS_NAME: "1"})
 
@@ -59,7 +59,7 @@ def test_a_parameter_name_that_would_execute_is_refused():
         ("data_dir", 7, "should be a valid string"),
     ],
 )
-def test_wrong_type_says_what_was_expected_and_where_to_look(name, value, expected):
+def test_a_wrong_type_is_reported_with_the_expected_one(name, value, expected):
     with pytest.raises(ConfigError, match=rf"^{name} = .*{expected}.* Fix: see `make params NB={FIRST[name][:2]}`"):
         resolve("coarse", overrides={name: value})
 
@@ -80,7 +80,7 @@ def test_no_number_may_be_infinite_undefined_or_negative(stage, name, value):
         ("ema_decay", 1), ("growth_threshold", 1.01), ("beta_end", 1), ("diffusion_steps", 1), ("gradient_clip", 0),
     ],
 )  # fmt: skip
-def test_out_of_range_is_refused_with_the_limit(name, value):
+def test_values_out_of_range_are_rejected_with_the_limit(name, value):
     with pytest.raises(ConfigError, match=rf"^{name} = {value}: Input should be (greater|less) than"):
         STAGES[FIRST[name]].parse({name: value})
 
@@ -94,7 +94,7 @@ def test_limits_themselves_are_allowed(name, low, high):
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"beta_start": 0.03}, r"^beta_start = 0.03: above beta_end = 0.02"),
         ({"multipliers": "1,2"}, r"^attention_rates = '4': multipliers '1,2' leave \[1, 2\]"),
@@ -118,8 +118,8 @@ def test_limits_themselves_are_allowed(name, low, high):
         ({"learned": "none", "linear_start": False}, "^learned = 'none': needs linear_start"),
     ],
 )
-def test_parameters_that_do_not_fit_together_are_refused_at_once(values, told):
-    with pytest.raises(ConfigError, match=told):
+def test_inconsistent_parameters_are_rejected_at_once(values, message):
+    with pytest.raises(ConfigError, match=message):
         resolve("coarse", overrides=values)
 
 
@@ -132,7 +132,7 @@ def test_parameters_that_do_not_fit_together_are_refused_at_once(values, told):
         ("channels", "8,16", "8,16"), ("seed", "0", 0),
     ],
 )  # fmt: skip
-def test_text_of_the_command_line_becomes_the_fields_type(name, text, value):
+def test_text_of_the_command_line_is_converted(name, text, value):
     found = getattr(resolve("coarse", overrides={name: text})[FIRST[name]], name)
     assert found == value and type(found) is type(value)
 
@@ -141,7 +141,7 @@ def test_text_of_the_command_line_becomes_the_fields_type(name, text, value):
     "name",
     ["../../x", "/abs/x", "a/b", "a\\b", "..", ".", ".hidden", "-x", "x\n", "x y", "x;ls", "$(ls)", "é", "", "a" * 300],
 )
-def test_names_that_are_no_file_names_are_refused(name):
+def test_names_that_are_no_file_names_are_rejected(name):
     with pytest.raises(ConfigError, match=r"^run = .*letters, digits"):
         resolve("coarse", overrides={"run": name})
     with pytest.raises(ValueError, match="letters, digits"):
@@ -175,7 +175,7 @@ def test_preset_resolves_to_its_values_and_defaults_elsewhere(preset):
         assert configs[stage].model_dump() == expected
 
 
-def test_defaults_obey_their_own_limits():
+def test_defaults_are_within_their_limits():
     for model in STAGES.values():
         model(**{name: field.default for name, field in model.model_fields.items()})
 
@@ -215,7 +215,7 @@ def test_parameters_cell_executed_gives_the_defaults(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_papermill_reads_every_parameter_with_its_type_and_meaning(stage):
+def test_papermill_reads_every_parameter_with_type_and_description(stage):
     cell = nbf.new_code_cell(parameters_cell(STAGES[stage]), metadata={"tags": ["parameters"]})
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     found = _infer_parameters(nbf.new_notebook(cells=[cell], metadata=kernel))
@@ -239,25 +239,25 @@ def test_a_parameters_value_stays_a_value_in_the_notebook(value):
     source = PythonTranslator.codify(config.model_dump())
     assert all(isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant) for s in ast.parse(source).body)
     space = {}
-    exec(source, {"__builtins__": {}}, space)  # noqa: S102 - what it does is the question
+    exec(source, {"__builtins__": {}}, space)  # noqa: S102 - what it does is tested
     assert space == config.model_dump()
 
 
-@pytest.mark.parametrize(("changes", "refused"), [
+@pytest.mark.parametrize(("changes", "rejected"), [
     ({"sampler": "midpoint"}, True), ({"sampler": "ddpm"}, False), ({"sampler": "dpm++2m"}, False),
     ({"sampler": "ddpm", "prediction": "flow", "schedule": "flow"}, True),
     ({"sampler": "euler", "prediction": "flow", "schedule": "flow"}, False),
 ])  # fmt: skip
-def test_a_sampler_of_the_other_path_is_refused_before_a_training(changes, refused):
+def test_an_unsuitable_sampler_is_rejected_before_training(changes, rejected):
     configs = resolve("coarse", changes)
-    with pytest.raises(ConfigError, match="take dpm") if refused else nullcontext():
+    with pytest.raises(ConfigError, match="take dpm") if rejected else nullcontext():
         require_fit(configs)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "flow"])
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-def test_what_is_refused_before_a_training_is_what_its_sampling_would_refuse(sampler, schedule):
-    path = {"prediction": "flow", "schedule": "flow"} if schedule == "flow" else {}
-    walks = sampler in samplers.samplers_for(noise_schedule(schedule))
-    with nullcontext() if walks else pytest.raises(ConfigError, match="take dpm"):
-        require_fit(resolve("coarse", path | {"sampler": sampler}))
+def test_the_check_before_training_agrees_with_the_samplers(sampler, schedule):
+    flow = {"prediction": "flow", "schedule": "flow"} if schedule == "flow" else {}
+    supported = sampler in samplers.samplers_for(noise_schedule(schedule))
+    with nullcontext() if supported else pytest.raises(ConfigError, match="take dpm"):
+        require_fit(resolve("coarse", flow | {"sampler": sampler}))

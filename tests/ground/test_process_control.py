@@ -1,4 +1,4 @@
-"""Laws of ends: a wish is noted, a child gets its time, and silence is ended with the stacks on record."""
+"""Shutdown: signals are recorded and forwarded, a child gets time to end, and a hang ends with its stacks in a file."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ldm_lib import process_control as signals
+from ldm_lib import process_control
 from ldm_lib.errors import InterruptionError, RunError
 from ldm_lib.process_control import ForwardSignals, StopRequest, Watchdog
 
@@ -16,57 +16,57 @@ SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep
 
 
 def handlers():
-    return [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+    return [signal.getsignal(number) for number in process_control.STOP_SIGNALS]
 
 
-@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
-def test_a_wish_is_noted_and_the_handlers_are_put_back(number):
+@pytest.mark.parametrize("number", process_control.STOP_SIGNALS)
+def test_a_signal_is_recorded_and_the_handlers_are_restored(number):
     before = handlers()
-    with StopRequest() as wishes:
-        assert wishes.received is None
+    with StopRequest() as stop:
+        assert stop.received is None
         signal.raise_signal(number)
-        assert wishes.received == number
+        assert stop.received == number
     assert handlers() == before
 
 
-def test_a_second_interrupt_is_obeyed():
+def test_a_second_interrupt_stops_at_once():
     with pytest.raises(KeyboardInterrupt), StopRequest():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
-def test_a_child_is_told_to_end_and_then_we_end_with_the_signals_status(number):
+@pytest.mark.parametrize("number", process_control.STOP_SIGNALS)
+def test_a_signal_is_forwarded_and_gives_the_exit_status(number):
     before = handlers()
     with (
-        pytest.raises(InterruptionError, match=f"lab/05: stopped by {number.name}. Fix: ") as told,
+        pytest.raises(InterruptionError, match=f"lab/05: stopped by {number.name}. Fix: ") as stopped,
         ForwardSignals(lambda: child.pid, where="lab/05"),
     ):
         child = subprocess.Popen(SLEEP, stdout=subprocess.PIPE)
         child.stdout.readline()
         os.kill(os.getpid(), number)
         assert child.wait(10) == -signal.SIGTERM
-    assert told.value.status == 128 + number and handlers() == before
+    assert stopped.value.status == 128 + number and handlers() == before
 
 
-def test_what_the_child_said_on_its_way_out_is_kept():
+def test_the_message_of_the_child_is_kept():
     own = InterruptionError("asked to end by SIGTERM after step 5 of 8, saved", where="training")
-    said = "lab/04: asked to end by SIGTERM after step 5 of 8, saved"
-    with pytest.raises(InterruptionError, match=said), ForwardSignals(lambda: child.pid, where="lab/04"):
+    message = "lab/04: asked to end by SIGTERM after step 5 of 8, saved"
+    with pytest.raises(InterruptionError, match=message), ForwardSignals(lambda: child.pid, where="lab/04"):
         child = subprocess.Popen(SLEEP, stdout=subprocess.DEVNULL)
         signal.raise_signal(signal.SIGTERM)
         child.wait(10)
         raise own
 
 
-def test_without_a_child_there_is_nothing_to_wait_for():
-    """As while a kernel is being started: the signal is obeyed there and then, not remembered."""
+def test_without_a_child_the_signal_stops_at_once():
+    """While a kernel is being started there is nothing to wait for."""
     with (
         pytest.raises(InterruptionError, match="lab/04: stopped by SIGTERM"),
         ForwardSignals(lambda: None, where="lab/04"),
     ):
         signal.raise_signal(signal.SIGTERM)
-        raise AssertionError("went on")
+        raise AssertionError("continued")
 
 
 def test_without_a_signal_nothing_changes():
@@ -77,10 +77,12 @@ def test_without_a_signal_nothing_changes():
 
 
 def test_a_child_that_does_not_end_is_killed(monkeypatch):
-    monkeypatch.setattr(signals, "GRACE_S", 0.3)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    monkeypatch.setattr(process_control, "GRACE_S", 0.3)
+    ignoring = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    )
     with pytest.raises(InterruptionError), ForwardSignals(lambda: child.pid, where="x"):
-        child = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, "-c", ignoring], stdout=subprocess.PIPE)
         child.stdout.readline()
         signal.raise_signal(signal.SIGTERM)
         assert child.wait(10) == -signal.SIGKILL
@@ -101,16 +103,16 @@ with Watchdog(Path(sys.argv[1]), 0.5) as watchdog:
 """
 
 
-def test_a_hang_is_ended_with_the_stacks_in_a_file(tmp_path):
+def test_a_hang_ends_with_the_stacks_in_a_file(tmp_path):
     started = time.monotonic()
-    told = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", HANG, str(tmp_path / "s.txt")], capture_output=True, text=True, timeout=50
     )
-    assert told.returncode == 1 and told.stdout == "alive\n" and time.monotonic() - started < 40
+    assert ended.returncode == 1 and ended.stdout == "alive\n" and time.monotonic() - started < 40
     assert "a_step_that_hangs" in (tmp_path / "s.txt").read_text()
 
 
-def test_no_stacks_are_left_where_nothing_hung(tmp_path):
+def test_no_stacks_are_written_without_a_hang(tmp_path):
     with Watchdog(tmp_path / "s.txt", 30) as watchdog:
         watchdog.alive()
     assert not (tmp_path / "s.txt").exists()
