@@ -43,6 +43,10 @@ KINDS = {
     "core with most left to its defaults": ("core", {"spatial_dims": 3, "channels": [4] * 4, "norm_num_groups": 2}),
     "generative": ("generative", OLD | PLAIN),
     "generative attention": ("generative", OLD | ATTENTIVE | {"use_checkpointing": True}),
+    "generative with most left to its defaults": (
+        "generative",
+        {"spatial_dims": 3, "num_channels": [4] * 4, "norm_num_groups": 2},
+    ),
     "maisi": ("maisi", MAISI),
 }
 

@@ -16,7 +16,7 @@ ROOMS = ["", "anatomy", "plots", "data", "autoencoder", "diffusion", "inpainting
          "experiment", "cli"]  # fmt: skip
 # Third-party package -> where it may be imported.
 DOORS = {
-    "monai": {"autoencoder/_monai", "autoencoder/losses", "autoencoder/third_party"},
+    "monai": {"autoencoder/_monai"},
     "generative": {"autoencoder/third_party"},
     "lightning": {"training/distributed"},
     "wandb": {"training/trackers"},
