@@ -59,12 +59,12 @@ def example_names(cohort_folder, tiny_model_folder, tmp_path_factory, cases):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
-def test_every_public_name_has_an_example_that_runs(name, example_names, tmp_path, outputs, hurried, capsys):
+def test_every_public_name_has_an_example_that_runs(name, example_names, tmp_path, outputs, fast_registration, capsys):
     thing = getattr(ldm, name)
     names = vars(inspect.getmodule(thing)) | example_names | {"folder": tmp_path}
     examples = doctest.DocTestFinder(recurse=False).find(thing, name, globs=names)
     assert examples and examples[0].examples, f"{name} has no example"
-    with hurried():
+    with fast_registration():
         failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples[0])
     assert not failed, capsys.readouterr().out
 
@@ -87,12 +87,12 @@ def session_holds(names: dict, folder: Path) -> None:
 
 
 def test_the_example_works_on_a_synthetic_case(
-    cohort_folder, tiny_initial_estimate_folder, tmp_path, monkeypatch, hurried
+    cohort_folder, tiny_initial_estimate_folder, tmp_path, monkeypatch, fast_registration
 ):
     """A case without maps, fewer steps and an untrained model."""
     data = shutil.copytree(cohort_folder, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    with hurried():
+    with fast_registration():
         names = _session(data, tiny_initial_estimate_folder)
     session_holds(names, tmp_path)
 
@@ -132,7 +132,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "tissue_maps"
 
 
-def registrations(monkeypatch, hurried):
+def registrations(monkeypatch, fast_registration):
     """Count registrations, each a short one."""
     from ldm_lib.anatomy import tissue_segmentation
     from ldm_lib.data import conditioning_maps
@@ -145,11 +145,11 @@ def registrations(monkeypatch, hurried):
 
 
 def test_a_map_is_made_once_and_found_by_every_other_way(
-    bare, cache, tiny_initial_estimate_folder, tmp_path, monkeypatch, hurried, caplog
+    bare, cache, tiny_initial_estimate_folder, tmp_path, monkeypatch, fast_registration, caplog
 ):
-    made = registrations(monkeypatch, hurried)
+    made = registrations(monkeypatch, fast_registration)
     inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
-    with hurried():
+    with fast_registration():
         first = inpainter(bare, steps=1).mean
         assert len(made) == 1 and caplog.text.count("no tissue map given, made from the scan") == 1
         case = ldm.load_case(bare)
@@ -171,12 +171,12 @@ def test_a_map_is_made_once_and_found_by_every_other_way(
     assert np.array_equal(inpainter(with_map, steps=1).mean, first)
 
 
-def test_another_mask_or_scan_is_another_map(bare, cache, tiny_initial_estimate_folder, hurried):
+def test_another_mask_or_scan_is_another_map(bare, cache, tiny_initial_estimate_folder, fast_registration):
     from dataclasses import replace
 
     inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
     case = ldm.load_case(bare)
-    with hurried():
+    with fast_registration():
         inpainter(case, steps=1)
         brighter = replace(case, voided=case.voided * np.float32(1.5), tissue=None)
         inpainter(brighter, steps=1)
@@ -185,10 +185,10 @@ def test_another_mask_or_scan_is_another_map(bare, cache, tiny_initial_estimate_
 
 @pytest.mark.parametrize("where", ["file", "no home"])
 def test_without_a_cache_the_result_is_the_same_and_one_line_says_so(
-    where, bare, tiny_initial_estimate_folder, tmp_path, monkeypatch, hurried, caplog
+    where, bare, tiny_initial_estimate_folder, tmp_path, monkeypatch, fast_registration, caplog
 ):
     inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
-    with hurried():
+    with fast_registration():
         monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
         expected = inpainter(bare, steps=1).mean
         if where == "file":
@@ -203,12 +203,14 @@ def test_without_a_cache_the_result_is_the_same_and_one_line_says_so(
     assert caplog.text.count("tissue maps are not kept") == 1
 
 
-def test_a_damaged_map_is_made_again_and_the_oldest_go(bare, cache, tiny_initial_estimate_folder, monkeypatch, hurried):
+def test_a_damaged_map_is_made_again_and_the_oldest_go(
+    bare, cache, tiny_initial_estimate_folder, monkeypatch, fast_registration
+):
     from ldm_lib.inpainting import tissue_maps
 
-    made = registrations(monkeypatch, hurried)
+    made = registrations(monkeypatch, fast_registration)
     inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
-    with hurried():
+    with fast_registration():
         first = inpainter(bare, steps=1).mean
         (kept,) = cache.glob("*.nii.gz")
         kept.write_bytes(kept.read_bytes()[:-9])

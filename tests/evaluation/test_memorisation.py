@@ -51,8 +51,8 @@ def test_the_distance_is_that_of_brute_force(heads):
     for side in (padded, np.flip(padded, 0)):
         for shift in np.ndindex(*[2 * reach + 1] * 3):
             corner = np.array(patch.corner) + 10 - reach + shift
-            place = side[tuple(slice(c, c + n) for c, n in zip(corner, patch.filled.shape, strict=True))]
-            found.append(np.sqrt(np.square(place - patch.values)[patch.filled].mean()))
+            place = side[tuple(slice(c, c + n) for c, n in zip(corner, patch.compared.shape, strict=True))]
+            found.append(np.sqrt(np.square(place - patch.values)[patch.compared].mean()))
     assert patch.distance(image) == pytest.approx(min(found), rel=1e-6)
 
 

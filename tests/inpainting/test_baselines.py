@@ -85,7 +85,7 @@ def test_unusable_volumes_are_rejected(fill, spoil, message):
 
 @pytest.mark.parametrize("name", ["mean", "mirror", "tissue paint"])
 def test_a_volume_of_air_is_rejected(name):
-    with pytest.raises(InputError, match="no brain to learn from"):
+    with pytest.raises(InputError, match="there is no brain"):
         BASELINES[name](np.zeros(SHAPE), BALL, tissue=np.ones(SHAPE), lateral_axis=0, spacing_mm=1.0)
 
 

@@ -88,7 +88,7 @@ def test_a_wheel_would_carry_them():
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"]["ldm_lib"] == ["pretrained/**"]
+    assert "pretrained/**" in project["tool"]["setuptools"]["package-data"]["ldm_lib"]
 
 
 @pytest.mark.slow
