@@ -137,3 +137,11 @@ def test_messages_in_the_troubleshooting_table_are_those_of_the_code():
     parts = [max(re.split(r"\d+|\.\.\.|\bpid\b", row), key=len).strip() for row in rows]
     assert len(parts) > 8
     assert not [part for part in parts if part not in code]
+
+
+def test_the_api_page_lists_the_public_names():
+    import ldm_lib
+
+    text = (ROOT / "docs" / "api.md").read_text()
+    listed = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|.*\|$", text, re.M))))
+    assert listed == set(ldm_lib.__all__)
