@@ -134,7 +134,7 @@ def bounding_box(mask: np.ndarray, margin_vox: ArrayLike = 0) -> tuple[slice, ..
     Raises:
         InputError: the mask is empty.
 
-    Example:
+    Examples:
         >>> mask = np.zeros((8, 8, 8), bool)
         >>> mask[2:5, 3, 7] = True
         >>> bounding_box(mask, 1)

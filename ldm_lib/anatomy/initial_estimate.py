@@ -38,7 +38,7 @@ def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *,
         float32 (x, y, z): the image outside the mask, at least 0 inside. Without any voxel around the mask it is the
         regression alone.
 
-    Example:
+    Examples:
         >>> image, mask = np.full((12, 12, 12), 0.5), np.zeros((12, 12, 12), bool)
         >>> mask[4:8, 4:8, 4:8] = True
         >>> estimate = initial_estimate(image, mask, np.full(image.shape, 3), spacing_mm=2.0)

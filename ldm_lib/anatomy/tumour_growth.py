@@ -57,7 +57,7 @@ def grow_tumour(
         InputError: no tissue map, not exactly one start, or a start outside white and grey matter.
         ConfigError: a negative or infinite number of days.
 
-    Example:
+    Examples:
         >>> tissue, affine = np.full((24, 24, 24), 3), np.diag([2.0, 2.0, 2.0, 1.0])
         >>> growth = grow_tumour(tissue, affine, days=60, seed_mm=(24, 24, 24))
         >>> growth.shape, tuple(int(i) for i in np.unravel_index(growth.argmax(), growth.shape))

@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
         latent_mean, scale_factor: (c,) shift and scale that standardise the latents.
         history: one row per training step (step, learning_rate, l1, ...); empty unless it was trained just now.
 
-    Example:
+    Examples:
         >>> autoencoder = Autoencoder.load()
         >>> image = np.zeros((20, 24, 18), np.float32)
         >>> autoencoder.factor, autoencoder.latent_channels, autoencoder.reconstruct(image).shape

@@ -166,7 +166,7 @@ def train_autoencoder(
     Raises:
         TrainingError: a loss that is not finite, or cases without a brain.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from ldm_lib.data.cohort import find_cases
         >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort

@@ -218,7 +218,7 @@ def load_case(case: Case) -> CaseData:
     Raises:
         InputError: a file is rejected, or the files contradict each other.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from ldm_lib.data.cohort import find_cases
         >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort

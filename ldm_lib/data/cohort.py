@@ -41,7 +41,7 @@ def find_cases(
     Raises:
         InputError: the folder does not exist or holds no case at all.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
         >>> with TemporaryDirectory() as folder:
@@ -145,7 +145,7 @@ def audit(data_dir: str | Path, conditioning_dir: str | Path = "", read_options:
     Raises:
         InputError: the folder does not exist, or holds nothing that looks like a case.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
         >>> with TemporaryDirectory() as folder:

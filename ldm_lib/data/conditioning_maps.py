@@ -173,7 +173,7 @@ def add_conditioning_maps(
     Returns:
         The case with these maps, and a record of each. A map that could not be made leaves the case without one.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from ldm_lib.data.cohort import find_cases
         >>> from ldm_lib.data.synthetic_cohort import make_synthetic_cohort

@@ -189,7 +189,7 @@ def make_synthetic_cohort(
     Raises:
         ConfigError: a parameter is out of range.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     make_synthetic_cohort(folder, 2, spacing_mm=8, masks=1)

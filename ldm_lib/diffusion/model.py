@@ -93,7 +93,7 @@ class LatentDiffusion:
         temperature: scale of the initial noise.
         process: arguments of `noise_schedule` from which `schedule` was made; `save` needs them.
 
-    Example:
+    Examples:
         >>> model = LatentDiffusion.load(device="cpu")
         >>> model.autoencoder.factor, model.autoencoder.latent_channels
         (8, 16)

@@ -36,7 +36,7 @@ def brats_metrics(prediction: ArrayLike, case: Case | CaseData) -> dict[str, flo
     Raises:
         InputError: a case without its full T1n, or volumes that do not fit.
 
-    Example:
+    Examples:
         >>> import ldm_lib as ldm
         >>> case = ldm.load_case(ldm.find_cases(cohort)[0])
         >>> scores = ldm.brats_metrics(case.target, case)

@@ -64,7 +64,7 @@ def evaluate(
     Raises:
         LdmError: no case with its T1n, a case that cannot be inpainted, or a parameter that is out of range.
 
-    Example:
+    Examples:
         >>> import ldm_lib as ldm
         >>> inpainter = ldm.Inpainter.load(model)
         >>> cases, quiet = ldm.find_cases(cohort)[:1], {"say": lambda line: None}

@@ -146,7 +146,7 @@ def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] 
         ConfigError: a parameter has a wrong type or is out of range.
         RunError: the run is locked, an earlier stage is not done, or this stage was started with other settings.
 
-    Example:
+    Examples:
         >>> stage = open_stage("01_data_audit", {"run": "example", "seed": 3})
         >>> stage.check("cases found", True, 12)
         >>> table = stage.close({"cases": 12})  # writes done.json

@@ -59,7 +59,7 @@ def run(stages: str | Sequence[str] = (), *, preset: str = DEFAULT_PRESET, run: 
     Raises:
         LdmError: as `run_stages`.
 
-    Example:
+    Examples:
         >>> import ldm_lib as ldm
         >>> folder = ldm.run(["01", "02"], preset="smoke", seed=3)  # doctest: +SKIP
         >>> sorted(path.name for path in folder.glob("*/report.html"))  # doctest: +SKIP

@@ -39,7 +39,7 @@ class Inpainter:
         model: autoencoder, denoiser and schedule.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
 
-    Example:
+    Examples:
         >>> import ldm_lib as ldm
         >>> inpainter = ldm.Inpainter.load(model)  # a folder; without one, the pretrained weights
         >>> case = ldm.load_case(ldm.find_cases(cohort)[0])

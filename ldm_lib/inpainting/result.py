@@ -36,7 +36,7 @@ class Inpainting:
         data: the case that was inpainted.
         values: (K, n) float32, the values of each sample at the n voxels of the mask.
 
-    Example:
+    Examples:
         >>> import ldm_lib as ldm
         >>> case = ldm.load_case(ldm.find_cases(cohort)[0])
         >>> result = ldm.Inpainter.load(model)(case, n_samples=2, steps=2)

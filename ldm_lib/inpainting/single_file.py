@@ -61,7 +61,7 @@ def inpaint(
     Raises:
         LdmError: an input, parameter, model or output path that cannot be used; nothing is written then.
 
-    Example:
+    Examples:
         >>> import ldm_lib as ldm
         >>> case = ldm.find_cases(cohort)[0]
         >>> files = ldm.inpaint(case.t1n_voided, case.mask, folder / "inpainted.nii.gz", model=model, steps=2)

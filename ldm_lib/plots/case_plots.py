@@ -65,7 +65,7 @@ def plot(
     Raises:
         InputError: an array does not have the shape of the case.
 
-    Example:
+    Examples:
         >>> figure = plot(case, {"voided": case.voided, "growth": case.growth})
         >>> [axes.get_ylabel() for axes in figure.axes[::3]][:2]
         ['voided', 'growth']
@@ -94,7 +94,7 @@ def plot_difference(
     Raises:
         InputError: the case has no ground truth, or the prediction does not have its shape.
 
-    Example:
+    Examples:
         >>> figure = plot_difference(case, case.voided)
         >>> figure.axes[6].get_ylabel()
         'error'
@@ -126,7 +126,7 @@ def plot_overlay(
     Raises:
         InputError: an array does not have the shape of the case.
 
-    Example:
+    Examples:
         >>> figure = plot_overlay(case)
         >>> [text.get_text() for text in figure.legends[0].get_texts()][:3]
         ['CSF', 'GM', 'WM']
@@ -159,7 +159,7 @@ def plot_samples(
     Raises:
         InputError: a sample does not have the shape of the case.
 
-    Example:
+    Examples:
         >>> figure = plot_samples(case, [case.voided, case.target])
         >>> [axes.get_title() for axes in figure.axes][:5]
         ['sample 0', 'sample 1', 'mean', 'ground truth', 'standard deviation']
@@ -191,7 +191,7 @@ def plot_uncertainty(
     Raises:
         InputError: an array does not have the shape of the case.
 
-    Example:
+    Examples:
         >>> figure = plot_uncertainty(case, case.target, np.full(case.mask.shape, 20.0))
         >>> figure.axes[3].get_ylabel()
         'standard deviation'
@@ -225,7 +225,7 @@ def plot_series(
     Raises:
         InputError: an array does not have the shape of the case.
 
-    Example:
+    Examples:
         >>> figure = plot_series(case, {"step 1": case.voided, "step 2": case.target}, plane="coronal")
         >>> [axes.get_title() for axes in figure.axes]
         ['step 1', 'step 2']
@@ -261,7 +261,7 @@ def view(
     Raises:
         InputError: an array does not have the shape of the case.
 
-    Example:
+    Examples:
         >>> explorer = view(case, interactive=False)
         >>> [axes.get_ylabel() for axes in explorer.figure.axes[::3]]
         ['voided', 'ground truth']

@@ -62,7 +62,7 @@ def train_denoiser(
         ConfigError: the architecture of a given model differs from the options.
         TrainingError: a loss that is not finite, or a checkpoint of another training in the folder.
 
-    Example:
+    Examples:
         >>> import ldm_lib as ldm
         >>> patients = ldm.make_synthetic_cohort(folder, n_patients=2, spacing_mm=8, masks=1)
         >>> cases = ldm.find_cases(folder / "data")
