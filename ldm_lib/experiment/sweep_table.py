@@ -30,7 +30,7 @@ def log_path(sweep: Sweep, run: SweepRun) -> Path:
 
 
 def results(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return one row a run, in the file's order: what varies, scores, patients, holes, seconds and state.
+    """Return one row a run, in the file's order: what varies, scores, patients, masks, seconds and state.
 
     Scores are means over patients with their 95 % bootstrap interval by patient; without stage 06 they are replaced by
     the numbers in the last stage's summary. Seconds are those of all its stages, including stages that were reused. A
@@ -45,7 +45,7 @@ def write_results(sweep: Sweep) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "table.csv", rows)
     columns = dict.fromkeys(name for row in rows for name in row if not name.endswith((LOW, HIGH)))
-    columns = sorted(columns, key=lambda name: name in ("patients", "holes", "seconds", "state"))
+    columns = sorted(columns, key=lambda name: name in ("patients", "masks", "seconds", "state"))
     table = markdown([columns, *([_text(row, name) for name in columns] for row in rows)])
     with replacing(folder / "table.md") as partial:
         partial.write_text(f"{table}\n")
@@ -94,7 +94,7 @@ def _scores(folder: Path, sweep: Sweep, run: SweepRun) -> dict[str, Any]:
             values = bootstrap_by_patient([float(row[column]) for row in own], [row["patient"] for row in own])
             name = f"{label}: {score}"
             found |= {name: values["mean"], name + LOW: values["low"], name + HIGH: values["high"]}
-        found |= {"patients": values["patients"], "holes": values["masks"]}
+        found |= {"patients": values["patients"], "masks": values["masks"]}
     return found
 
 

@@ -1,4 +1,4 @@
-"""The six notebooks end to end on a tiny cohort, as a newcomer runs them; then two real patients, where they are."""
+"""The six notebooks end to end on a tiny cohort, as a new user runs them; then two real patients, if available."""
 
 import json
 import os
@@ -41,7 +41,7 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="no real patients: name thei
 
 
 def ldm(outputs, *words):
-    """Run `python -m ldm_lib` and return what it left: status and text."""
+    """Run `python -m ldm_lib` and return its status and output."""
     command = [sys.executable, "-m", "ldm_lib", *map(str, words)]
     return subprocess.run(command, env={**os.environ, OUTPUTS_VARIABLE: str(outputs)}, capture_output=True, text=True)
 
@@ -55,9 +55,9 @@ def run_tiny(outputs, *words):
 def outputs(tmp_path_factory):
     """The outputs folder after one whole run."""
     folder = tmp_path_factory.mktemp("outputs")
-    told = run_tiny(folder)
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert told.stdout.splitlines()[-1] == f"report: {folder / 'tiny' / 'index.html'}"
+    ended = run_tiny(folder)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == f"report: {folder / 'tiny' / 'index.html'}"
     return folder
 
 
@@ -71,13 +71,13 @@ def raw(path):
     return np.asarray(nib.load(path).dataobj.get_unscaled())
 
 
-def assert_only_the_hole_changed(source, result, mask):
+def assert_only_the_mask_changed(source, result, mask):
     """Outside the mask bit for bit, the header and affine equal, and something inside."""
     outside = raw(mask) == 0
     before, after = raw(source), raw(result)
     assert before.dtype == after.dtype and before.shape == after.shape
     assert np.array_equal(before[outside], after[outside])
-    assert len(np.unique(after[~outside])) > 10, "the hole holds anatomy, not one value"
+    assert len(np.unique(after[~outside])) > 10, "anatomy, not one value"
     assert nib.load(source).header == nib.load(result).header
     assert np.array_equal(nib.load(source).affine, nib.load(result).affine)
 
@@ -87,7 +87,7 @@ def test_every_stage_is_done_with_a_report(outputs):
         record = json.loads((outputs / "tiny" / stage / "done.json").read_text())
         assert record["outputs"] and all(check["passed"] for check in record["checks"] if check["required"])
         assert "<img" in (outputs / "tiny" / stage / "report.html").read_text()
-        assert not list((outputs / "tiny" / stage).glob("*.p*rt*")), "nothing half-done is left"
+        assert not list((outputs / "tiny" / stage).glob("*.p*rt*")), "nothing unfinished is left"
     index = (outputs / "tiny" / "index.html").read_text()
     assert all(f'href="{stage}/report.html"' in index for stage in STAGES)
 
@@ -108,10 +108,10 @@ def test_the_result_differs_under_the_mask_only(outputs):
         case = cases[result.name]
         assert case["patient"] in cohort["split"]["validation"]
         source, mask = (run / "01_data_audit" / case[role] for role in ("t1n_voided", "mask"))
-        assert_only_the_hole_changed(source, result, mask)
+        assert_only_the_mask_changed(source, result, mask)
 
 
-def test_no_path_of_this_machine_in_what_is_kept(outputs):
+def test_no_path_of_this_machine_is_kept(outputs):
     kept = [path for path in (outputs / "tiny").rglob("*") if path.is_file() and path.name != path_aliases.FILE]
     secrets = [word.encode() for word in (str(outputs), sys.prefix, str(Path(__file__).parents[2]))]
     assert len(kept) > 100
@@ -120,27 +120,27 @@ def test_no_path_of_this_machine_in_what_is_kept(outputs):
 
 def test_a_second_call_skips_everything_within_seconds(outputs):
     start, cpu_s = time.monotonic(), children_s()
-    told = run_tiny(outputs)
-    assert told.returncode == 0 and time.monotonic() - start < 60
+    ended = run_tiny(outputs)
+    assert ended.returncode == 0 and time.monotonic() - start < 60
     assert children_s() - cpu_s < 20, "seconds of a processor, for others may keep it busy too"
-    assert told.stdout.splitlines()[:-1] == [f"{stage}: done already, skipped" for stage in STAGES]
+    assert ended.stdout.splitlines()[:-1] == [f"{stage}: done already, skipped" for stage in STAGES]
 
 
-def test_a_changed_parameter_is_refused_naming_it(outputs):
+def test_a_changed_parameter_is_rejected_by_name(outputs):
     before = (outputs / "tiny" / "config.json").read_bytes()
-    told = run_tiny(outputs, "--set", "base_width=32")
-    assert told.returncode == 1
-    assert told.stderr.startswith(
+    ended = run_tiny(outputs, "--set", "base_width=32")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(
         "ERROR tiny/04_training: was made with other settings: base_width was 16, now 32. Fix:"
     )
-    assert told.stderr.count("\n") == 1
+    assert ended.stderr.count("\n") == 1
     assert (outputs / "tiny" / "config.json").read_bytes() == before
 
 
 @real
 def test_real_patients_pass_the_audit(outputs):
-    told = ldm(outputs, "run", "01", "--preset", "smoke", "--run", "real", "--set", f"data_dir={REAL}")
-    assert told.returncode == 0, told.stdout + told.stderr
+    ended = ldm(outputs, "run", "01", "--preset", "smoke", "--run", "real", "--set", f"data_dir={REAL}")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     folder = outputs / "real" / "01_data_audit"
     kept = [path for path in folder.parent.rglob("*") if path.is_file() and path.name != path_aliases.FILE]
     assert not [path.name for path in kept if str(REAL).encode() in path.read_bytes()]
@@ -153,28 +153,28 @@ def test_real_patients_pass_the_audit(outputs):
 
 @real
 @pytest.mark.parametrize("voided", sorted(REAL.glob("*/*-t1n-voided*.nii.gz"))[:2], ids=lambda path: path.parent.name)
-def test_a_real_patient_is_filled_at_full_resolution(outputs, tmp_path, voided):
+def test_a_real_patient_is_inpainted_at_full_resolution(outputs, tmp_path, voided):
     mask = voided.with_name(voided.name.replace("t1n-voided", "mask"))
     result = tmp_path / "result.nii.gz"
     model = outputs / "tiny" / "04_training" / "model"
-    told = ldm(outputs, "inpaint", "--t1n-voided", voided, "--mask", mask, "--output", result, "--model", model,
+    ended = ldm(outputs, "inpaint", "--t1n-voided", voided, "--mask", mask, "--output", result, "--model", model,
                "--steps", 2, "--device", "cpu")  # fmt: skip
-    assert told.returncode == 0, told.stderr
-    assert_only_the_hole_changed(voided, result, mask)
+    assert ended.returncode == 0, ended.stderr
+    assert_only_the_mask_changed(voided, result, mask)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert peak < 6e9, f"{peak / 1e9:.1f} GB, the most of any command so far"
 
 
 @pytest.mark.slow
-def test_told_healthy_the_tumours_place_is_filled_with_healthy_tissue(tmp_path):
-    """And told of a tumour with one. A demo of 6 mm; CSF is left out, of which coarse voxels there hold a part only."""
+def test_conditioned_on_no_growth_the_tumour_region_becomes_healthy_tissue(tmp_path):
+    """And a tumour if conditioned on one. A model of 6 mm; CSF is omitted, as coarse voxels hold only a part of it."""
     settings = {"spacing_mm": 6.0, "synthetic_patients": 24, "autoencoder_steps": 20, "max_epochs": 60, "max_cases": 5,
                 "samples": 1, "fidelity_cases": 0, "wandb_mode": "off", "use_mlflow": False, "accept_anyway": True,
                 "tissue_source": "given"}  # fmt: skip
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    told = ldm(tmp_path, "run", "01", "02", "03", "04", "--run", "told", *words)
-    assert told.returncode == 0, told.stdout + told.stderr
-    run = tmp_path / "told"
+    ended = ldm(tmp_path, "run", "01", "02", "03", "04", "--run", "demo", *words)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run = tmp_path / "demo"
     inpainter = Inpainter.load(run / "04_training" / "model", device="cpu")
     shifts = {"healthy": [], "tumour": []}
     for case in read_cohort(run / "03_conditioning" / "cohort.json", run)[1]:

@@ -1,4 +1,4 @@
-"""Sweeps: what a grid file means, what is refused before anything runs, what is shared, ended, continued and told."""
+"""Sweeps: reading the file, rejecting it before anything runs, sharing stages, stopping, continuing and the table."""
 
 import csv
 import json
@@ -72,13 +72,13 @@ def test_every_combination_and_every_listed_run_with_its_whole_configuration(gri
     assert {c.max_epochs for c in training} == {20} and [c.run for c in training] == NAMES
 
 
-def test_a_run_keeps_its_name_when_the_grid_grows_or_is_written_otherwise(grid_of):
+def test_a_run_keeps_its_name_when_the_grid_grows_or_is_reordered(grid_of):
     before = names(grid_of())
     wider = names(grid_of(GRID.replace("[noise, velocity]", "[velocity, noise]").replace("1e-4,", "0.01, 0.0001, ")))
     assert set(before) < set(wider)
 
 
-def test_values_mean_what_was_typed(grid_of):
+def test_values_are_converted_from_the_text_as_typed(grid_of):
     grid = grid_of("name: a\nset: {make_missing: no, multipliers: '1,2,2', synthetic_first: 0012}\nruns: [{}]\n")
     config = grid.runs[0].configs
     assert config["03_conditioning"].make_missing is False and config["01_data_audit"].synthetic_first == 12
@@ -89,13 +89,13 @@ def test_stages_are_put_in_order(grid_of):
     assert grid_of(f"{GRID}stages: [03, 1, 02_autoencoder_check]\n").stages == tuple(FIRST_THREE)
 
 
-def test_folders_are_meant_from_where_the_command_was_typed(grid_of, tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_working_directory(grid_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = grid_of("name: a\ngrid: {data_dir: [one/data, two/data]}\n")
     assert [run.configs["01_data_audit"].data_dir for run in grid.runs] == [
         f"{tmp_path}/{k}/data" for k in ("one", "two")
     ]
-    assert names(grid) == ["a-one-data", "a-two-data"], "no name tells where this machine keeps things"
+    assert names(grid) == ["a-one-data", "a-two-data"], "no name reveals a path of this machine"
 
 
 def test_names_are_safe_unique_and_stable_whatever_the_values(grid_of):
@@ -108,7 +108,7 @@ def test_names_are_safe_unique_and_stable_whatever_the_values(grid_of):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", r"is not a mapping\. Fix: write `parameter"),
         ("- a\n", r"is not a mapping"),
@@ -140,29 +140,29 @@ def test_names_are_safe_unique_and_stable_whatever_the_values(grid_of):
         ("name: a\ngrid:\n" + "".join(f"  p{k}: [{'1,' * 99}1]\n" for k in range(100)), r"0{20} runs; from 1 to 1000"),
     ],
 )  # fmt: skip
-def test_what_a_file_may_not_say_is_one_line_that_names_it(grid_of, text, told):
-    with pytest.raises(ConfigError, match=told) as refused:
+def test_an_invalid_file_is_rejected_in_one_line(grid_of, text, message):
+    with pytest.raises(ConfigError, match=message) as rejected:
         grid_of(text)
-    assert "grid.yaml" in refused.value.where and "\n" not in str(refused.value)
+    assert "grid.yaml" in rejected.value.where and "\n" not in str(rejected.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"a" * 65537, "is larger than 65536 bytes"),
         (b"name: \xff", r"is not text in UTF-8 \(byte 6\)"),
         (b"name: a\nruns: " + b"[" * 60000, "deeper than 3 are not allowed"),
     ],
 )
-def test_a_file_that_would_cost_much_is_refused_at_once(tmp_path, content, told):
+def test_a_file_that_would_cost_much_is_rejected_at_once(tmp_path, content, message):
     (tmp_path / "grid.yaml").write_bytes(content)
     start = time.monotonic()
-    with pytest.raises(LdmError, match=told):
+    with pytest.raises(LdmError, match=message):
         read_sweep(tmp_path / "grid.yaml")
     assert time.monotonic() - start < 5
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
+def test_an_absent_file_is_rejected(tmp_path):
     with pytest.raises(InputError, match=r"nowhere: cannot be read \(No such file"):
         read_sweep(tmp_path / "nowhere")
 
@@ -171,35 +171,35 @@ def test_the_example_is_accepted():
     assert len(read_sweep(ROOT / "docs" / "sweep.yaml").runs) == 4
 
 
-# ---- runs at work, with a stand-in for `python -m ldm_lib run`
+# ---- processes, with a stand-in for `python -m ldm_lib run`
 
 STAND_IN = """\
 import json, os, pathlib, signal, sys, time
 words = sys.argv[1:]
 name, calls = words[words.index("--run") + 1], pathlib.Path(os.environ["CALLS"])
 values = dict(word.split("=", 1) for word in words if "=" in word)
-def tell(event):
-    record = {"run": name, "event": event, "time": time.monotonic(), "words": words, "pid": os.getpid(),
+def record(event):
+    entry = {"run": name, "event": event, "time": time.monotonic(), "words": words, "pid": os.getpid(),
               "threads": os.environ.get("OMP_NUM_THREADS"), "cwd": os.getcwd()}
     with calls.open("a") as stream:
-        stream.write(json.dumps(record) + "\\n")
+        stream.write(json.dumps(entry) + "\\n")
 def end(*_):
-    tell("terminated")
+    record("terminated")
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
-tell("started")
+record("started")
 time.sleep(float(os.environ.get("TAKES", "0.3")))
 if values["seed"] in os.environ.get("FAILS", "").split(","):
     print("ERROR 04_training: loss is nan. Fix: a lower rate.\\nand more", flush=True)
     sys.exit(1)
-tell("ended")
+record("ended")
 """
 SEEDS = "name: seeds\npreset: smoke\nstages: [01, 02]\nset: {data_dir: a=b c}\ngrid: {seed: [0, 1, 2, 3]}\n"
 
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """What the stand-in noted, event by event."""
+    """The record of the stand-in, event by event."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "a=b c").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -219,7 +219,7 @@ def seeds(tmp_path):
 
 
 def most_at_once(events):
-    """How many runs were at work at the same time."""
+    """The largest number of runs at the same time."""
     level, most = 0, 0
     for event in sorted(events, key=lambda event: event["time"]):
         level += 1 if event["event"] == "started" else -1
@@ -228,20 +228,20 @@ def most_at_once(events):
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 4])
-def test_so_many_runs_are_at_work_and_share_the_cores(calls, seeds, jobs, capsys):
+def test_jobs_is_the_number_of_concurrent_runs_which_divide_the_cores(calls, seeds, jobs, capsys):
     assert main(["sweep", seeds, "--jobs", str(jobs)]) == 0
     events = calls()
     assert most_at_once(events) == jobs
     assert sorted(e["run"] for e in events if e["event"] == "ended") == [f"seeds-{k}" for k in range(4)]
-    share = None if jobs == 1 else str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    assert {e["threads"] for e in events} == {share}
+    threads = None if jobs == 1 else str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    assert {e["threads"] for e in events} == {threads}
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("[1/4] seeds-0: started, log in ") and said[0].endswith("seeds-0.txt")
     ends = [line for line in said if re.fullmatch(r"\[\d/4\] seeds-\d: done after \d+ s; \d left(, .*)?", line)]
     assert [line.split("; ")[1][0] for line in ends] == ["3", "2", "1", "0"]
 
 
-def test_a_run_is_called_as_a_user_would_call_it(calls, seeds, tmp_path, monkeypatch):
+def test_a_run_is_started_by_the_command_of_users(calls, seeds, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert main(["sweep", seeds, "--jobs", "2", "--only", "3"]) == 0
     (event,) = [event for event in calls() if event["event"] == "started"]
@@ -254,15 +254,15 @@ def test_a_run_is_called_as_a_user_would_call_it(calls, seeds, tmp_path, monkeyp
     assert not (sweep_folder("seeds") / "table.csv").exists(), "tasks of an array do not write the table of all"
 
 
-def test_a_run_that_fails_stops_no_other_and_is_told_at_the_end(calls, seeds, capsys, monkeypatch):
+def test_a_failed_run_stops_no_other_and_is_reported_at_the_end(calls, seeds, capsys, monkeypatch):
     monkeypatch.setenv("FAILS", "0,2")
     monkeypatch.setenv("TAKES", "0")
     assert main(["sweep", seeds]) == 1
     assert sorted(e["run"] for e in calls() if e["event"] == "ended") == ["seeds-1", "seeds-3"]
-    why = "ended with status 1 (ERROR 04_training: loss is nan. Fix: a lower rate.)"
-    told = capsys.readouterr()
-    assert told.err.splitlines() == [f"ERROR seeds-0: {why}", f"ERROR seeds-2: {why}"]
-    assert f"[1/4] seeds-0: {why} after 0 s; 3 left, less than a minute" in told.out.splitlines()
+    reason = "ended with status 1 (ERROR 04_training: loss is nan. Fix: a lower rate.)"
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [f"ERROR seeds-0: {reason}", f"ERROR seeds-2: {reason}"]
+    assert f"[1/4] seeds-0: {reason} after 0 s; 3 left, less than a minute" in printed.out.splitlines()
     assert [row["state"] for row in results(read_sweep(seeds))] == ["failed", "missing", "failed", "missing"]
     monkeypatch.setenv("FAILS", "")
     assert main(["sweep", seeds]) == 0
@@ -270,14 +270,14 @@ def test_a_run_that_fails_stops_no_other_and_is_told_at_the_end(calls, seeds, ca
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_end_it_ends_its_runs_first(calls, seeds, tmp_path, sent, status):
+def test_a_stopped_sweep_stops_its_runs_first(calls, seeds, tmp_path, sent, status):
     script = (
         "import sys\nfrom ldm_lib.experiment import sweep\nfrom ldm_lib.__main__ import main\n"
         "sweep.COMMAND = (sys.executable, 'stand_in.py', 'run')\nsys.exit(main(['sweep', sys.argv[1], '--jobs', '2']))"
     )
     environment = {**os.environ, "TAKES": "60"}
     command = [sys.executable, "-c", script, seeds]
-    # Whoever starts the tests in the background leaves them deaf to SIGINT, and their children too.
+    # Tests that were started in the background ignore SIGINT, and so would their children.
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     end = time.monotonic() + 30
@@ -285,20 +285,20 @@ def test_told_to_end_it_ends_its_runs_first(calls, seeds, tmp_path, sent, status
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
     process.send_signal(sent)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == status and told == f"ERROR {STOPPED}\n"
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status and errors == f"ERROR {STOPPED}\n"
     events = calls()
     assert sorted(e["event"] for e in events) == ["started"] * 2 + ["terminated"] * 2, "and no other was started"
     assert not [e for e in events if Path(f"/proc/{e['pid']}").exists()]
-    assert [row["state"] for row in results(read_sweep(seeds))] == ["missing"] * 4, "ended is not failed"
+    assert [row["state"] for row in results(read_sweep(seeds))] == ["missing"] * 4, "stopped is not failed"
 
 
-def test_a_run_that_does_not_listen_is_killed(calls, seeds, monkeypatch):
+def test_a_run_that_ignores_sigterm_is_killed(calls, seeds, monkeypatch):
     monkeypatch.setattr(sweep, "PATIENCE_S", 0.2)
-    deaf = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    ignoring = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", ignoring], stdout=subprocess.PIPE)
     process.stdout.readline()
     sweep._stop([process])
     assert process.returncode == -signal.SIGKILL
@@ -306,25 +306,25 @@ def test_a_run_that_does_not_listen_is_killed(calls, seeds, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--only", "4"], "ERROR --only 4: the runs are 0 to 3. Fix: see --count for their number."),
         (["--only", "-1"], "ERROR --only -1: the runs are 0 to 3. Fix: "),
         (["--jobs", "0"], "ERROR --jobs 0: at least 1. Fix: write for example --jobs 2."),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(calls, seeds, tmp_path, words, told, capsys):
+def test_invalid_options_are_rejected_before_anything_runs(calls, seeds, tmp_path, words, message, capsys):
     assert main(["sweep", seeds, *words]) == 1
-    assert capsys.readouterr().err.startswith(told)
+    assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "calls").exists()
 
 
-def test_one_bad_run_keeps_all_from_running(calls, tmp_path, outputs, capsys):
+def test_one_invalid_run_keeps_all_from_running(calls, tmp_path, outputs, capsys):
     path = tmp_path / "bad.yaml"
     path.write_text("name: bad\ngrid: {seed: [0, 1, -1]}\n")
     assert main(["sweep", str(path)]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"ERROR {path}: seed = '-1': Input should be greater") and told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"ERROR {path}: seed = '-1': Input should be greater") and errors.count("\n") == 1
     assert not (tmp_path / "calls").exists() and not outputs.exists()
 
 
@@ -333,23 +333,23 @@ def test_counting_runs_nothing_and_loads_nothing_heavy(seeds, outputs):
         "import sys\nfrom ldm_lib.__main__ import main\nmain(['sweep', sys.argv[1], '--count'])\n"
         "print(sorted({'torch', 'papermill', 'pandas', 'matplotlib', 'lightning', 'monai'} & set(sys.modules)))"
     )
-    told = subprocess.run([sys.executable, "-c", script, seeds], capture_output=True, text=True, check=True).stdout
-    assert told.splitlines() == ["4", "[]"] and not outputs.exists()
+    printed = subprocess.run([sys.executable, "-c", script, seeds], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == ["4", "[]"] and not outputs.exists()
 
 
-# ---- stages that another run has made
+# ---- reuse of stages
 
 
 @pytest.fixture
 def plain(executed, monkeypatch):
-    """Stages by stand-ins, with reports that are none and versions asked for once, for both take most of the time."""
+    """Stages by stand-ins, with placeholder reports and cached provenance, which would take most of the time."""
 
     def write(stage, folder):
         (folder / "report.html").write_text(f"{folder.parent.name}: {stage}")
 
-    testimony = run_folder.provenance()
+    provenance = run_folder.provenance()
     monkeypatch.setattr(runner, "_write_report", write)
-    monkeypatch.setattr(run_folder, "provenance", lambda: testimony)
+    monkeypatch.setattr(run_folder, "provenance", lambda: provenance)
     return executed
 
 
@@ -366,7 +366,7 @@ def run(sweep_run, grid, **more):
     return lines
 
 
-def adopted(grid, place, outputs):
+def reused(grid, place, outputs):
     one = grid.runs[place]
     return reuse_stages(outputs / one.name, one.configs, grid.stages, [outputs / other for other in names(grid)])
 
@@ -377,17 +377,17 @@ def adopted(grid, place, outputs):
      ("prediction", "noise, velocity", 3), pytest.param("samples", "2, 3", 4, marks=pytest.mark.slow),
      ("baselines", "yes, no", 5), ("device", "auto, cpu", 6)],
 )  # fmt: skip
-def test_what_two_runs_would_make_alike_is_made_once(grid_of, plain, outputs, parameter, values, shared):
+def test_identical_stages_of_two_runs_are_made_once(grid_of, plain, outputs, parameter, values, shared):
     grid = grid_of(f"name: s\npreset: smoke\ngrid: {{{parameter}: [{values}]}}\n")
     first, second = (outputs / name for name in names(grid))
     run(grid.runs[0], grid)
     stages = list(STAGES)
-    assert adopted(grid, 1, outputs) == dict.fromkeys(stages[:shared], first.name)
+    assert reused(grid, 1, outputs) == dict.fromkeys(stages[:shared], first.name)
     assert [content(second / stage) for stage in stages[:shared]] == [content(first / s) for s in stages[:shared]]
-    said = run(grid.runs[1], grid)
-    assert said[:shared] == [f"{stage}: done already, skipped" for stage in stages[:shared]]
+    lines = run(grid.runs[1], grid)
+    assert lines[:shared] == [f"{stage}: done already, skipped" for stage in stages[:shared]]
     assert plain == stages + stages[shared:]
-    assert adopted(grid, 1, outputs) == {}, "what is done is not taken again"
+    assert reused(grid, 1, outputs) == {}, "what is done is not copied again"
 
 
 @pytest.fixture
@@ -402,9 +402,9 @@ def pair(grid_of, plain, outputs):
     return grid, first, second
 
 
-def test_maps_and_latents_come_along_but_nothing_unfinished(pair, outputs):
+def test_maps_and_latents_are_copied_but_nothing_unfinished(pair, outputs):
     grid, first, second = pair
-    adopted(grid, 1, outputs)
+    reused(grid, 1, outputs)
     assert content(second / "maps") == content(first / "maps")
     assert list(content(second / "latents")) == ["a-0-12.safetensors"]
     for large, shared in (("maps/a.nii.gz", True), ("latents/a-0-12.safetensors", True), ("maps/a.json", False)):
@@ -413,9 +413,9 @@ def test_maps_and_latents_come_along_but_nothing_unfinished(pair, outputs):
     assert (second / "log.txt").read_text().count(f"reused from {first.name}") == 3
 
 
-def test_what_becomes_of_a_copy_never_reaches_its_donor(pair, outputs):
+def test_changes_of_a_copy_never_reach_its_source(pair, outputs):
     grid, first, second = pair
-    adopted(grid, 1, outputs)
+    reused(grid, 1, outputs)
     before = content(first)
     run(grid.runs[1], grid, seed=5, overwrite=True)
     assert (second / FIRST_THREE[0] / "result.txt").read_text() == "seed 5"
@@ -423,7 +423,7 @@ def test_what_becomes_of_a_copy_never_reaches_its_donor(pair, outputs):
 
 
 @pytest.mark.parametrize("harm", ["damaged", "open", "other settings", "other code's record"])
-def test_a_donor_must_be_whole_and_made_alike(pair, outputs, harm):
+def test_a_source_must_be_undamaged_and_identical(pair, outputs, harm):
     grid, first, _ = pair
     stage = first / FIRST_THREE[1]
     if harm == "damaged":
@@ -434,18 +434,18 @@ def test_a_donor_must_be_whole_and_made_alike(pair, outputs, harm):
         record = json.loads((stage / "parameters.json").read_text())
         record["parameters" if harm == "other settings" else "inputs"] |= {"seed": 1}
         write_json(stage / "parameters.json", record)
-    assert list(adopted(grid, 1, outputs)) == FIRST_THREE[:1]
+    assert list(reused(grid, 1, outputs)) == FIRST_THREE[:1]
 
 
-def test_a_stage_that_was_begun_is_left_to_the_runner(pair, outputs):
+def test_a_started_stage_is_left_to_the_runner(pair, outputs):
     grid, _, second = pair
     (second / FIRST_THREE[1]).mkdir(parents=True)
     (second / FIRST_THREE[1] / "checkpoint").write_text("half way")
-    assert list(adopted(grid, 1, outputs)) == FIRST_THREE[:1]
+    assert list(reused(grid, 1, outputs)) == FIRST_THREE[:1]
     assert list(content(second / FIRST_THREE[1])) == ["checkpoint"]
 
 
-def test_a_run_that_another_process_holds_is_left_alone(pair, outputs):
+def test_a_run_locked_by_another_process_is_left_alone(pair, outputs):
     grid, _, second = pair
     hold = (
         "import sys, time\nfrom pathlib import Path\nfrom ldm_lib.locking import FolderLock\n"
@@ -455,7 +455,7 @@ def test_a_run_that_another_process_holds_is_left_alone(pair, outputs):
     try:
         holder.stdout.readline()
         with pytest.raises(RunError, match=f"locked by pid {holder.pid}"):
-            adopted(grid, 1, outputs)
+            reused(grid, 1, outputs)
     finally:
         holder.kill()
         holder.communicate()
@@ -468,19 +468,19 @@ def test_other_file_systems_get_copies(pair, outputs, monkeypatch):
 
     grid, first, second = pair
     monkeypatch.setattr(os, "link", refuse)
-    adopted(grid, 1, outputs)
+    reused(grid, 1, outputs)
     assert content(second / "maps") == content(first / "maps")
     assert not (first / "maps/a.nii.gz").samefile(second / "maps/a.nii.gz")
 
 
 # ---- table and figure
 
-HOLES = {  # patient -> PSNR of each of its holes, of one sample; the mean of K is 1 dB better
+PSNR = {  # patient -> PSNR of one sample in each of its masks; the mean of K is 1 dB better
     "P0": [10.0, 12.0, 14.0], "P1": [20.0], "P2": [16.0, 18.0],
 }  # fmt: skip
 
 
-def make_done(grid, place, outputs, *, holes=HOLES, stages=None, seconds=10.0, **other):
+def make_done(grid, place, outputs, *, psnr=PSNR, stages=None, seconds=10.0, **other):
     """What a run leaves for the table to read."""
     one = grid.runs[place]
     for stage in stages or grid.stages:
@@ -492,7 +492,7 @@ def make_done(grid, place, outputs, *, holes=HOLES, stages=None, seconds=10.0, *
     with (outputs / one.name / list(STAGES)[-1] / "metrics.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, ["case", "patient", "method", "ssim", "psnr_01", "mse"])
         writer.writeheader()
-        for patient, values in holes.items():
+        for patient, values in psnr.items():
             for k, value in enumerate(values):
                 for method, more in (("sample", 0), (f"mean of {one.value('samples')}", 1), ("upper bound", 9)):
                     scores = {"ssim": 0.5, "psnr_01": value + more, "mse": 10 ** -(value / 10)}
@@ -513,18 +513,18 @@ def three(grid_of, outputs):
 
 def test_scores_are_means_over_patients_with_their_interval(three):
     row = results(three)[0]
-    means = [12.0, 20.0, 17.0]  # a patient of three holes counts once
+    means = [12.0, 20.0, 17.0]  # a patient with three masks counts once
     assert row["sample: PSNR"] == pytest.approx(np.mean(means))
     assert row["mean of 2: PSNR"] == pytest.approx(np.mean(means) + 1)
     expected = bootstrap_by_patient(means, ["a", "b", "c"])
     assert (row["sample: PSNR low"], row["sample: PSNR high"]) == (expected["low"], expected["high"])
     assert expected["low"] < np.mean(means) < expected["high"]
-    assert row["patients"] == 3 and row["holes"] == 6 and row["seconds"] == 60 and row["state"] == "done"
+    assert row["patients"] == 3 and row["masks"] == 6 and row["seconds"] == 60 and row["state"] == "done"
     assert (row["sample: SSIM low"], row["sample: SSIM"], row["sample: SSIM high"]) == (0.5, 0.5, 0.5)
     assert (row["prediction"], row["learning_rate"], row["seed"]) == ("noise", 1e-3, 0)
 
 
-def test_the_table_has_every_run_in_the_grids_order_and_tells_what_is_not_there(three):
+def test_the_table_has_every_run_in_order_with_its_state(three):
     table = write_results(three)
     lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
     assert lines[0][:4] == ["run", "prediction", "learning_rate", "seed"] and lines[0][-1] == "state"
@@ -546,22 +546,22 @@ def test_a_run_made_with_other_settings_is_not_this_run(grid_of, outputs):
     assert row["state"] == "missing" and row["seconds"] == 0 and "sample: PSNR" not in row
 
 
-def test_one_patient_has_no_interval_and_is_drawn_without(grid_of, outputs):
+def test_one_patient_has_no_interval(grid_of, outputs):
     grid = grid_of(GRID)
-    make_done(grid, 0, outputs, holes={"P0": [10.0, 14.0]})
+    make_done(grid, 0, outputs, psnr={"P0": [10.0, 14.0]})
     row = results(grid)[0]
     assert row["sample: PSNR"] == 12 and np.isnan(row["sample: PSNR low"]) and row["patients"] == 1
     assert "| 12 | " in write_results(grid)
 
 
-def test_k_is_told_where_it_does_not_vary(grid_of, outputs):
+def test_k_is_named_where_it_does_not_vary(grid_of, outputs):
     grid = grid_of("name: t\npreset: smoke\ngrid: {samples: [2, 3]}\n")
     for place in (0, 1):
         make_done(grid, place, outputs)
     assert [row["mean of K: PSNR"] for row in results(grid)] == pytest.approx([17 + 1 / 3] * 2)
 
 
-def test_without_stage_06_the_last_stages_own_figures_are_told(grid_of, outputs):
+def test_without_stage_06_the_summary_of_the_last_stage_is_shown(grid_of, outputs):
     grid = grid_of(f"{GRID}stages: [01, 02, 03, 04]\n")
     make_done(grid, 0, outputs, stages=STAGES)
     row = results(grid)[0]
@@ -570,21 +570,21 @@ def test_without_stage_06_the_last_stages_own_figures_are_told(grid_of, outputs)
     assert "| 11.5 | " in write_results(grid) and (sweep_folder(grid.name) / "figure.png").exists()
 
 
-def test_a_sweep_of_which_nothing_is_done_has_a_table_and_no_figure(grid_of, tmp_path, capsys):
+def test_a_sweep_without_finished_runs_has_a_table_and_no_figure(grid_of, tmp_path, capsys):
     grid_of(GRID)
     assert main(["sweep", str(tmp_path / "grid.yaml"), "--table"]) == 0
     assert capsys.readouterr().out.count("| missing |") == 5
     assert [p.name for p in sorted(sweep_folder("objectives").iterdir())] == ["table.csv", "table.md"]
 
 
-# ---- in earnest
+# ---- real runs
 
 TINY = {"synthetic_patients": 3, "autoencoder_steps": 20, "max_epochs": 1, "num_inference_steps": 2, "base_width": 8,
         "fidelity_cases": 0, "counterfactual_days": "0", "guidance_scales": "1"}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_stopped_goes_on_and_ends_with_table_and_figure(tmp_path, outputs):
+def test_a_stopped_sweep_continues_and_ends_with_table_and_figure(tmp_path, outputs):
     settings = ", ".join(f"{name}: '{value}'" for name, value in TINY.items())
     path = tmp_path / "grid.yaml"
     path.write_text(f"name: real\npreset: smoke\nset: {{{settings}}}\ngrid: {{prediction: [noise, velocity]}}\n")
@@ -597,16 +597,16 @@ def test_a_sweep_that_was_stopped_goes_on_and_ends_with_table_and_figure(tmp_pat
     first, second = outputs / "real-noise", outputs / "real-velocity"
     made = content(first)
     assert not (second / list(STAGES)[-1]).exists()
-    told = subprocess.run(command, capture_output=True, text=True)
-    print(told.stdout, told.stderr)
-    assert told.returncode == 0, told.stdout + told.stderr
+    ended = subprocess.run(command, capture_output=True, text=True)
+    print(ended.stdout, ended.stderr)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     changing = {"index.html", ".lock"}
     assert {k: v for k, v in content(first).items() if k not in changing} == {
         k: v for k, v in made.items() if k not in changing
     }, "what was done is not made again"
     for stage in FIRST_THREE:
         assert content(second / stage) == content(first / stage)
-    assert told.stdout.count("| done |") == 2
+    assert ended.stdout.count("| done |") == 2
     folder = sweep_folder("real")
     assert sorted(p.name for p in folder.iterdir()) == ["figure.png", "grid.yaml", "logs", "table.csv", "table.md"]
     log = (folder / "logs" / "real-velocity.txt").read_text()

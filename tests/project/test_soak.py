@@ -1,4 +1,4 @@
-"""The soak finds what it looks for: its own judgement, in small. `make soak` is run by hand."""
+"""The soak test finds what it looks for, on a small scale. `make soak` is run by hand."""
 
 import shutil
 
@@ -19,31 +19,31 @@ def members(tmp_path_factory):
 
 
 @pytest.fixture
-def told(members):
-    """What the gate says of the cohort."""
+def audited(members):
+    """The input validation of the cohort."""
     return {row.key: (WORDS[row.status], row.reason) for row in audit(members[0].place.root)}
 
 
-def test_one_case_in_five_is_bad_and_the_gate_is_as_it_must_be(members, told):
+def test_one_case_in_five_is_bad_and_validation_finds_it(members, audited):
     assert [m.row is not None for m in members] == [k % 5 == 4 for k in range(20)]
     assert len({m.row for m in members}) == 5, "each kind of bad in its turn"
-    assert soak_cases.judge(members, told, filling=False) == []
+    assert soak_cases.judge(members, audited, inpainted=False) == []
 
 
-def test_what_is_lost_silent_or_wrongly_refused_is_found(members, told):
-    refused = next(m for m in members if m.row and ROWS[m.row].must == "refuse")
-    key = soak_cases._key(refused.place.id)
+def test_lost_silent_and_wrongly_rejected_cases_are_found(members, audited):
+    rejected = next(m for m in members if m.row and ROWS[m.row].must == "refuse")
+    key = soak_cases._key(rejected.place.id)
     for spoiled, finding in (
-        ({k: v for k, v in told.items() if k != key}, f"lost: {key}"),
-        (told | {key: ("accept", "")}, f"silent: {key}"),
-        (told | {key: ("refuse", "no reason")}, f"says otherwise: {key}"),
-        (told | {members[0].place.id: ("refuse", "empty")}, f"refused: {members[0].place.id} (good)"),
+        ({k: v for k, v in audited.items() if k != key}, f"lost: {key}"),
+        (audited | {key: ("accept", "")}, f"silent: {key}"),
+        (audited | {key: ("refuse", "no reason")}, f"says otherwise: {key}"),
+        (audited | {members[0].place.id: ("refuse", "empty")}, f"rejected: {members[0].place.id} (good)"),
     ):
-        (found,) = soak_cases.judge(members, spoiled, filling=False)
+        (found,) = soak_cases.judge(members, spoiled, inpainted=False)
         assert found.startswith(finding)
 
 
-def test_a_voxel_changed_outside_the_hole_is_found(members, tmp_path):
+def test_a_voxel_changed_outside_the_mask_is_found(members, tmp_path):
     place = members[0].place
     same = shutil.copy(place.P, tmp_path / "same.nii.gz")
     assert soak_cases.unlike(members[0], same) == []
@@ -52,7 +52,7 @@ def test_a_voxel_changed_outside_the_hole_is_found(members, tmp_path):
     assert soak_cases.unlike(members[0], other) == ["other.nii.gz: outside changed"]
 
 
-def test_blows_are_spread_over_the_whole_run_in_every_way():
+def test_kills_are_distributed_over_the_whole_run_in_every_way():
     seconds = dict(zip(STAGES, (3.0, 10.0, 5.0, 30.0, 8.0, 6.0), strict=True))
     trials = soak_faults.plan(seconds, 30, seed=0)
     assert {t.stage for t in trials} == set(STAGES) and {t.way for t in trials} == set(soak_faults.WAYS)

@@ -1,8 +1,8 @@
-"""A soak, by hand: many mixed cases through the commands, and a pipeline killed at many moments. Prints the figures.
+"""Soak test, run by hand: many mixed cases through the commands, and a pipeline killed at many moments.
 
     python tests/support/soak.py cases|faults|all [--count N] [--seed S] [--folder DIR]
 
-Takes an hour or two; given again, it goes on where it stopped. Exit status 1 when anything was found. Linux only.
+It takes an hour or two and continues where it stopped. Exit status 1 when anything was found. Linux only.
 """
 
 import argparse
@@ -22,11 +22,11 @@ PARTS: dict[str, tuple[Callable[..., bool], int]] = {  # and how many by default
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do the parts asked for, one after the other."""
+    """Run the requested parts, one after the other."""
     parser = argparse.ArgumentParser(prog="python tests/support/soak.py", description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--count", type=int, help="; ".join(f"{n} {part}" for part, (_, n) in PARTS.items()))
-    parser.add_argument("--seed", type=int, default=0, help="of the moments, and of the mixture (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the mixture (default: 0)")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "soak", help="(default: outputs/soak)")
     options = parser.parse_args(arguments)
     folder, started = options.folder.resolve(), time.monotonic()

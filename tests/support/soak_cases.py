@@ -26,7 +26,7 @@ from soak_runs import LONGEST_S, RUN, reference, start, until
 from ldm_lib.options import safe_name
 
 BAD_EVERY = 5
-EARLY = 0.1  # share of the cases after which memory is looked at first
+EARLY = 0.1  # fraction of the cases after which memory is first measured
 GROWS_TO = 1.2  # times as much memory at the end, at most
 AT_ONCE = [name for name, row in ROWS.items() if not (row.needs_user or row.mend)]
 SPEED = ("--steps", "2", "--device", "cpu")
@@ -39,12 +39,12 @@ class Member:
     place: Place
     row: str | None
 
-    def may(self, *, filling: bool) -> set[str]:
+    def may(self, *, inpainted: bool) -> set[str]:
         """What the catalogue lets become of it."""
         if self.row is None:
             return {"accept"}
         row = ROWS[self.row]
-        return set(((row.filled if filling else "") or row.must).split(" or "))
+        return set(((row.filled if inpainted else "") or row.must).split(" or "))
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ def cohort(root: Path, count: int, seed: int) -> list[Member]:
 
 def watched(words: list[object], folder: Path, name: str, lines: int) -> Taken:
     """Run a command to its end; memory is that at the first tenth of its lines and the most it ever had."""
-    told, began, early = folder / f"{name}.txt", time.monotonic(), 0
-    process = start(folder / "outputs", words, told)
+    output, began, early = folder / f"{name}.txt", time.monotonic(), 0
+    process = start(folder / "outputs", words, output)
     late = 0
     while process.poll() is None:
         late = max(late, _resident(process))
-        if not early and told.read_text().count("\n") >= EARLY * lines:
+        if not early and output.read_text().count("\n") >= EARLY * lines:
             early = late
         time.sleep(0.05)
-    return Taken(process.returncode, told.read_text(), time.monotonic() - began, early, late)
+    return Taken(process.returncode, output.read_text(), time.monotonic() - began, early, late)
 
 
 def _resident(process: subprocess.Popen) -> int:
@@ -94,18 +94,18 @@ def _resident(process: subprocess.Popen) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def judge(members: list[Member], told: dict[str, tuple[str, str]], *, filling: bool) -> list[str]:
-    """What is wrong with what a command said: a case without a line, or with another one than the catalogue's."""
+def judge(members: list[Member], results: dict[str, tuple[str, str]], *, inpainted: bool) -> list[str]:
+    """List the wrong lines of a command: a case without a line, or with another one than the catalogue's."""
     found = []
     for member in members:
         key = _key(member.place.id)
-        if key not in told:
+        if key not in results:
             found.append(f"lost: {key} ({member.row or 'good'})")
             continue
-        what, why = told[key]
-        may = member.may(filling=filling)
+        what, why = results[key]
+        may = member.may(inpainted=inpainted)
         if what == "refuse" and "refuse" not in may:
-            found.append(f"refused: {key} ({member.row or 'good'}): {why}")
+            found.append(f"rejected: {key} ({member.row or 'good'}): {why}")
         if what != "refuse" and may == {"refuse"}:
             found.append(f"silent: {key} ({member.row})")
         must_say = member.row and (what == "refuse" or (what == "warn" and "accept" not in may))
@@ -115,7 +115,7 @@ def judge(members: list[Member], told: dict[str, tuple[str, str]], *, filling: b
 
 
 def _key(identity: str) -> str:
-    """The name by which a folder is told."""
+    """Return the name by which a folder is reported."""
     try:
         return safe_name(identity)
     except ValueError:
@@ -123,16 +123,16 @@ def _key(identity: str) -> str:
 
 
 def unlike(member: Member, result: Path) -> list[str]:
-    """What differs between a result and its case where nothing may: read by nibabel, not by the library."""
-    given, filled, hole = nib.load(member.place.P), nib.load(result), member.place.m > 0
-    before, after = (np.asarray(image.dataobj).reshape(hole.shape) for image in (given, filled))
-    wrong = [] if given.header == filled.header else ["header"]
-    wrong += [] if np.array_equal(before[~hole], after[~hole], equal_nan=before.dtype.kind == "f") else ["outside"]
+    """List the differences between a result and its case where there may be none, as nibabel reads both."""
+    given, inpainted, mask = nib.load(member.place.P), nib.load(result), member.place.m > 0
+    before, after = (np.asarray(image.dataobj).reshape(mask.shape) for image in (given, inpainted))
+    wrong = [] if given.header == inpainted.header else ["header"]
+    wrong += [] if np.array_equal(before[~mask], after[~mask], equal_nan=before.dtype.kind == "f") else ["outside"]
     return [f"{result.name}: {what} changed" for what in wrong]
 
 
 def soak(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> bool:
-    """Both commands over the cohort, and filling once more with a kill in its midst; whether all is well."""
+    """Run both commands on the cohort, and inpaint once more with a kill halfway; return whether all is well."""
     model = reference(folder, say).outputs / RUN / "04_training" / "model"
     place = folder / "cases"
     shutil.rmtree(place, ignore_errors=True)
@@ -150,23 +150,25 @@ def _validate(members: list[Member], place: Path, say: Callable[[str], None]) ->
     taken = watched(["validate", place / "data", "--json", place / "rows.json"], place, "validate", len(members))
     words = {"refused": "refuse", "warning": "warn", "ok": "accept"}
     rows = {row["case"]: (words[row["status"]], row["reason"]) for row in json.loads((place / "rows.json").read_text())}
-    return judge(members, rows, filling=False) + _sound("validate", taken, len(members), say)
+    return judge(members, rows, inpainted=False) + _sound("validate", taken, len(members), say)
 
 
 def _fill(members: list[Member], words: list[object], place: Path, say: Callable[[str], None]) -> list[str]:
     taken = watched(words, place, "inpaint", len(members))
     with (place / "filled" / "results.csv").open(newline="") as stream:
         results = {row["case"]: row for row in csv.DictReader(stream)}
-    told = {key: ("refuse" if row["status"] == "refused" else "accept", row["reason"]) for key, row in results.items()}
-    found = judge(members, told, filling=True) + _sound("inpaint", taken, len(members), say)
+    outcomes = {
+        key: ("refuse" if row["status"] == "refused" else "accept", row["reason"]) for key, row in results.items()
+    }
+    found = judge(members, outcomes, inpainted=True) + _sound("inpaint", taken, len(members), say)
     counts = Counter(row["status"] for row in results.values())
     say(f"inpaint: {', '.join(f'{n} {status}' for status, n in counts.items())}")
-    good = [m for m in members if m.row is None and told.get(m.place.id, ("refuse",))[0] == "accept"]
+    good = [m for m in members if m.row is None and outcomes.get(m.place.id, ("refuse",))[0] == "accept"]
     return found + [d for m in good for d in unlike(m, place / "filled" / results[m.place.id]["result"])]
 
 
 def _sound(name: str, taken: Taken, count: int, say: Callable[[str], None]) -> list[str]:
-    """The figures of a command, and what is wrong with them."""
+    """Print the measurements of a command, and list what is wrong with them."""
     grew = taken.late / max(taken.early, 1)
     say(f"{name}: exit {taken.status}, {taken.seconds:.0f} s, {taken.seconds / count:.2f} s a case, "
         f"{taken.early / 1e6:.0f} MB after a tenth of the cases, {grew:.2f} times that at the most")  # fmt: skip

@@ -1,7 +1,7 @@
-"""The fault sweep: a pipeline killed at many moments, in five ways, and finished by the same command each time.
+"""Kill a pipeline at many moments, in five ways, and finish it by the same command each time.
 
-The stages before the one that is hit are copied from an undisturbed run, which is what the library itself would skip;
-so a trial costs what comes after the blow. The moments are spread over the whole run and drawn from the seed.
+The stages before the killed one are copied from an undisturbed run, since the library would skip them; so a trial costs
+what comes after the kill. The moments are distributed over the whole run and drawn from the seed.
 """
 
 import json
@@ -37,16 +37,16 @@ from ldm_lib.experiment.stages import STAGES
 from ldm_lib.process_control import GRACE_S
 
 WAYS = {"runner killed": -9, "kernel killed": 1, "SIGTERM": 143, "all killed": -9, "Ctrl-C": 130}  # and exit status
-KERNEL_KILLED = "the kernel was killed (signal 9, most likely out of memory)"
+KERNEL_KILLED = "the kernel was killed (signal 9; likely out of memory)"
 LEFT_BEHIND_S = 10.0  # within which every process of a run that ended must be gone
 KERNEL_START_S = 30.0
-SOONEST_S = 1.0  # a blow that comes too late is tried again at half its time, down to this
-CACHES = {"maps": "03_conditioning", "latents": "04_training"}  # beside the stages, and made by one of them
+SOONEST_S = 1.0  # a kill that comes too late is repeated at half its time, down to this
+CACHES = {"maps": "03_conditioning", "latents": "04_training"}  # next to the stages, and made by one of them
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One blow: which, in which way, in which stage, so many seconds after it began; `twice`: started two at a time."""
+    """Describe one kill: way, stage and seconds after its start; `twice`: two runners are started at the same time."""
 
     number: int
     way: str
@@ -57,28 +57,28 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """What came of a trial; it is good when nothing was found."""
+    """Hold the outcome of a trial; it passed when nothing was found."""
 
     trial: Trial
     status: int | None = None
     gone_s: float | None = None  # until the last process of the run was gone
-    again_s: float = 0.0  # what the same command took to finish
-    late: bool = False  # the kernel was hit after its work, which the runner may not even notice
+    again_s: float = 0.0  # seconds of the same command to finish
+    late: bool = False  # the kernel was killed after its work, which the runner may not notice
     missed: bool = False  # the run had ended before: the machine is faster than when the undisturbed run was made
     found: list[str] = field(default_factory=list)
 
-    def told(self, count: int) -> str:
-        """One line."""
+    def line(self, count: int) -> str:
+        """Describe the outcome in one line."""
         t = self.trial
-        gone = "not hit" if self.gone_s is None else f"all gone in {self.gone_s:.1f} s"
+        gone = "not killed" if self.gone_s is None else f"all gone in {self.gone_s:.1f} s"
         late = ", its work done" if self.late else ""
         end = f"FOUND {'; '.join(self.found)}" if self.found else "same result"
         return (f"[{t.number + 1}/{count}] {t.stage} after {t.after_s:.1f} s: {t.way}{late}, exit {self.status}, "
-                f"{gone}; {'second start refused; ' if t.twice else ''}again {self.again_s:.0f} s: {end}")  # fmt: skip
+                f"{gone}; {'second start rejected; ' if t.twice else ''}again {self.again_s:.0f} s: {end}")  # fmt: skip
 
 
 def plan(seconds: dict[str, float], count: int, seed: int) -> list[Trial]:
-    """So many blows, one at a random moment of each of as many equal parts of the run; the ways take turns."""
+    """Return `count` trials, each at a random moment of an equal part of the run; the ways take turns."""
     rng, trials = random.Random(seed), []
     for k in range(count):
         moment = sum(seconds.values()) * (k + rng.random()) / count
@@ -92,30 +92,32 @@ def plan(seconds: dict[str, float], count: int, seed: int) -> list[Trial]:
 
 
 def try_out(trial: Trial, known: Reference, folder: Path) -> Outcome:
-    """Copy what was done before, start, strike, look, and finish by the same command."""
+    """Copy the earlier stages, start, kill, check, and finish by the same command."""
     outcome, run = Outcome(trial), folder / "outputs" / RUN
     shutil.rmtree(folder, ignore_errors=True)
     run.mkdir(parents=True)
     done = [stage for stage in STAGES if stage < trial.stage]
     for name in done + [cache for cache, maker in CACHES.items() if maker in done]:
         shutil.copytree(known.outputs / RUN / name, run / name)
-    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as sockets:  # short, as their paths be
+    with tempfile.TemporaryDirectory(
+        prefix="soak-", ignore_cleanup_errors=True
+    ) as sockets:  # short, as paths of sockets must be
         field = Field(folder, sockets)
         try:
             _finish(field, _hit(field, outcome), outcome)
         finally:
             kill(field.processes(), signal.SIGKILL)
-        if left := sorted(path.name for path in Path(sockets).iterdir() if path.name.startswith(("ldm-", "tmp"))):
+        if left := sorted(path.name for path in Path(sockets).iterdir() if path.name.startswith("tmp")):
             outcome.found.append(f"left among temporary files: {', '.join(left)}")
     outcome.found += unsound(run) + [f"left: {name}" for name in leftovers(run)]
-    there, wanted = results(run), results(known.outputs / RUN)
-    outcome.found += [f"other result: {n}" for n in sorted({*there, *wanted}) if there.get(n) != wanted.get(n)]
+    present, expected = results(run), results(known.outputs / RUN)
+    outcome.found += [f"other result: {n}" for n in sorted({*present, *expected}) if present.get(n) != expected.get(n)]
     return outcome
 
 
 @dataclass(frozen=True)
 class Field:
-    """Where a trial takes place: its folder, with the outputs and what each start said, and one for temporary files."""
+    """Hold the folders of a trial: one with the outputs and the text of each start, and one for temporary files."""
 
     folder: Path
     temporary: str
@@ -131,46 +133,46 @@ class Field:
 
 
 def _hit(field: Field, outcome: Outcome) -> set[Process]:
-    """Start, strike at the moment, and look at how the runner ended; who lived when it was struck."""
-    trial, name = outcome.trial, "struck"
+    """Start, kill at the moment, and check how the runner ended; return the processes that lived at that moment."""
+    trial, name = outcome.trial, "first"
     runner = field.start(name)
     if trial.twice:
-        runner, name = _the_one_let_in(field, runner, outcome)
+        runner, name = _the_accepted_one(field, runner, outcome)
     if not until(lambda: f"{trial.stage}: running" in field.said(name), LONGEST_S):
         outcome.found.append("never began")
     over = until(lambda: runner.poll() is not None, trial.after_s)
     lived = field.processes()
     if over:
         outcome.missed = runner.returncode == 0
-        outcome.found.append(f"ended with {runner.returncode} before it was struck")
+        outcome.found.append(f"ended with {runner.returncode} before it was killed")
         return lived
     stage = max(folder.name for folder in (field.folder / "outputs" / RUN).glob("0*"))
     outcome.late = (field.folder / "outputs" / RUN / stage / "pending.json").exists()
-    struck = time.monotonic()
-    _strike(trial.way, runner, field)
+    killed = time.monotonic()
+    _kill(trial.way, runner, field)
     outcome.status = runner.wait(LONGEST_S)
     if outcome.status != WAYS[trial.way] and not (outcome.late and outcome.status == 0):
         outcome.found.append(f"exit status {outcome.status}")
     if trial.way == "kernel killed" and outcome.status and KERNEL_KILLED not in field.said(name):
         outcome.found.append(f"said {field.said(name).splitlines()[-1]}")
-    if trial.way != "runner killed":  # after that one the same command is given at once, as people do
-        _look_for_orphans(field, struck, outcome)
+    if trial.way != "runner killed":  # then the same command is given at once, as users do
+        _look_for_orphans(field, killed, outcome)
     outcome.found += unsound(field.folder / "outputs" / RUN)
     return lived
 
 
-def _the_one_let_in(field: Field, first: subprocess.Popen, outcome: Outcome) -> tuple[subprocess.Popen, str]:
-    """Start a second one beside the first: one of the two is refused, and says by whom; return the other."""
-    second = field.start("beside")
+def _the_accepted_one(field: Field, first: subprocess.Popen, outcome: Outcome) -> tuple[subprocess.Popen, str]:
+    """Start a second runner: one of the two is rejected and names the other, which is returned."""
+    second = field.start("second")
     until(lambda: first.poll() is not None or second.poll() is not None, LONGEST_S)
-    name, refused = ("beside", second) if second.poll() is not None else ("struck", first)
-    other, process = ("struck", first) if refused is second else ("beside", second)
-    if refused.returncode != 1 or f"locked by pid {process.pid} since" not in field.said(name):
-        outcome.found.append(f"two at once: exit {refused.returncode}, {field.said(name).strip()}")
+    name, rejected = ("second", second) if second.poll() is not None else ("first", first)
+    other, process = ("first", first) if rejected is second else ("second", second)
+    if rejected.returncode != 1 or f"locked by pid {process.pid} since" not in field.said(name):
+        outcome.found.append(f"two at once: exit {rejected.returncode}, {field.said(name).strip()}")
     return process, other
 
 
-def _strike(way: str, runner: subprocess.Popen, field: Field) -> None:
+def _kill(way: str, runner: subprocess.Popen, field: Field) -> None:
     if way == "SIGTERM":
         runner.terminate()
     elif way == "Ctrl-C":  # a terminal sends it to the whole group
@@ -184,24 +186,24 @@ def _strike(way: str, runner: subprocess.Popen, field: Field) -> None:
         kill([p for p in field.processes() if p.is_kernel], signal.SIGKILL)
 
 
-def _look_for_orphans(field: Field, struck: float, outcome: Outcome) -> None:
-    """Wait for the last process of the run; those that outstay are found, told, and ended here."""
+def _look_for_orphans(field: Field, killed: float, outcome: Outcome) -> None:
+    """Wait for the last process of the run; those that remain are recorded and killed."""
     ended = time.monotonic()
     if not until(lambda: not field.processes(), LEFT_BEHIND_S):
         outcome.found += [f"orphan {process.command[:120]}" for process in field.processes()]
         kill(field.processes(), signal.SIGKILL)
-    outcome.gone_s = time.monotonic() - struck
+    outcome.gone_s = time.monotonic() - killed
     if outcome.gone_s > GRACE_S + (ended - struck):
         outcome.found.append(f"gone only after {outcome.gone_s:.0f} s")
 
 
 def _finish(field: Field, lived: set[Process], outcome: Outcome) -> None:
-    """Give the same command again, to its end; nobody of the first run may live when the second begins to work."""
+    """Run the same command again; no process of the first run may live when the second starts its work."""
     began = time.monotonic()
     runner = field.start("again")
     until(lambda: ": running" in field.said("again") or runner.poll() is not None, LONGEST_S)
     if both := field.processes() & lived:
-        outcome.found += [f"still at work beside the next run: {process.command[:120]}" for process in both]
+        outcome.found += [f"still running during the next run: {process.command[:120]}" for process in both]
     elif outcome.gone_s is None:
         outcome.gone_s = time.monotonic() - began
     status = runner.wait(LONGEST_S)
@@ -215,7 +217,7 @@ def _finish(field: Field, lived: set[Process], outcome: Outcome) -> None:
 
 
 def sweep(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> bool:
-    """Every trial, a line each, then the figures; goes on where an interrupted sweep stopped. Whether all is well."""
+    """Run every trial and print a line each, then a summary; continue an interrupted sweep. Return whether all passed."""
     known = reference(folder, say)
     kept = folder / f"trials-{count}-{seed}.jsonl"
     outcomes = [_read(line) for line in kept.read_text().splitlines()] if kept.exists() else []
@@ -227,11 +229,11 @@ def sweep(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> bo
         while outcome.missed and outcome.trial.after_s > SOONEST_S:
             outcome = try_out(replace(outcome.trial, after_s=round(outcome.trial.after_s / 2, 2)), known, place)
         outcomes.append(outcome)
-        say(outcome.told(count))
+        say(outcome.line(count))
         with kept.open("a") as stream:
             stream.write(json.dumps(asdict(outcome)) + "\n")
         if not outcome.found:
-            shutil.rmtree(place)  # of a trial that found something all is kept
+            shutil.rmtree(place)  # everything is kept of a trial that found something
     for line in summary(outcomes):
         say(line)
     return len(outcomes) == count and not any(outcome.found for outcome in outcomes)
@@ -243,7 +245,7 @@ def _read(line: str) -> Outcome:
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
-    """The figures of a sweep."""
+    """Summarise a sweep."""
     bad = [outcome for outcome in outcomes if outcome.found]
     ways = Counter(outcome.trial.way for outcome in outcomes)
     stages = Counter(outcome.trial.stage for outcome in outcomes)
@@ -251,7 +253,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
     orphans = sum(found.startswith("orphan") for outcome in outcomes for found in outcome.found)
     return [
         f"{len(outcomes)} trials: {', '.join(f'{n} {way}' for way, n in ways.items())}",
-        f"hit: {', '.join(f'{stages[stage]} in {stage}' for stage in STAGES)}",
+        f"killed: {', '.join(f'{stages[stage]} in {stage}' for stage in STAGES)}",
         f"{len(outcomes) - len(bad)} of {len(outcomes)} finished by the same command with the same result,"
         f" {sum(outcome.trial.twice for outcome in outcomes)} second starts tried, {orphans} orphans,"
         f" the last process gone after at most {gone:.1f} s, {sum(o.again_s for o in outcomes) / 60:.0f} min of reruns",

@@ -1,7 +1,7 @@
-"""The commands under soak: started as a user starts them, watched from outside, and what is left of them.
+"""Start the commands under test as a user does, watch them from outside, and find what they leave.
 
-Every process of a run carries the run's outputs folder in its environment, whoever its parent has become; that is how
-those that should be gone are found. Linux only.
+Every process of a run has the run's outputs folder in its environment, whatever its parent; so processes that should
+have ended are found. Linux only.
 """
 
 import json
@@ -25,20 +25,20 @@ RUN = "soak"  # name of the run in every outputs folder
 SETTINGS = TINY | {"num_workers": 2}  # loader processes, so that the kernel of 04 has children
 PIPELINE = ["run", "--preset", "smoke", "--run", RUN]
 PIPELINE += [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
-LONGEST_S = 3600.0  # what is not over by then hangs
-LEFTOVERS = (".*.part", "*.partial.*", "pending.json")  # of what did not end
+LONGEST_S = 3600.0  # a command that takes longer hangs
+LEFTOVERS = (".*.part", "*.partial.*", "pending.json")  # of unfinished work
 
 
-def start(outputs: Path, words: Iterable[object], told: Path, **more: str) -> subprocess.Popen:
-    """Start `python -m ldm_lib`, as the leader of a process group, with both its streams in the file `told`."""
+def start(outputs: Path, words: Iterable[object], output: Path, **more: str) -> subprocess.Popen:
+    """Start `python -m ldm_lib`, as the leader of a process group, with both streams in the file `output`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), OUTPUTS_VARIABLE: str(outputs), **more}
-    with told.open("w") as stream:
+    with output.open("w") as stream:
         return subprocess.Popen([sys.executable, "-m", "ldm_lib", *map(str, words)], env=environment, cwd=ROOT,
                                 stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0)  # fmt: skip
 
 
 def until(holds: Callable[[], object], seconds: float, step_s: float = 0.02) -> bool:
-    """Wait for something to hold; whether it did in time."""
+    """Wait for a condition; return whether it held in time."""
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:
@@ -49,7 +49,7 @@ def until(holds: Callable[[], object], seconds: float, step_s: float = 0.02) -> 
 
 @dataclass(frozen=True)
 class Process:
-    """One living process; its start time tells it from a later one with the same number."""
+    """Describe a living process; its start time distinguishes it from a later one with the same number."""
 
     pid: int
     started: str
@@ -61,7 +61,7 @@ class Process:
 
 
 def processes(outputs: Path) -> set[Process]:
-    """Those that work for an outputs folder; dead ones that nobody has waited for are none."""
+    """Return the processes that work for an outputs folder, without zombies."""
     mark, found = f"{OUTPUTS_VARIABLE}={outputs}".encode(), set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -88,36 +88,36 @@ def kill(those: Iterable[Process], number: int) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """One undisturbed run: its outputs folder, and stage -> seconds from its "running" line to its "done" line."""
+    """Hold one undisturbed run: its outputs folder, and stage -> seconds from its "running" line to its "done" line."""
 
     outputs: Path
     seconds: dict[str, float]
 
 
 def reference(folder: Path, say: Callable[[str], None]) -> Reference:
-    """Make the undisturbed run in a folder, or take the one that is there."""
+    """Make the undisturbed run in a folder, or return the existing one."""
     outputs, kept = folder / "reference", folder / "reference.json"
     if kept.exists():
-        say(f"undisturbed run: found in {outputs}; remove {folder} to make it anew")
+        say(f"undisturbed run: found in {outputs}; remove {folder} to make it again")
         return Reference(outputs, json.loads(kept.read_text()))
     shutil.rmtree(outputs, ignore_errors=True)
     outputs.mkdir(parents=True)
-    told, began, seconds = folder / "reference.txt", {}, {}
-    process = start(outputs, PIPELINE, told)
+    output, began, seconds = folder / "reference.txt", {}, {}
+    process = start(outputs, PIPELINE, output)
     while process.poll() is None:
-        text = told.read_text()
+        text = output.read_text()
         began |= {s: time.monotonic() for s in STAGES if f"{s}: running" in text and s not in began}
         seconds |= {s: time.monotonic() - began[s] for s in began if f"{s}: done in" in text and s not in seconds}
         time.sleep(0.02)
     if process.returncode or set(seconds) != set(STAGES):
-        raise SystemExit(f"the undisturbed run ended with {process.returncode}: see {told}")
+        raise SystemExit(f"the undisturbed run ended with {process.returncode}: see {output}")
     kept.write_text(json.dumps(seconds, indent=1) + "\n")
     say(f"undisturbed run: {sum(seconds.values()):.0f} s")
     return Reference(outputs, seconds)
 
 
 def results(run: Path) -> dict[str, str]:
-    """Name -> digest of everything that a later stage or a user takes from a run; times and pictures are left out."""
+    """Return name -> digest of all that a later stage or a user takes from a run, without times and pictures."""
     found = {}
     for stage in STAGES:
         for name, digest in read_record(run / stage / "done.json")["outputs"].items():
@@ -128,7 +128,7 @@ def results(run: Path) -> dict[str, str]:
 
 
 def unsound(run: Path) -> list[str]:
-    """Stages that pass for done and are not: an output that does not verify, or no notebook or report beside it."""
+    """List what stages that pass for done lack: an output that does not verify, a notebook or a report."""
     wrong = []
     for stage in STAGES:
         folder = run / stage
@@ -139,5 +139,5 @@ def unsound(run: Path) -> list[str]:
 
 
 def leftovers(run: Path) -> list[str]:
-    """Files of work that never ended."""
+    """List the files of unfinished work."""
     return sorted(str(path.relative_to(run)) for pattern in LEFTOVERS for path in run.rglob(pattern))
