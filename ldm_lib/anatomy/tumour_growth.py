@@ -7,6 +7,7 @@ Fisher-Kolmogorov equation (Swanson et al. 2000, Cell Proliferation 33:317), u t
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ VISIBLE_IN = {"FLAIR": 0.25, "T1c": 0.675}
 SEED_SIGMA_MM = 2.0  # standard deviation of the Gaussian that a tumour starts from
 SAFETY = 0.9  # fraction of the largest stable step that is used
 MAX_GROWTH_PER_STEP = 0.1  # rho dt, for accuracy; the reaction alone would be stable far longer
+Concentration = TypeVar("Concentration", np.ndarray, torch.Tensor)
 
 
-def threshold_growth(growth, threshold: float = GROWTH_THRESHOLD):
+def threshold_growth(growth: Concentration, threshold: float = GROWTH_THRESHOLD) -> Concentration:
     """Set concentrations below `threshold` to 0 and keep the others; any shape, array or tensor."""
     return growth * (growth >= threshold)
 

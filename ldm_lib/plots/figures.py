@@ -76,7 +76,13 @@ def planes(
 
 
 def _colour_row(
-    figure: InlineFigure, geometry: SliceGeometry, line: Sequence[Axes], volume: np.ndarray, *, high: float, label=""
+    figure: InlineFigure,
+    geometry: SliceGeometry,
+    line: Sequence[Axes],
+    volume: np.ndarray,
+    *,
+    high: float,
+    label: str = "",
 ) -> None:
     """Draw a row of three planes in colours from 0 to `high`, with a colour bar."""
     for ax, plane in zip(line, PLANES, strict=True):

@@ -1,5 +1,7 @@
 """The initial estimate: exact where it has a closed form, and never a function of voxels under the mask."""
 
+import doctest
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -76,3 +78,8 @@ def test_the_tissue_map_improves_on_harmonic_inpainting():
         )
         errors = [float(np.square(filled - image)[healthy].mean()) for filled in (estimate, harmonic)]
         assert errors[0] < 0.8 * errors[1], errors
+
+
+def test_examples_run():
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed

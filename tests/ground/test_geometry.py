@@ -1,5 +1,6 @@
 """Voxel order, padding and latent voxels: every conversion has an exact inverse."""
 
+import doctest
 from itertools import permutations, product
 
 import nibabel as nib
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_lib import geometry
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import Frame, Padding, block_centre, block_mean, bounding_box, latent_mask
 
@@ -170,3 +172,8 @@ def test_bounding_box_holds_the_mask_and_the_margin_and_ends_at_the_volume(margi
 def test_bounding_box_of_an_empty_mask_is_rejected():
     with pytest.raises(InputError, match="the mask is empty"):
         bounding_box(np.zeros((3, 3, 3), bool))
+
+
+def test_examples_run():
+    found = doctest.testmod(geometry)
+    assert found.attempted and not found.failed
