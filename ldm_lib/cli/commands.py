@@ -165,7 +165,7 @@ def validate(options: argparse.Namespace) -> int:
 
 def submission(options: argparse.Namespace) -> int:
     """Check results as the challenge does, and zip them."""
-    from ldm_lib.inpainting.submission import check, pack, require_archive, has_several_masks
+    from ldm_lib.inpainting.submission import check, has_several_masks, pack, require_archive
 
     output, findings = expand_path(options.output or f"{options.results}/submission.zip"), []
     if options.output:

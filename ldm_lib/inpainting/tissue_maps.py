@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm_lib.data.case import NO_MAP, TISSUE_LABELS, CaseData
+from ldm_lib.data.conditioning_maps import make_tissue_map
 from ldm_lib.data.masks import read_labels
 from ldm_lib.errors import LdmError
 from ldm_lib.files import expand_path, fingerprint, require_writable
@@ -35,8 +36,6 @@ def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
     Args:
         refine: how the labels of visible voxels are refined, as in `make_tissue_map`.
     """
-    from ldm_lib.data.conditioning_maps import make_tissue_map  # dipy takes seconds to load
-
     where = data.case.t1n_voided or data.case.t1n
     with _map_folder() as (folder, kept):
         made = make_tissue_map(data, folder / f"{_key(data, refine)}.nii.gz", refine=refine)
@@ -95,10 +94,10 @@ def _key(data: CaseData, refine: str) -> str:
 
 def _remove_oldest(folder: Path, used: Path) -> None:
     """Bound the cache: mark a map as used, and remove those that were used least recently."""
-    for path in (used, used.with_name(used.name.replace(".nii.gz", ".json"))):
-        if path.exists():
-            os.utime(path)
     try:
+        for path in (used, used.with_name(used.name.replace(".nii.gz", ".json"))):
+            if path.exists():
+                os.utime(path)
         records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
         for record in records[:-MOST_MAPS]:
             record.with_suffix(".nii.gz").unlink(missing_ok=True)
