@@ -12,6 +12,7 @@ from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.conditioning_maps import NO_MAP, made_by
 from ldm_lib.data.volume import read_volume
 from ldm_lib.errors import InputError
+from ldm_lib.evaluation.boundary import boundary_scores
 from ldm_lib.evaluation.conditioning_fidelity import growth_response, tissue_by_intensity, tissue_dice
 from ldm_lib.evaluation.metrics import brats_scores, mask_size_class, scores_by_tissue
 from ldm_lib.inpainting.baselines import BASELINES, OF_TISSUE
@@ -67,6 +68,22 @@ def std_path(results: Path, data: CaseData) -> Path:
 
 def _variant_path(results: Path, data: CaseData, name: str) -> Path:
     return results / data.case.result_name.replace(".nii.gz", f"-{name}.nii.gz")
+
+
+def read_result(results: Path, data: CaseData) -> np.ndarray:
+    """Read the result of a case in stage 05: (x, y, z) in the file's voxel order and units."""
+    return read_volume(results / data.case.result_name).voxels
+
+
+def read_sample(results: Path, data: CaseData, k: int) -> np.ndarray:
+    """Read the k-th sample of a case in the results of stage 05."""
+    return read_volume(sample_path(results, data, k)).voxels
+
+
+def read_variants(results: Path, data: CaseData) -> dict[str, np.ndarray]:
+    """Read the results of a case under the conditionings of `VARIANTS`, those that exist, by name."""
+    paths = {name: conditioned_path(results, data, name) for name in VARIANTS}
+    return {name: read_volume(path).voxels for name, path in paths.items() if path.exists()}
 
 
 def samples_and_target(data: CaseData, results: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,3 +172,38 @@ def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[
             found = scores_by_tissue(*scored, data.tissue, where=data.case.key)
             by_tissue += [about | {"method": method} | row for row in found]
     return rows, by_tissue
+
+
+def boundary_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Compute the boundary scores of volumes by method: a row for each."""
+    return [
+        {"case": data.case.key, "method": name} | boundary_scores(volume, data.voided, data.mask, data.scale)
+        for name, volume in volumes.items()
+    ]
+
+
+def conditioning_rows(data: CaseData, given: CaseData, results: Path, *, threshold: float) -> list[dict[str, Any]]:
+    """Compute `fidelity_row` of a case's results under different conditioning, and of the ground truth.
+
+    Args:
+        given: the same case with the maps that came with it: the reference of "given" and of the ground truth.
+        threshold: concentration from which there is tumour.
+    """
+    volumes = read_variants(results, data)
+    volumes |= {"ground truth": data.target} if volumes else {}
+    rows = []
+    for name, volume in volumes.items():
+        requested = given if name in ("given", "ground truth") and given.tissue is not None else data
+        row = fidelity_row(data, volume, requested=requested, threshold=threshold)
+        rows.append({"case": data.case.key, "conditioning": name} | row)
+    return rows
+
+
+def guidance_rows(data: CaseData, results: Path, *, threshold: float) -> list[dict[str, Any]]:
+    """Compute `fidelity_row` of a case's results at each scale of classifier-free guidance."""
+    rows = []
+    for path in sorted((results / "conditionings").glob(f"guidance_*/{data.case.result_name}")):
+        scale = float(path.parent.name.partition("_")[2])
+        row = fidelity_row(data, read_volume(path).voxels, requested=data, threshold=threshold)
+        rows.append({"case": data.case.key, "guidance": scale} | row)
+    return rows

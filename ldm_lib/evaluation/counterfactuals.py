@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ from ldm_lib.anatomy.options import DEFAULT_RATES, GrowthRates
 from ldm_lib.anatomy.tissue import GM, WM
 from ldm_lib.anatomy.tumour_growth import grow_tumour
 from ldm_lib.data.case import CaseData
+from ldm_lib.data.volume import write_like, write_map
 from ldm_lib.diffusion.latents import Latents
 from ldm_lib.errors import InputError
+from ldm_lib.evaluation.case_scores import conditioned_path
+from ldm_lib.evaluation.conditioning_fidelity import class_shift
 from ldm_lib.inpainting.inpainter import Inpainter
 
 AS_USED, GIVEN, SHUFFLED, EMPTY = "as used", "given", "shuffled", "empty"
@@ -41,6 +45,11 @@ def conditioning_variants(
     nothing = inpainter.encode(replace(data, growth=np.zeros_like(data.voided), tissue=None))
     unconditional = 0.0 if inpainter.model.denoiser.supports_unconditional else guidance
     return found | {EMPTY: ConditioningVariant(nothing, unconditional)}
+
+
+def guided(variants: Mapping[str, ConditioningVariant], scales: Sequence[float]) -> dict[str, ConditioningVariant]:
+    """Return the case's own maps at several scales of classifier-free guidance: "guidance <scale>" -> variant."""
+    return {f"guidance {scale:g}": replace(variants[AS_USED], guidance=scale) for scale in scales}
 
 
 def on_grid_of(data: CaseData, other: CaseData, name: str) -> np.ndarray | None:
@@ -115,3 +124,32 @@ def inpaint_with_growths(
         for name, growth in growths.items()
     }
     return inpaint_variants(inpainter, data, variants, **sampling)
+
+
+def write_variants(data: CaseData, volumes: Mapping[str, np.ndarray], results: Path) -> None:
+    """Write the results of a case under different conditioning, where `case_scores.conditioned_path` finds them."""
+    for name, volume in volumes.items():
+        path = conditioned_path(results, data, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_like(path, data.source, volume, data.mask)
+
+
+def write_with_growths(
+    data: CaseData, volumes: Mapping[str, np.ndarray], growths: Mapping[str, np.ndarray], folder: Path
+) -> None:
+    """Write the results of a case with different growth maps, and the maps, as `<case>-<name>[-growth].nii.gz`."""
+    folder.mkdir(exist_ok=True)
+    for name, volume in volumes.items():
+        stem = f"{data.case.key}-{name.replace(' ', '_')}"
+        write_like(folder / f"{stem}.nii.gz", data.source, volume, data.mask)
+        write_map(folder / f"{stem}-growth.nii.gz", growths[name], data.source.affine)
+
+
+def healthy_shift(data: CaseData, volume: np.ndarray, *, threshold: float) -> dict[str, float]:
+    """Compute `conditioning_fidelity.class_shift` of a result without tumour from the healthy brain outside the mask.
+
+    Args:
+        threshold: concentration from which there is tumour.
+    """
+    healthy = np.ones(data.mask.shape, bool) if data.growth is None else data.growth < threshold
+    return class_shift(volume, data.tissue, (data.voided != 0) & ~data.mask & healthy, data.mask)

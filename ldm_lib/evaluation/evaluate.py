@@ -20,10 +20,9 @@ from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation.case_scores import SAMPLE, UPPER_BOUND_FOLDER, candidates, mean_of, score_rows, std_path
 from ldm_lib.evaluation.summary import as_table, report
 from ldm_lib.files import expand_path, replacing, write_csv
-from ldm_lib.inpainting.folder import Row, fill_cases, require_all
+from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_upper_bound
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.single_file import write_upper_bound
 from ldm_lib.locking import FolderLock
 from ldm_lib.plots import case_plots
 

@@ -6,7 +6,8 @@ Images are normalised numpy volumes on the model's padded LPS grid unless said o
 is above it. Every function runs one volume at a time on `device` in `precision`, without gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 
 from ldm_lib.autoencoder.region_decoding import AnyCodec, Reconstruction, decode_box, reconstruct
 from ldm_lib.data.case import CaseData
+from ldm_lib.data.model_grid import GridCase, grid_case
 from ldm_lib.devices import autocast
-from ldm_lib.evaluation.image_quality import psnr
+from ldm_lib.evaluation.image_quality import brain_scores, psnr
 from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
 from ldm_lib.geometry import Frame, bounding_box
 
@@ -39,6 +41,49 @@ def upper_bound(data: CaseData, rebuilt: np.ndarray, factor: int) -> tuple[np.nd
     """
     filled = data.paste(rebuilt, factor)
     return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
+
+
+@dataclass(frozen=True)
+class CheckedCase:
+    """Hold what an autoencoder makes of one case.
+
+    Attributes:
+        grid: the case on the model's grid.
+        full, voided: reconstructions of the full and of the voided image.
+        pasted: the reconstructed target in the mask, (x, y, z) in the file's order and units.
+        scores: of the upper bound and of the reference codecs, `outside_psnr` of the voided image, and seconds.
+    """
+
+    grid: GridCase
+    full: Reconstruction
+    voided: Reconstruction
+    pasted: np.ndarray
+    scores: dict[str, float]
+
+
+def check_case(
+    data: CaseData,
+    autoencoder: AnyCodec,
+    references: Mapping[str, AnyCodec],
+    *,
+    device: torch.device,
+    precision: str,
+) -> CheckedCase:
+    """Reconstruct a case by an autoencoder, and score the upper bound next to that of reference codecs.
+
+    Args:
+        references: name -> codec on the same grid; its PSNR becomes `<name>_psnr`.
+    """
+    compute = {"device": device, "precision": precision}
+    grid = grid_case(data, autoencoder.factor)
+    full, voided = (reconstruct(autoencoder, image, **compute) for image in (grid.target, grid.voided))
+    pasted, scores = upper_bound(data, full.volume, autoencoder.factor)
+    for name, codec in references.items():
+        rebuilt = reconstruct(codec, grid.target, **compute).volume
+        scores[f"{name}_psnr"] = upper_bound(data, rebuilt, autoencoder.factor)[1]["psnr_01"]
+    scores["outside_psnr"] = brain_scores(voided.volume, grid.voided)["psnr"]
+    seconds = {"encode_s": full.encode_s, "decode_s": full.decode_s}
+    return CheckedCase(grid, full, voided, pasted, scores | seconds)
 
 
 def by_tissue(data: CaseData, filled: np.ndarray) -> list[dict[str, str | int | float]]:

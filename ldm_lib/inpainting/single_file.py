@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-from ldm_lib.autoencoder.region_decoding import reconstruct
-from ldm_lib.data.case import CaseData, case_of_files, load_case
-from ldm_lib.data.model_grid import grid_case
+from ldm_lib.data.case import case_of_files, load_case
 from ldm_lib.data.nifti import require_results_writable
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.data.volume import write_like
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.files import expand_path
 from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
@@ -79,12 +76,3 @@ def inpaint(
     data = inpainter.prepare(data, make_missing=make_missing)
     result = inpainter(data, n_samples=samples, steps=steps, make_missing=False, **sampling)
     return result.save(results[""], samples=write_samples)
-
-
-def write_upper_bound(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
-    """Write the autoencoder's upper bound: the reconstructed target, pasted into the mask."""
-    autoencoder = inpainter.model.autoencoder
-    target = grid_case(data, autoencoder.factor).target
-    coded = reconstruct(autoencoder, target, device=inpainter.model.device, precision=inpainter.model.precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_like(path, data.source, data.paste(coded.volume, autoencoder.factor), data.mask)
