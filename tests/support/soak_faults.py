@@ -193,7 +193,7 @@ def _look_for_orphans(field: Field, killed: float, outcome: Outcome) -> None:
         outcome.found += [f"orphan {process.command[:120]}" for process in field.processes()]
         kill(field.processes(), signal.SIGKILL)
     outcome.gone_s = time.monotonic() - killed
-    if outcome.gone_s > GRACE_S + (ended - struck):
+    if outcome.gone_s > GRACE_S + (ended - killed):
         outcome.found.append(f"gone only after {outcome.gone_s:.0f} s")
 
 
