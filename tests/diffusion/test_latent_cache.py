@@ -6,16 +6,14 @@ import pickle
 import shutil
 import signal
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from caches import CHANGE, HOW, Counting, cache, fill_slowly
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import find_cases
@@ -26,25 +24,8 @@ from ldm_lib.diffusion.latent_cache import LatentCache
 from ldm_lib.diffusion.latents import LatentSpec, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import sha256
-from ldm_lib.model_io import load_model
 
-HOW = {"device": torch.device("cpu"), "precision": "32"}
-CHANGE = Augmentation(flip_probability=0.5, rotation_degrees=8.0, intensity_shift=0.1, tissue_deformation_mm=8.0)
 MASKS = {"mask", "loss"}
-
-
-class Counting(nn.Module):
-    """An autoencoder that counts how often it encodes, and takes its time."""
-
-    def __init__(self, folder, seconds=0.0):
-        super().__init__()
-        self.network, self.calls, self.seconds = load_model(folder, Autoencoder), 0, seconds
-        self.factor, self.spacing_mm, self.config = self.network.factor, self.network.spacing_mm, self.network.config
-
-    def encode(self, volume):
-        self.calls += 1
-        time.sleep(self.seconds)
-        return self.network.encode(volume)
 
 
 @pytest.fixture
@@ -57,10 +38,6 @@ def sources(cohort_folder, tmp_path):
     """Two scans of two masks each, of a copy of the cohort, to spoil."""
     shutil.copytree(cohort_folder.parent, tmp_path / "cohort")
     return find_cases(tmp_path / "cohort" / "data")[:4]
-
-
-def cache(folder, autoencoder, weights="w", settings=None, **options):
-    return LatentCache(folder, autoencoder, weights, settings or LatentSpec(), **{**HOW, **options})
 
 
 def filled(*args, cases, variants=1, **options):
@@ -347,14 +324,6 @@ def other_process(method, *args):
     process = context.Process(target=fill_slowly, args=(heard, *args), daemon=True)
     process.start()
     return process, heard
-
-
-def fill_slowly(heard, folder, model, cases, seconds):
-    torch.set_num_threads(1)
-    autoencoder = Counting(model, seconds)
-    autoencoder.encode = lambda volume: (heard.put("began"), Counting.encode(autoencoder, volume))[1]
-    handles = cache(folder, autoencoder, augmentation=CHANGE).encode(cases, variants=2)
-    heard.put((autoencoder.calls, sum(float(latents["voided"].sum()) for handle in handles for latents in handle)))
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
