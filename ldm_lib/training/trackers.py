@@ -1,238 +1,246 @@
-"""Where a training's figures go: into metrics.csv always, to Weights & Biases and MLflow when asked.
+"""Log a training's metrics: to metrics.csv always, to Weights & Biases and MLflow if requested.
 
-The table is the record, and a training that cannot write it stops. The others are a convenience behind a thread each:
-whatever happens to them, a training neither waits for them nor ends with them.
+A training that cannot write metrics.csv stops. The other trackers get numbers, switches, texts of `LOGGED_TEXTS` and
+small pictures, but no volumes, paths or names; one that fails is disabled, and the training goes on.
 """
 
 import csv
 import io
 import logging
-import queue
-import threading
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
+
+from filelock import FileLock
 
 from ldm_lib.files import replacing
 from ldm_lib.training.options import TrackerOptions, TrainingOptions
-from ldm_lib.training.tracker_services import MLflow, Wandb
 
 log = logging.getLogger("ldm_lib")
 
-WAITING = 10_000  # figures and pictures that may wait for a slow tracker before some are left out
-PATIENCE_S = 30.0  # at the end of a training, for a tracker to take what is left
-PARTING_S = 5.0  # for a tracker that failed to be let go of
-
-
-class Tracker(Protocol):
-    """What takes the figures of a training."""
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures by name, at an optimiser step; steps never decrease."""
-
-    def panel(self, path: Path, step: int) -> None:
-        """A small PNG of one fixed case; the file stays as it is until the tracker is closed."""
-
-    def close(self, *, failed: bool) -> None:
-        """The training is over."""
-
-
-class Service(Tracker, Protocol):
-    """A tracker outside of this library, which may fail in every call."""
-
-    def start(self) -> None:
-        """Make the tracker ready, however long that takes."""
-
-    def abandon(self) -> None:
-        """Let go of a tracker that failed or hangs, without waiting for it."""
+PROJECT = "brain-mri-inpainting"
+ANONYMOUS = {"mlflow.user": "unknown", "mlflow.source.name": "ldm_lib.training"}  # never the login or a script's path
+PROXIED = "mlflow-artifacts:/"  # the server finds artifacts in its own folder, so the store holds no path
+# Parameters that are text and cannot hold a path; another text is not logged until it is named here.
+LOGGED_TEXTS = {"run", "device", "precision", "multipliers", "attention_rates", "keep_weights", "prediction",
+                "schedule", "allow_change", "wandb_mode"}  # fmt: skip
+# What leads wandb to its server; any other WANDB_* variable could rename, redirect or annotate a run.
+CONNECTION = {f"WANDB_{name}" for name in (
+    "API_KEY", "BASE_URL", "ENTITY", "IDENTITY_TOKEN_FILE", "CREDENTIALS_FILE", "HTTP_PROXY", "HTTPS_PROXY",
+    "CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "SERVICE", "ERROR_REPORTING")}  # fmt: skip
 
 
 class MetricsTable:
-    """metrics.csv: one row per optimiser step that logged something, on disk as soon as it is logged.
-
-    Only the last row is ever written, at its place in the file; a new column alone makes the table be written anew.
+    """Write metrics.csv: one row per optimiser step that logged something, on disk as soon as it is logged.
 
     Args:
-        from_step: the step from which a training goes on; rows behind it are dropped, as they will be repeated.
+        from_step: the step from which a training is resumed; later rows are dropped, as they will be repeated.
+
+    Attributes:
+        rows: step -> its metrics, without empty columns.
     """
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
-        self.path, self._stream = path, None
-        self._columns, self._last = ["step"], {"step": -1}
+        self.path, self._columns = path, ["step"]
+        self.rows = {step: row for step, row in _read_rows(path).items() if step <= from_step}
         if path.exists():
-            self._write({step: row for step, row in self.rows.items() if step <= from_step})
+            self._write()
 
-    @property
-    def rows(self) -> dict[int, dict[str, float]]:
-        """Step -> its row as it stands in the file, without empty cells; a row that is not whole is left out."""
-        if not self.path.exists():
-            return {}
-        text = self.path.read_text()
-        lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
-        columns, found = next(lines, ["step"]), {}
-        for cells in lines:
-            with suppress(ValueError):  # the end of a longer row, left there by a training that was killed
-                row = {name: _number(cell) for name, cell in zip(columns, cells, strict=True) if cell}
-                found.setdefault(int(cells[0]), {}).update(row)
-        return dict(sorted(found.items()))
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Merge into the row of this step."""
-        if not figures:
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Merge metrics into the row of a step."""
+        if not metrics:
             return
-        if step < self._last["step"] or not set(figures) <= set(self._columns):
-            rows = self.rows
-            rows[step] = rows.get(step, {"step": step}) | figures
-            self._write(dict(sorted(rows.items())))
-            return
-        if step > self._last["step"]:
-            self._offset, self._last = self._stream.seek(0, io.SEEK_END), {"step": step}
-        self._last |= figures
-        self._stream.seek(self._offset)
-        self._stream.write(self._line(self._last.get(name, "") for name in self._columns))
-        self._stream.truncate()
+        is_last = step > next(reversed(self.rows), -1)
+        self.rows[step] = self.rows.get(step, {"step": step}) | dict(metrics)
+        if is_last and set(metrics) <= set(self._columns):
+            with self.path.open("a") as stream:
+                stream.write(self._line(self.rows[step]))
+        else:
+            self._write()
 
-    def panel(self, path: Path, step: int) -> None:
-        """Nothing: a table holds no pictures."""
-
-    def close(self, *, failed: bool) -> None:  # noqa: ARG002
-        """Close the file; a later row opens it again."""
-        if self._stream:
-            self._stream.close()
-        self._stream, self._columns, self._last = None, ["step"], {"step": -1}
-
-    def _write(self, rows: dict[int, dict[str, float]]) -> None:
-        """Write the whole table, or nothing, and stand before its last row."""
-        self._columns = list(dict.fromkeys(["step", *(name for row in rows.values() for name in row)]))
-        lines = [self._line(row.get(name, "") for name in self._columns) for row in rows.values()]
+    def _write(self) -> None:
+        """Write the whole table, or nothing."""
+        self.rows = dict(sorted(self.rows.items()))
+        self._columns = list(dict.fromkeys(["step", *(name for row in self.rows.values() for name in row)]))
+        header = dict(zip(self._columns, self._columns, strict=True))
         with replacing(self.path) as partial:
-            partial.write_bytes(b"".join([self._line(self._columns), *lines]))
-        if self._stream:
-            self._stream.close()
-        self._stream = self.path.open("r+b", buffering=0)
-        self._last = next(reversed(rows.values()), {"step": -1})
-        self._offset = self._stream.seek(0, io.SEEK_END) - len(lines[-1] if lines else b"")
+            partial.write_text("".join(map(self._line, [header, *self.rows.values()])))
 
-    @staticmethod
-    def _line(cells: Iterable[object]) -> bytes:
+    def _line(self, row: Mapping[str, object]) -> str:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        return text.getvalue().encode()
+        csv.writer(text, lineterminator="\n").writerow(row.get(name, "") for name in self._columns)
+        return text.getvalue()
+
+
+def _read_rows(path: Path) -> dict[int, dict[str, float]]:
+    """Read the rows of a table; what a killed training wrote in part is left out."""
+    text = path.read_text() if path.exists() else ""
+    lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+    columns, rows = next(lines, ["step"]), {}
+    for cells in lines:
+        with suppress(ValueError):
+            row = {name: _number(cell) for name, cell in zip(columns, cells, strict=True) if cell}
+            rows.setdefault(int(cells[0]), {}).update(row)
+    return rows
 
 
 def _number(cell: str) -> float:
-    """As it was logged: a whole number stays one."""
     return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
 
 
-class Unhurried:
-    """A service behind a thread and a bounded queue: a call costs microseconds, and nothing it does is ever raised.
+def logged_parameters(config: TrainingOptions) -> dict[str, Any]:
+    """Return the parameters that trackers log: numbers, switches, and the texts of `LOGGED_TEXTS`."""
+    return {name: value for name, value in config.model_dump().items()
+            if name in LOGGED_TEXTS or isinstance(value, int | float)}  # fmt: skip
 
-    The service is made here, since libraries that are imported in two threads at once may find each other half made;
-    it is started and used in the thread alone. It fails once, with one warning, and is told nothing after that.
-    """
 
-    def __init__(self, name: str, make: Callable[[], Service]) -> None:
-        self._name, self._tasks = name, queue.Queue(WAITING)
-        self._lost, self._silent = threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        try:
-            self._service = make()
-        except Exception as error:  # noqa: BLE001 - of any type: a tracker never stops a training
-            self._lose(error)
-        else:
-            self._thread.start()
+class Wandb:
+    """Hold a run of Weights & Biases in `folder`/wandb; pictures stay in offline runs: nothing uploads one."""
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Leave the figures for the thread."""
-        self._put(lambda: self._service.log(figures, step))
+    def __init__(self, config: TrainingOptions, folder: Path, mode: str) -> None:
+        self._folder, self._offline = folder, mode == "offline"
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        with _hidden_variables(WANDB_MODE=mode, WANDB_SILENT="true", WANDB_NOTEBOOK_NAME="."):
+            import wandb
+
+            private = wandb.Settings(
+                mode=mode, root_dir=str(folder), console="off", host="", silent=True, symlink=False,
+                reinit="create_new", disable_code=True, disable_git=True, save_code=False, x_disable_meta=True,
+                x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+                **({"entity": ""} if self._offline else {}),
+            )  # fmt: skip
+            self._image = wandb.Image
+            self._run = wandb.init(
+                project=PROJECT, name=folder.parent.name, config=logged_parameters(config), settings=private
+            )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics; wandb merges those of one step."""
+        self._run.log(dict(metrics), step=step)
 
     def panel(self, path: Path, step: int) -> None:
-        """Leave the picture for the thread."""
-        self._put(lambda: self._service.panel(path, step))
+        """Log a picture, in an offline run."""
+        if self._offline:
+            self._run.log({"panel": self._image(str(path))}, step=step)
 
     def close(self, *, failed: bool) -> None:
-        """Wait for the thread to come to its end, but not for long."""
-        until = time.monotonic() + PATIENCE_S
-        with suppress(queue.Full):
-            for task in (lambda: self._service.close(failed=failed), None):
-                if not self._lost.is_set():
-                    self._tasks.put(task, timeout=max(0.0, until - time.monotonic()))
-        if self._thread.is_alive():
-            self._thread.join(max(0.0, until - time.monotonic()))
-        if self._thread.is_alive() and not self._lost.is_set():
-            self._lose(TimeoutError(f"it did not end within {PATIENCE_S:g} s"))
-
-    def _put(self, task: Callable[[], None]) -> None:
-        if self._lost.is_set():
-            return
+        """End the run, and remove wandb's debug logs, which hold absolute paths and the login."""
         try:
-            self._tasks.put_nowait(task)
-        except queue.Full:
-            self._warn(f"is slow: {WAITING} figures wait for it, and more are left out of it")
+            self._run.finish(exit_code=int(failed))
+        finally:
+            for folder in self._folder.glob("wandb/*run-*/logs"):
+                shutil.rmtree(folder, ignore_errors=True)
+            for link in self._folder.glob("wandb/debug*.log"):
+                link.unlink(missing_ok=True)
 
-    def _work(self) -> None:
-        try:
-            self._service.start()
-            while task := self._tasks.get():
-                task()
-        except BaseException as error:  # noqa: BLE001 - of any type, and nobody else sees what ends a thread
-            self._lose(error)
 
-    def _lose(self, error: BaseException) -> None:
-        """Warn, forget what waits, and let the service go."""
-        self._lost.set()
-        what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        self._warn(f"failed: {what}; training goes on without it")
-        with suppress(queue.Empty):
-            while True:
-                self._tasks.get_nowait()
-        if self._thread.ident is not None:
-            parting = threading.Thread(target=self._let_go, daemon=True)
-            parting.start()
-            parting.join(PARTING_S)
+@contextmanager
+def _hidden_variables(**given: str) -> Iterator[None]:
+    """Hide the user's WANDB_* variables but `CONNECTION`, and set those given, while wandb reads them."""
+    hidden = {name: value for name, value in os.environ.items()
+              if name.startswith("WANDB_") and name not in CONNECTION}  # fmt: skip
+    for name in hidden:
+        del os.environ[name]
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name in given:
+            os.environ.pop(name, None)
+        os.environ.update(hidden)
 
-    def _let_go(self) -> None:
-        with suppress(Exception, SystemExit):  # it has failed already; wandb exits as its killed process did
-            self._service.abandon()
 
-    def _warn(self, what: str) -> None:
-        """Say so, once."""
-        if self._silent.acquire(blocking=False):
-            log.warning("%s %s; metrics.csv is complete", self._name, what)
+class MLflow:
+    """Hold a run in the sqlite store of all runs, `outputs`/mlflow.db; pictures are in `outputs`/mlflow."""
+
+    def __init__(self, config: TrainingOptions, folder: Path) -> None:
+        self._outputs = folder.parents[1]
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        from mlflow import MlflowClient, entities
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        for noisy in ("mlflow.store.db", "alembic"):  # they log a new store's tables, and errors we report
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        self._metric, address = entities.Metric, f"sqlite:///{self._outputs / 'mlflow.db'}"
+        with FileLock(self._outputs / ".mlflow.lock"):  # two processes that create a store at once break it
+            SqlAlchemyStore(address, PROXIED)  # MlflowClient would give the default experiment an absolute path
+            self._client = MlflowClient(address)
+            known = self._client.get_experiment_by_name(PROJECT)
+            experiment = known.experiment_id if known else self._client.create_experiment(PROJECT, PROXIED)
+            self._run = self._client.create_run(experiment, tags=ANONYMOUS, run_name=folder.parent.name).info.run_id
+        params = [entities.Param(name, str(value)) for name, value in logged_parameters(config).items()]
+        self._client.log_batch(self._run, params=params, synchronous=True)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log the metrics of a step, in one transaction."""
+        now_ms = time.time_ns() // 1_000_000
+        rows = [self._metric(name, float(value), now_ms, step) for name, value in metrics.items()]
+        self._client.log_batch(self._run, metrics=rows, synchronous=True)
+
+    def panel(self, path: Path, step: int) -> None:
+        """Copy a picture to where `make mlflow` serves it; the client would need that server to be running."""
+        folder = self._outputs / "mlflow" / self._run / "artifacts" / "panels"
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / f"{step}.png") as partial:
+            shutil.copyfile(path, partial)
+
+    def close(self, *, failed: bool) -> None:
+        """End the run."""
+        self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
 
 class Trackers:
-    """Several trackers as one, the table first."""
+    """Log to metrics.csv, and to other trackers, each until it fails for the first time.
 
-    def __init__(self, table: MetricsTable, others: list[Tracker]) -> None:
-        self.table, self._all = table, [table, *others]
+    Args:
+        others: functions that start a tracker, by its name.
+    """
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Tell all of them."""
-        plain = {name: value if isinstance(value, int) else float(value) for name, value in figures.items()}
-        for tracker in self._all:
-            tracker.log(plain, step)
+    def __init__(self, table: MetricsTable, others: Mapping[str, Callable[[], Any]]) -> None:
+        self.table, self._running = table, {}
+        for name, start in others.items():
+            if tracker := self._safely(name, start):
+                self._running[name] = tracker
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics by name as plain numbers, at an optimiser step; steps never decrease."""
+        plain = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        self.table.log(plain, step)
+        self._each("log", plain, step)
 
     def panel(self, path: Path, step: int) -> None:
-        """Show all of them."""
-        for tracker in self._all:
-            tracker.panel(path, step)
+        """Log a small PNG of one fixed case."""
+        self._each("panel", path, step)
 
     def close(self, *, failed: bool) -> None:
-        """Close all of them."""
-        for tracker in self._all:
-            tracker.close(failed=failed)
+        """End the runs."""
+        self._each("close", failed=failed)
+
+    def _each(self, method: str, *arguments: Any, **options: Any) -> None:
+        for name, tracker in list(self._running.items()):
+            self._safely(name, getattr(tracker, method), *arguments, **options)
+
+    def _safely(self, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a tracker; if it fails, warn and disable it: a training never ends with a tracker."""
+        try:
+            return call(*arguments, **options)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - of any type
+            self._running.pop(name, None)
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            log.warning("%s failed: %s; training goes on without it; metrics.csv is complete", name, reason)
+            return None
 
 
 def trackers(config: TrainingOptions, tracking: TrackerOptions, folder: Path, *, from_step: int = 0) -> Trackers:
-    """The trackers of a training in `folder` = outputs/<run>/04_training, which goes on from `from_step`."""
-    folder = folder.resolve()
-    others: list[Tracker] = []
+    """Start the trackers of a training in `folder` = outputs/<run>/04_training, which is resumed from `from_step`."""
+    folder, others = folder.resolve(), {}
     if tracking.wandb_mode != "off":
-        others.append(Unhurried("wandb", lambda: Wandb(config, folder, tracking.wandb_mode)))
+        others["wandb"] = partial(Wandb, config, folder, tracking.wandb_mode)
     if tracking.use_mlflow:
-        others.append(Unhurried("MLflow", lambda: MLflow(config, folder)))
+        others["MLflow"] = partial(MLflow, config, folder)
     return Trackers(MetricsTable(folder / "metrics.csv", from_step=from_step), others)
