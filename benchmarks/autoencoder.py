@@ -1,4 +1,4 @@
-"""How fast an autoencoder codes a volume, and in how much memory: that of `full` beside MONAI's in float32."""
+"""Measure how fast autoencoders encode and decode a volume, and in how much memory: ours and MONAI's in float32."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,14 +10,15 @@ from benchmarks.reference_models import standard_autoencoder
 from ldm_lib.autoencoder.training import build_autoencoder
 from ldm_lib.devices import autocast, peak_memory, pick_device, pick_precision, reset_peak_memory, timed
 from ldm_lib.experiment.presets import resolve
+from ldm_lib.progress import report
 
 AnyCodec = Callable[[Tensor], Tensor]
 
 
-def bench_autoencoders(shape: Sequence[int], *, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Encode and decode one volume with the autoencoder of `full` and with MONAI's in float32.
+def bench_autoencoders(shape: Sequence[int]) -> dict[str, Any]:
+    """Encode and decode one volume with the autoencoder of preset `full` and with MONAI's in float32.
 
-    Ours goes first, for its peak of memory.
+    Ours is measured first, for its peak of memory.
 
     Returns:
         "autoencoders", seconds and memory of both; "ratios".
@@ -27,21 +28,21 @@ def bench_autoencoders(shape: Sequence[int], *, say: Callable[[str], None] = pri
     own = build_autoencoder(resolve("full")["02_autoencoder_check"], spacing_mm=1.0).freeze().to(device)
     standard = standard_autoencoder().eval().to(device)
     rows = {
-        "ours": coded(own.encode, own.decode, volume, pick_precision("auto", device)),
-        "monai": coded(lambda given: standard.encode(given)[0], standard.decode, volume, "32"),
+        "ours": time_codec(own.encode, own.decode, volume, pick_precision("auto", device)),
+        "monai": time_codec(lambda given: standard.encode(given)[0], standard.decode, volume, "32"),
     }
     for name, row in rows.items():
-        say(f"autoencoders, {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+        report(f"autoencoders, {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
     ours, theirs = (row["encode_s"] + row["decode_s"] for row in rows.values())
     return {"autoencoders": rows, "ratios": {"encode_decode_speedup_vs_monai_fp32": theirs / ours}}
 
 
-def coded(encode: AnyCodec, decode: AnyCodec, volume: Tensor, precision: str) -> dict[str, float]:
-    """Seconds of encoding and decoding, and the peak of memory so far (resident on a CPU, allocated on a GPU)."""
+def time_codec(encode: AnyCodec, decode: AnyCodec, volume: Tensor, precision: str) -> dict[str, float]:
+    """Return the seconds of encoding and decoding, and the peak of memory so far (resident, or allocated on a GPU)."""
     device = volume.device
     reset_peak_memory(device)
     with torch.inference_mode(), autocast(device, precision):
-        decode(encode(volume[..., :32, :32, :32]))  # whatever is made once is made now
+        decode(encode(volume[..., :32, :32, :32]))  # one-time set-up is not timed
         encode_s, latent = timed(lambda: encode(volume), device)
         decode_s, _ = timed(lambda: decode(latent), device)
     return {"encode_s": encode_s, "decode_s": decode_s, "peak_memory_gb": peak_memory(device) / 1e9}

@@ -1,6 +1,6 @@
-"""What is commonly done, to be compared with: MONAI's networks as they come, at the size of ours.
+"""Build the reference of the benchmarks: MONAI's networks with their defaults, at the size of ours.
 
-volume (b 1 x y z) => latent (b 6 x/8 y/8 z/8); the denoiser answers what ours does, with the same blocks and attention
+volume (b 1 x y z) => latent (b 6 x/8 y/8 z/8); the denoiser has the blocks and attention of ours
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ AUTOENCODER = {"spatial_dims": 3, "num_res_blocks": (2,) * 4, "channels": (32, 6
 
 
 def standard_autoencoder() -> nn.Module:
-    """AutoencoderKL at the widths people give it, with three halvings, without attention over all cells of a volume."""
+    """Build an AutoencoderKL of usual widths, with three halvings, without attention over all latent voxels."""
     return AutoencoderKL(**AUTOENCODER)
 
 
 def standard_denoiser(ours: ADM) -> nn.Module:
-    """DiffusionModelUNet with the levels of an ADM, resampled in residual blocks as an ADM's are.
+    """Build a DiffusionModelUNet with the levels of an ADM, resampled in residual blocks as an ADM's are.
 
-    At the full size it has 1.9 % fewer parameters and as many FLOPs, to four digits. It takes whole multiples of cells
-    only, and widths that are multiples of 32.
+    At the full size it has 1.9 % fewer parameters and as many FLOPs, to four digits. It takes wmask multiples of
+    latent voxels only, and widths that are multiples of 32.
     """
     config = ours.config
     attends = [2**level in config["attention_rates"] for level in range(len(config["multipliers"]))]
@@ -42,28 +42,28 @@ def ddim_steps(
     denoiser: nn.Module,
     voided: Tensor,
     shown: Tensor,
-    hole: Tensor,
+    mask: Tensor,
     schedule: NoiseSchedule,
     *,
     steps: int,
     run: Sequence[int] | None = None,
 ) -> Tensor:
-    """Fill the hole of a latent (b c x y z) from noise, by DDIM with evenly spaced timesteps, as it is mostly written.
+    """Inpaint a latent (b c x y z) from noise, by DDIM with evenly spaced timesteps as it is usually written.
 
     Args:
-        denoiser: f(x, t) -> noise, of latents, what is shown and the hole, concatenated.
-        voided: (b c x y z) latents; known cells are put back after every step.
+        denoiser: f(x, t) -> noise, of latents, conditioning and mask, concatenated.
+        voided: (b c x y z) latents; known latent voxels are restored after every step.
         shown: (b k x y z) conditioning.
-        hole: (b 1 x y z), 1 in cells that are generated.
-        steps: in all.
-        run: the steps that are really done; none does all.
+        mask: (b 1 x y z), 1 in latent voxels that are generated.
+        steps: number of steps.
+        run: the steps that are run; None runs all.
     """
     times = torch.linspace(schedule.steps - 1, 0, steps).round().long()
     alpha_bar = torch.cat([schedule.alpha_bar[times], torch.ones(1, dtype=torch.float64)]).float()
     x = torch.randn(voided.shape, generator=torch.Generator().manual_seed(0)).to(voided)
     for i in range(steps) if run is None else run:
-        x = voided * (1 - hole) + x * hole
-        noise = denoiser(torch.cat([x, shown, hole], dim=1), times[i : i + 1].to(x.device))
+        x = voided * (1 - mask) + x * mask
+        noise = denoiser(torch.cat([x, shown, mask], dim=1), times[i : i + 1].to(x.device))
         clean = (x - (1 - alpha_bar[i]).sqrt() * noise) / alpha_bar[i].sqrt()
         x = alpha_bar[i + 1].sqrt() * clean + (1 - alpha_bar[i + 1]).sqrt() * noise
-    return voided * (1 - hole) + x * hole
+    return voided * (1 - mask) + x * mask

@@ -1,8 +1,8 @@
-"""How fast a training step is: ours beside the plain loop around MONAI's network, from the same latents.
+"""Measure how fast a training step is: ours and a plain loop around MONAI's network, on the same latents.
 
     share of the matrix-product rate = FLOPs of forward and backward / seconds of the whole step / rate
 
-Both take their steps in turn in one process, so that whatever else the machine does slows both.
+Both take their steps in turn in one process, so that other work on the machine slows both.
 """
 
 import statistics
@@ -29,23 +29,24 @@ from ldm_lib.diffusion.unet import count_flops, count_parameters
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.stages import TrainingConfig
 from ldm_lib.options import integers
+from ldm_lib.progress import report
 from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples
 from ldm_lib.training.distributed import Processes
 from ldm_lib.training.initialise import build_denoiser
 from ldm_lib.training.step import Trainer
 
-CELL_VOX = 8  # voxels along an edge of a cell, at full size
+LATENT_VOXEL_VOX = 8  # voxels along an edge of a latent voxel, at full size
 BATCH_SIZE = {"cpu": 1, "cuda": 2}
 BATCH_NOTE = {"cpu": "1, since the 2 of `full` take twice the minutes and more memory", "cuda": "as in `full`"}
 WARM_UPS = {"cpu": 1, "cuda": 3}  # from the second on, the optimiser's state counts to a GPU's peak of memory
-ROUNDS, BUDGET_S = (2, 50), 60.0  # the least and the most steps of each, and seconds after which none is begun
+ROUNDS, BUDGET_S = (2, 50), 60.0  # least and most steps of each; seconds after which none is begun
 CASES = 2
-CELLS = LatentSpec()
+SPEC = LatentSpec()
 
 
 @dataclass
 class Contestant:
-    """Something that trains a denoiser a step at a time, and what was measured of it."""
+    """Hold a way to train a denoiser step by step, and its measurements."""
 
     advance: Callable[[Latents], Any]
     network: nn.Module
@@ -54,14 +55,14 @@ class Contestant:
     seconds: list[float] = field(default_factory=list)
 
     def row(self, device: torch.device) -> dict[str, Any]:
-        """What the table says of it."""
-        spread = {"s": statistics.median(self.seconds), "least_s": min(self.seconds), "most_s": max(self.seconds)}
+        """Return the row of the results."""
+        timing = {"s": statistics.median(self.seconds), "least_s": min(self.seconds), "most_s": max(self.seconds)}
         about = {"steps": len(self.seconds), "parameters": count_parameters(self.network), "precision": self.precision}
-        return spread | about | ({"peak_memory_gb": self.peak_bytes / 1e9} if device.type == "cuda" else {})
+        return timing | about | ({"peak_memory_gb": self.peak_bytes / 1e9} if device.type == "cuda" else {})
 
 
 class PlainLoop:
-    """A denoiser in float32 with Adam and a moving average, one optimiser step at a time, written as it mostly is."""
+    """Train a denoiser in float32 with Adam and a moving average, as it is usually written."""
 
     def __init__(self, network: nn.Module, schedule: NoiseSchedule, config: TrainingConfig) -> None:
         self.network, self.schedule, self.config = network, schedule, config
@@ -70,12 +71,12 @@ class PlainLoop:
         self.optimiser = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
 
     def advance(self, batch: Latents) -> float:
-        """Train on one batch and return its loss; the network takes whole multiples of cells only."""
+        """Train on one batch, padded to whole multiples of latent voxels, and return its loss."""
         batch = {name: _padded(tensor, self.multiple) for name, tensor in batch.items()}
         noisy = self.schedule.add_noise(batch["target"], batch["noise"], batch["t"])
-        answer = self.network(denoiser_input(noisy, batch, CELLS), batch["t"])
-        error = F.mse_loss(answer, batch["noise"], reduction="none") * batch["loss"]
-        loss = error.sum() / (batch["loss"].sum() * answer.shape[1])
+        prediction = self.network(denoiser_input(noisy, batch, SPEC), batch["t"])
+        error = F.mse_loss(prediction, batch["noise"], reduction="none") * batch["loss"]
+        loss = error.sum() / (batch["loss"].sum() * prediction.shape[1])
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -90,27 +91,26 @@ def bench_training(
     *,
     encode_s: float | None = None,
     changes: dict[str, Any] | None = None,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Time training steps of `full`, and each resolution level of its denoiser by itself.
+    """Time training steps of preset `full`, and each resolution level of its denoiser by itself.
 
     Args:
         shape: voxels of a volume, divisible by 8; a latent has an eighth of them along each axis.
-        encode_s: seconds in which `standard_autoencoder` encodes one, if that was measured already.
-        changes: of the parameters of `full`.
+        encode_s: seconds in which `standard_autoencoder` encodes a volume, if that was measured already.
+        changes: parameters that differ from preset `full`.
 
     Returns:
-        "training", figures of ours, the plain loop and encoding every step; "levels", rows; "matmul_gflop_s", before
-        and after; "ratios"; "grid", "batch_size" and "batch_note", why it is that.
+        "training", rows of ours, the plain loop and encoding every step; "levels", rows; "matmul_gflop_s", before
+        and after; "ratios"; "grid", "batch_size" and "batch_note", the reason for it.
     """
-    device, grid = pick_device("auto"), [n // CELL_VOX for n in shape]
+    device, grid = pick_device("auto"), [n // LATENT_VOXEL_VOX for n in shape]
     config = resolve("full", {"batch_size": BATCH_SIZE[device.type], **(changes or {})})["04_training"]
     precision = pick_precision(config.precision, device)
     model = _model(config, device, precision)
     batches = _batches(grid, config, model)
     rates = [matmul_rate(device, precision)]
-    rows = _raced(model, config, batches, say)
-    shown = denoiser_input(batches[0]["target"], batches[0], CELLS)
+    rows = _measure_in_turn(model, config, batches)
+    shown = denoiser_input(batches[0]["target"], batches[0], SPEC)
     levels = level_rows(model.denoiser, shown, batches[0]["t"], precision)
     rates.append(matmul_rate(device, precision))
     if encode_s is None:
@@ -126,47 +126,47 @@ def bench_training(
         "train_step_speedup_vs_encode_every_step": rows["encode_every_step"]["s"] / rows["ours"]["s"],
         "train_step_share_of_matmul_rate": rows["ours"]["share_of_matmul_rate"],
     }
-    _tell(found, say)
+    _report(found)
     return found
 
 
-def made_up_latents(grid: Sequence[int], channels: int, seed: int) -> Latents:
-    """An encoded case (c x y z) of noise, with a hole in its middle."""
+def random_latents(grid: Sequence[int], channels: int, seed: int) -> Latents:
+    """Return an encoded case (c x y z) of noise, with a mask in its middle."""
     draw = torch.Generator().manual_seed(seed)
     images = {name: torch.randn(channels, *grid, generator=draw) for name in ("voided", "target")}
-    hole = torch.zeros(1, *grid)
-    hole[:, *(slice(n // 4, n - n // 4) for n in grid)] = 1
+    mask = torch.zeros(1, *grid)
+    mask[:, *(slice(n // 4, n - n // 4) for n in grid)] = 1
     return images | {
         "conditioning": torch.rand(4, *grid, generator=draw),
-        "mask": hole,
-        "loss": hole,
-        "mask_fraction": hole,
+        "mask": mask,
+        "loss": mask,
+        "mask_fraction": mask,
     }
 
 
 def _model(config: TrainingConfig, device: torch.device, precision: str) -> LatentDiffusion:
-    """An untrained denoiser beside an autoencoder that no step asks."""
+    """Return an untrained denoiser with an autoencoder that no step uses."""
     autoencoder = build_autoencoder(resolve("smoke")["02_autoencoder_check"], spacing_mm=1.0).freeze()
     channels = autoencoder.latent_channels
-    denoiser = build_denoiser(config, in_channels=input_channels(channels, CELLS), out_channels=channels)
-    how = CELLS, device, precision, config.prediction
+    denoiser = build_denoiser(config, in_channels=input_channels(channels, SPEC), out_channels=channels)
+    how = SPEC, device, precision, config.prediction
     return LatentDiffusion(autoencoder, denoiser, noise_schedule(**config.process), *how)
 
 
 def _batches(grid: Sequence[int], config: TrainingConfig, model: LatentDiffusion) -> list[Latents]:
-    """The batches of one epoch, made as in a training and where the denoiser is."""
+    """Return the batches of one epoch as a training makes them, on the device of the denoiser."""
     channels = model.autoencoder.latent_channels
-    variants = [[made_up_latents(grid, channels, seed)] for seed in range(CASES)]
+    variants = [[random_latents(grid, channels, seed)] for seed in range(CASES)]
     plan = BatchPlan(len(variants), config)
     samples = TrainingSamples(variants, config, model.schedule.steps, global_batch=plan.global_batch)
     steps = [plan.batches(step)[0] for step in range(plan.steps_per_epoch)]
-    return [on_device(collate([samples[place] for place in places]), model.device) for places in steps]
+    return [on_device(collate([samples[index] for index in indices]), model.device) for indices in steps]
 
 
-def _raced(
-    model: LatentDiffusion, config: TrainingConfig, batches: Sequence[Latents], say: Callable[[str], None]
+def _measure_in_turn(
+    model: LatentDiffusion, config: TrainingConfig, batches: Sequence[Latents]
 ) -> dict[str, dict[str, Any]]:
-    """Rows of ours and of the plain loop, from steps taken in turn on the same batches."""
+    """Return rows of ours and of the plain loop, from steps taken in turn on the same batches."""
     device, precision = model.device, model.precision
 
     def ours() -> Contestant:
@@ -180,8 +180,8 @@ def _raced(
             network = standard_denoiser(model.denoiser).to(device)
         return Contestant(PlainLoop(network, model.schedule, config).advance, network, "32")
 
-    both = {"ours": _warm(ours, batches[0], device), "plain_loop": _warm(plain, batches[0], device)}
-    say("training: warm, now steps in turn")
+    both = {"ours": _warm_up(ours, batches[0], device), "plain_loop": _warm_up(plain, batches[0], device)}
+    report("training: warm, now steps in turn")
     started = time.perf_counter()
     for k in range(ROUNDS[1]):
         if k >= ROUNDS[0] and time.perf_counter() - started > BUDGET_S:
@@ -191,8 +191,8 @@ def _raced(
     return {name: contestant.row(device) for name, contestant in both.items()}
 
 
-def _warm(make: Callable[[], Contestant], batch: Latents, device: torch.device) -> Contestant:
-    """A contestant after its first steps, in which all that is made once is made; its memory is what it added."""
+def _warm_up(make: Callable[[], Contestant], batch: Latents, device: torch.device) -> Contestant:
+    """Return a contestant after its first steps, in which one-time set-up is done; its memory is what it added."""
     held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     reset_peak_memory(device)
     contestant = make()
@@ -211,21 +211,23 @@ def _encoding_seconds(shape: Sequence[int], device: torch.device) -> float:
 
 
 def _with_encoding(plain: dict[str, Any], encode_s: float, batch_size: int) -> dict[str, Any]:
-    """A step that encodes t1n and voided of every sample first: a sum, of what was measured apart."""
+    """Return the row of a step that encodes t1n and voided of every sample first: a sum of two measurements."""
     parts = {"plain_loop_s": plain["s"], "volumes": 2 * batch_size, "encode_s": encode_s}
     return {"s": plain["s"] + parts["volumes"] * encode_s, "sum_of": parts}
 
 
 def _padded(tensor: Tensor, multiple: int) -> Tensor:
-    """Zeros behind each axis of (b c x y z), up to a multiple; a number per sample as it is."""
+    """Pad (b c x y z) with zeros behind each axis, up to a multiple; leave a number per sample unchanged."""
     if tensor.ndim != 5:
         return tensor
     return F.pad(tensor, [side for size in reversed(tensor.shape[2:]) for side in (0, -size % multiple)])
 
 
-def _tell(found: dict[str, Any], say: Callable[[str], None]) -> None:
-    say("matrix product, GFLOP/s before and after the steps: {:.0f}, {:.0f}".format(*found["matmul_gflop_s"]))
+def _report(found: dict[str, Any]) -> None:
+    report("matrix product, GFLOP/s before and after the steps: {:.0f}, {:.0f}".format(*found["matmul_gflop_s"]))
     rows = {f"training, {name}": row for name, row in found["training"].items()}
     for name, row in (rows | {f"level {row['level']}": row for row in found["levels"]}).items():
-        told = {key: f"{value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()}
-        say(f"{name}: " + ", ".join(f"{key} {text}" for key, text in told.items() if key not in ("level", "sum_of")))
+        texts = {key: f"{value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()}
+        report(
+            f"{name}: " + ", ".join(f"{key} {text}" for key, text in texts.items() if key not in ("level", "sum_of"))
+        )

@@ -1,4 +1,4 @@
-"""The bench measures all contestants on the same volumes, latents and batches, and writes what it says."""
+"""The benchmarks measure all contestants on the same volumes, latents and batches, and write the ratios."""
 
 import json
 
@@ -7,14 +7,13 @@ import torch
 
 from benchmarks import case as one_case
 from benchmarks import machine, training
+from benchmarks.__main__ import bench, main, picture
 from benchmarks.autoencoder import bench_autoencoders
 from benchmarks.case import PARTS
 from benchmarks.levels import level_rows
 from benchmarks.machine import matmul_rate
 from benchmarks.reference_models import ddim_steps, standard_denoiser
-from benchmarks.run import bench, picture
-from benchmarks.training import PlainLoop, made_up_latents
-from ldm_lib.__main__ import main
+from benchmarks.training import PlainLoop, random_latents
 from ldm_lib.devices import timed
 from ldm_lib.diffusion.latents import collate
 from ldm_lib.diffusion.schedule import noise_schedule
@@ -34,7 +33,7 @@ STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
 @pytest.fixture
 def fast_registration(monkeypatch):
     monkeypatch.setattr(training, "ROUNDS", (3, 3))
-    monkeypatch.setattr(one_case, "_in_a_process_of_its_own", lambda asked: one_case.CONTESTANTS[asked["who"]](asked))
+    monkeypatch.setattr(one_case, "_run_in_process", lambda request: one_case.CONTESTANTS[request["who"]](request))
     monkeypatch.setitem(machine.SQUARE, "cpu", 512)
 
 
@@ -44,7 +43,7 @@ def config(**changes):
 
 def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, fast_registration):
     said = []
-    found = bench(tmp_path / "new" / "bench.json", **TINY, say=said.append)
+    found = bench(tmp_path / "new" / "bench.json", **TINY)
     coders, steps, levels = found["autoencoders"], found["training"], found["levels"]
     assert set(coders["ours"]) == set(coders["monai"]) == CODED
     assert min(*coders["ours"].values(), *coders["monai"].values()) > 0
@@ -76,12 +75,13 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, fast_regis
     assert set(found["seconds"]) == {"case", "training"} and "versions" in found["made_with"]
     assert found["processor"] and found["threads"] == torch.get_num_threads()
     assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert all(f"{name} {value:.2f}" in said[-1] for name, value in found["ratios"].items())
+    printed = capsys.readouterr().out
+    assert all(f"{name} {value:.2f}" in printed for name, value in found["ratios"].items())
 
 
 @pytest.mark.slow
 def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, fast_registration):
-    found = bench(tmp_path / "bench.json", only="training", **TINY, say=lambda _: None)
+    found = bench(tmp_path / "bench.json", only="training", **TINY)
     assert "autoencoders" not in found and set(found["seconds"]) == {"training"}
     assert {name.split("_")[0] for name in found["ratios"]} == {"train"}
     assert found["training"]["encode_every_step"]["sum_of"]["encode_s"] > 0
@@ -89,22 +89,22 @@ def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, fast_regis
 
 
 def test_the_command_line_names_part_and_file(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr("benchmarks.run.bench", lambda output, *, only, whole, say: asked.append((output, only, whole)))
-    assert main(["bench"]) == main(["bench", "--only", "case", "--full", "--output", str(tmp_path / "b.json")]) == 0
-    assert asked[0][0].parts[-2:] == ("bench", "bench.json") and asked[0][1:] == (None, False)
-    assert asked[1] == (tmp_path / "b.json", "case", True)
+    calls = []
+    monkeypatch.setattr("benchmarks.__main__.bench", lambda output, *, only, whole: calls.append((output, only, whole)))
+    assert main([]) == main(["--only", "case", "--full", "--output", str(tmp_path / "b.json")]) == 0
+    assert calls[0][0].parts[-2:] == ("bench", "bench.json") and calls[0][1:] == (None, False)
+    assert calls[1] == (tmp_path / "b.json", "case", True)
 
 
 def test_coding_alone_is_measured_of_both():
-    found = bench_autoencoders((40, 32, 24), say=lambda _: None)
+    found = bench_autoencoders((40, 32, 24))
     assert set(found["autoencoders"]["ours"]) == set(found["autoencoders"]["monai"]) == CODED
     coding = {name: row["encode_s"] + row["decode_s"] for name, row in found["autoencoders"].items()}
     assert found["ratios"] == {"encode_decode_speedup_vs_monai_fp32": coding["monai"] / coding["ours"]}
 
 
 @pytest.mark.parametrize("steps", [5, 50])
-def test_the_common_stacks_steps_end_at_the_truth_if_the_network_knows_it(steps):
+def test_ddim_of_the_common_stack_ends_at_the_ground_truth_if_the_network_knows_it(steps):
     schedule, draw = noise_schedule(), torch.Generator().manual_seed(0)
     truth, voided = (torch.randn(1, 2, 6, 6, 6, generator=draw) for _ in range(2))
     hole = torch.zeros(1, 1, 6, 6, 6)
@@ -120,18 +120,18 @@ def test_the_common_stacks_steps_end_at_the_truth_if_the_network_knows_it(steps)
     assert (filled - truth).mul(hole).abs().max() < 1e-2
 
 
-def test_a_contestant_that_dies_is_told_in_one_line(monkeypatch):
+def test_a_contestant_that_dies_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(one_case.sys, "executable", "/bin/false")
     with pytest.raises(
-        RunError, match=r"bench, ours: its process ended without an answer \(status 1\).*Fix: free memory"
+        RunError, match=r"bench, ours: its process ended without a result \(status 1\).*Fix: free memory"
     ):
-        one_case.bench_case(8.0, changes=SMALL, say=lambda _: None)
+        one_case.bench_case(8.0, changes=SMALL)
 
 
 @pytest.mark.slow
 def test_each_contestant_has_a_process_and_a_peak_of_its_own():
-    held = torch.ones(500_000_000)  # 2 GB of this process, which are in nobody's figures
-    found = one_case.bench_case(8.0, changes=SMALL, say=lambda _: None)
+    held = torch.ones(500_000_000)  # 2 GB of this process, which no result may contain
+    found = one_case.bench_case(8.0, changes=SMALL)
     peaks = [row["peak_memory_gb"] for row in found["case"].values()]
     assert held.all() and min(peaks) > 0.2 and max(peaks) < 1.5
 
@@ -140,7 +140,7 @@ def test_steps_are_taken_in_turn_on_the_same_batches(tmp_path, fast_registration
     seen = []
     monkeypatch.setattr(Trainer, "advance", lambda self, batches: seen.append(("ours", *batches)))
     monkeypatch.setattr(PlainLoop, "advance", lambda self, batch: seen.append(("plain", batch)))
-    bench(tmp_path / "bench.json", only="training", **TINY, say=lambda _: None)
+    bench(tmp_path / "bench.json", only="training", **TINY)
     assert [name for name, _ in seen] == ["ours", "plain"] * 4
     assert all(mine is theirs for (_, mine), (_, theirs) in zip(seen[::2], seen[1::2], strict=True))
     assert seen[2][1] is not seen[4][1]
@@ -158,15 +158,15 @@ def test_both_have_as_many_parameters_and_flops_at_full_size():
 
 
 @pytest.mark.slow
-def test_the_plain_loop_learns_a_batch_by_heart():
+def test_the_plain_loop_overfits_a_batch():
     torch.manual_seed(0)
     settings = config(learning_rate=1e-3)
     network = standard_denoiser(build_denoiser(settings, in_channels=11, out_channels=6))
     loop = PlainLoop(network, noise_schedule(**settings.process), settings)
-    cases = [made_up_latents((5, 4, 3), 6, seed) | {"t": torch.tensor(t)} for seed, t in enumerate((400, 900))]
+    cases = [random_latents((5, 4, 3), 6, seed) | {"t": torch.tensor(t)} for seed, t in enumerate((400, 900))]
     batch = collate([case | {"noise": torch.randn(6, 5, 4, 3)} for case in cases])
     losses = [loop.advance(batch) for _ in range(25)]
-    assert losses[0] == pytest.approx(1, abs=0.2), "of an answer that is zero"
+    assert losses[0] == pytest.approx(1, abs=0.2), "of a prediction that is zero"
     assert losses[-1] < 0.6 * losses[0]
     moved = [not torch.equal(a, b) for a, b in zip(loop.average.parameters(), network.parameters(), strict=True)]
     assert any(moved)

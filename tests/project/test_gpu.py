@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.run import FULL_GRID
+from benchmarks.__main__ import FULL_GRID
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.autoencoder.training import build_autoencoder, fit_autoencoder
 from ldm_lib.devices import autocast
