@@ -31,7 +31,7 @@ STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
 
 
 @pytest.fixture
-def fast_registration(monkeypatch):
+def shortened(monkeypatch):
     monkeypatch.setattr(training, "ROUNDS", (3, 3))
     monkeypatch.setattr(one_case, "_run_in_process", lambda request: one_case.CONTESTANTS[request["who"]](request))
     monkeypatch.setitem(machine.SQUARE, "cpu", 512)
@@ -41,8 +41,7 @@ def config(**changes):
     return resolve("full", {"base_width": 32, "blocks_per_level": 1, "batch_size": 2} | changes)["04_training"]
 
 
-def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, fast_registration):
-    said = []
+def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, shortened, capsys):
     found = bench(tmp_path / "new" / "bench.json", **TINY)
     coders, steps, levels = found["autoencoders"], found["training"], found["levels"]
     assert set(coders["ours"]) == set(coders["monai"]) == CODED
@@ -80,7 +79,7 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, fast_regis
 
 
 @pytest.mark.slow
-def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, fast_registration):
+def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, shortened):
     found = bench(tmp_path / "bench.json", only="training", **TINY)
     assert "autoencoders" not in found and set(found["seconds"]) == {"training"}
     assert {name.split("_")[0] for name in found["ratios"]} == {"train"}
@@ -136,7 +135,7 @@ def test_each_contestant_has_a_process_and_a_peak_of_its_own():
     assert held.all() and min(peaks) > 0.2 and max(peaks) < 1.5
 
 
-def test_steps_are_taken_in_turn_on_the_same_batches(tmp_path, fast_registration, monkeypatch):
+def test_steps_are_taken_in_turn_on_the_same_batches(tmp_path, shortened, monkeypatch):
     seen = []
     monkeypatch.setattr(Trainer, "advance", lambda self, batches: seen.append(("ours", *batches)))
     monkeypatch.setattr(PlainLoop, "advance", lambda self, batch: seen.append(("plain", batch)))

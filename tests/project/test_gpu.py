@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 def full_autoencoder():
-    """That of the full preset, its silent layers made to speak."""
+    """That of the full preset, its zero-initialised layers made random."""
     autoencoder = build_autoencoder(resolve("full")["02_autoencoder_check"], spacing_mm=1.0).freeze()
     torch.manual_seed(0)
     for parameter in autoencoder.parameters():
@@ -34,10 +34,10 @@ def full_autoencoder():
 def test_a_gpu_codes_as_a_cpu_does(precision, tolerance):
     autoencoder, volume = full_autoencoder(), torch.rand(1, 1, 64, 64, 64)
     with torch.inference_mode():
-        wanted = autoencoder.decode(autoencoder.encode(volume))
+        expected = autoencoder.decode(autoencoder.encode(volume))
         with autocast(GPU, precision):
             found = autoencoder.to(GPU).decode(autoencoder.encode(volume.to(GPU))).cpu()
-    assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
 def test_the_full_size_fits_8_gb():
@@ -67,14 +67,15 @@ def test_no_step_waits_for_the_gpu(precision, changes):
     denoiser = build_denoiser(config, in_channels=input_channels(3, LatentSpec()), out_channels=3).to(GPU)
     schedule = noise_schedule(**config.process)
     model = LatentDiffusion(autoencoder, denoiser, schedule, LatentSpec(), GPU, precision, config.prediction)
-    hole = torch.zeros(1, 8, 8, 8)
-    hole[:, 2:6, 2:6, 2:6] = 1
-    latents = {"target": torch.randn(3, 8, 8, 8), "voided": torch.randn(3, 8, 8, 8), "mask": hole, "loss": hole,
-               "mask_fraction": hole, "conditioning": torch.rand(4, 8, 8, 8)}  # fmt: skip
+    mask = torch.zeros(1, 8, 8, 8)
+    mask[:, 2:6, 2:6, 2:6] = 1
+    latents = {"target": torch.randn(3, 8, 8, 8), "voided": torch.randn(3, 8, 8, 8), "mask": mask, "loss": mask,
+               "mask_fraction": mask, "conditioning": torch.rand(4, 8, 8, 8)}  # fmt: skip
     plan = BatchPlan(2, config)
     trainer = Trainer(model, config, plan, Processes(GPU, precision))
     samples = TrainingSamples([[latents]] * 2, config, schedule.steps, global_batch=plan.global_batch)
-    batches = [{k: v.pin_memory() for k, v in collate([samples[p] for p in plan.sample_indices(s)]).items()} for s in range(4)]
+    steps = [collate([samples[index] for index in plan.sample_indices(step)]) for step in range(4)]
+    batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in steps]
     trainer.advance([on_device(batches[0], GPU)])  # what is set up once may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

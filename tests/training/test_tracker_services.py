@@ -243,7 +243,9 @@ def served(folder):
         return answer.status, answer.read()
 
     with (folder / "server.log").open("w") as output:
-        server = subprocess.Popen(["sh", "-c", command], cwd=folder, stdout=output, stderr=output, start_new_session=True)
+        server = subprocess.Popen(
+            ["sh", "-c", command], cwd=folder, stdout=output, stderr=output, start_new_session=True
+        )
     try:
         for _ in range(240):
             try:
@@ -321,7 +323,9 @@ def test_wandb_without_a_folder_to_write_to_does_not_disturb_a_training(tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "during"])
 @pytest.mark.parametrize("what", ["locked", "damaged"])
-def test_an_mlflow_store_that_cannot_be_written_does_not_disturb_a_training(tmp_path, panel, caplog, monkeypatch, when, what):
+def test_an_mlflow_store_that_cannot_be_written_does_not_disturb_a_training(
+    tmp_path, panel, caplog, monkeypatch, when, what
+):
     folder, outputs = place(tmp_path), tmp_path / "outputs"
     first = track(settings(use_mlflow=True), folder)
     first.close(failed=False)
