@@ -217,7 +217,7 @@ def _finish(field: Field, lived: set[Process], outcome: Outcome) -> None:
 
 
 def sweep(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> bool:
-    """Run every trial and print a line each, then a summary; continue an interrupted sweep. Return whether all passed."""
+    """Run every trial and print a line each, then a summary; return whether all passed."""
     known = reference(folder, say)
     kept = folder / f"trials-{count}-{seed}.jsonl"
     outcomes = [_read(line) for line in kept.read_text().splitlines()] if kept.exists() else []
