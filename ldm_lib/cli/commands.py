@@ -221,7 +221,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write a trained model in float16 with its training log, as the pretrained weights are."""
-    from ldm_lib.training.export import ship as export_model
+    from ldm_lib.training.export import export_model
 
     files = export_model(options.model, expand_path(options.output), temperature=options.temperature)
     print("\n".join(f"{path}: {path.stat().st_size / 1e6:.2f} MB" for path in files))

@@ -1,8 +1,8 @@
-"""Make of a trained model what comes with the library: half the bytes, and how it was trained beside it.
+"""Export a trained model to the form in which it comes with the library: float16, with the log of its training.
 
 <folder>/model.safetensors, config.json     the denoiser in float16
-<folder>/autoencoder/                       likewise
-<folder>/training.csv                       the figures of its training, as it went
+<folder>/autoencoder/                       the autoencoder in float16
+<folder>/training.csv                       the metrics of its training
 """
 
 import shutil
@@ -18,50 +18,52 @@ from ldm_lib.diffusion.options import SamplerOptions
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import WeightsError
 from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED, expand_path
-from ldm_lib.model_io import load_model, require_pair, save_model
+from ldm_lib.model_io import load_model, require_pair, save_model, without_derived
 
 LOG = "training.csv"
-DERIVED = ("kind", "build", "sha256")  # of a config: what `save_model` writes itself
 LARGEST = torch.finfo(torch.float16).max
 
 
-def ship(model: str | Path, folder: Path = PRETRAINED, *, temperature: float = 0.0) -> list[Path]:
+def export_model(model: str | Path, folder: Path = PRETRAINED, *, temperature: float = 0.0) -> list[Path]:
     """Write a model folder again in float16, which keeps 11 binary digits; return the files.
 
     Args:
-        model: as stage 04 writes it, `metrics.csv` beside it.
-        temperature: that sampling starts from by default; 0 keeps the model's own.
+        model: model folder of a stage 04, with `metrics.csv` next to it.
+        folder: to write; the pretrained model of the package by default.
+        temperature: default scale of the initial noise; 0 keeps the model's own.
 
     Raises:
         ConfigError: a temperature out of range.
         WeightsError: no model folder, one of another autoencoder, no log of its training, or a weight beyond float16;
-            nothing is written then.
+            nothing is written.
     """
     model, own = expand_path(model), {"temperature": temperature} if temperature else {}
     SamplerOptions.parse(own)
-    autoencoder, denoiser = _fitting(model / AUTOENCODER_FOLDER, Autoencoder), _fitting(model, ADM)
+    autoencoder, denoiser = _load(model / AUTOENCODER_FOLDER, Autoencoder), _load(model, ADM)
     require_pair(denoiser, autoencoder, where=model)
     log = model.with_name("metrics.csv")
     if not log.is_file():
         raise WeightsError("no log of its training", where=log, fix="name the model folder of a stage 04")
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".ship-", dir=folder.parent) as made:  # what was there stays whole until then
-        digest = _halved(autoencoder, Path(made) / AUTOENCODER_FOLDER)
-        _halved(denoiser, Path(made), autoencoder_sha256=digest, **own)
+    with TemporaryDirectory(
+        prefix=".export-", dir=folder.parent
+    ) as made:  # the old files stay whole until all are made
+        digest = _save_half(autoencoder, Path(made) / AUTOENCODER_FOLDER)
+        _save_half(denoiser, Path(made), autoencoder_sha256=digest, **own)
         shutil.copyfile(log, Path(made) / LOG)
         files = [path for path in Path(made).rglob("*") if path.is_file()]
-        return sorted(_moved(path, folder / path.relative_to(made)) for path in files)
+        return sorted(_move(path, folder / path.relative_to(made)) for path in files)
 
 
-def _moved(path: Path, to: Path) -> Path:
-    """Into its place, where all who may read the library may read it."""
+def _move(path: Path, to: Path) -> Path:
+    """Move a file, and let all who may read the library read it."""
     to.parent.mkdir(exist_ok=True)
     path.chmod(0o644)
     return path.replace(to)
 
 
-def _fitting(source: Path, cls: type[nn.Module]) -> nn.Module:
-    """The network of a folder, if float16 can hold it."""
+def _load(source: Path, cls: type[nn.Module]) -> nn.Module:
+    """Load the network of a folder, and require that float16 can hold it."""
     network = load_model(source, cls)
     largest = max(float(value.abs().max()) for value in network.state_dict().values() if value.is_floating_point())
     if largest > LARGEST:
@@ -69,6 +71,5 @@ def _fitting(source: Path, cls: type[nn.Module]) -> nn.Module:
     return network
 
 
-def _halved(network: nn.Module, folder: Path, **changed: Any) -> str:
-    facts = {name: value for name, value in network.folder_config.items() if name not in DERIVED}
-    return save_model(folder, network.half(), **(facts | changed))
+def _save_half(network: nn.Module, folder: Path, **changed: Any) -> str:
+    return save_model(folder, network.half(), **(without_derived(network.folder_config) | changed))

@@ -1,4 +1,4 @@
-"""Laws of training samples: functions of (seed, step, index), and a loss that weighs them equally."""
+"""Training samples are functions of (seed, step, index), and the loss weighs them equally."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,13 @@ def settings(**changes):
 
 
 def latents(k, variant=0, shape=(6, 5, 4)):
-    """Distinct latents; every voxel of the target tells where it is, and the hole is one corner block."""
-    place = torch.arange(torch.tensor(shape).prod()).view(1, *shape).float()
-    hole = torch.zeros(1, *shape)
-    hole[:, 1:3, 1:3, 1:3] = 1
-    target = place + 1000 * k + 10000 * variant
-    return {"target": target, "voided": target * (1 - hole), "mask": hole, "loss": hole, "mask_fraction": hole,
-            "conditioning": place.expand(4, *shape).clone()}  # fmt: skip
+    """Distinct latents; every voxel of the target tells where it is, and the mask is one corner block."""
+    position = torch.arange(torch.tensor(shape).prod()).view(1, *shape).float()
+    mask = torch.zeros(1, *shape)
+    mask[:, 1:3, 1:3, 1:3] = 1
+    target = position + 1000 * k + 10000 * variant
+    return {"target": target, "voided": target * (1 - mask), "mask": mask, "loss": mask, "mask_fraction": mask,
+            "conditioning": position.expand(4, *shape).clone()}  # fmt: skip
 
 
 def samples(count=3, variants=1, **changes):
@@ -43,7 +43,7 @@ def test_an_item_is_a_function_of_seed_step_and_index():
     changes = {"latent_flip_probability": 0.5, "latent_noise": 0.1, "latent_crop": 3}
     data, again = samples(variants=3, **changes), samples(variants=3, **changes)
     first = data[2, 5, 0]
-    for other in (data[0, 0, 1], data[2, 6, 0]):  # what was asked for in between does not matter
+    for other in (data[0, 0, 1], data[2, 6, 0]):  # what was read in between does not matter
         assert not same(first, other)
     torch.manual_seed(77)
     assert same(first, data[2, 5, 0]) and same(first, again[2, 5, 0])
@@ -68,9 +68,9 @@ def test_every_variant_is_used():
     assert seen == {0, 1, 2}
 
 
-def test_a_sample_asks_for_one_encoding_and_none_is_asked_for_before():
+def test_a_sample_reads_one_encoding_and_none_is_read_before():
     """What makes a cohort larger than memory possible."""
-    asked = []
+    read = []
 
     class OnDisk(Sequence):
         def __init__(self, k):
@@ -80,17 +80,17 @@ def test_a_sample_asks_for_one_encoding_and_none_is_asked_for_before():
             return 3
 
         def __getitem__(self, variant):
-            asked.append((self.k, variant))
+            read.append((self.k, variant))
             return latents(self.k, range(3)[variant])
 
     data, plan = (
         TrainingSamples([OnDisk(k) for k in range(4)], settings(), STEPS, global_batch=2),
         BatchPlan(4, settings()),
     )
-    assert not asked
-    told = [data[place] for step in range(plan.steps_per_epoch) for place in plan.sample_indices(step)]
-    assert [k * 1000 + v * 10000 for k, v in asked] == [int(item["target"].flatten()[0]) for item in told]
-    assert sorted(k for k, _ in asked) == [0, 1, 2, 3]
+    assert not read
+    samples = [data[index] for step in range(plan.steps_per_epoch) for index in plan.sample_indices(step)]
+    assert [k * 1000 + v * 10000 for k, v in read] == [int(item["target"].flatten()[0]) for item in samples]
+    assert sorted(k for k, _ in read) == [0, 1, 2, 3]
 
 
 def test_without_latent_changes_the_latents_are_the_cached_ones():
@@ -126,14 +126,14 @@ def test_latent_noise_touches_what_is_known_and_nothing_else():
 
 
 @pytest.mark.parametrize("edge", [1, 2, 3, 4, 16])
-def test_a_crop_holds_a_part_of_the_hole_and_keeps_tensors_together(edge):
+def test_a_crop_holds_a_part_of_the_mask_and_keeps_tensors_together(edge):
     data = samples(1, latent_crop=edge)
     corners = set()
     for position in range(40):
         item = data[0, position, 0]
         assert item["target"].shape == (1, *(min(edge, n) for n in (6, 5, 4))) == item["noise"].shape
         assert item["mask"].any()
-        assert torch.equal(item["conditioning"][:1], item["target"])  # both tell their place
+        assert torch.equal(item["conditioning"][:1], item["target"])  # both encode their position
         corners.add(float(item["target"][0, 0, 0, 0]))
     assert len(corners) > 1 or edge == 16
 
@@ -153,7 +153,7 @@ def test_an_epoch_uses_every_case_and_wraps_to_full_batches(count, batch, accumu
     assert plan.global_batch == batch * accumulate * world and plan.steps_per_epoch == steps
     assert plan.steps == steps * plan.config.max_epochs
     for epoch in (0, 1):
-        seen = [place for k in range(steps) for place in plan.sample_indices(epoch * steps + k)]
+        seen = [index for k in range(steps) for index in plan.sample_indices(epoch * steps + k)]
         cases = [case for *_, case in seen]
         assert sorted(cases[:count]) == list(range(count))
         assert cases[count:] == (cases * 2)[: len(cases) - count]
@@ -161,8 +161,8 @@ def test_an_epoch_uses_every_case_and_wraps_to_full_batches(count, batch, accumu
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 4), (2, 2), (4, 1), (2, 1)])
-def test_processes_and_accumulation_share_out_one_global_batch(world, accumulate):
-    """Whoever does it, in however many pieces: together the places of a step, each once, as for one process."""
+def test_processes_and_accumulation_split_one_global_batch(world, accumulate):
+    """Whoever does it, in however many pieces: together the samples of a step, each once, as for one process."""
     batch = 8 // (world * accumulate)
     config = settings(batch_size=batch, accumulate_grad_batches=accumulate, max_epochs=3)
     plans = [BatchPlan(11, config, rank, world) for rank in range(world)]
@@ -170,7 +170,7 @@ def test_processes_and_accumulation_share_out_one_global_batch(world, accumulate
     for step in range(whole.steps):
         parts = [plan.batches(step) for plan in plans]
         assert all(len(part) == accumulate and all(len(b) == batch for b in part) for part in parts)
-        assert sorted(place for part in parts for b in part for place in b) == whole.sample_indices(step)
+        assert sorted(index for part in parts for b in part for index in b) == whole.sample_indices(step)
     later = [list(plan.batches_from(3)) for plan in plans]
     assert [len(batches) for batches in later] == [(whole.steps - 3) * accumulate] * world
     assert later[0][0] == plans[0].batches(3)[0]
@@ -196,9 +196,9 @@ def test_debug_mode_repeats_sixteen_pairs_per_case(count):
     assert plan.steps_per_epoch == 16 * count
     epochs = [
         [
-            data[place]
+            data[index]
             for k in range(plan.steps_per_epoch)
-            for place in plan.sample_indices(epoch * plan.steps_per_epoch + k)
+            for index in plan.sample_indices(epoch * plan.steps_per_epoch + k)
         ]
         for epoch in (0, 1, 7)
     ]
@@ -217,44 +217,44 @@ def test_debug_mode_fits_a_short_schedule():
     assert times[0] == 2 and times[-1] == 19
 
 
-def test_cells_outside_are_told_when_they_count():
+def test_latent_voxels_outside_the_mask_are_added_when_they_count():
     item = samples(1, outside_weight=0.1)[0, 0, 0]
     assert torch.equal(item.pop("outside"), 1 - item["mask"]) and same(item, samples(1)[0, 0, 0])
 
 
 def test_samples_of_larger_weight_count_more():
-    answer, wanted = torch.randn(3, 2, 3, 3, 3), torch.randn(3, 2, 3, 3, 3)
-    cells, weight = torch.ones(3, 1, 3, 3, 3), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
-    each = (answer - wanted).square().mean(dim=(1, 2, 3, 4))
-    found = masked_loss(answer, wanted, cells, weight)
+    prediction, target = torch.randn(3, 2, 3, 3, 3), torch.randn(3, 2, 3, 3, 3)
+    mask, weight = torch.ones(3, 1, 3, 3, 3), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    each = (prediction - target).square().mean(dim=(1, 2, 3, 4))
+    found = masked_loss(prediction, target, mask, weight)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx((each * weight).mean().item(), rel=1e-5)
 
 
-def test_the_loss_is_the_mean_over_samples_of_the_mean_over_cells():
+def test_the_loss_is_the_mean_over_samples_of_the_mean_over_the_mask():
     predicted, noise = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 4, 4, 4)
-    cells = torch.zeros(2, 1, 4, 4, 4)
-    cells[0, :, :1, :1, :1] = 1  # a hole of one cell weighs as much
-    cells[1, :, 1:] = 1  # as one of forty-eight
+    mask = torch.zeros(2, 1, 4, 4, 4)
+    mask[0, :, :1, :1, :1] = 1  # a mask of one latent voxel weighs as much
+    mask[1, :, 1:] = 1  # as one of forty-eight
     oracle = (
         F.mse_loss(predicted[0, :, 0, 0, 0], noise[0, :, 0, 0, 0]) + F.mse_loss(predicted[1, :, 1:], noise[1, :, 1:])
     ) / 2
-    assert masked_loss(predicted, noise, cells).item() == pytest.approx(oracle.item(), rel=1e-5)
+    assert masked_loss(predicted, noise, mask).item() == pytest.approx(oracle.item(), rel=1e-5)
 
 
-def test_the_loss_ignores_other_cells_and_their_gradient():
+def test_the_loss_ignores_latent_voxels_outside_the_mask_and_their_gradient():
     predicted, noise = torch.randn(1, 2, 3, 3, 3, requires_grad=True), torch.randn(1, 2, 3, 3, 3)
-    cells = (torch.rand(1, 1, 3, 3, 3) > 0.5).float()
-    masked_loss(predicted, noise, cells).backward()
-    assert torch.equal((predicted.grad != 0).any(1, keepdim=True).float(), cells)
+    mask = (torch.rand(1, 1, 3, 3, 3) > 0.5).float()
+    masked_loss(predicted, noise, mask).backward()
+    assert torch.equal((predicted.grad != 0).any(1, keepdim=True).float(), mask)
 
 
-def test_a_sample_without_cells_adds_nothing():
+def test_a_sample_with_an_empty_mask_adds_nothing():
     predicted, noise = torch.ones(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2)
-    cells = torch.ones(2, 1, 2, 2, 2)
-    cells[1] = 0
-    assert masked_loss(predicted, noise, cells) == 0.5
-    assert masked_loss(predicted, noise, 0 * cells) == 0
+    mask = torch.ones(2, 1, 2, 2, 2)
+    mask[1] = 0
+    assert masked_loss(predicted, noise, mask) == 0.5
+    assert masked_loss(predicted, noise, 0 * mask) == 0
 
 
 def test_the_loss_is_computed_in_float32():
@@ -265,24 +265,24 @@ def test_the_loss_is_computed_in_float32():
 
 def test_accumulated_batches_average_samples_equally():
     predicted, noise = torch.randn(4, 2, 3, 3, 3), torch.randn(4, 2, 3, 3, 3)
-    cells = (torch.rand(4, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.7).float()
-    whole = masked_loss(predicted, noise, cells)
-    halves = [masked_loss(predicted[part], noise[part], cells[part]) for part in (slice(2), slice(2, 4))]
+    mask = (torch.rand(4, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.7).float()
+    whole = masked_loss(predicted, noise, mask)
+    halves = [masked_loss(predicted[part], noise[part], mask[part]) for part in (slice(2), slice(2, 4))]
     assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-5)
 
 
-def test_the_share_of_the_untold_is_the_one_asked_for_and_changes_no_other_draw():
+def test_conditioning_is_dropped_with_the_requested_probability_and_changes_no_other_draw():
     one = {"latent_crop": 3}
     always, often = (samples(2, **one, conditioning_dropout=p) for p in (0.0, 0.3))
-    places = [(epoch, position, position % 2) for epoch in range(100) for position in range(8)]
-    told = []
-    for where in places:
-        plain, dropped = always[where], often[where]
-        told.append(float(dropped.pop("conditioned")))
+    indices = [(epoch, position, position % 2) for epoch in range(100) for position in range(8)]
+    conditioned = []
+    for index in indices:
+        plain, dropped = always[index], often[index]
+        conditioned.append(float(dropped.pop("conditioned")))
         assert "conditioned" not in plain and same(plain, dropped)
-    assert set(told) == {0.0, 1.0} and abs(1 - np.mean(told) - 0.3) < 0.05
+    assert set(conditioned) == {0.0, 1.0} and abs(1 - np.mean(conditioned) - 0.3) < 0.05
 
 
-def test_debug_mode_is_always_told():
+def test_debug_mode_is_always_conditioned():
     data = samples(2, overfit_batches=1, conditioning_dropout=1.0)
     assert all(data[0, position, 0]["conditioned"] == 1 for position in range(8))

@@ -1,4 +1,4 @@
-"""Laws of a model that is made to come with the library: half the bytes, the same fills, nothing lost on the way."""
+"""An exported model has half the bytes, gives the same results, and loses nothing on the way."""
 
 import json
 import shutil
@@ -13,14 +13,14 @@ from ldm_lib.errors import ConfigError, WeightsError
 from ldm_lib.files import sha256
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.model_io import read_config
-from ldm_lib.training.export import ship
+from ldm_lib.training.export import export_model
 
 HOW = {"n_samples": 2, "steps": 3, "seed": 1}
 
 
 @pytest.fixture
 def stage(tiny_initial_estimate_folder, tmp_path):
-    """A stage 04 as a training leaves it: model, and log beside it."""
+    """A stage 04 as a training leaves it: model, and the log next to it."""
     folder = tmp_path / "04_training"
     shutil.copytree(tiny_initial_estimate_folder, folder / "model")
     (folder / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
@@ -47,18 +47,18 @@ def contents(folder):
 
 
 def test_every_tensor_is_the_sources_rounded_to_float16(stage, tmp_path):
-    ship(stage / "model", tmp_path / "weights")
+    export_model(stage / "model", tmp_path / "weights")
     for part in ("", "autoencoder"):
-        source, shipped = (load_file(f / part / "model.safetensors") for f in (stage / "model", tmp_path / "weights"))
-        assert source.keys() == shipped.keys()
+        source, exported = (load_file(f / part / "model.safetensors") for f in (stage / "model", tmp_path / "weights"))
+        assert source.keys() == exported.keys()
         for name, tensor in source.items():
-            assert shipped[name].dtype == torch.float16 and torch.equal(shipped[name], tensor.half()), name
+            assert exported[name].dtype == torch.float16 and torch.equal(exported[name], tensor.half()), name
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "weights", stage / "model")]
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_what_is_known_of_a_model_is_kept_beside_the_digests_of_what_was_written(stage, tmp_path):
-    files = ship(stage / "model", tmp_path / "weights")
+def test_facts_of_a_model_are_kept_and_digests_are_those_of_what_was_written(stage, tmp_path):
+    files = export_model(stage / "model", tmp_path / "weights")
     assert files == sorted(tmp_path / "weights" / name for name in contents(tmp_path / "weights"))
     assert (tmp_path / "weights" / "training.csv").read_bytes() == (stage / "metrics.csv").read_bytes()
     for part, changed in (("", {"sha256", "autoencoder_sha256"}), ("autoencoder", {"sha256"})):
@@ -68,73 +68,73 @@ def test_what_is_known_of_a_model_is_kept_beside_the_digests_of_what_was_written
     assert read_config(tmp_path / "weights")["autoencoder_sha256"] == after["sha256"]
 
 
-@pytest.mark.parametrize(("asked", "shipped"), [(0.0, 0.7), (0.4, 0.4)])
-def test_the_temperature_is_the_models_own_or_the_one_asked_for(stage, tmp_path, asked, shipped):
-    ship(stage / "model", tmp_path / "weights", temperature=asked)
-    assert Inpainter.load(tmp_path / "weights", device="cpu").model.temperature == shipped
+@pytest.mark.parametrize(("requested", "exported"), [(0.0, 0.7), (0.4, 0.4)])
+def test_the_temperature_is_the_models_own_or_the_one_requested(stage, tmp_path, requested, exported):
+    export_model(stage / "model", tmp_path / "weights", temperature=requested)
+    assert Inpainter.load(tmp_path / "weights", device="cpu").model.temperature == exported
 
 
-def test_it_fills_as_the_original_does_but_for_rounding(stage, cases, tmp_path):
-    ship(stage / "model", tmp_path / "weights")
+def test_results_equal_those_of_the_original_up_to_rounding(stage, cases, tmp_path):
+    export_model(stage / "model", tmp_path / "weights")
     data = load_case(cases[0])
-    original, shipped = (
+    original, exported = (
         Inpainter.load(folder, device="cpu", precision="32")(data, **HOW)
         for folder in (stage / "model", tmp_path / "weights")
     )
     for k in range(2):
-        np.testing.assert_array_equal(shipped.samples[k][~data.mask], data.voided[~data.mask])
-    apart = np.sqrt(np.square(shipped.values - original.values).mean() / original.values.var())
+        np.testing.assert_array_equal(exported.samples[k][~data.mask], data.voided[~data.mask])
+    apart = np.sqrt(np.square(exported.values - original.values).mean() / original.values.var())
     assert 0 < apart < 0.01
 
 
-def test_what_is_shipped_may_be_shipped_again_and_stays_the_same(stage, tmp_path):
-    ship(stage / "model", tmp_path / "weights" / "model")
+def test_an_exported_model_may_be_exported_again_and_stays_the_same(stage, tmp_path):
+    export_model(stage / "model", tmp_path / "weights" / "model")
     shutil.copy(stage / "metrics.csv", tmp_path / "weights")
-    ship(tmp_path / "weights" / "model", tmp_path / "again")
+    export_model(tmp_path / "weights" / "model", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "weights" / "model")
 
 
 @pytest.mark.parametrize("part", ["", "autoencoder"])
-def test_a_weight_beyond_float16_is_refused_and_what_was_there_stays_whole(stage, tmp_path, part):
-    ship(stage / "model", tmp_path / "weights")
+def test_a_weight_beyond_float16_is_rejected_and_what_was_there_stays_whole(stage, tmp_path, part):
+    export_model(stage / "model", tmp_path / "weights")
     before = contents(tmp_path / "weights")
     enlarge(stage / "model" / part, -70000.0)
     if not part:
-        enlarge(stage / "model" / "autoencoder", 3.0)  # which could be shipped
+        enlarge(stage / "model" / "autoencoder", 3.0)  # which could be exported
     edit(stage / "model", autoencoder_sha256=read_config(stage / "model" / "autoencoder")["sha256"])
     with pytest.raises(WeightsError, match=r"weights up to 70000, float16 ends at 65504\. Fix: train again"):
-        ship(stage / "model", tmp_path / "weights")
+        export_model(stage / "model", tmp_path / "weights")
     assert contents(tmp_path / "weights") == before
     Inpainter.load(tmp_path / "weights", device="cpu")
 
 
 def test_the_largest_weight_of_float16_is_none_too_large(stage, tmp_path):
     enlarge(stage / "model", 65504.0)
-    ship(stage / "model", tmp_path / "weights")
+    export_model(stage / "model", tmp_path / "weights")
     assert max(float(t.abs().max()) for t in load_file(tmp_path / "weights" / "model.safetensors").values()) == 65504
 
 
-def test_without_the_log_of_its_training_nothing_is_shipped(stage, tmp_path):
+def test_without_the_log_of_its_training_nothing_is_exported(stage, tmp_path):
     (stage / "metrics.csv").unlink()
     with pytest.raises(WeightsError, match=r"no log of its training\. Fix: name the model folder of a stage 04"):
-        ship(stage / "model", tmp_path / "weights")
+        export_model(stage / "model", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
 
 
 @pytest.mark.parametrize("temperature", [-0.5, 2.5])
-def test_a_temperature_that_no_model_may_have_is_refused(stage, tmp_path, temperature):
+def test_a_temperature_that_no_model_may_have_is_rejected(stage, tmp_path, temperature):
     with pytest.raises(ConfigError, match=rf"temperature = {temperature}: Input should be"):
-        ship(stage / "model", tmp_path / "weights", temperature=temperature)
+        export_model(stage / "model", tmp_path / "weights", temperature=temperature)
     assert not (tmp_path / "weights").exists()
 
 
 def test_a_model_and_another_autoencoder_are_not_made_to_belong_together(stage, tmp_path):
     enlarge(stage / "model" / "autoencoder", 3.0)
     with pytest.raises(WeightsError, match=r"was trained on latents of another autoencoder\. Fix: copy the whole"):
-        ship(stage / "model", tmp_path / "weights")
+        export_model(stage / "model", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
 
 
-def test_a_folder_that_holds_no_model_is_refused(stage, tmp_path):
+def test_a_folder_that_holds_no_model_is_rejected(stage, tmp_path):
     with pytest.raises(WeightsError, match="no such model folder"):
-        ship(stage / "other", tmp_path / "weights")
+        export_model(stage / "other", tmp_path / "weights")

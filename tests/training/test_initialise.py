@@ -1,4 +1,4 @@
-"""Laws of a training that starts from a model: the very weights, what belongs to them, and nothing that differs."""
+"""A training that starts from a model has its weights and settings, and rejects options that differ."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from ldm_lib.model_io import load_model, save_model
 from ldm_lib.training.initialise import new_model
 from ldm_lib.training.train import save_trained
 
-CELLS = LatentSpec(context="initial_estimate", mask_dilation=0)
+SPEC = LatentSpec(context="initial_estimate", mask_dilation=0)
 STD = (0.5, 1.0, 2.0)
 
 
@@ -32,7 +32,7 @@ def settings(**changes):
 def model(tiny_autoencoder_folder, tmp_path_factory):
     """A model folder as a training leaves it, random in every layer, with a scale and a temperature of its own."""
     config = settings(seed=5, dropout=0.1)
-    model = new_model(tiny_autoencoder_folder, config, CELLS.model_copy(update={"residual_std": STD}))
+    model = new_model(tiny_autoencoder_folder, config, SPEC.model_copy(update={"residual_std": STD}))
     model = replace(model, temperature=0.8)
     torch.manual_seed(4)
     for parameter in model.denoiser.parameters():
@@ -47,17 +47,17 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_starts_from_the_very_weights_and_keeps_what_belongs_to_them(model, tiny_autoencoder_folder):
+def test_it_starts_from_the_weights_and_settings_of_the_model(model, tiny_autoencoder_folder):
     config = settings(start_dir=str(model), learning_rate=1e-5, dropout=0.2)
-    started = new_model(tiny_autoencoder_folder, config, CELLS.model_copy(update={"residual_std": (9.0, 9.0, 9.0)}))
+    started = new_model(tiny_autoencoder_folder, config, SPEC.model_copy(update={"residual_std": (9.0, 9.0, 9.0)}))
     assert same(started.denoiser.state_dict(), load_model(model, ADM).state_dict())
-    assert started.spec == CELLS.model_copy(update={"residual_std": STD}) and started.temperature == 0.8
-    assert started.crop == 6 and started.denoiser.config["dropout"] == 0.2, "how it is trained is the parameters' say"
-    assert all(p.requires_grad for p in started.denoiser.parameters()), "it is there to be trained"
+    assert started.spec == SPEC.model_copy(update={"residual_std": STD}) and started.temperature == 0.8
+    assert started.crop == 6 and started.denoiser.config["dropout"] == 0.2, "the options decide how it is trained"
+    assert all(p.requires_grad for p in started.denoiser.parameters()), "its weights are trained"
 
 
-def test_without_a_model_it_starts_from_noise(model, tiny_autoencoder_folder):
-    fresh = new_model(tiny_autoencoder_folder, settings(), CELLS.model_copy(update={"residual_std": STD}))
+def test_without_a_model_it_starts_from_random_weights(model, tiny_autoencoder_folder):
+    fresh = new_model(tiny_autoencoder_folder, settings(), SPEC.model_copy(update={"residual_std": STD}))
     assert not fresh.denoiser.head.weight.any() and fresh.temperature == 1
     assert not same(fresh.denoiser.state_dict(), load_model(model, ADM).state_dict())
 
@@ -71,7 +71,7 @@ def other_autoencoder(tiny_autoencoder_folder, tmp_path):
     return tmp_path / "other"
 
 
-@pytest.mark.parametrize(("changes", "cells", "told"), [
+@pytest.mark.parametrize(("changes", "spec", "message"), [
     ({"base_width": 16}, {}, "base_width is 8, not 16"),
     ({"multipliers": "1,3"}, {}, r"multipliers is \[1, 2\], not \[1, 3\]"),
     ({"prediction": "velocity"}, {}, "prediction is 'noise', not 'velocity'"),
@@ -81,53 +81,55 @@ def other_autoencoder(tiny_autoencoder_folder, tmp_path):
     ({}, {"context": "concat"}, "context is 'initial_estimate', not 'concat'"),
     ({}, {"mask_dilation": 1}, "mask_dilation is 0, not 1"),
 ])  # fmt: skip
-def test_a_model_of_another_kind_is_refused(model, tiny_autoencoder_folder, changes, cells, told):
+def test_a_model_of_another_kind_is_rejected(model, tiny_autoencoder_folder, changes, spec, message):
     config = settings(start_dir=str(model), **changes)
-    with pytest.raises(ConfigError, match=rf"^the model to start from: {told}\. Fix: set the options to these values"):
-        new_model(tiny_autoencoder_folder, config, CELLS.model_copy(update=cells))
+    with pytest.raises(
+        ConfigError, match=rf"^the model to start from: {message}\. Fix: set the options to these values"
+    ):
+        new_model(tiny_autoencoder_folder, config, SPEC.model_copy(update=spec))
 
 
-def test_all_that_differs_is_told_in_one_line(model, other_autoencoder):
+def test_all_that_differs_is_named_in_one_line(model, other_autoencoder):
     config = settings(start_dir=str(model), base_width=16, prediction="velocity", schedule="cosine")
-    with pytest.raises(ConfigError) as refusal:
-        new_model(other_autoencoder, config, CELLS.model_copy(update={"context": "composite"}))
-    told = str(refusal.value)
+    with pytest.raises(ConfigError) as rejection:
+        new_model(other_autoencoder, config, SPEC.model_copy(update={"context": "composite"}))
+    message = str(rejection.value)
     for name in ("autoencoder is", "prediction is", "base_width is", "schedule is", "context is", "in_channels is 12"):
-        assert told.count(name) == 1, told
-    assert "\n" not in told
+        assert message.count(name) == 1, message
+    assert "\n" not in message
 
 
-def test_a_model_of_other_latents_is_refused_by_the_digests_of_both(model, tiny_autoencoder_folder, other_autoencoder):
+def test_a_model_of_other_latents_is_rejected_by_the_digests_of_both(model, tiny_autoencoder_folder, other_autoencoder):
     digests = [load_model(folder, Autoencoder).folder_config["sha256"][:12]
                for folder in (tiny_autoencoder_folder, other_autoencoder)]  # fmt: skip
     with pytest.raises(ConfigError, match="autoencoder is '{}', not '{}'".format(*digests)):
-        new_model(other_autoencoder, settings(start_dir=str(model)), CELLS)
+        new_model(other_autoencoder, settings(start_dir=str(model)), SPEC)
 
 
-def test_latents_are_those_of_numbers_not_of_files(model, tmp_path):
+def test_autoencoders_are_compared_by_weights_not_by_files(model, tmp_path):
     halved = load_model(model / "autoencoder", Autoencoder).half()
     config = json.loads((model / "config.json").read_text())
-    shutil.copytree(model, tmp_path / "shipped")
-    config["autoencoder_sha256"] = save_model(tmp_path / "shipped" / "autoencoder", halved)
-    (tmp_path / "shipped" / "config.json").write_text(json.dumps(config))
-    save_model(tmp_path / "longer", load_model(tmp_path / "shipped" / "autoencoder", Autoencoder), box_margin=4)
-    started = new_model(tmp_path / "longer", settings(start_dir=str(tmp_path / "shipped")), CELLS)
+    shutil.copytree(model, tmp_path / "exported")
+    config["autoencoder_sha256"] = save_model(tmp_path / "exported" / "autoencoder", halved)
+    (tmp_path / "exported" / "config.json").write_text(json.dumps(config))
+    save_model(tmp_path / "longer", load_model(tmp_path / "exported" / "autoencoder", Autoencoder), box_margin=4)
+    started = new_model(tmp_path / "longer", settings(start_dir=str(tmp_path / "exported")), SPEC)
     assert same(started.denoiser.state_dict(), load_model(model, ADM).state_dict())
 
 
-def test_a_folder_that_holds_no_model_is_refused(model, tiny_autoencoder_folder, tmp_path):
+def test_a_folder_that_holds_no_model_is_rejected(model, tiny_autoencoder_folder, tmp_path):
     with pytest.raises(WeightsError, match="no such model folder"):
-        new_model(tiny_autoencoder_folder, settings(start_dir=str(tmp_path / "nowhere")), CELLS)
+        new_model(tiny_autoencoder_folder, settings(start_dir=str(tmp_path / "nowhere")), SPEC)
     shutil.copytree(model, tmp_path / "spoilt")
     (tmp_path / "spoilt" / "model.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match="sha256 differs"):
-        new_model(tiny_autoencoder_folder, settings(start_dir=str(tmp_path / "spoilt")), CELLS)
+        new_model(tiny_autoencoder_folder, settings(start_dir=str(tmp_path / "spoilt")), SPEC)
 
 
 def test_what_was_started_from_and_saved_again_is_the_model(model, tiny_autoencoder_folder, tmp_path):
-    """A training of no step changes nothing that a fill depends on."""
+    """A training of no step changes nothing that a result depends on."""
     config = settings(start_dir=str(model))
-    started = new_model(tiny_autoencoder_folder, config, CELLS)
+    started = new_model(tiny_autoencoder_folder, config, SPEC)
     trained = types.SimpleNamespace(config=config, model=started, best=[], step=0)
     save_trained(trained, tiny_autoencoder_folder, tmp_path / "again")
     one, other = (LatentDiffusion.load(folder, device="cpu") for folder in (model, tmp_path / "again"))
