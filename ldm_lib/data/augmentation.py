@@ -1,8 +1,8 @@
-"""Random changes of a training case, the same for image, masks, growth and tissue.
+"""Augment a training case: random changes of image, masks, growth and tissue.
 
-Flip and rotation move every array by one transform and cut the hole anew out of the moved image, so that its edge is
-as sharp as in a file. Gain and gamma change both images alike. The tissue map alone is also deformed, patched out
-and relabelled, because a map made from a scan is never exact.
+Flip and rotation apply one transform to every array and void the transformed image again, so that the mask's edge is
+as sharp as in a file. Gain and gamma change both images in the same way. The tissue map alone is also deformed, and
+parts of it are removed or relabelled, because a map made from a scan is never exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ LEFT_RIGHT = 0  # axis of the LPS grid
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far a case may be changed; all zeros change nothing.
+    """Hold the range of random changes of a case; all zeros change nothing.
 
     Attributes:
-        flip_probability: of mirroring left and right, in [0, 1].
+        flip_probability: probability of a left-right flip, in [0, 1].
         rotation_degrees: largest rotation about each axis.
         intensity_shift: largest relative change of gain and of gamma.
-        tissue_deformation_mm: largest displacement of the tissue map against the image.
+        tissue_deformation_mm: largest displacement of the tissue map relative to the image.
     """
 
     flip_probability: float = 0.0
@@ -35,7 +35,7 @@ class Augmentation:
     tissue_deformation_mm: float = 0.0
 
     def __call__(self, case: GridCase, rng: np.random.Generator, *, spacing_mm: float) -> GridCase:
-        """One random version of a case that has a target."""
+        """Return a random version of a case that has a target."""
         flipped = rng.random() < self.flip_probability
         degrees = rng.uniform(-1, 1, 3) * self.rotation_degrees
         gain, gamma = 1 + rng.uniform(-1, 1, 2) * self.intensity_shift
@@ -60,7 +60,7 @@ def flip(case: GridCase) -> GridCase:
 def rotate(case: GridCase, degrees: np.ndarray) -> GridCase:
     """Rotate isotropic voxels about the grid's centre by angles (3,) about x, y, z.
 
-    Images are interpolated linearly, labels and masks by nearest neighbour; what comes from outside is air.
+    Images are interpolated linearly, labels and masks by nearest neighbour; outside the grid is air.
     """
     matrix = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
     centre = (np.array(case.mask.shape) - 1) / 2
@@ -74,7 +74,7 @@ def rotate(case: GridCase, degrees: np.ndarray) -> GridCase:
 
 
 def change_intensity(case: GridCase, *, gain: float, gamma: float) -> GridCase:
-    """gain * v^gamma on both images; air stays 0."""
+    """Apply gain * v^gamma to both images; air stays 0."""
     return replace(
         case,
         voided=(gain * case.voided**gamma).astype(np.float32),
@@ -83,7 +83,7 @@ def change_intensity(case: GridCase, *, gain: float, gamma: float) -> GridCase:
 
 
 def _map(case: GridCase, change: Callable[[np.ndarray, int], np.ndarray]) -> GridCase:
-    """Change every array of a case, and void the hole; the number is the interpolation order an array bears."""
+    """Change every array of a case, and void the image; the number is the array's interpolation order."""
     linear = {name: change(getattr(case, name), 1) for name in ("target", "growth")}
     nearest = {name: change(getattr(case, name), 0) for name in ("mask", "unknown", "tissue")}
     moved = {name: np.ascontiguousarray(array) for name, array in (linear | nearest).items()}
@@ -100,15 +100,15 @@ def deform_labels(
     max_patches: int = 3,
     patch_radius_mm: tuple[float, float] = (4.0, 12.0),
 ) -> np.ndarray:
-    """Bend a segmentation smoothly, blank some balls of it and give others another label.
+    """Deform a segmentation smoothly, remove some balls of it and give others another label.
 
     Args:
-        labels: segmentation x y z with 0 background, 1 CSF, 2 GM, 3 WM.
+        labels: segmentation (x, y, z) with 0 background, 1 CSF, 2 GM, 3 WM.
         rng: the only source of randomness; draws do not depend on the spacing.
         spacing_mm: voxel size, one number or three.
-        max_displacement_mm: how far the farthest voxel moves is drawn from 0 to this; 0 moves nothing.
-        smoothness_mm: distance between the nodes of the displacement.
-        max_patches: up to so many balls are blanked (label 0) and up to so many relabelled; 0 for none.
+        max_displacement_mm: the largest displacement is drawn from 0 to this; 0 moves nothing.
+        smoothness_mm: distance between the nodes of the displacement field.
+        max_patches: largest number of balls that are removed (label 0), and of those that are relabelled; 0 for none.
         patch_radius_mm: smallest and largest radius of a ball.
 
     Returns:
@@ -128,7 +128,7 @@ def deform_labels(
 def _moved_voxels(
     shape: Sequence[int], rng: np.random.Generator, h: np.ndarray, largest_mm: float, node_mm: float
 ) -> tuple[np.ndarray, ...]:
-    """Index arrays of the voxel that every voxel takes its label from, clipped to the volume."""
+    """Return index arrays of the voxel that every voxel takes its label from, clipped to the volume."""
     positions = [np.arange(n) * s for n, s in zip(shape, h, strict=True)]
     extent = [n * s for n, s in zip(shape, h, strict=True)]
     shift = np.stack([smooth_field(rng, positions, node_mm, extent) for _ in range(3)])

@@ -1,4 +1,4 @@
-"""One case: where its files are, and everything read from them through the gate."""
+"""Describe one case: where its files are, and the checked content of these files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -7,8 +7,8 @@ from types import EllipsisType
 
 import numpy as np
 
-from ldm_lib.data.checks import oddities, require_in_brain
-from ldm_lib.data.masks import read_labels, read_mask, read_unit_map
+from ldm_lib.data.checks import image_warnings, require_in_brain
+from ldm_lib.data.masks import read_labels, read_mask, read_unit_map, require_concentration, require_labels
 from ldm_lib.data.nifti import require_file, stem
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.data.volume import SPIKE, Volume, intensity_scale, read_image, require_same_grid, without_spikes
@@ -22,12 +22,12 @@ NO_MAP = "no {} map"  # the warning of a kind of map that a case lacks
 
 @dataclass(frozen=True)
 class Case:
-    """One hole of one patient, and where its files are (None: there is no such file).
+    """Hold one mask of one patient, and the paths of its files (None: there is no such file).
 
     Attributes:
-        allow: what may pass the gate.
-        notes: what is odd about how the files lie on the disk.
-        digests: role -> sha256 of files that may not change any more.
+        read_options: how the files are to be read.
+        notes: what is odd about the files' names and places.
+        digests: role -> sha256 of files that must not change any more.
     """
 
     id: str
@@ -46,32 +46,32 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Names the case in tables, caches and random seeds."""
+        """Unique name of the case in tables, caches and random seeds."""
         return f"{self.id}-{self.index}" if self.index else self.id
 
     @property
     def result_name(self) -> str:
-        """The challenge's file name, with the hole's number where a patient has several."""
+        """The challenge's file name of a result, with the mask's number where a patient has several."""
         return f"{self.id}-t1n-inference{'-' + self.index if self.index else ''}.nii.gz"
 
     def files(self) -> dict[str, Path]:
-        """Role -> path of every file there is."""
+        """Return role -> path of every file that the case has."""
         return {f.name: path for f in fields(self) if isinstance(path := getattr(self, f.name), Path)}
 
     @property
     def folders(self) -> set[Path]:
-        """The data folder, and that of the maps: where the paths that are told begin."""
+        """The data folder and that of the maps, from which messages name files."""
         return {path.parent.parent for path in self.files().values()}
 
-    def to_fill(self) -> "Case":
-        """What filling needs of it: no hidden truth, and no parts of the mask, which then cannot be wrong either."""
+    def to_inpaint(self) -> "Case":
+        """Return the case with the files that inpainting needs: without ground truth and parts of the mask."""
         return replace(self, t1n=None, mask_healthy=None, mask_unhealthy=None) if self.t1n_voided else self
 
-    def sealed(self) -> "Case":
-        """The case with a digest of each file, as it is now if it has none: `load_case` refuses what has changed.
+    def with_digests(self) -> "Case":
+        """Return the case with a digest of each file; `load_case` rejects a file that has changed since.
 
         Raises:
-            InputError: what should be a file is none.
+            InputError: a path is not a file.
         """
         for path in self.files().values():
             require_file(path)
@@ -80,26 +80,26 @@ class Case:
         )
 
     def with_maps(self, **maps: Path | None) -> "Case":
-        """The case with other maps in the place of those it has."""
+        """Return the case with other files of conditioning maps, by kind; None removes one."""
         return replace(self, **maps, digests={role: d for role, d in self.digests.items() if role not in maps})
 
     def require_unchanged(self) -> None:
-        """Refuse a file that is not any more what it was when the case was sealed."""
+        """Raise InputError if a file differs from its digest."""
         for role, path in self.files().items():
             was = self.digests.get(role)
-            if was and path.is_file() and (now := sha256(path)) != was:  # what is no file any more is refused as such
+            if was and path.is_file() and (now := sha256(path)) != was:  # a missing file is rejected when it is read
                 raise InputError(f"changed since it was checked (sha256 {was[:12]}, now {now[:12]})", where=path,
                                  fix="put it back, or run 01_data_audit again")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CaseData:
-    """A case read through the gate. Arrays are (x, y, z) in the file's voxel order, images in source units.
+    """Hold the checked content of a case: arrays (x, y, z) in the file's voxel order, images in source units.
 
     Attributes:
-        source: the voided file (or the full image, when there is no voided one).
+        source: the voided file (or the full image, if there is no voided one).
         voided: float32, 0 under the mask.
-        mask: bool, True = fill this.
+        mask: bool, True = voxels to inpaint.
         scale: intensity divisor of this case.
         target: the full image, or None.
         healthy, unhealthy: bool parts of the mask, or None.
@@ -153,40 +153,36 @@ class CaseData:
         if given.shape != self.mask.shape:
             raise InputError(f"shape {given.shape}, but the case has {self.mask.shape}", where=where,
                              fix="resample it to the case's grid")  # fmt: skip
-        if kind == "tissue" and (wrong := np.setdiff1d(given, TISSUE_LABELS)).size:
-            raise InputError(f"labels {wrong[:4].tolist()} are not among {TISSUE_LABELS}", where=where,
-                             fix="relabel it: 1 CSF, 2 GM, 3 WM")  # fmt: skip
-        if kind == "growth" and not ((given >= 0) & (given <= 1)).all():
-            raise InputError(f"values from {given.min():g} to {given.max():g}, must lie in [0, 1]", where=where,
-                             fix="give concentrations")  # fmt: skip
-        return given.astype(np.float32 if kind == "growth" else np.uint8)
+        if kind == "growth":
+            return require_concentration(given, where).astype(np.float32)
+        return require_labels(given, TISSUE_LABELS, where).astype(np.uint8)
 
     def frame(self, multiple: int) -> Frame:
-        """The way from this file's voxel order to the model's grid and back."""
+        """Return the transform from this file's voxel order to the model's grid and back."""
         return Frame.of(self.source.affine, self.source.shape, multiple)
 
     def lps(self, array: np.ndarray) -> np.ndarray:
-        """An array of this case as figures show it: (x, y, z) in LPS order."""
+        """Reorder an array (x, y, z) of this case to LPS axes, as figures show it."""
         return self.frame(1).to_lps(array)
 
     def paste(self, volume: np.ndarray, multiple: int) -> np.ndarray:
-        """A normalised volume on the model's grid -> the voided image with its hole filled, source units, from 0 up."""
+        """Paste a normalised volume on the model's grid into the voided image: source units, from 0 up."""
         voxels = np.maximum(self.frame(multiple).to_file(volume), 0) * self.scale
         return np.where(self.mask, voxels, self.voided).astype(np.float32)
 
     @property
     def scored(self) -> np.ndarray:
-        """The voxels that are scored: mask-healthy, or the whole mask when there is none."""
+        """Voxels that are scored: mask-healthy, or the whole mask if there is none."""
         return self.mask if self.healthy is None else self.healthy
 
     @property
-    def cube_mm(self) -> float:
-        """Edge of a cube of a voxel's volume."""
+    def mean_spacing_mm(self) -> float:
+        """Geometric mean of the voxel's edges."""
         return float(np.prod(self.source.spacing_mm)) ** (1 / 3)
 
     @property
     def lateral_axis(self) -> int:
-        """The file's axis that runs between left and right."""
+        """The file's axis between left and right."""
         return next(axis for axis, code in enumerate(self.source.orientation) if code in "LR")
 
     @property
@@ -203,7 +199,7 @@ def case_of_files(
     tissue: str | Path | None = None,
     read_options: ReadOptions = READ_STRICTLY,
 ) -> Case:
-    """A case made of named files, its id taken from the image's name as the layouts write it."""
+    """Make a case of single files; its id is taken from the image's name."""
     identity, _, index = stem(Path(t1n_voided)).partition("-t1n-voided")
     return Case(
         id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
@@ -242,24 +238,23 @@ def load_case(case: Case) -> CaseData:
         read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings) if case.tissue else None
     )
     warnings += [NO_MAP.format(kind) for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
-    warnings += oddities(voided, source)
+    warnings += image_warnings(voided, source)
     voided, spikes = without_spikes(voided, scale)
     target = target if target is None else without_spikes(target, scale)[0]
     if spikes:
         warnings.append(f"{spikes} voxels above {SPIKE:g} times the 99.5th percentile ({scale:g}), up to "
-                        f"{source.voxels.max():g}, seen as the median of their neighbours")  # fmt: skip
+                        f"{source.voxels.max():g}, replaced by the median of their neighbours")  # fmt: skip
     return CaseData(case, source, voided, mask, scale, target, *parts, growth, tissue, tuple(warnings))
 
 
 def _voided(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray:
-    """The image with 0 under the mask; one that shows what it should hide is no use where the truth is known."""
+    """Return the image with 0 under the mask; an image that is not void there is an error if it can be scored."""
     under = source.voxels[mask]
     void = (0, source.intercept, source.voxels.min()) if under.any() else (0,)
     if case.t1n_voided and (shown := int(np.count_nonzero(~np.isin(under, void)))):
         cause = f"{shown} of {under.size} voxels under the mask were not void"
         if case.t1n:
-            raise InputError(f"{cause}: it shows what is to be found", where=source.path,
-                             fix="void it under its own mask")  # fmt: skip
+            raise InputError(f"{cause}: it shows the ground truth", where=source.path, fix="void it under its own mask")
         warnings.append(f"{cause}; voided here")
     voided = source.voxels.copy()
     voided[mask] = 0
@@ -283,7 +278,7 @@ def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[st
 def _read_parts(
     case: Case, source: Volume, mask: np.ndarray, warnings: list[str]
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The healthy and the unhealthy part of the mask, which are disjoint and together all of it."""
+    """Return the healthy and the unhealthy part of the mask, which must be disjoint and cover it."""
     read_options = case.read_options.model_copy(update={"mask_labels": ""})
     healthy, unhealthy = (
         read_mask(path, source, read_options, allow_empty=empty, warnings=warnings) if path else None
@@ -298,7 +293,6 @@ def _read_parts(
         ("differ between the mask and healthy + unhealthy", mask != whole),
     ):
         if wrong := int(np.count_nonzero(voxels)):
-            raise InputError(
-                f"{wrong} voxels {what}", where=case.mask_healthy, fix="make the masks of one case together"
-            )
+            fix = "make the masks of one case together"
+            raise InputError(f"{wrong} voxels {what}", where=case.mask_healthy, fix=fix)
     return healthy, unhealthy

@@ -1,8 +1,8 @@
 """Find, check and split the cases of a folder, in the seed layout or the challenge's.
 
 Seed layout: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz`, and so on: one patient, up
-to three holes. Challenge layout (BraTS Local Synthesis): `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz`,
-and so on: one hole, the last three digits are a time point of the same patient. Growth and tissue maps lie in
+to three masks. Challenge layout (BraTS Local Synthesis): `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz`,
+and so on: one mask, the last three digits are a time point of the same patient. Growth and tissue maps lie in
 `growth_model/<ID>.nii.gz` and `tissue_segmentation/<ID>.nii.gz` of the conditioning folder, for both layouts.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ldm_lib.data.case import Case, CaseData, load_case
-from ldm_lib.data.layouts import Exclusion, listing, survey
+from ldm_lib.data.layouts import Exclusion, list_cases, listing
 from ldm_lib.data.nifti import require_file
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.errors import InputError
@@ -60,16 +60,16 @@ def survey_cases(
     data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY
 ) -> tuple[list[Case], list[Exclusion]]:
     """Find the cases of a folder as `find_cases` does, and return what was excluded as well."""
-    cases, exclusions = survey(data_dir, conditioning_dir)
+    cases, exclusions = list_cases(data_dir, conditioning_dir)
     if not cases:
-        refusals = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
-        raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{refusals}",
-                         where=data_dir, fix="see the README's table of layouts")  # fmt: skip
+        reasons = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
+        raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{reasons}",
+                         where=data_dir, fix="see the table of layouts in docs/data.md")  # fmt: skip
     return [replace(case, read_options=read_options) for case in cases], exclusions
 
 
 def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: float) -> dict[str, list[str]]:
-    """Patients -> {"train": [...], "validation": [...]}, by id and seed alone, at least one on each side.
+    """Split patients into {"train": [...], "validation": [...]} by id and seed alone, at least one on each side.
 
     Raises:
         InputError: fewer than two patients.
@@ -85,17 +85,17 @@ def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: f
 
 
 def with_target(cases: Sequence[Case]) -> list[Case]:
-    """The cases whose full image is there, which training and its validation need; at least one."""
+    """Return the cases that have their full image, which training and validation need; at least one."""
     found = [case for case in cases if case.t1n]
     if not found:
-        raise InputError(f"none of {len(cases)} cases has a t1n beside its t1n-voided", where="cases",
+        raise InputError(f"none of {len(cases)} cases has a t1n next to its t1n-voided", where="cases",
                          fix="give cases with their full image; `inpaint` needs none")  # fmt: skip
     return found
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """What the gate said of one case: status "ok", "warning" or "refused", the reason, and facts of what was read."""
+    """Hold the result of validating one case: "ok", "warning" or "refused", the reason, and what was read."""
 
     key: str
     status: str
@@ -104,13 +104,13 @@ class AuditRow:
     facts: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """One line of a table."""
+        """Return the row as a line of a table."""
         return {"case": self.key, "status": self.status, **self.facts, "reason": self.reason}
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Every case of a folder through the gate: how many there are is known at once, a row when its case is read."""
+    """Validate the cases of a folder: the number of rows is known at once, a case is read when its row is due."""
 
     cases: Sequence[Case]
     exclusions: Sequence[Exclusion]
@@ -119,7 +119,7 @@ class Audit:
         return len(self.cases) + len(self.exclusions)
 
     def __iter__(self) -> Iterator[AuditRow]:
-        """One row a case; no refusal stops the pass, and memory holds one case at a time."""
+        """Yield one row a case; a rejected case does not stop the pass, and memory holds one case at a time."""
         for exclusion in self.exclusions:
             yield AuditRow(exclusion.case, "refused", exclusion.reason, None, {})
         owners: dict[bytes, Case] = {}
@@ -130,13 +130,14 @@ class Audit:
             except InputError as error:
                 yield AuditRow(case.key, "refused", error.within(*case.folders), case, {})
             except (OSError, MemoryError) as error:
-                refusal = InputError(f"could not be read ({type(error).__name__})", where=case.key,
+                failure = InputError(f"could not be read ({type(error).__name__})", where=case.key,
                                      fix="check the disk and the memory")  # fmt: skip
-                yield AuditRow(case.key, "refused", str(refusal), case, {})
+                yield AuditRow(case.key, "refused", str(failure), case, {})
             else:
-                unseen = () if case.t1n else ("no t1n: can be filled, but neither trained on nor scored",)
-                told = data.warnings + unseen
-                yield AuditRow(case.key, "warning" if told else "ok", "; ".join(told), case.sealed(), _facts(data))
+                without_target = () if case.t1n else ("no t1n: can be inpainted, but neither trained on nor scored",)
+                warnings = "; ".join(data.warnings + without_target)
+                status = "warning" if warnings else "ok"
+                yield AuditRow(case.key, status, warnings, case.with_digests(), _facts(data))
 
 
 def audit(data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY) -> Audit:
@@ -154,14 +155,14 @@ def audit(data_dir: str | Path, conditioning_dir: str | Path = "", read_options:
         >>> [(row.key, row.status, row.facts["shape"]) for row in rows]
         [('Synthetic_08000-0000', 'ok', '30x30x20')]
     """
-    cases, exclusions = survey(data_dir, conditioning_dir)
+    cases, exclusions = list_cases(data_dir, conditioning_dir)
     if not exclusions:
         cases, _ = survey_cases(data_dir, conditioning_dir)  # raises if there is none
     return Audit([replace(case, read_options=read_options) for case in cases], exclusions)
 
 
 def _require_new(data: CaseData, owners: dict[bytes, Case]) -> None:
-    """Refuse the image of a patient that came before under another name: of the two one might train, one validate."""
+    """Raise InputError for an image of another patient id: one might be used to train, the other to validate."""
     if data.target is None:
         return
     digest = hashlib.sha256(np.ascontiguousarray(data.target.T)).digest()
@@ -180,7 +181,7 @@ def _facts(data: CaseData) -> dict[str, Any]:
         "orientation": data.source.orientation,
         "dtype": str(data.source.raw.dtype),
         "scale": data.scale,
-        "hole_ml": round(float(data.mask.sum()) * litre, 1),
+        "mask_ml": round(float(data.mask.sum()) * litre, 1),
         "healthy_ml": None if data.healthy is None else round(float(data.healthy.sum()) * litre, 1),
         "growth": data.growth is not None,
         "tissue": data.tissue is not None,
@@ -188,10 +189,10 @@ def _facts(data: CaseData) -> dict[str, Any]:
 
 
 def source_digests(data_dir: str | Path, conditioning_dir: str | Path = "") -> dict[str, str]:
-    """ "data" -> digest over the bytes of every file of every case; empty for the synthetic cohort."""
+    """Return {"data": digest of the bytes of every file of every case}; empty for the synthetic cohort."""
     if not data_dir:
         return {}
-    cases, _ = survey(data_dir, conditioning_dir)
+    cases, _ = list_cases(data_dir, conditioning_dir)
     return {"data": fingerprint({c.key: {role: _digest(path) for role, path in c.files().items()} for c in cases})}
 
 
@@ -199,5 +200,5 @@ def _digest(path: Path) -> str:
     try:
         require_file(path)
         return sha256(path)
-    except (InputError, OSError) as error:  # the gate refuses it later, with its reason
+    except (InputError, OSError) as error:  # rejected with its reason when it is read
         return f"unreadable: {type(error).__name__}"

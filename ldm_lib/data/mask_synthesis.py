@@ -1,4 +1,4 @@
-"""Inpainting masks by the rules of the BraTS Local Synthesis challenge (Kofler et al. 2023, arXiv 2305.08992)."""
+"""Make inpainting masks by the rules of the BraTS Local Synthesis challenge (Kofler et al. 2023, arXiv 2305.08992)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,15 +9,15 @@ from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
 
 UNHEALTHY_MARGIN_MM = 5.0  # around a tumour's segmentation
-TURNS, PLACES_PER_TURN = 40, 60  # tries before a healthy mask is given up
+ROTATIONS, PLACES_PER_ROTATION = 40, 60  # attempts before placing a healthy mask fails
 
 
 def dilate_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[float]) -> np.ndarray:
-    """Every voxel whose centre lies at most `radius_mm` from the centre of a mask voxel.
+    """Dilate a mask: every voxel whose centre is at most `radius_mm` from the centre of a mask voxel.
 
     Args:
-        mask: x y z; what is not 0 counts.
-        radius_mm: 0 gives the mask back.
+        mask: (x, y, z), not 0 inside.
+        radius_mm: 0 returns the mask.
         spacing_mm: voxel size, one number or three.
 
     Returns:
@@ -28,15 +28,15 @@ def dilate_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[f
     if not out.any():
         return out
     box = bounding_box(out, np.ceil(radius_mm / h).astype(int))
-    # a hair's breadth of tolerance: 3 steps of 1.1 mm are 3.3 mm
+    # with a tolerance for rounding: 3 steps of 1.1 mm are 3.3 mm
     out[box] = ndimage.distance_transform_edt(~out[box], sampling=h) <= radius_mm + 1e-6
     return out
 
 
 def shrink_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[float]) -> np.ndarray:
-    """What `dilate_mm` made the mask of, as far as it can be known: voxels farther than `radius_mm` from its outside.
+    """Erode a mask, as the inverse of `dilate_mm`: keep voxels farther than `radius_mm` from its outside.
 
-    Where nothing would be left, the voxels farthest from the outside stay; bool, same shape.
+    If none would be left, the voxels farthest from the outside stay; bool, same shape.
     """
     h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
     depth = ndimage.distance_transform_edt(np.pad(mask != 0, 1), sampling=h)[1:-1, 1:-1, 1:-1]
@@ -46,7 +46,7 @@ def shrink_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[f
 def unhealthy_mask(
     segmentation: np.ndarray, spacing_mm: float | Sequence[float], margin_mm: float = UNHEALTHY_MARGIN_MM
 ) -> np.ndarray:
-    """What is treated as unhealthy: the tumour segmentation x y z and a margin around it, bool."""
+    """Return the unhealthy region, bool: the tumour segmentation (x, y, z) and a margin around it."""
     return dilate_mm(segmentation, margin_mm, spacing_mm)
 
 
@@ -61,16 +61,16 @@ def healthy_mask(
     min_inside: float = 0.75,
     scale: tuple[float, float] = (0.6, 1.1),
 ) -> np.ndarray:
-    """Put a turned and scaled copy of another patient's tumour where this patient is healthy.
+    """Place a rotated and scaled copy of another patient's tumour where this patient is healthy.
 
     Args:
-        brain: x y z, not 0 inside the brain.
-        unhealthy: x y z, not 0 in this patient's tumour with its margin; may be empty.
-        donor: tumour of another patient, x y z in voxels of the same size.
+        brain: (x, y, z), not 0 inside the brain.
+        unhealthy: (x, y, z), not 0 in this patient's tumour with its margin; may be empty.
+        donor: tumour of another patient, (x, y, z) in voxels of the same size.
         rng: the only source of randomness.
         spacing_mm: voxel size, one number or three.
         min_distance_mm: every voxel lies farther than this from `unhealthy`.
-        min_inside: at least this share of the mask lies inside the brain.
+        min_inside: smallest fraction of the mask inside the brain.
         scale: smallest and largest factor on the donor's diameter.
 
     Returns:
@@ -90,7 +90,7 @@ def healthy_mask(
             out[place] = shape
             return out
     raise InputError(
-        f"no place for a healthy mask in {TURNS} turns of {PLACES_PER_TURN} places: the donor has "
+        f"no place for a healthy mask in {ROTATIONS} rotations of {PLACES_PER_ROTATION} places: the donor has "
         f"{np.count_nonzero(donor)} voxels, the brain {brain.sum()}, of which {(brain & ~forbidden).sum()} "
         f"lie more than {min_distance_mm:g} mm from the unhealthy mask",
         fix="take a smaller donor or a smaller scale",
@@ -98,14 +98,14 @@ def healthy_mask(
 
 
 def void(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A copy of the image x y z with 0 wherever the mask is not 0; dtype and all other voxels stay."""
+    """Return a copy of the image (x, y, z) with 0 under the mask; dtype and all other voxels stay."""
     out = image.copy()
     out[mask != 0] = 0
     return out
 
 
-def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: float) -> np.ndarray:
-    """The donor's bounding box, turned about a random axis by a random angle and scaled; at least one voxel."""
+def _rotated(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: float) -> np.ndarray:
+    """Rotate the donor's bounding box about a random axis by a random angle and scale it; at least one voxel."""
     # a rim of zeros, so that interpolation reaches the outer half of the outermost voxels
     shape = np.pad((donor != 0)[bounding_box(donor != 0)], 1)
     # QR of a normal matrix is uniform over rotations once the signs are fixed; it may mirror, as tumours do
@@ -116,8 +116,8 @@ def _turned(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: f
     size = 2 * np.ceil(half_mm / h).astype(int) + 1
     offset = (np.array(shape.shape) - 1) / 2 - matrix @ ((size - 1) / 2)
     soft = ndimage.affine_transform(shape.astype(np.float32), matrix, offset, output_shape=tuple(size), order=1)
-    turned = soft >= min(0.5, float(soft.max()))
-    return turned[bounding_box(turned)]
+    rotated = soft >= min(0.5, float(soft.max()))
+    return rotated[bounding_box(rotated)]
 
 
 def _candidates(
@@ -127,14 +127,14 @@ def _candidates(
     spacing_mm: float | Sequence[float],
     scale: tuple[float, float],
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Turned copies of the donor, each at places drawn from the brain's box: the place's box and the copy."""
+    """Yield rotated copies of the donor at places drawn from the brain's box: the place's box and the copy."""
     h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
     bounds = bounding_box(brain)
     low, extent = np.array([b.start for b in bounds]), np.array([b.stop - 1 - b.start for b in bounds])
-    for _ in range(TURNS):
-        copy = _turned(donor, rng, h, rng.uniform(*scale))
-        for share in rng.uniform(size=(PLACES_PER_TURN, 3)):
-            start = np.rint(low + share * extent - (np.array(copy.shape) - 1) / 2).astype(int)
+    for _ in range(ROTATIONS):
+        copy = _rotated(donor, rng, h, rng.uniform(*scale))
+        for fraction in rng.uniform(size=(PLACES_PER_ROTATION, 3)):
+            start = np.rint(low + fraction * extent - (np.array(copy.shape) - 1) / 2).astype(int)
             stop = start + copy.shape
             if (start >= 0).all() and (stop <= brain.shape).all():
                 yield tuple(slice(a, b) for a, b in zip(start, stop, strict=True)), copy

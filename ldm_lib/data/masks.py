@@ -1,4 +1,4 @@
-"""What lies over an image: masks on its very grid, and maps that their affine brings to it."""
+"""Read what belongs to an image: masks on its grid, and label and concentration maps that are resampled to it."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def read_mask(
     allow_empty: bool = False,
     warnings: list[str] | None = None,
 ) -> np.ndarray:
-    """Read a binary mask on the grid of `like`: bool (x, y, z), True = fill this (0/1 or 0/255 on disk).
+    """Read a binary mask on the grid of `like`: bool (x, y, z), True = voxels to inpaint (0/1 or 0/255 on disk).
 
     Args:
         warnings: what is odd but usable is appended here.
@@ -30,36 +30,36 @@ def read_mask(
     """
     volume = read_volume(path, read_options.model_copy(update={"nan_as_zero": False}))
     require_same_grid(volume, like)
-    told = volume.named_warnings
+    found, voxels = volume.named_warnings, volume.voxels
     if read_options.labels:
-        mask, labels = np.isin(volume.voxels, read_options.labels), ", ".join(map(str, read_options.labels))
-        told.append(f"{volume.path.name}: the labels {labels} are the mask")
+        mask, labels = np.isin(voxels, read_options.labels), ", ".join(map(str, read_options.labels))
+        found.append(f"{volume.path.name}: the labels {labels} are the mask")
     else:
-        mask = volume.voxels == 1
-        if np.count_nonzero(volume.voxels) != np.count_nonzero(mask):
-            mask = _as_binary(volume, told)
+        mask = voxels == 1
+        if np.count_nonzero(voxels) != np.count_nonzero(mask):
+            mask = _as_binary(volume, found)
     if warnings is not None:
-        warnings += told
+        warnings += found
     if not mask.any() and not allow_empty:
-        fix = "mark the voxels to fill with 1"
-        if read_options.labels and volume.voxels.any():
-            held = ", ".join(f"{value:g}" for value in np.unique(volume.voxels)[:6] if value)
+        fix = "mark the voxels to inpaint with 1"
+        if read_options.labels and voxels.any():
+            held = ", ".join(f"{value:g}" for value in np.unique(voxels)[:6] if value)
             fix = f"name labels that it holds ({held}), not {', '.join(map(str, read_options.labels))}"
         raise InputError(f"the mask is empty (0 of {mask.size} voxels)", where=path, fix=fix)
     return mask
 
 
 def _as_binary(volume: Volume, warnings: list[str]) -> np.ndarray:
-    """A mask of 0 and 255, or of nearly 0 and 1."""
+    """Convert a mask of 0 and 255, or of values near 0 and 1."""
     values = np.unique(volume.voxels)
     levels = np.rint(values)  # a tool that saves 0 and 1 as scaled integers returns 0.00001 and 0.99999
     if np.abs(values - levels).max() > MASK_TOLERANCE or not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
         shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if values.size > 6 else "")
         kind = "looks interpolated" if values[-1] <= 1 else "looks like an image"
-        fix = "store 0 outside the hole and 1 inside"
+        fix = "store 0 outside the mask and 1 inside"
         if values.size < 10 and (values == levels).all():
             kind = f"labels {{{', '.join(f'{v:g}' for v in values if v)}}}: looks like a tumour segmentation"
-            fix += f", or say which labels to fill: --mask-labels {','.join(f'{v:g}' for v in values if v > 0)}"
+            fix += f", or name the labels to inpaint: --mask-labels {','.join(f'{v:g}' for v in values if v > 0)}"
         raise InputError(f"not binary: {values.size} values ({shown}), {kind}", where=volume.path, fix=fix)
     if levels[-1] == 255:
         warnings.append(f"{volume.path.name}: 255 read as 1")
@@ -76,15 +76,11 @@ def read_labels(
 ) -> np.ndarray:
     """Read a label map: uint8 (x, y, z) on the grid of `like`, every value one of `allowed`.
 
-    A map on another grid is brought to it by its affine, nearest neighbour, with a warning.
+    A map on another grid is resampled to it by nearest neighbour, with a warning.
     """
     volume = read_volume(path, read_options)
-    values, counts = np.unique(volume.voxels, return_counts=True)
-    strange = ~np.isin(values, allowed)
-    if strange.any():
-        shown = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[strange][:4], counts[strange][:4], strict=True))
-        raise InputError(f"labels {shown} are not among {allowed}", where=path, fix="relabel it: 1 CSF, 2 GM, 3 WM")
-    return _brought_to(volume, like, order=0, warnings=warnings).astype(np.uint8)
+    require_labels(volume.voxels, allowed, path)
+    return _resampled_to(volume, like, order=0, warnings=warnings).astype(np.uint8)
 
 
 def read_unit_map(
@@ -92,38 +88,47 @@ def read_unit_map(
 ) -> np.ndarray:
     """Read a map of concentrations: float32 (x, y, z) in [0, 1] on the grid of `like`.
 
-    A map on another grid is brought to it by its affine, linearly, with a warning.
+    A map on another grid is resampled to it by linear interpolation, with a warning.
     """
     volume = read_volume(path, read_options)
-    low, high = float(volume.voxels.min()), float(volume.voxels.max())
-    if low < -1e-6 or high > 1 + 1e-6:
-        raise InputError(f"values from {low:g} to {high:g}, must lie in [0, 1]", where=path, fix="give concentrations")
-    return np.clip(_brought_to(volume, like, order=1, warnings=warnings), 0, 1)
+    require_concentration(volume.voxels, path)
+    return np.clip(_resampled_to(volume, like, order=1, warnings=warnings), 0, 1)
 
 
-def _brought_to(volume: Volume, like: Volume, *, order: int, warnings: list[str] | None) -> np.ndarray:
-    """A map's voxels on the grid of `like`, as both affines tell; 0 where the map does not reach."""
-    told = list(volume.named_warnings)
-    voxels = volume.voxels
+def require_labels(labels: np.ndarray, allowed: tuple[int, ...], where: object) -> np.ndarray:
+    """Return the label map if all its values are allowed, else raise InputError."""
+    values, counts = np.unique(labels, return_counts=True)
+    strange = ~np.isin(values, allowed)
+    if strange.any():
+        shown = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[strange][:4], counts[strange][:4], strict=True))
+        raise InputError(f"labels {shown} are not among {allowed}", where=where, fix="relabel it: 1 CSF, 2 GM, 3 WM")
+    return labels
+
+
+def require_concentration(values: np.ndarray, where: object) -> np.ndarray:
+    """Return the map if all its values are in [0, 1], up to rounding, else raise InputError."""
+    low, high = float(values.min()), float(values.max())
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise InputError(f"values from {low:g} to {high:g}, must lie in [0, 1]", where=where, fix="give concentrations")
+    return values
+
+
+def _resampled_to(volume: Volume, like: Volume, *, order: int, warnings: list[str] | None) -> np.ndarray:
+    """Return a map's voxels on the grid of `like`, by both affines; 0 outside the map."""
+    found, voxels = volume.named_warnings, volume.voxels
     if volume.shape != like.shape or corner_distance_mm(volume, like) > GRID_TOLERANCE_MM:
         to_map = np.linalg.solve(volume.affine, like.affine)
-        how = {"output_shape": like.shape, "mode": "constant", "prefilter": False}
-        reached = ndimage.affine_transform(np.ones(volume.shape, np.float32), to_map, order=0, **how).mean()
-        if not reached:
-            raise InputError(
-                f"does not overlap {like.path.name}: their centres lie {_apart_mm(volume, like):.0f} mm apart",
-                where=volume.path,
-                fix="check the map's affine, or register it first",
-            )
-        voxels = ndimage.affine_transform(voxels, to_map, order=order, **how)
-        name = "/".join(volume.path.parts[-2:])  # the maps of a case are called alike, but for their folder
-        told.append(f"{name}: brought from its grid {volume.shape} {volume.orientation} to the image's by its affine; "
-                    f"it reaches {reached:.0%} of the image")  # fmt: skip
+        options = {"output_shape": like.shape, "mode": "constant", "prefilter": False}
+        covered = ndimage.affine_transform(np.ones(volume.shape, np.float32), to_map, order=0, **options).mean()
+        if not covered:
+            centres = [v.affine @ [*((np.array(v.shape) - 1) / 2), 1] for v in (volume, like)]
+            apart_mm = np.linalg.norm(centres[0] - centres[1])
+            raise InputError(f"does not overlap {like.path.name}: their centres lie {apart_mm:.0f} mm apart",
+                             where=volume.path, fix="check the map's affine, or register it first")  # fmt: skip
+        voxels = ndimage.affine_transform(voxels, to_map, order=order, **options)
+        name = "/".join(volume.path.parts[-2:])  # the maps of a case differ only in their folder
+        found.append(f"{name}: resampled from its grid {volume.shape} {volume.orientation} to the image's by its "
+                     f"affine; it covers {covered:.0%} of the image")  # fmt: skip
     if warnings is not None:
-        warnings += told
+        warnings += found
     return voxels
-
-
-def _apart_mm(volume: Volume, like: Volume) -> float:
-    centres = [v.affine @ [*((np.array(v.shape) - 1) / 2), 1] for v in (volume, like)]
-    return float(np.linalg.norm(centres[0] - centres[1]))

@@ -1,4 +1,4 @@
-"""A case as the network sees it, and the conditioning tensor made from its maps.
+"""Convert a case to the grid of a network, and its maps to the conditioning tensor.
 
 voided, target   normalised T1n, padded LPS grid (x, y, z)
 growth           channel 0: concentration, values below the threshold set to 0
@@ -20,13 +20,13 @@ CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
 
 @dataclass(frozen=True)
 class GridCase:
-    """One case on the model's padded LPS grid; every array is (x, y, z).
+    """Hold one case on the model's padded LPS grid; every array is (x, y, z).
 
     Attributes:
         voided: float32, normalised, 0 under the mask.
         target: float32, normalised full image, or None.
-        mask: bool, True = fill this.
-        unknown: bool, voxels that leave the loss: unhealthy ones whose growth map is missing.
+        mask: bool, True = voxels to inpaint.
+        unknown: bool, voxels that are excluded from the loss: unhealthy ones without a growth map.
         growth: float32 in [0, 1]; zero (healthy) when missing.
         tissue: uint8 labels 0..3; zero (unlabelled) when missing.
     """
@@ -40,7 +40,7 @@ class GridCase:
 
 
 def grid_case(data: CaseData, multiple: int) -> GridCase:
-    """Normalise a loaded case and bring it to the grid of a network that divides each axis by `multiple`."""
+    """Normalise a case and reorder and pad it to the grid of a network that divides each axis by `multiple`."""
     to_model = data.frame(multiple).to_model
     nothing = np.zeros(data.mask.shape, bool)
     without_growth = data.growth is None and data.unhealthy is not None
@@ -70,6 +70,6 @@ def conditioning(
     return pool(channels, factor).astype(np.float32)
 
 
-def loss_cells(case: GridCase, factor: int, dilation: int) -> np.ndarray:
-    """Latent cells (x/f, y/f, z/f) bool that are generated and whose content the conditioning accounts for."""
+def loss_mask(case: GridCase, factor: int, dilation: int) -> np.ndarray:
+    """Return the latent voxels (x/f, y/f, z/f) bool that enter the loss: inpainted, and not `unknown`."""
     return latent_mask(case.mask, factor, dilation) & ~latent_mask(case.unknown, factor, 0)

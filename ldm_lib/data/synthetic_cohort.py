@@ -1,4 +1,4 @@
-"""The synthetic cohort: brains bent from the MNI152 templates, each with a tumour grown in its own tissue.
+"""Make a synthetic cohort: brains deformed from the MNI152 templates, each with a tumour grown in its own tissue.
 
 Everything random is drawn in millimetres from (seed, patient): a patient is the same at any voxel size, up to sampling.
 """
@@ -24,26 +24,26 @@ from ldm_lib.data.volume import write_map
 from ldm_lib.errors import ConfigError
 from ldm_lib.process_control import die_with_parent
 
-# Disjoint ranges: no patient that trains is ever shown in a demo or tested on.
+# Disjoint ranges: no training patient is used in a demo or for testing.
 TRAINING_PATIENTS = range(0, 8000)  # split into training and validation by patient
 DEMO_PATIENTS = range(8000, 9000)
 TEST_PATIENTS = range(9000, 10000)
 
 GROWTH_MM = 3.0  # voxel size of the grid on which tumours grow
 SUPRATENTORIAL_MM = 62.0  # tumours start above this height
-ANATOMY, TUMOUR, LOOK, NOISE, MASKS, DONORS = range(6)  # streams of random numbers; each donor takes two
-BENDING, REGISTRATION = 1000, 1001  # beyond all donors
+ANATOMY, TUMOUR, CONTRAST, NOISE, MASKS, DONORS = range(6)  # streams of random numbers; each donor takes two
+DEFORMATION, REGISTRATION = 1000, 1001  # beyond all donors
 
 
 @dataclass(frozen=True)
 class SyntheticPatient:
-    """One synthetic patient; all volumes x y z on one grid, axes towards left, posterior, superior.
+    """Hold one synthetic patient; all volumes (x, y, z) on one grid, axes towards left, posterior, superior.
 
     Attributes:
         t1n: int16, above 0 in the brain and exactly 0 outside.
         tissue: uint8, 0 background, 1 CSF, 2 GM, 3 WM: the healthy brain, also beneath the tumour.
         growth: float32 tumour cell concentration in [0, 1].
-        segmentation: bool, where growth is at least 0.2 and so the tumour visible.
+        segmentation: bool, the visible tumour, where growth is at least 0.2.
         masks: pairs of healthy and unhealthy mask, bool.
         affine: voxel to world (RAS, mm), 4 x 4.
     """
@@ -66,19 +66,20 @@ def make_patient(
     domain_randomisation: str = "narrow",
     tissue_map: str = "exact",
 ) -> SyntheticPatient:
-    """Make one patient: a function of (seed, patient), the same anatomy whatever the voxel size.
+    """Make one patient: a function of (seed, patient), with the same anatomy at any voxel size.
 
     Args:
         seed, patient: numbers of cohort and patient, 0 or more; see TRAINING_PATIENTS and its neighbours.
         spacing_mm: isotropic voxel size; 1 is the BraTS grid 240 x 240 x 155.
-        masks: how many pairs of masks.
-        deformation: factor on how far the atlas is bent; from about 2 on it folds, as no smooth map of it can.
-        domain_randomisation: "narrow" or "wide": from which ranges contrast, noise, bending and holes are drawn.
-        tissue_map: "exact", or "registered", off as an atlas is that was brought to the scan.
+        masks: number of pairs of masks.
+        deformation: scale of the atlas's deformation; from about 2 on it folds tissue.
+        domain_randomisation: "narrow" or "wide" range of contrast, noise, deformation and mask size, see
+            `mri_simulation`.
+        tissue_map: "exact", or "registered": with simulated registration error.
 
     Raises:
-        ConfigError: a number out of range, or an unknown word.
-        InputError: no place for a healthy mask.
+        ConfigError: a number is out of range, or a word is unknown.
+        InputError: there is no place for a healthy mask.
     """
     if min(seed, patient, masks, deformation) < 0 or not 0.5 <= spacing_mm <= 12:
         given = f"seed {seed}, patient {patient}, masks {masks}, spacing_mm {spacing_mm:g}, deformation {deformation:g}"
@@ -89,16 +90,16 @@ def make_patient(
             f"{given} given; allowed are {', '.join(RANDOMISATIONS)}; exact, registered", where="make_patient"
         )
     grid, rng, ranges = brats_grid(spacing_mm), partial(_rng, seed, patient), RANDOMISATIONS[domain_randomisation]
-    deformation *= rng(BENDING).uniform(*ranges.deformation)
+    deformation *= rng(DEFORMATION).uniform(*ranges.deformation)
     brain = make_brain(rng(ANATOMY), grid, deformation)
     growth = _resample(_tumour(rng(ANATOMY), rng(TUMOUR), deformation), grid) * brain.inside
     segmentation = growth >= GROWTH_THRESHOLD
     unhealthy = unhealthy_mask(segmentation, spacing_mm)
-    pairs, places, how = [], rng(MASKS), {"spacing_mm": spacing_mm, "scale": ranges.mask_scale}
+    pairs, places, options = [], rng(MASKS), {"spacing_mm": spacing_mm, "scale": ranges.mask_scale}
     for k in range(DONORS, DONORS + 2 * masks, 2):  # a donor is a patient of no cohort
         donor = _resample(_tumour(rng(k), rng(k + 1), deformation), grid) >= GROWTH_THRESHOLD
-        pairs.append((healthy_mask(brain.inside, unhealthy, donor, places, **how), unhealthy))
-    t1n = simulate_scan(brain, growth, grid, ranges, rng(LOOK), rng(NOISE))
+        pairs.append((healthy_mask(brain.inside, unhealthy, donor, places, **options), unhealthy))
+    t1n = simulate_scan(brain, growth, grid, ranges, rng(CONTRAST), rng(NOISE))
     if tissue_map == "registered":
         brain = make_brain(rng(ANATOMY), grid, deformation, registration_rng=rng(REGISTRATION))
     return SyntheticPatient(t1n, brain.labels, growth, segmentation, tuple(pairs), grid.affine)
@@ -109,19 +110,19 @@ def _rng(seed: int, patient: int, stream: int) -> np.random.Generator:
 
 
 def _tumour(anatomy_rng: np.random.Generator, rng: np.random.Generator, deformation: float) -> np.ndarray:
-    """Growth on the grid of GROWTH_MM in the brain that `anatomy_rng` draws: float32 x y z in [0, 1]."""
+    """Grow a tumour on the grid of GROWTH_MM in the brain that `anatomy_rng` draws: float32 (x, y, z) in [0, 1]."""
     grid = brats_grid(GROWTH_MM)
     brain = deformed_atlas(anatomy_rng, grid, deformation)
-    # tissue lets cells through unevenly: tumours are lobed, not round
+    # cells spread unevenly through tissue: tumours are lobed, not round
     patchy = 0.08 + 0.92 / (1 + np.exp(-3 * smooth_field(rng, grid.positions_mm, 9, EXTENT_MM)))
-    grey, white = (as_volume(brain.inside, share) * patchy for share in brain.fractions[1:])
+    grey, white = (as_volume(brain.inside, fraction) * patchy for fraction in brain.fractions[1:])
     depth = ndimage.distance_transform_edt(brain.inside, sampling=GROWTH_MM)
     allowed = (white > 0.3) & (depth > 10) & (grid.positions_mm[2] > SUPRATENTORIAL_MM)
     return random_tumour(white, grey, allowed, rng, spacing_mm=GROWTH_MM)
 
 
 def _resample(field: np.ndarray, grid: Grid) -> np.ndarray:
-    """Linear interpolation from the grid of GROWTH_MM, axis by axis."""
+    """Interpolate linearly from the grid of GROWTH_MM, axis by axis."""
     for positions in grid.positions_mm:
         nodes = np.arange(field.shape[0])[:, None] + 0.5
         weights = np.clip(1 - np.abs(positions[None] / GROWTH_MM - nodes), 0, None)
@@ -129,36 +130,36 @@ def _resample(field: np.ndarray, grid: Grid) -> np.ndarray:
     return field
 
 
-def write_patient(folder: str | Path, seed: int, patient: int, **how: Any) -> str:
-    """Make one patient (`make_phantom`) and write it below `folder` in the seed layout; returns the patient's id.
+def write_patient(folder: str | Path, seed: int, patient: int, **patient_kwargs: Any) -> str:
+    """Make one patient (`make_patient`), write it below `folder` in the seed layout and return its id.
 
     Files are `data/<ID>/<ID>-t1n.nii.gz` and, for each mask k, `-t1n-voided-000k`, `-mask-000k`, `-mask-healthy-000k`,
-    `-mask-unhealthy-000k`; `conditioning_data/{growth_model,tissue_segmentation}/<ID>.nii.gz`. Written twice on one
-    machine the bytes are the same; another processor may round a few voxels otherwise. The t1n is written last: a
-    patient that has one is whole, and is not made again, whatever numbers made it.
+    `-mask-unhealthy-000k`; `conditioning_data/{growth_model,tissue_segmentation}/<ID>.nii.gz`. On one
+    machine the bytes are always the same; another processor may round a few voxels differently. The t1n is written
+    last: a patient that has one is complete, and is not made again, even with other parameters.
     """
     case = f"Synthetic_{patient:05d}"
     data, conditioning = Path(folder) / "data" / case, Path(folder) / "conditioning_data"
     last = data / f"{case}-t1n.nii.gz"
     if last.exists():
         return case
-    phantom, volumes = make_patient(seed, patient, **how), {}
-    for k, (healthy, unhealthy) in enumerate(phantom.masks):
+    made, volumes = make_patient(seed, patient, **patient_kwargs), {}
+    for k, (healthy, unhealthy) in enumerate(made.masks):
         mask = healthy | unhealthy
         volumes |= {
-            data / f"{case}-t1n-voided-{k:04d}.nii.gz": void(phantom.t1n, mask),
+            data / f"{case}-t1n-voided-{k:04d}.nii.gz": void(made.t1n, mask),
             data / f"{case}-mask-{k:04d}.nii.gz": mask.astype(np.uint8),
             data / f"{case}-mask-healthy-{k:04d}.nii.gz": healthy.astype(np.uint8),
             data / f"{case}-mask-unhealthy-{k:04d}.nii.gz": unhealthy.astype(np.uint8),
         }
     volumes |= {
-        conditioning / "growth_model" / f"{case}.nii.gz": phantom.growth,
-        conditioning / "tissue_segmentation" / f"{case}.nii.gz": phantom.tissue,
-        last: phantom.t1n,
+        conditioning / "growth_model" / f"{case}.nii.gz": made.growth,
+        conditioning / "tissue_segmentation" / f"{case}.nii.gz": made.tissue,
+        last: made.t1n,
     }
     for path, volume in volumes.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_map(path, volume, phantom.affine)
+        write_map(path, volume, made.affine)
     return case
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_cells
+from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_mask
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.options import LatentOptions
 from ldm_lib.geometry import block_mean, bounding_box, latent_mask
@@ -82,7 +82,7 @@ def encode_case(
             case.growth, case.tissue, factor=factor, threshold=spec.growth_threshold, pooling=spec.pooling
         ),
         "mask": latent_mask(case.mask, factor, spec.mask_dilation)[None],
-        "loss": loss_cells(case, factor, spec.mask_dilation)[None],
+        "loss": loss_mask(case, factor, spec.mask_dilation)[None],
         "mask_fraction": block_mean(case.mask, factor)[None],
     }
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in on_grid.items()}

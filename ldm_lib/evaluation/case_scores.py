@@ -126,7 +126,7 @@ def candidates(
 
 
 def _baseline(name: str, data: CaseData, tissue: np.ndarray | None) -> np.ndarray:
-    geometry = {"lateral_axis": data.lateral_axis, "spacing_mm": data.cube_mm}
+    geometry = {"lateral_axis": data.lateral_axis, "spacing_mm": data.mean_spacing_mm}
     return BASELINES[name](data.voided, data.mask, tissue=tissue, **geometry)
 
 

@@ -133,7 +133,7 @@ def _inpaint_and_score(
              for k, case in enumerate(cases, start=1)]  # fmt: skip
     results = folder / "results"
     results.mkdir(exist_ok=True)
-    require_all(fill_cases(inpainter, [case.to_fill() for case in cases], options, results, say=say))
+    require_all(fill_cases(inpainter, [case.to_inpaint() for case in cases], options, results, say=say))
     rows = []
     for k, case in enumerate(cases, start=1):
         data = load_case(case)

@@ -27,7 +27,7 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
             return absolute.relative_to(root).as_posix()
         return to_alias(absolute, path.absolute().parents[1])
 
-    rows = [{k: plain(v) for k, v in vars(case.sealed()).items() if k != "notes"} for case in cases]
+    rows = [{k: plain(v) for k, v in vars(case.with_digests()).items() if k != "notes"} for case in cases]
     write_json(path, {"split": split, "cases": rows})
 
 

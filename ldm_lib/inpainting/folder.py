@@ -79,7 +79,7 @@ def inpaint_folder(
         rows = [_failed(exclusion.case, exclusion.reason) for exclusion in exclusions]
         for row in rows:
             say(_line(row))
-        cases = [case.to_fill() for case in cases]
+        cases = [case.to_inpaint() for case in cases]
         rows += fill_cases(inpainter, cases, options, output, make_missing=make_missing, each=each, say=say)
         write_csv(output / TABLE, rows)
     finally:
@@ -167,7 +167,7 @@ class Job:
 
     def read(self, case: Case) -> tuple[Row | None, CaseData | None, str, float]:
         """Return the row of a case that has its result, or its data; the digest of its sources; seconds."""
-        started, case = time.monotonic(), case.sealed()
+        started, case = time.monotonic(), case.with_digests()
         made_from = self._made_from(case)
         row = self._found(case, made_from)
         data = None if row else self.inpainter.prepare(load_case(case), make_missing=self.make_missing)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm_lib.autoencoder.region_decoding import decode_box
 from ldm_lib.data.case import NO_MAP, Case, CaseData, load_case
-from ldm_lib.data.resampling import resampling
+from ldm_lib.data.resampling import resampling_to
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import Latents, encode_case
 from ldm_lib.diffusion.model import LatentDiffusion
@@ -122,7 +122,7 @@ class Inpainter:
         trained_mm = self.model.autoencoder.spacing_mm
         silent = {NO_MAP.format("growth"), *([NO_MAP.format("tissue")] if self.makes_maps(make_missing) else [])}
         warnings = [text for text in data.warnings if text not in silent]
-        if resampling(data, trained_mm):
+        if resampling_to(data, trained_mm):
             warnings.append(f"voxels of {data.source.spacing_mm} mm; inpainted at the model's {trained_mm:g} mm")
         for warning in warnings:
             log.warning("%s: %s", data.case.t1n_voided or data.case.t1n, warning)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.model_grid import GridCase, grid_case
-from ldm_lib.data.resampling import Resampling, resampled, resampling
+from ldm_lib.data.resampling import Resampling, resample_case, resampling_to
 from ldm_lib.data.volume import normalise
 from ldm_lib.geometry import Frame
 from ldm_lib.inpainting.edge_blending import EdgeCorrection, rim
@@ -67,11 +67,11 @@ class CaseGrid:
 
     @cached_property
     def _resampling(self) -> Resampling | None:
-        return resampling(self.data, self.spacing_mm)
+        return resampling_to(self.data, self.spacing_mm)
 
     @cached_property
     def _resampled(self) -> CaseData:
-        return resampled(self.data, self._resampling)
+        return resample_case(self.data, self._resampling)
 
     @cached_property
     def _frame(self) -> Frame:
@@ -81,4 +81,4 @@ class CaseGrid:
     def _edge(self) -> EdgeCorrection | None:
         if not self.blend_mm:
             return None
-        return EdgeCorrection(self.data.mask, reach_vox=self.blend_mm / self.data.cube_mm)
+        return EdgeCorrection(self.data.mask, reach_vox=self.blend_mm / self.data.mean_spacing_mm)

@@ -86,7 +86,7 @@ def _problem(case: Case, folder: Path) -> str:
     if not path.exists():
         return f"no {path.name}. Fix: inpaint it"
     try:
-        return _difference(load_case(case.to_fill()), path)
+        return _difference(load_case(case.to_inpaint()), path)
     except LdmError as error:
         return str(error)
 

@@ -74,7 +74,7 @@ def test_names_that_nearly_fit_are_told(tmp_path):
     (tmp_path / f"{SECOND}-t1n-voided.nii.gz").touch()
     (row,) = audit(tmp_path)
     assert all(name in row.reason for name in (f"{FIRST}-mask_healthy.nii.gz", f"{FIRST}-mask-unhealthy-0000.nii.gz"))
-    assert f"beside the folders of cases: {SECOND}-t1n-voided.nii.gz" in row.reason
+    assert f"not in a folder of a case: {SECOND}-t1n-voided.nii.gz" in row.reason
 
 
 def test_maps_are_told_apart_by_their_folders(tmp_path, cohort_folder):
@@ -91,13 +91,13 @@ def test_maps_are_told_apart_by_their_folders(tmp_path, cohort_folder):
     for told in (
         f"growth_model/{identity}.nii.gz is a link out of the data folder",
         f"tissue_segmentation/{identity}.nii.gz is a link out of the data folder",
-        f"passed over in growth_model, unfinished or a second copy: {identity} (1).nii.gz",
-        f"passed over in tissue_segmentation, unfinished or a second copy: {identity}.nii.gz.part",
+        f"ignored in growth_model, unfinished or a second copy: {identity} (1).nii.gz",
+        f"ignored in tissue_segmentation, unfinished or a second copy: {identity}.nii.gz.part",
     ):
         assert told in first.reason
     shutil.rmtree(maps / "growth_model")
     (maps / "growth_model").touch()
-    assert "passed over, no folder: growth_model" in next(iter(audit(data))).reason
+    assert "ignored, not a folder: growth_model" in next(iter(audit(data))).reason
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])

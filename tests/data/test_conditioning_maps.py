@@ -51,7 +51,7 @@ def test_a_map_is_made_once_and_then_found(case, tmp_path, by_atlas, made_tissue
 
 
 def test_a_change_of_anything_it_came_from_makes_it_anew(case, tmp_path, by_atlas, monkeypatch):
-    case = case.to_fill()
+    case = case.to_inpaint()
     path, data = tmp_path / "t.nii.gz", load_case(case)
     make_tissue_map(data, path)
     larger = ndimage.binary_dilation(data.mask).astype(np.uint8)

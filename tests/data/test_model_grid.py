@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import Case, CaseData
-from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_cells
+from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_mask
 from ldm_lib.data.volume import Volume
 
 SHAPE = (12, 8, 16)
@@ -67,8 +67,8 @@ def test_unknown_cells_leave_the_loss_and_no_others(dilation):
     mask, unknown = np.zeros((2, 32, 32, 32), bool)
     mask[9:22, 8:20, 12:20] = True
     unknown[9, 8, 12:14] = unknown[21, 19, 19] = True
-    counted = loss_cells(_model_case(mask, unknown), FACTOR, dilation)
-    every = loss_cells(_model_case(mask, unknown & False), FACTOR, dilation)
+    counted = loss_mask(_model_case(mask, unknown), FACTOR, dilation)
+    every = loss_mask(_model_case(mask, unknown & False), FACTOR, dilation)
     assert {tuple(i) for i in np.argwhere(every & ~counted)} == {(2, 2, 3), (5, 4, 4)}
     assert not (counted & ~every).any()
     assert every.sum() == (4 * 3 * 2 if dilation == 0 else 6 * 5 * 4)
@@ -151,7 +151,7 @@ def test_an_unhealthy_part_without_its_growth_map_is_unknown():
     np.testing.assert_array_equal(case.unknown, data.unhealthy)
     assert not case.growth.any()
     padded = grid_case(data, 4)
-    assert loss_cells(padded, 4, 0).sum() < loss_cells(replace(padded, unknown=padded.mask & False), 4, 0).sum()
+    assert loss_mask(padded, 4, 0).sum() < loss_mask(replace(padded, unknown=padded.mask & False), 4, 0).sum()
     assert not grid_case(_data(affine, shape), 1).unknown.any(), "with a growth map all is known"
     assert not grid_case(_data(affine, shape, growth=False, unhealthy=False), 1).unknown.any()
 

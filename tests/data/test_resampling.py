@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import load_case
-from ldm_lib.data.resampling import Resampling, resampled, resampling
+from ldm_lib.data.resampling import Resampling, resample_case, resampling_to
 
 SHAPE = (24, 21, 18)
 ways = pytest.mark.parametrize("wanted_mm", [4.0, 2.0, 1.5, 0.7])
@@ -93,13 +93,13 @@ def test_a_label_there_is_the_one_that_covers_most():
 
 def test_a_case_of_the_models_voxels_is_left_alone(cases):
     data = load_case(cases[0])
-    assert resampling(data, 8.05) is None and resampled(data, None) is data
-    assert resampling(data, 8.5) is not None
+    assert resampling_to(data, 8.05) is None and resample_case(data, None) is data
+    assert resampling_to(data, 8.5) is not None
 
 
 def test_maps_go_along_and_nothing_of_the_truth_does(cases):
     data = load_case(cases[0])
-    there = resampled(data, resampling(data, 5.0))
+    there = resample_case(data, resampling_to(data, 5.0))
     assert there.target is None and there.healthy is None and there.unhealthy is None
     np.testing.assert_allclose(there.source.spacing_mm, 5.0)
     assert set(np.unique(there.tissue)) <= set(np.unique(data.tissue))
@@ -107,4 +107,4 @@ def test_maps_go_along_and_nothing_of_the_truth_does(cases):
     share = there.mask.sum() * 5.0**3 / (data.mask.sum() * 8.0**3)
     assert 1 <= share < 3 and not there.voided[there.mask].any()
     peeked = replace(data, voided=np.where(data.mask, 999, data.voided).astype(np.float32))
-    assert np.array_equal(resampled(peeked, resampling(data, 5.0)).voided, there.voided)
+    assert np.array_equal(resample_case(peeked, resampling_to(data, 5.0)).voided, there.voided)

@@ -215,7 +215,7 @@ def test_maps_are_brought_to_the_grid_as_nibabel_would(tmp_path, like, change):
         found = read(_save(tmp_path / "m.nii", given.astype("f8"), affine), like, warnings=warnings)
         oracle = resample_from_to(nib.Nifti1Image(given, affine), target, order=order).get_fdata()
         np.testing.assert_allclose(found, oracle, atol=1e-5)
-        assert found.any() and "m.nii: brought from its grid (24, 20, 22)" in warnings[0]
+        assert found.any() and "m.nii: resampled from its grid (24, 20, 22)" in warnings[0]
 
 
 def test_a_map_somewhere_else_is_refused(tmp_path, like):

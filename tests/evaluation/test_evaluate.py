@@ -136,7 +136,7 @@ def test_every_method_is_scored_in_every_case(done, two):
 
 def test_results_depend_neither_on_the_target_nor_on_a_growth_map(done, two, tiny_initial_estimate_folder, tmp_path):
     inpainter = Inpainter.load(tiny_initial_estimate_folder, **HOW)
-    fill_cases(inpainter, [case.to_fill() for case in two], CONFIG, tmp_path, say=lambda line: None)
+    fill_cases(inpainter, [case.to_inpaint() for case in two], CONFIG, tmp_path, say=lambda line: None)
     written = {path.name: path.read_bytes() for path in (done[0] / "results").glob("*.nii.gz")}
     assert written == {path.name: path.read_bytes() for path in tmp_path.glob("*.nii.gz")} and len(written) == 2 * 5
     seen = inpainter.encode(load_case(two[0]))["conditioning"]

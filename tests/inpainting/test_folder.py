@@ -90,7 +90,7 @@ def test_other_settings_are_other_results(inpainter, cases, tmp_path, changes):
 def test_a_changed_source_is_inpainted_again(inpainter, cases, cohort_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(cohort_folder / cases[0].id, folder / cases[0].id)
-    case = find_cases(folder)[0].to_fill()
+    case = find_cases(folder)[0].to_inpaint()
     fill_cases(inpainter, [case], settings(), tmp_path)
     shutil.copy(folder / case.id / f"{case.id}-t1n.nii.gz", case.t1n_voided)
     assert statuses(fill_cases(inpainter, [case], settings(), tmp_path)) == [FILLED]
@@ -120,7 +120,7 @@ def spoil(folder, case):
     ids=["pipe", "broken link", "folder"],
 )
 def test_what_is_not_a_file_is_rejected_without_waiting(inpainter, cohort, tmp_path, spoil_mask, message):
-    cases = [case.to_fill() for case in find_cases(cohort)[:2]]
+    cases = [case.to_inpaint() for case in find_cases(cohort)[:2]]
     cases[0].mask.unlink()
     spoil_mask(cases[0].mask)
     rows = fill_cases(inpainter, cases, settings(samples=1), tmp_path / "out", **QUIET)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ldm_lib.data.case import case_of_files, load_case
 from ldm_lib.data.model_grid import grid_case
-from ldm_lib.data.resampling import resampled, resampling
+from ldm_lib.data.resampling import resample_case, resampling_to
 from ldm_lib.data.volume import read_volume, write_map
 from ldm_lib.diffusion import model as model_module
 from ldm_lib.diffusion.latents import LatentSpec, context_box, encode_case
@@ -283,7 +283,7 @@ def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, in
         write_map(tmp_path / f"{name}.nii.gz", volume, affine)
     files = [tmp_path / f"head{name}.nii.gz" for name in ("-t1n-voided", "-mask")]
     data = load_case(case_of_files(*files))
-    truth = resampled(replace(data, voided=head, mask=np.zeros_like(hole)), resampling(data, 1.0))
+    truth = resample_case(replace(data, voided=head, mask=np.zeros_like(hole)), resampling_to(data, 1.0))
     autoencoder, schedule = SpaceToDepth(2), noise_schedule()
     latent = autoencoder.encode(torch.from_numpy(grid_case(truth, 2).voided)[None, None]).double()
     oracle = KnowsTheTarget(latent, schedule, "noise")
