@@ -1,6 +1,6 @@
 """Compose the parameter models of the six notebooks from the options of the rooms.
 
-The fields of a model are its notebook's parameters cell, name for name and default for default: `parameters_cell`
+The parameters cell of a notebook has the fields of its model, name for name and default for default: `parameters_cell`
 writes the cell from the model, and a test compares them. Defaults are the `coarse` preset, so that a notebook that is
 run by hand from top to bottom finishes on a laptop; the `full` preset holds the numbers of the paper-scale design.
 """

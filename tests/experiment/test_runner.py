@@ -229,11 +229,26 @@ def test_a_kernel_that_is_killed_before_it_answers_is_reported(outputs, notebook
         run(AUDIT)
 
 
-def test_without_a_folder_for_temporary_files_a_stage_runs(outputs, notebook, monkeypatch):
+def test_stages_run_from_python_as_from_the_command_line(outputs, executed):
+    import ldm_lib
+
+    folder = ldm_lib.run("01", preset="smoke", run="lab", seed=4)
+    assert folder == outputs / "lab" and executed == [AUDIT]
+    assert json.loads((folder / AUDIT / "done.json").read_text())["parameters"]["seed"] == 4
+    assert json.loads((folder / "run.json").read_text())["command"] == ["ldm_lib.run"]
+    assert ldm_lib.run(["1", "02"], preset="smoke", run="lab", seed=4) == folder and executed == [AUDIT, AUTOENCODER]
+    with pytest.raises(ConfigError, match="no stage '7'"):
+        ldm_lib.run("7")
+
+
+def test_a_stage_runs_in_outputs_of_the_working_directory_without_a_temporary_folder(tmp_path, notebook, monkeypatch):
+    monkeypatch.delenv(OUTPUTS_VARIABLE)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     monkeypatch.setattr(tempfile, "tempdir", None)
     notebook(OPEN, "stage.close({})")
-    assert "done in" in run(AUDIT)[1] and (outputs / "lab" / AUDIT / "done.json").exists()
+    assert "done in" in run(AUDIT)[1] and (tmp_path / "outputs" / "lab" / AUDIT / "done.json").exists()
+    assert OUTPUTS_VARIABLE not in os.environ, "it is set for the kernels alone"
 
 
 class CellError(Exception):
