@@ -18,10 +18,10 @@ class AutoencoderOptions(Options):
     channels: IntegerList = Field("16,32", description="width of each level; one halving fewer than levels")
     blocks: Positive = Field(1, description="residual blocks per level")
     input_transform: Literal["plain", "haar"] = Field(
-        "plain", description="fixed transform around the network: none, or two-level Haar wavelet packets"
+        "plain", description="fixed transform around the network: none or two-level Haar packets"
     )
     learned: Literal["both", "decoder", "none"] = Field(
-        "decoder", description="parts that are neural networks: encoder and decoder, decoder, or none (linear codec)"
+        "decoder", description="parts that are neural networks; none is a linear codec"
     )
     linear_start: bool = Field(True, description="add the networks to the best linear codec")
 

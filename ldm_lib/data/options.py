@@ -38,7 +38,7 @@ class SyntheticCohortOptions(SeedOptions):
         1.0, description="scale of the brains' deformation; 2 folds tissue"
     )
     domain_randomisation: Literal["narrow", "wide"] = Field(
-        "narrow", description="range of contrast, noise, anatomy and mask size; wide for training"
+        "narrow", description="range of contrast, noise, anatomy, mask size; wide for training"
     )
     tissue_map: Literal["exact", "registered"] = Field(
         "exact", description="tissue labels: exact, or with simulated registration error"

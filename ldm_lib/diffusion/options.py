@@ -23,7 +23,7 @@ class LatentOptions(Options):
         0.2, description="tumour-cell concentration below which tissue counts as healthy"
     )
     pooling: Literal["area", "nearest"] = Field(
-        "area", description="pooling of voxels to latent voxels: mean over the latent voxel, or its central voxel"
+        "area", description="pooling of voxels to a latent voxel: their mean, or the central voxel"
     )
 
 

@@ -85,10 +85,10 @@ class ConditioningConfig(LatentOptions, StageConfig):
     heading = "Conditioning maps"
     make_missing: bool = Field(True, description="make missing tissue and growth maps from the scans")
     tissue_source: Literal["atlas", "given"] = Field(
-        "atlas", description="source of the tissue map for inference; given maps may leak the hidden region"
+        "atlas", description="source of the tissue map for inference; given may leak the hidden region"
     )
     training_tissue: Literal["atlas", "given"] = Field(
-        "given", description="source of the tissue map for training; initial_estimate works best with atlas"
+        "given", description="source of the tissue map for training; atlas suits initial_estimate"
     )
     max_cases: Count = Field(6, description="validation cases to prepare for inpainting; 0 for all")
     show_case: str = Field("", description="case to plot; empty takes the first validation case")
@@ -158,6 +158,9 @@ def parameter_groups(model: type[Options]) -> Iterator[tuple[str, list[str]]]:
             yield cls.heading, names
 
 
+LINE_LENGTH = 120  # of a notebook's code, whose formatter would wrap a longer line
+
+
 def parameters_cell(model: type[StageConfig]) -> str:
     """Return the source of a notebook's parameters cell: one `name: type = literal  # description` a line."""
     groups = []
@@ -169,6 +172,7 @@ def parameters_cell(model: type[StageConfig]) -> str:
             literal = json.dumps(field.default) if kind == "str" else repr(field.default)
             choices = getattr(field.annotation, "__args__", ())
             among = f" ({', '.join(choices)})" if choices and all(isinstance(c, str) for c in choices) else ""
-            lines.append(f"{name}: {kind} = {literal}  # {field.description}{among}")
+            line = f"{name}: {kind} = {literal}  # {field.description}"
+            lines.append(line + among if len(line + among) <= LINE_LENGTH else line)
         groups.append("\n".join(lines))
     return "\n\n".join(groups)
