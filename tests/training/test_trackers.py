@@ -101,7 +101,7 @@ def test_a_long_training_logs_as_fast_as_a_short_one(tmp_path):
     assert len(table.rows) == 5_000 and table.rows[4_999]["train_loss"] == 1 / 5_000
 
 
-def test_the_table_is_always_there_and_the_others_only_if_asked(tmp_path):
+def test_the_table_is_always_there_and_the_others_only_if_requested(tmp_path):
     found = trackers(settings(), settings(), place(tmp_path))
     found.log({"a": np.float32(0.1), "b": np.float64(1 / 3), "c": 2}, 1)  # plain numbers reach every tracker
     found.close(failed=False)

@@ -1,4 +1,4 @@
-"""Laws of the training: resuming changes nothing, known cells stay clean, and what is written can be read again."""
+"""Resuming a training changes nothing, known latent voxels stay clean, and what is written can be read again."""
 
 import csv
 import math
@@ -53,7 +53,7 @@ class Study:
     """What a training needs: three encoded cases to train on and one to validate on."""
 
     def __init__(self, cases, folder, context="composite"):
-        self.folder, self.cells = folder, LatentSpec(context=context)
+        self.folder, self.spec = folder, LatentSpec(context=context)
         self.autoencoder = load_model(folder, Autoencoder)
         self.variants = {case.key: [self.encode(case)] for case in cases[:3]}
         self.validation = [load_case(cases[4])]
@@ -61,10 +61,10 @@ class Study:
 
     def encode(self, case):
         on_grid = grid_case(load_case(case), self.autoencoder.factor)
-        return encode_case(on_grid, self.autoencoder, self.cells, device=CPU, precision="32")
+        return encode_case(on_grid, self.autoencoder, self.spec, device=CPU, precision="32")
 
     def model(self, config):
-        return new_model(self.folder, config, self.cells)
+        return new_model(self.folder, config, self.spec)
 
     def train(self, folder, config, variants=None):
         variants = self.variants if variants is None else variants
@@ -209,9 +209,9 @@ def test_a_signal_ends_after_the_step_in_hand_and_saves_it(study, straight, tmp_
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "advance", signalled)
-        with pytest.raises(InterruptionError, match=f"stopped by {number.name} after step 5 of 8, saved") as told:
+        with pytest.raises(InterruptionError, match=f"stopped by {number.name} after step 5 of 8, saved") as stopped:
             study.train(broken, config)
-    assert told.value.status == 128 + number and signal.getsignal(number) is before
+    assert stopped.value.status == 128 + number and signal.getsignal(number) is before
     assert checkpoints.resumable(broken / "checkpoints")[0].name == "last-00000005.ckpt"
     assert equal(state(whole), state(study.train(broken, config))) and rows(broken) == rows(folder)
 
@@ -227,7 +227,7 @@ def test_loader_processes_change_nothing_and_can_be_resumed(study, straight, tmp
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_from_the_cache_is_training_from_memory(study, cases, tmp_path, workers):
-    cache = LatentCache(tmp_path / "latents", study.autoencoder, "w", study.cells, device=CPU, precision="32")
+    cache = LatentCache(tmp_path / "latents", study.autoencoder, "w", study.spec, device=CPU, precision="32")
     cached = {entry.case.key: entry for entry in cache.encode(cases[:3], variants=2)}
     trained = [
         study.train(place(tmp_path, name), config, variants)
@@ -280,16 +280,16 @@ def test_the_learning_rate_is_a_function_of_the_step(study, tmp_path):
 # ---- what does not fit
 
 
-@pytest.mark.parametrize(("changes", "said"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"base_width": 12}, "base_width was 8, now 12"),
     ({"learning_rate": 2e-3, "seed": 4}, r"seed was 0, now 4; learning_rate was 0\.001, now 0\.002"),
     ({"batch_size": 1}, "global batch was 2, now 1"),
     ({"max_epochs": 2}, "max_epochs was 1, now 2"),
 ])  # fmt: skip
-def test_a_changed_configuration_is_refused_with_the_list(study, tmp_path, changes, said):
+def test_a_changed_configuration_is_rejected_with_the_list(study, tmp_path, changes, message):
     folder = place(tmp_path)
     study.train(folder, settings(max_epochs=1))
-    with pytest.raises(TrainingError, match=rf"last-00000002\.ckpt: is of another training: .*{said}"):
+    with pytest.raises(TrainingError, match=rf"last-00000002\.ckpt: is of another training: .*{message}"):
         study.train(folder, settings(**{"max_epochs": 1} | changes))
 
 
@@ -300,7 +300,7 @@ def test_a_change_that_was_allowed_is_made(study, tmp_path):
     assert longer.step == 4
 
 
-def test_another_split_or_autoencoder_is_refused_by_name(study, cases, tmp_path):
+def test_another_split_or_autoencoder_is_rejected_by_name(study, cases, tmp_path):
     folder, config = place(tmp_path), settings(max_epochs=1)
     study.train(folder, config)
     fewer = dict(list(study.variants.items())[:2])
@@ -331,7 +331,7 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(study, tmp_path
     assert equal(state(whole), state(resumed)) and checkpoints.read_verified(newest)
 
 
-def test_without_a_whole_checkpoint_nothing_is_begun_anew(study, tmp_path):
+def test_without_a_whole_checkpoint_no_training_is_begun(study, tmp_path):
     folder = place(tmp_path)
     study.train(folder, settings(max_epochs=1))
     for path in checkpoints.resumable(folder / "checkpoints"):
@@ -340,7 +340,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(study, tmp_path):
         study.train(folder, settings(max_epochs=1))
 
 
-def test_a_full_disk_is_refused_before_the_first_step(study, tmp_path, monkeypatch):
+def test_a_full_disk_is_rejected_before_the_first_step(study, tmp_path, monkeypatch):
     class Full:
         free = 1000
 
@@ -407,8 +407,8 @@ def test_a_loss_that_is_not_finite_names_its_step_and_cases_and_is_never_saved(s
     monkeypatch.setattr(trainer, "training_loss", spoiled)
     folder, config = place(tmp_path), settings(log_every=every, checkpoint_every=2, val_every=4)
     cases = sorted({list(study.variants)[case] for *_, case in BatchPlan(3, config).sample_indices(bad - 1)})
-    said = f"not finite in step {bad}, cases {', '.join(cases)}; last finite checkpoint: last-00000002.ckpt"
-    with pytest.raises(TrainingError, match=said):
+    message = f"not finite in step {bad}, cases {', '.join(cases)}; last finite checkpoint: last-00000002.ckpt"
+    with pytest.raises(TrainingError, match=message):
         study.train(folder, config)
     kept = checkpoints.resumable(folder / "checkpoints")
     assert [path.name for path in kept] == ["last-00000002.ckpt"]
@@ -438,14 +438,14 @@ def test_a_global_batch_may_be_changed_by_name(study, tmp_path):
     assert study.train(folder, settings(max_epochs=2, batch_size=1, allow_change="max_epochs, batch_size")).complete
 
 
-@pytest.mark.parametrize(("error", "said"), [
+@pytest.mark.parametrize(("error", "message"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
      r"no memory left on the GPU after step 3 \(CUDA out of memory. Tried to allocate 2 GiB\); last checkpoint: "
      r"last-00000002.ckpt. Fix: lower batch_size"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "),
      r"a loader process died after step 3 \(DataLoader worker \(pid 7\) .*Fix: set num_workers to 0"),
 ], ids=["memory", "loader"])  # fmt: skip
-def test_what_runs_out_is_told_with_where_to_go_on_from(study, tmp_path, monkeypatch, error, said):
+def test_exhausted_memory_is_reported_with_the_checkpoint_to_resume_from(study, tmp_path, monkeypatch, error, message):
     advance = trainer.Trainer.advance
 
     def fails(self, data):
@@ -454,11 +454,11 @@ def test_what_runs_out_is_told_with_where_to_go_on_from(study, tmp_path, monkeyp
         advance(self, data)
 
     monkeypatch.setattr(trainer.Trainer, "advance", fails)
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=message):
         study.train(place(tmp_path), settings(checkpoint_every=2))
 
 
-def test_more_devices_than_processes_are_refused_while_there_is_something_to_train(study, tmp_path):
+def test_more_devices_than_processes_are_rejected_while_there_is_something_to_train(study, tmp_path):
     folder = place(tmp_path)
     with pytest.raises(ConfigError, match=r"devices = 2: 1 here, after step 0 of 8.*make train DEVICES=2"):
         study.train(folder, settings(devices=2, batch_size=1))
@@ -469,7 +469,7 @@ def test_more_devices_than_processes_are_refused_while_there_is_something_to_tra
 
 
 @pytest.mark.parametrize("which", ["study", "concat"])
-def test_known_cells_are_clean_in_every_training_step(which, request, tmp_path):
+def test_known_latent_voxels_are_clean_in_every_training_step(which, request, tmp_path):
     study, seen = request.getfixturevalue(which), []
     config = settings(max_epochs=1, latent_crop=0, batch_size=1, patience=5)
     model = study.model(config)
@@ -481,7 +481,7 @@ def test_known_cells_are_clean_in_every_training_step(which, request, tmp_path):
     for (x, t), where in zip(seen, places, strict=True):
         sample = TrainingSamples(list(study.variants.values()), config, 1000, global_batch=1)[where]
         known = (sample["mask"] == 0).expand_as(sample["voided"])
-        assert x.shape[1] == input_channels(3, study.cells) == (8 if which == "study" else 12)
+        assert x.shape[1] == input_channels(3, study.spec) == (8 if which == "study" else 12)
         assert int(t) == int(sample["t"])
         assert torch.equal(x[0, :3][known], sample["voided"][known])
         alpha_bar = model.schedule.alpha_bar[sample["t"]]
@@ -518,23 +518,23 @@ def batch_at(study, t):
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
 def test_the_loss_is_that_of_what_is_predicted(study, objective, gamma):
-    """Closed form: an untrained denoiser is silent, so its loss is the mean square of what it should have said."""
+    """Closed form: an untrained denoiser is silent, so its loss is the mean square of its target."""
     config = settings(min_snr_gamma=gamma, **objective)
     model, batch = study.model(config), batch_at(study, 600)
-    asked = prediction_target(config.prediction, model.schedule, batch["target"], batch["noise"], batch["t"])
-    cells = batch["loss"].expand_as(asked) > 0
+    target = prediction_target(config.prediction, model.schedule, batch["target"], batch["noise"], batch["t"])
+    mask = batch["loss"].expand_as(target) > 0
     weight = float(min_snr_weight(config.prediction, model.schedule, batch["t"], gamma)) if gamma else 1.0
     found = training_loss(model.denoiser, batch, model, config)
-    assert found.item() == pytest.approx(weight * asked[cells].square().mean().item(), rel=1e-5)
+    assert found.item() == pytest.approx(weight * target[mask].square().mean().item(), rel=1e-5)
     silent = {"noise": 0.0, "x0": None, "velocity": model.schedule.sigma[600], "flow": 1.0}[config.prediction]
     noisy = model.schedule.add_noise(batch["target"], batch["noise"], batch["t"])
-    heard = noisy / model.schedule.sigma[600] if silent is None else silent * noisy  # as noise
-    error = (heard - batch["noise"])[cells].square().mean().item()
+    as_noise = noisy / model.schedule.sigma[600] if silent is None else silent * noisy
+    error = (as_noise - batch["noise"])[mask].square().mean().item()
     assert noise_loss(model.denoiser, batch, model).item() == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
-def test_known_cells_are_asked_for_what_they_are_clean_and_without_noise(study, objective):
+def test_known_latent_voxels_have_the_target_of_clean_latents_without_noise(study, objective):
     config = settings(outside_weight=0.25, **objective)
     model, batch = study.model(config), batch_at(study, 600)
     alone = training_loss(model.denoiser, batch, model, settings(**objective))
@@ -580,7 +580,7 @@ def test_early_stopping_counts_validations(study, tmp_path, monkeypatch, patienc
     assert study.train(place(tmp_path), config).epoch == epochs
 
 
-def test_a_better_validation_begins_the_count_anew(study, tmp_path, monkeypatch):
+def test_a_better_validation_restarts_the_count(study, tmp_path, monkeypatch):
     unlucky(monkeypatch, [5.0, 6.0, 4.0, 4.0, 7.0, 1.0])
     assert study.train(place(tmp_path), settings(max_epochs=20, patience=2, val_every=1, batch_size=3)).epoch == 5
 
@@ -653,7 +653,7 @@ def test_the_weights_that_are_kept(study, tmp_path, monkeypatch, keep):
 
 
 @pytest.mark.parametrize("objective", TRAINED, ids=lambda o: o["prediction"])
-def test_what_was_trained_fills_files(study, cases, tmp_path, objective):
+def test_a_trained_model_inpaints_files(study, cases, tmp_path, objective):
     folder = place(tmp_path)
     trained = study.train(folder, settings(max_epochs=1, schedule_shift=1.5, **TWO_LEVELS, **objective))
     digest = save(trained, study, folder)
@@ -676,17 +676,17 @@ def test_the_composite_that_is_shown_is_the_one_that_is_trained_on(study):
     batch = collate([next(iter(study.variants.values()))[0]])
     model = study.model(settings())
     clean, noisy = (noisy_composite(batch, model, t=t, seed=0) for t in (0, 999))
-    hole = batch["mask"].expand_as(clean) > 0
-    assert torch.equal(clean[~hole], batch["voided"][~hole]) and torch.equal(noisy[~hole], batch["voided"][~hole])
-    assert torch.allclose(clean[hole], batch["target"][hole], atol=0.1) and abs(noisy[hole].std() - 1) < 0.1
+    mask = batch["mask"].expand_as(clean) > 0
+    assert torch.equal(clean[~mask], batch["voided"][~mask]) and torch.equal(noisy[~mask], batch["voided"][~mask])
+    assert torch.allclose(clean[mask], batch["target"][mask], atol=0.1) and abs(noisy[mask].std() - 1) < 0.1
 
 
 # ---- the overfitting test
 
 
 @pytest.mark.slow
-def test_one_case_can_be_learnt_by_heart(cases, tmp_path):
-    """Sixteen fixed pairs of one case: the loss falls below a tenth, and its hole comes back from fresh noise."""
+def test_one_case_can_be_overfitted(cases, tmp_path):
+    """Sixteen fixed pairs of one case: the loss falls below a tenth, and its mask is recovered from fresh noise."""
     torch.manual_seed(0)
     changes = {"overfit_batches": 1, "batch_size": 4, "max_epochs": 80, "learning_rate": 2e-3, "val_every": 80,
                "autoencoder_steps": 100, "device": "cpu", "precision": "32"}  # fmt: skip
@@ -706,4 +706,4 @@ def test_one_case_can_be_learnt_by_heart(cases, tmp_path):
     ours = brats_scores(filled, data.target, data.voided, data.healthy)["psnr_01"]
     rebuilt = reconstruct(autoencoder, grid_case(data, autoencoder.factor).target, **how).volume
     _, best = upper_bound(data, rebuilt, autoencoder.factor)
-    assert ours > best["psnr_01"] - 3, f"{ours:.2f} dB, ceiling {best['psnr_01']:.2f} dB"
+    assert ours > best["psnr_01"] - 3, f"{ours:.2f} dB, upper bound {best['psnr_01']:.2f} dB"
