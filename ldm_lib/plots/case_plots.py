@@ -230,8 +230,8 @@ def plot_series(
         >>> [axes.get_title() for axes in figure.axes]
         ['step 1', 'step 2']
     """
-    lines = [case.lps(growths[name]) for name in volumes] if growths else None
-    layout = _layout(case, growths[list(volumes)[-1]] if growths else None, title)
+    lines = [case.lps(growths[name]) if name in growths else None for name in volumes] if growths else None
+    layout = _layout(case, list(growths.values())[-1] if growths else None, title)
     layout |= {"std": None if std is None else case.lps(std), "growths": lines, "plane": plane}
     return figures.series(_in_lps(case, volumes), window=window, margin_mm=margin_mm, **layout)
 

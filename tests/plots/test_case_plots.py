@@ -18,7 +18,7 @@ DRAW = {
     "plot_samples": lambda case: case_plots.plot_samples(case, [case.voided, case.target], margin_mm=30),
     "plot_uncertainty": lambda case: case_plots.plot_uncertainty(case, case.target, case.target / 9),
     "plot_series": lambda case: case_plots.plot_series(
-        case, {"no": case.voided, "old": case.target}, growths={"no": 0 * case.growth, "old": case.growth}
+        case, {"no": case.voided, "old": case.target}, growths={"old": case.growth}
     ),
     "view": lambda case: case_plots.view(case, {"voided": case.voided, "growth": case.growth}).figure,
 }
