@@ -82,7 +82,9 @@ def test_a_turn_is_a_rotation_in_millimetres():
 def test_no_place_is_a_refusal_with_numbers():
     brain = _ball((20, 20, 20), (10, 10, 10), 8)
     donor = _ball(brain.shape, (10, 10, 10), 3)
-    with pytest.raises(InputError, match=r"no place for a healthy mask in 40 turns of 60 places: .* of which 0 lie"):
+    with pytest.raises(
+        InputError, match=r"no place for a healthy mask in 40 rotations of 60 places: .* of which 0 lie"
+    ):
         healthy_mask(brain, brain, donor, np.random.default_rng(0), spacing_mm=1.0)
     for given, name in (((0 * brain, donor), "brain"), ((brain, 0 * donor), "donor")):
         with pytest.raises(InputError, match=f"{name}: the mask is empty"):
