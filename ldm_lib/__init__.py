@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ldm_lib.diffusion.model import LatentDiffusion as LatentDiffusion
     from ldm_lib.evaluation.case_scores import brats_metrics as brats_metrics
     from ldm_lib.evaluation.evaluate import evaluate as evaluate
-    from ldm_lib.experiment.run_folder import open_stage as open_stage
     from ldm_lib.experiment.runner import run as run
+    from ldm_lib.experiment.stage import open_stage as open_stage
     from ldm_lib.inpainting.inpainter import Inpainter as Inpainter
     from ldm_lib.inpainting.result import Inpainting as Inpainting
     from ldm_lib.inpainting.single_file import inpaint as inpaint
@@ -51,7 +51,7 @@ _MODULES = {  # name -> where it is defined
     "brats_metrics": "evaluation.case_scores",
     "plot": "plots.case_plots",
     "view": "plots.case_plots",
-    "open_stage": "experiment.run_folder",
+    "open_stage": "experiment.stage",
     "run": "experiment.runner",
     "ReadOptions": "data.options",
     "AutoencoderTrainingOptions": "autoencoder.options",

@@ -7,7 +7,7 @@ The options of a room stand in that room's `options.py`; the parameter models of
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -98,6 +98,9 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
+Group = TypeVar("Group", bound="Options")
+
+
 class Options(BaseModel):
     """Hold a group of parameters: immutable, every value checked, unknown names rejected.
 
@@ -130,6 +133,10 @@ class Options(BaseModel):
         renamed = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
         fix = f"it is called {renamed!r} since version 0.8" if renamed else cls.hint
         raise ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=fix)
+
+    def part(self, cls: type[Group]) -> Group:
+        """Return the options of one group, such as `LatentOptions`, as an object of that class."""
+        return cls(**{name: getattr(self, name) for name in cls.model_fields if hasattr(self, name)})
 
     def tracked(self) -> dict[str, Any]:
         """Return the parameters that decide the result."""

@@ -141,13 +141,13 @@ def executed(monkeypatch):
     import nbformat
 
     from ldm_lib.experiment import runner
-    from ldm_lib.experiment.run_folder import open_stage
+    from ldm_lib.experiment.stage import open_stage, stage_inputs
 
     done = []
 
     def execute(stage, config, folder):
         done.append(stage)
-        opened = open_stage(stage, config.model_dump(), inputs=runner.stage_inputs(stage, config, folder.parent))
+        opened = open_stage(stage, config.model_dump(), inputs=stage_inputs(stage, config, folder.parent))
         nbformat.write(
             nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {stage}")]), folder / "notebook.ipynb"
         )

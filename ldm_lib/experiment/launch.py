@@ -21,7 +21,8 @@ from ldm_lib.data.cohort import with_target
 from ldm_lib.diffusion.latents import LatentSpec
 from ldm_lib.errors import InterruptionError, LdmError, TrainingError
 from ldm_lib.experiment.cohort_file import read_cohort
-from ldm_lib.experiment.run_folder import SHARED_OUT, open_stage, outputs_folder, read_record, require_done
+from ldm_lib.experiment.run_folder import SHARED_OUT, outputs_folder, read_record, require_done
+from ldm_lib.experiment.stage import open_stage
 from ldm_lib.experiment.stages import AuditConfig, SamplingConfig, TrainingConfig
 from ldm_lib.files import write_json
 from ldm_lib.inpainting.folder import fill_cases, require_all, require_recorded

@@ -6,21 +6,21 @@ with the same inputs and parameters need not run again; with different ones it i
 
 import logging
 import os
+import platform
 import re
-import shutil
-import time
+import resource
+import subprocess
+import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ldm_lib import __version__
 from ldm_lib.errors import RunError
-from ldm_lib.experiment.path_aliases import PathHidingFormatter, remember_paths, with_aliases
-from ldm_lib.experiment.provenance import peak_memory_mb, provenance
+from ldm_lib.experiment.path_aliases import PathHidingFormatter, with_aliases
 from ldm_lib.experiment.stages import STAGES, StageConfig
-from ldm_lib.files import fingerprint, now, read_json, sha256, write_csv, write_json
-from ldm_lib.locking import OWNER_VARIABLE, FolderLock
+from ldm_lib.files import fingerprint, now, read_json, sha256, write_json
 from ldm_lib.options import names
 from ldm_lib.training.options import SHARED_OUT
 
@@ -39,6 +39,8 @@ RECORD_FIELDS: dict[str, dict[str, Any]] = {
                   "finished": str},
     "parameters.json": {"parameters": dict, "inputs": dict},
 }  # fmt: skip
+PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn", "papermill", "pydantic")
+_PROJECT = Path(__file__).parents[2]
 UNTRACKED_OUTPUTS = (SHARED_OUT, "notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
                      "parameters.json")  # fmt: skip
 
@@ -50,137 +52,6 @@ def outputs_folder() -> Path:
     """
     here = Path.cwd()
     return Path(os.environ.get(OUTPUTS_VARIABLE) or (here.parent if here == NOTEBOOKS else here) / "outputs").resolve()
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Display a saved figure in a notebook."""
-
-    path: Path
-
-    def _repr_png_(self) -> bytes:
-        return self.path.read_bytes()
-
-
-@dataclass
-class Stage:
-    """Hold one stage of a run while its notebook works: where it writes, and what it checks.
-
-    Attributes:
-        name: such as "04_training".
-        config: its validated parameters.
-        folder: outputs/<run>/<name>.
-        inputs: name -> sha256 of what it was made from.
-    """
-
-    name: str
-    config: StageConfig
-    folder: Path
-    inputs: dict[str, str]
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    _lock: FolderLock | None = None
-    _started: float = field(default_factory=time.monotonic)
-
-    def previous(self, name: str) -> Path:
-        """Return the folder of an earlier stage of this run, which must have finished."""
-        return require_done(self.folder.parent, name)
-
-    def figure(self, figure: Any, name: str) -> Picture:
-        """Save a matplotlib figure as figures/<name>.png and return it for display."""
-        path = self.folder / "figures" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=100, facecolor=figure.get_facecolor())
-        return Picture(path)
-
-    def table(self, rows: list[dict[str, Any]], name: str) -> Any:
-        """Save rows as <name>.csv (columns in order of appearance) and return them as a DataFrame."""
-        import pandas
-
-        return pandas.DataFrame(rows, columns=write_csv(self.folder / f"{name}.csv", rows))
-
-    def check(self, what: str, passed: bool, found: object, *, required: bool = True) -> None:
-        """Record an acceptance check; `close` raises an error if a required one failed."""
-        self.checks.append({"check": what, "passed": bool(passed), "found": str(found), "required": required})
-
-    def close(self, summary: dict[str, Any]) -> Any:
-        """Finish the stage: write summary.json and, last, done.json; return the checks as a table.
-
-        Raises:
-            RunError: a required check failed; the stage is not finished.
-        """
-        import pandas
-
-        write_json(self.folder / "summary.json", summary)
-        failed = [c for c in self.checks if c["required"] and not c["passed"]]
-        if failed:
-            message = "; ".join(f"{c['check']} ({c['found']})" for c in failed)
-            raise RunError(f"not accepted: {message}", where=self.name, fix="see the notebook's last table")
-        content = {
-            "stage": self.name,
-            "parameters": tracked(self.config),
-            "inputs": self.inputs,
-            "outputs": {name: sha256(path) for name, path in _outputs(self.folder).items()},
-            "checks": self.checks,
-            "seconds": round(time.monotonic() - self._started, 1),
-            "peak_memory_mb": peak_memory_mb(),
-            "finished": now(),
-            "made_with": provenance(),
-        }
-        headless = OWNER_VARIABLE in os.environ
-        write_json(self.folder / ("pending.json" if headless else "done.json"), content)
-        log.info("%s finished after %.0f s", self.name, content["seconds"])
-        if self._lock and not headless:
-            self._lock.release()
-        return pandas.DataFrame(self.checks, columns=["check", "passed", "found", "required"])
-
-
-def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] | None = None) -> Stage:
-    """Start a stage of a run from a notebook or from Python, and return where it writes and what it records.
-
-    Args:
-        name: full name of the stage, such as "04_training".
-        parameters: values by name, such as a notebook's `globals()`; names of no parameter are ignored.
-        inputs: name -> digest of what the stage is made from, besides the earlier stages.
-
-    Raises:
-        ConfigError: a parameter has a wrong type or is out of range.
-        RunError: the run is locked, an earlier stage is not done, or this stage was started with other settings.
-
-    Examples:
-        >>> stage = open_stage("01_data_audit", {"run": "example", "seed": 3})
-        >>> stage.check("cases found", True, 12)
-        >>> table = stage.close({"cases": 12})  # writes done.json
-        >>> sorted(path.name for path in stage.folder.iterdir())
-        ['done.json', 'parameters.json', 'summary.json']
-    """
-    model = STAGES[name]
-    config = model.parse({key: parameters[key] for key in model.model_fields if key in parameters})
-    run_folder = outputs_folder() / config.run
-    folder = run_folder / name
-    lock = FolderLock(run_folder)
-    with ExitStack() as on_error:
-        on_error.callback(lock.release)
-        _log_to(run_folder / "log.txt")
-        remember_paths(run_folder, config.model_dump())
-        inputs = {**upstream_digests(run_folder, name), **(inputs or {})}
-        _clear(folder, config, inputs)
-        write_json(folder / "parameters.json", {"parameters": tracked(config), "inputs": inputs})
-        on_error.pop_all()
-    log.info("%s started", name)
-    return Stage(name, config, folder, inputs, _lock=lock)
-
-
-def _clear(folder: Path, config: StageConfig, inputs: dict[str, str]) -> None:
-    """Prepare a stage's folder: it is not done any more, and results of other settings are removed or rejected."""
-    if not config.overwrite:
-        require_unchanged(folder, config, inputs, fix="name another run, or set overwrite to replace it")
-    elif changes(folder, config, inputs):
-        shutil.rmtree(folder)
-    folder.mkdir(exist_ok=True)
-    for marker in ("done.json", "pending.json"):
-        (folder / marker).unlink(missing_ok=True)
-    for partial in folder.rglob(".*.part"):  # of a process that was killed: we hold the lock of the run
-        partial.unlink()
 
 
 def require_unchanged(folder: Path, config: StageConfig, inputs: dict[str, str], *, fix: str) -> None:
@@ -243,7 +114,7 @@ def is_done(folder: Path, config: StageConfig, inputs: dict[str, str]) -> bool:
 def damaged(folder: Path) -> list[str]:
     """List the outputs of a finished stage that are missing or have changed."""
     recorded = read_record(folder / "done.json")["outputs"]
-    files = _outputs(folder)
+    files = outputs_of(folder)
     return sorted(name for name, digest in recorded.items() if name not in files or sha256(files[name]) != digest)
 
 
@@ -276,15 +147,46 @@ def write_provenance(run_folder: Path, *, preset: str, configs: dict[str, StageC
     write_json(
         run_folder / "config.json", {"preset": preset, **{k: with_aliases(v.model_dump()) for k, v in configs.items()}}
     )
-    _log_to(run_folder / "log.txt")
+    log_to(run_folder / "log.txt")
 
 
-def _outputs(folder: Path) -> dict[str, Path]:
+def provenance() -> dict[str, Any]:
+    """Return code, versions and machine that a result comes from."""
+    return {
+        "version": __version__,
+        "git": _git_state(),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def peak_memory_mb() -> int:
+    """Return the largest resident memory that this process has had, MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else kilobytes
+    return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def _git_state() -> dict[str, Any]:
+    if not (_PROJECT / ".git").exists():  # an installed package
+        return {"commit": "unknown", "changed_files": None}
+    git = ["git", "-C", str(_PROJECT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "changed_files": None}
+    return {"commit": commit, "changed_files": len(changed.splitlines())}
+
+
+def outputs_of(folder: Path) -> dict[str, Path]:
+    """List the files that a stage has written, by name: not its records, notebook and hidden files."""
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {n: p for n, p in files.items() if n not in UNTRACKED_OUTPUTS and not p.name.startswith(".")}
 
 
-def _log_to(path: Path) -> None:
+def log_to(path: Path) -> None:
+    """Append the library's log to this file, without paths of the machine."""
     if str(path) in {getattr(handler, "baseFilename", "") for handler in log.handlers}:
         return
     for handler in list(log.handlers):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_lib.data.cohort import source_digests
 from ldm_lib.errors import InterruptionError, LdmError, RunError
 from ldm_lib.experiment.path_aliases import ALIASES, hide_paths_in, remember_paths, with_aliases
 from ldm_lib.experiment.presets import DEFAULT_PRESET, require_fit, resolve
@@ -26,19 +25,18 @@ from ldm_lib.experiment.run_folder import (
     read_record,
     require_done,
     require_unchanged,
-    upstream_digests,
     write_provenance,
 )
+from ldm_lib.experiment.stage import stage_inputs
 from ldm_lib.experiment.stages import (
     STAGES,
     AuditConfig,
-    AutoencoderConfig,
     SamplingConfig,
     StageConfig,
     TrainingConfig,
     stage_name,
 )
-from ldm_lib.files import digests, expand_path, markdown
+from ldm_lib.files import expand_path, markdown
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 from ldm_lib.process_control import ForwardSignals
 
@@ -113,14 +111,6 @@ def run_stages(
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         lock.release()
     return folder
-
-
-def stage_inputs(stage: str, config: StageConfig, run_folder: Path) -> dict[str, str]:
-    """Return name -> digest of what a stage is made from: source files, outputs of earlier stages, given weights."""
-    if isinstance(config, AuditConfig):
-        return source_digests(config.data_dir, config.conditioning_dir)
-    weights = (config.given_weights,) if isinstance(config, AutoencoderConfig) else ()
-    return upstream_digests(run_folder, stage) | digests(*weights)
 
 
 def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:

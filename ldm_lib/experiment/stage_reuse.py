@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ldm_lib.experiment.run_folder import changes, is_done
-from ldm_lib.experiment.runner import stage_inputs
+from ldm_lib.experiment.stage import stage_inputs
 from ldm_lib.experiment.stages import StageConfig
 from ldm_lib.files import now
 from ldm_lib.locking import FolderLock

@@ -13,17 +13,10 @@ import pytest
 
 from ldm_lib import __version__
 from ldm_lib.errors import ConfigError, RunError
-from ldm_lib.experiment import path_aliases, provenance, run_folder
+from ldm_lib.experiment import path_aliases, run_folder
 from ldm_lib.experiment.presets import resolve
-from ldm_lib.experiment.run_folder import (
-    changes,
-    damaged,
-    is_done,
-    open_stage,
-    outputs_folder,
-    tracked,
-    upstream_digests,
-)
+from ldm_lib.experiment.run_folder import changes, damaged, is_done, outputs_folder, tracked, upstream_digests
+from ldm_lib.experiment.stage import open_stage
 from ldm_lib.experiment.stages import STAGES
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 
@@ -114,10 +107,10 @@ def test_a_stage_of_a_version_before_08_is_rejected_in_one_line(outputs, old, va
 
 
 def test_memory_is_in_megabytes_on_every_system(monkeypatch):
-    here = provenance.peak_memory_mb()
+    here = run_folder.peak_memory_mb()
     assert 10 < here < 100_000
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert provenance.peak_memory_mb() == pytest.approx(here / 1024, abs=2)
+    assert run_folder.peak_memory_mb() == pytest.approx(here / 1024, abs=2)
 
 
 def test_an_input_that_is_gone_is_a_difference(outputs):
@@ -354,7 +347,7 @@ def test_run_json_records_code_versions_machine_and_command(outputs):
     ).stdout.strip()
     assert record["version"] == __version__ and record["git"]["commit"] == (commit or "unknown")
     assert record["command"] == ["python", "-m", "ldm_lib", "run"]
-    assert record["versions"] == {name: metadata.version(name) for name in provenance.PACKAGES}
+    assert record["versions"] == {name: metadata.version(name) for name in run_folder.PACKAGES}
     assert record["machine"]["cores"] == os.cpu_count() and record["python"] == sys.version.split()[0]
     kept = read(folder / "config.json")
     assert kept.pop("preset") == "smoke"

@@ -21,7 +21,7 @@ from ldm_lib.experiment.stages import STAGES, parameters_cell
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 
 AUDIT, AUTOENCODER, *_ = STAGES
-OPEN = f'from ldm_lib.experiment.run_folder import open_stage\nstage = open_stage("{AUDIT}", globals())'
+OPEN = f'from ldm_lib.experiment.stage import open_stage\nstage = open_stage("{AUDIT}", globals())'
 
 
 @pytest.fixture(autouse=True)
