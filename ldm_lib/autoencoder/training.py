@@ -25,6 +25,7 @@ from ldm_lib.autoencoder.fitting import fit_linear_parts, latent_statistics
 from ldm_lib.autoencoder.losses import discriminator_loss, generator_loss, patch_discriminator
 from ldm_lib.autoencoder.model import Autoencoder, kl_divergence
 from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
+from ldm_lib.autoencoder.third_party import load_autoencoder
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import TrainingError
@@ -185,6 +186,34 @@ def train_autoencoder(
     precision = pick_precision(precision, place)
     fit_autoencoder(autoencoder, cases, options, folder=folder, device=place, precision=precision)
     return autoencoder
+
+
+def load_or_train(
+    weights: str | Path,
+    cases: Sequence[Case],
+    options: AutoencoderTrainingOptions,
+    *,
+    folder: str | Path,
+    device: torch.device,
+    precision: str,
+) -> tuple[Autoencoder, str]:
+    """Load weights of this project, MONAI, monai-generative or MAISI, or train; return also where they come from.
+
+    Args:
+        weights: model folder or file; empty trains on the cases.
+        cases: training cases, by which latents of other projects' weights are standardised.
+        folder: takes the checkpoint of a training.
+    """
+    spacing_mm = load_case(cases[0]).source.spacing_mm[0]
+    if not weights:
+        autoencoder = build_autoencoder(options, spacing_mm=spacing_mm)
+        fit_autoencoder(autoencoder, cases, options, folder=folder, device=device, precision=precision)
+        return autoencoder, "trained here"
+    imported = load_autoencoder(weights, spacing_mm=spacing_mm)
+    autoencoder = imported.autoencoder.to(device)
+    if not imported.standardised:
+        autoencoder.standardise(*latent_statistics(autoencoder, cases, device=device, precision=precision))
+    return autoencoder, imported.description
 
 
 def fit_autoencoder(

@@ -125,6 +125,16 @@ class LatentCache:
         }
         folder.mkdir(parents=True, exist_ok=True)
 
+    def versions(self, case: Case, count: int) -> dict[str, GridCase]:
+        """Return a case on the model's grid as it is, and `count` augmented versions, by name, for inspection."""
+        original = grid_case(load_case(case), self.autoencoder.factor)
+        spacing_mm = self.autoencoder.spacing_mm
+        found = {"original": original}
+        for k in range(1, count + 1):
+            rng = np.random.default_rng([self.seed, k])
+            found[f"version {k}"] = self.augmentation(original, rng, spacing_mm=spacing_mm)
+        return found
+
     def encode(self, cases: Sequence[Case], *, variants: int = 1) -> list[CachedCase]:
         """Encode what is missing, out of date or damaged, and return a handle for each case.
 

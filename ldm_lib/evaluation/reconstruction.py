@@ -19,7 +19,7 @@ from ldm_lib.data.model_grid import GridCase, grid_case
 from ldm_lib.devices import autocast
 from ldm_lib.evaluation.image_quality import brain_scores, psnr
 from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
-from ldm_lib.geometry import Frame, bounding_box
+from ldm_lib.geometry import Frame, bounding_box, latent_mask
 
 FARTHEST_SHIFT_VOX = 2
 COLUMN_VOX = 64
@@ -49,12 +49,14 @@ class CheckedCase:
 
     Attributes:
         grid: the case on the model's grid.
+        latent_mask: bool, the latent voxels that contain any of the mask.
         full, voided: reconstructions of the full and of the voided image.
         pasted: the reconstructed target in the mask, (x, y, z) in the file's order and units.
         scores: of the upper bound and of the reference codecs, `outside_psnr` of the voided image, and seconds.
     """
 
     grid: GridCase
+    latent_mask: np.ndarray
     full: Reconstruction
     voided: Reconstruction
     pasted: np.ndarray
@@ -83,7 +85,7 @@ def check_case(
         scores[f"{name}_psnr"] = upper_bound(data, rebuilt, autoencoder.factor)[1]["psnr_01"]
     scores["outside_psnr"] = brain_scores(voided.volume, grid.voided)["psnr"]
     seconds = {"encode_s": full.encode_s, "decode_s": full.decode_s}
-    return CheckedCase(grid, full, voided, pasted, scores | seconds)
+    return CheckedCase(grid, latent_mask(grid.mask, autoencoder.factor), full, voided, pasted, scores | seconds)
 
 
 def by_tissue(data: CaseData, filled: np.ndarray) -> list[dict[str, str | int | float]]:

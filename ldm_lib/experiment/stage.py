@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm_lib.data import cohort
 from ldm_lib.data.case import Case
@@ -32,6 +32,9 @@ from ldm_lib.experiment.run_folder import (
 from ldm_lib.experiment.stages import STAGES, AuditConfig, AutoencoderConfig, StageConfig
 from ldm_lib.files import digests, now, sha256, write_csv, write_json
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
+
+if TYPE_CHECKING:
+    from ldm_lib.diffusion.latents import LatentSpec
 
 log = logging.getLogger("ldm_lib")
 
@@ -84,6 +87,16 @@ class Stage:
     def write_cases(self, cases: Sequence[Case], split: dict[str, list[str]]) -> None:
         """Write cases and their split into training and validation patients for the stages that follow."""
         write_cohort(self.folder / "cohort.json", cases, split, _root(self.folder))
+
+    def write_latent_spec(self, spec: "LatentSpec") -> None:
+        """Write the latent specification (settings.json) for the stages that follow."""
+        write_json(self.folder / "settings.json", spec.model_dump())
+
+    def latent_spec(self) -> "LatentSpec":
+        """Return the latent specification that stage 03 has written."""
+        from ldm_lib.diffusion.latents import LatentSpec
+
+        return LatentSpec.parse(self.record("03_conditioning", "settings.json"))
 
     def compute(self) -> dict[str, Any]:
         """Return the device and the precision of this stage's parameters, as functions take them."""

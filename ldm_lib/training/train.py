@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.cohort import with_target
+from ldm_lib.data.volume import read_volume
 from ldm_lib.diffusion.latent_cache import CachedCase, LatentCache
 from ldm_lib.diffusion.latents import Latents, LatentSpec
 from ldm_lib.diffusion.model import LatentDiffusion
@@ -240,3 +243,15 @@ def save_trained(trainer: Trainer, autoencoder_folder: Path, folder: Path) -> st
     """
     model = trained_model(trainer, folder.parent)
     return model.save(folder, autoencoder_folder=autoencoder_folder, optimiser_steps=trainer.step)
+
+
+def read_samples(folder: Path, data: CaseData) -> dict[str, np.ndarray]:
+    """Read the samples of a validation case that a training wrote: "epoch 010" -> (x, y, z) in the file's order."""
+    paths = sorted((folder / "samples").glob(f"*/{data.case.id}_{data.case.index or 'mask'}_inpainted.nii.gz"))
+    return {path.parent.name.replace("_", " "): read_volume(path).voxels for path in paths}
+
+
+def verify_last_checkpoint(folder: Path) -> tuple[bool, str]:
+    """Read the newest checkpoint of a training back; return whether it is intact, and its name."""
+    newest = checkpoints.resumable(folder / "checkpoints")[0]
+    return bool(checkpoints.read_verified(newest)), newest.name
