@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from ldm_lib.data.nifti import corner_distance_mm
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.data.volume import GRID_TOLERANCE_MM, Volume, corner_distance_mm, read_volume, require_same_grid
+from ldm_lib.data.volume import GRID_TOLERANCE_MM, Volume, read_volume, require_same_grid
 from ldm_lib.errors import InputError
 
 MASK_TOLERANCE = 1e-3
@@ -116,7 +117,7 @@ def require_concentration(values: np.ndarray, where: object) -> np.ndarray:
 def _resampled_to(volume: Volume, like: Volume, *, order: int, warnings: list[str] | None) -> np.ndarray:
     """Return a map's voxels on the grid of `like`, by both affines; 0 outside the map."""
     found, voxels = volume.named_warnings, volume.voxels
-    if volume.shape != like.shape or corner_distance_mm(volume, like) > GRID_TOLERANCE_MM:
+    if volume.shape != like.shape or corner_distance_mm(volume.shape, volume.affine, like.affine) > GRID_TOLERANCE_MM:
         to_map = np.linalg.solve(volume.affine, like.affine)
         options = {"output_shape": like.shape, "mode": "constant", "prefilter": False}
         covered = ndimage.affine_transform(np.ones(volume.shape, np.float32), to_map, order=0, **options).mean()

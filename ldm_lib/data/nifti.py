@@ -9,7 +9,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -223,10 +223,32 @@ def header_warnings(header: nib.Nifti1Header, affine: np.ndarray, path: Path) ->
         warnings.append(f"bitpix {int(header['bitpix'])} contradicts the datatype {header.get_data_dtype()}")
     if not np.allclose(header["pixdim"][1:4], np.linalg.norm(affine[:3, :3], axis=0), rtol=1e-3):
         warnings.append(f"pixdim {stated} contradicts the affine's {used} mm, which are used")
+    if header["sform_code"] and header["qform_code"]:
+        warnings += _qform_warnings(header, affine)
     texts = {name: header[name].tobytes().rstrip(b"\0 ") for name in FREE_TEXT if name in header}
     if found := [name for name, text in texts.items() if text and not _SOFTWARE.fullmatch(text)]:
         warnings.append(_free_text(", ".join(found)))
     return warnings
+
+
+def _qform_warnings(header: nib.Nifti1Header, sform: np.ndarray) -> list[str]:
+    """Compare both orientations of a file: programs that read the qform may show it elsewhere, or mirrored."""
+    try:
+        qform = header.get_qform()
+    except (nib.spatialimages.HeaderDataError, ValueError):
+        return ["qform quaternion invalid; the sform is used"]
+    apart_mm = corner_distance_mm(header["dim"][1:4], sform, qform)
+    mirrored = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
+    if mirrored or (header["sform_code"] == header["qform_code"] and not apart_mm <= 1):
+        return [f"sform and qform lie {apart_mm:.0f} mm apart{', mirrored' if mirrored else ''}; the sform is used"]
+    return []
+
+
+def corner_distance_mm(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:
+    """Return the largest distance between the corners of a grid and where another affine puts them."""
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+    corners[:, :3] *= np.array(shape) - 1
+    return float(np.linalg.norm(corners @ (affine - other).T, axis=1).max())
 
 
 def _free_text(what: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ldm_lib.data.nifti import (
     AGAIN,
+    corner_distance_mm,
     header_affine,
     header_dtype,
     header_shape,
@@ -169,7 +170,7 @@ def require_same_grid(volume: Volume, like: Volume) -> None:
     fix = "resample it onto the image's grid"
     if volume.shape != like.shape:
         raise InputError(f"shape {volume.shape}, but {like.path.name} has {like.shape}", where=volume.path, fix=fix)
-    distance = corner_distance_mm(volume, like)
+    distance = corner_distance_mm(volume.shape, volume.affine, like.affine)
     if distance > GRID_TOLERANCE_MM:
         raise InputError(
             f"its corners lie {distance:.1f} mm from those of {like.path.name} "
@@ -177,13 +178,6 @@ def require_same_grid(volume: Volume, like: Volume) -> None:
             where=volume.path,
             fix=fix,
         )
-
-
-def corner_distance_mm(volume: Volume, like: Volume) -> float:
-    """Return the largest distance between the corners of one grid and where the other affine puts them."""
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
-    corners[:, :3] *= np.array(volume.shape) - 1
-    return float(np.linalg.norm(corners @ (volume.affine - like.affine).T, axis=1).max())
 
 
 def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:

@@ -183,6 +183,26 @@ def _image(array, affine=LPS):
     return nib.Nifti1Image(array, affine).to_bytes()
 
 
+@pytest.mark.parametrize(
+    ("qfac", "quaternion", "offset", "expected"),
+    [
+        (-1.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), "mirrored; the sform is used"),
+        (1.0, (0.0, 0.0, 1.0), (10.0, 0.0, 0.0), "sform and qform lie 10 mm apart; the sform is used"),
+        (1.0, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), "qform quaternion invalid; the sform is used"),
+    ],
+)
+def test_a_qform_that_contradicts_the_sform_is_reported(tmp_path, qfac, quaternion, offset, expected):
+    """The qform is mirrored, ten millimetres away, or impossible; the sform is what is used."""
+    content = bytearray(_image(VOXELS))
+    struct.pack_into("<f", content, 76, qfac)
+    struct.pack_into("<h", content, 252, 2)  # qform_code
+    struct.pack_into("<6f", content, 256, *quaternion, *offset)
+    (tmp_path / "a.nii").write_bytes(content)
+    volume = read_volume(tmp_path / "a.nii")
+    np.testing.assert_array_equal(volume.affine, LPS)
+    assert any(expected in warning for warning in volume.warnings), volume.warnings
+
+
 COLOUR = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
 
 
