@@ -18,8 +18,6 @@ from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.geometry import bounding_box
 
 GROWTH_THRESHOLD = 0.2  # concentration below which a voxel counts as healthy in the conditioning
-# Concentration from which a tumour is visible (Lipkova et al. 2019, IEEE TMI 38:1875).
-VISIBLE_IN = {"FLAIR": 0.25, "T1c": 0.675}
 SEED_SIGMA_MM = 2.0  # standard deviation of the Gaussian that a tumour starts from
 SAFETY = 0.9  # fraction of the largest stable step that is used
 MAX_GROWTH_PER_STEP = 0.1  # rho dt, for accuracy; the reaction alone would be stable far longer

@@ -1,7 +1,8 @@
 """Plot volumes of one case, given in the voxel order of its file, with the outline of its mask.
 
-Every function takes a loaded case (`data.case.load_case`) and arrays on the grid of its file, and turns them to LPS
-order, millimetres and the radiological convention. In the examples `case` is a loaded case and `np` is numpy.
+Every function takes a loaded case (`data.case.load_case`) and arrays (x, y, z) on the grid of its file, turns them to
+LPS order, millimetres and the radiological convention, and raises InputError for an array of another shape. `title` is
+by default the key of the case. In the examples `case` is a loaded case and `np` is numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,20 +51,14 @@ def plot(
     """Plot volumes of a case as rows and three planes through its mask as columns.
 
     Args:
-        case: a loaded case.
-        volumes: name to (x, y, z) in the file's voxel order; by default the voided image and, if there is one, the
-            ground truth. Images share one intensity window. Volumes named "std", "standard deviation", "growth" or
-            "tissue" are no images: each has its own colour scale.
-        centre_on: volume (x, y, z) in whose largest voxel the planes meet; by default the centre of the mask.
+        volumes: by name; by default the voided image and, if there is one, the ground truth. Images share one window.
+            Volumes named "std", "standard deviation", "growth" or "tissue" are no images: each has its own colours.
+        centre_on: volume in whose largest voxel the planes meet; by default the centre of the mask.
         window: lowest and highest intensity; by default that of the first image.
         margin_mm: crop to the bounding box of the mask and this margin.
-        title: by default the key of the case.
 
     Returns:
         A matplotlib Figure that a notebook displays by itself; `savefig` writes it.
-
-    Raises:
-        InputError: an array does not have the shape of the case.
 
     Examples:
         >>> figure = plot(case, {"voided": case.voided, "growth": case.growth})
@@ -87,12 +82,11 @@ def plot_difference(
     """Plot the ground truth of a case, a prediction, and their difference inside the mask.
 
     Args:
-        case: a loaded case with a ground truth.
-        prediction: (x, y, z) in the file's voxel order and the image's units.
-        window, margin_mm, title: as in `plot`.
+        prediction: in the image's units.
+        window, margin_mm: as in `plot`.
 
     Raises:
-        InputError: the case has no ground truth, or the prediction does not have its shape.
+        InputError: the case has no ground truth.
 
     Examples:
         >>> figure = plot_difference(case, case.voided)
@@ -117,14 +111,10 @@ def plot_overlay(
     """Plot the tissue labels of a case as colours and its tumour growth as contour lines on top of an image.
 
     Args:
-        case: a loaded case.
-        image: (x, y, z) in the file's voxel order; by default the ground truth, or the voided image without one.
+        image: by default the ground truth, or the voided image without one.
         tissue: labels 0 none, 1 CSF, 2 GM, 3 WM; by default those of the case, if it has any.
         growth: concentration in [0, 1]; by default that of the case, if it has any.
-        window, title: as in `plot`.
-
-    Raises:
-        InputError: an array does not have the shape of the case.
+        window: as in `plot`.
 
     Examples:
         >>> figure = plot_overlay(case)
@@ -150,14 +140,9 @@ def plot_samples(
     """Plot one slice of the samples of a case, their mean, the ground truth and the standard deviation.
 
     Args:
-        case: a loaded case.
-        samples: K volumes (x, y, z) in the file's voxel order.
         plane: "axial", "coronal" or "sagittal".
         window: by default that of the ground truth, or of the first sample without one.
-        margin_mm, title: as in `plot`.
-
-    Raises:
-        InputError: a sample does not have the shape of the case.
+        margin_mm: as in `plot`.
 
     Examples:
         >>> figure = plot_samples(case, [case.voided, case.target])
@@ -169,35 +154,6 @@ def plot_samples(
     window = intensity_window(samples[0] if case.target is None else case.target, window)
     std = np.std(samples, axis=0)
     return plot_series(case, volumes, std=std, plane=plane, window=window, margin_mm=margin_mm, title=title)
-
-
-def plot_uncertainty(
-    case: LoadedCase,
-    mean: np.ndarray,
-    std: np.ndarray,
-    *,
-    window: Window = None,
-    margin_mm: float | None = None,
-    title: str = "",
-) -> InlineFigure:
-    """Plot the mean of the samples of a case, and their standard deviation on top of it inside the mask.
-
-    Args:
-        case: a loaded case.
-        mean: (x, y, z) in the file's voxel order.
-        std: voxelwise standard deviation of the samples, same units.
-        window, margin_mm, title: as in `plot`.
-
-    Raises:
-        InputError: an array does not have the shape of the case.
-
-    Examples:
-        >>> figure = plot_uncertainty(case, case.target, np.full(case.mask.shape, 20.0))
-        >>> figure.axes[3].get_ylabel()
-        'standard deviation'
-    """
-    volumes = _in_lps(case, {"mean": mean, "standard deviation": std})
-    return figures.uncertainty(*volumes.values(), window=window, margin_mm=margin_mm, **_layout(case, None, title))
 
 
 def plot_series(
@@ -214,16 +170,12 @@ def plot_series(
     """Plot one slice of several volumes of a case side by side, such as sampling steps, epochs or tumour ages.
 
     Args:
-        case: a loaded case.
-        volumes: name to (x, y, z) in the file's voxel order; the window is by default that of the last one.
+        volumes: by name; the window is by default that of the last one.
         std: a standard deviation, which becomes the last panel, in colours of its own.
         growths: name of the volume to its tumour cell concentration, drawn as contour lines; the slice then runs
             through the peak of the last one.
         plane: "axial", "coronal" or "sagittal".
-        window, margin_mm, title: as in `plot`.
-
-    Raises:
-        InputError: an array does not have the shape of the case.
+        window, margin_mm: as in `plot`.
 
     Examples:
         >>> figure = plot_series(case, {"step 1": case.voided, "step 2": case.target}, plane="coronal")
@@ -249,17 +201,13 @@ def view(
     """Browse volumes of a case with sliders: position, intensity window and outline of the mask.
 
     Args:
-        case: a loaded case.
         volumes: as in `plot`; "growth" and "tissue" are scaled to the window of the images.
         along: quantity that the volumes are ordered by, such as "age": a slider selects the volume instead of a list.
-        centre_on, window, title: as in `plot`.
+        centre_on, window: as in `plot`.
         interactive: make the sliders; by default only in a Jupyter kernel that is not headless.
 
     Returns:
         An Explorer, which a notebook displays by itself: `figure`, and `widget` or None.
-
-    Raises:
-        InputError: an array does not have the shape of the case.
 
     Examples:
         >>> explorer = view(case, interactive=False)

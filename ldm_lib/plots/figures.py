@@ -1,14 +1,15 @@
-"""Draw volumes as figures: arrays in, matplotlib Figure out, one function per kind of figure.
+"""Draw volumes as figures: arrays (x, y, z) in LPS order in, matplotlib Figure out.
 
-Volumes are (x, y, z) in LPS order and spacing is in millimetres; `case_plots` does the same for arrays in the voxel
-order of a case's file. Slices and panels are drawn by `slices`.
+`case_plots` does the same for arrays in the voxel order of a case's file. Slices and panels are drawn by `slices`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -26,7 +27,8 @@ from ldm_lib.plots.slices import (
 )
 
 TISSUES = {"CSF": "#0072B2", "GM": "#D55E00", "WM": "#F0E442"}  # Okabe and Ito: colour-blind safe
-GROWTH_LINES = {0.2: "#F0E442", 0.25: "#E69F00", 0.675: "#D55E00"}  # growth threshold, visible in FLAIR, in T1c
+# The threshold of growth, and where a tumour is visible in FLAIR and in T1c (Lipkova et al. 2019, IEEE TMI 38:1875).
+GROWTH_LINES = {0.2: "#F0E442", 0.25: "#E69F00", 0.675: "#D55E00"}
 CHANNELS = ("growth", "CSF", "GM", "WM")
 BAR_INCHES = 1.1  # width of a colour bar with its label
 Window = tuple[float, float] | None
@@ -65,64 +67,47 @@ def planes(
     if volumes:
         low, high = intensity_window(next(iter(volumes.values())), window)
         title = _with_window(title, low, high)
-    names = [*volumes, *maps]
-    figure, axes = three_planes(geometry, names, title=title, bar=BAR_INCHES if maps else 0.0)
-    for line, volume in zip(axes, volumes.values(), strict=False):
-        for ax, plane in zip(line, PLANES, strict=True):
-            geometry.draw(ax, volume, plane, vmin=low, vmax=high)
-    for line, volume in zip(axes[len(volumes) :], maps.values(), strict=True):
-        _colour_row(figure, geometry, line, volume, high=float(np.max(volume)) or 1.0)
+    figure, axes = three_planes(geometry, [*volumes, *maps], title=title, bar=BAR_INCHES if maps else 0.0)
+    for row, volume in zip(axes, volumes.values(), strict=False):
+        _draw_row(geometry, row, volume, vmin=low, vmax=high)
+    for row, volume in zip(axes[len(volumes) :], maps.values(), strict=True):
+        image = _draw_row(geometry, row, volume, vmin=0, vmax=float(np.max(volume)) or 1.0, cmap="viridis")
+        colour_bar(figure, image, row, "")
     return figure
 
 
-def _colour_row(
-    figure: InlineFigure,
-    geometry: SliceGeometry,
-    line: Sequence[Axes],
-    volume: np.ndarray,
-    *,
-    high: float,
-    label: str = "",
-) -> None:
-    """Draw a row of three planes in colours from 0 to `high`, with a colour bar."""
-    for ax, plane in zip(line, PLANES, strict=True):
-        image = geometry.draw(ax, volume, plane, vmin=0, vmax=high, cmap="viridis")
-    colour_bar(figure, image, line, label)
+def _draw_row(geometry: SliceGeometry, row: Sequence[Axes], volume: np.ndarray, **style: Any) -> AxesImage:
+    """Draw a volume on its three planes, and return one of the images for a colour bar."""
+    return [geometry.draw(ax, volume, plane, **style) for ax, plane in zip(row, PLANES, strict=True)][-1]
 
 
 def overlay(
     image: np.ndarray,
     *,
-    spacing_mm: Sequence[float],
     tissue: np.ndarray | None = None,
     growth: np.ndarray | None = None,
-    mask: np.ndarray | None = None,
-    centre_vox: Sequence[int] | None = None,
     window: Window = None,
     title: str = "",
+    **placement: Any,
 ) -> InlineFigure:
     """Plot an image on three planes, with tissue labels as colours and tumour growth as contour lines.
 
     Args:
-        image: (x, y, z) in LPS order.
-        spacing_mm: voxel size along x, y, z.
         tissue: labels 0 none, 1 CSF, 2 GM, 3 WM.
         growth: tumour cell concentration in [0, 1]; lines at 0.2, 0.25 (visible in FLAIR) and 0.675 (in T1c).
-        mask, centre_vox, window, title: as in `planes`; without a mask the planes meet where growth is largest.
-
-    Raises:
-        InputError: the shapes differ, or the centre is outside the volume.
+        placement: `spacing_mm`, `mask` and `centre_vox` of `planes`; without a mask the planes meet where growth is
+            largest.
     """
     given = {"image": image, "tissue": tissue, "growth": growth}
     volumes = {name: volume for name, volume in given.items() if volume is not None}
-    if centre_vox is None and mask is None and growth is not None and np.any(growth):
-        centre_vox = np.unravel_index(np.argmax(growth), growth.shape)
-    geometry = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox)
+    if placement.get("centre_vox") is None and placement.get("mask") is None and growth is not None and np.any(growth):
+        placement["centre_vox"] = np.unravel_index(np.argmax(growth), growth.shape)
+    geometry = slice_geometry(volumes, **placement)
     low, high = intensity_window(image, window)
     figure, axes = three_planes(geometry, [""], title=_with_window(title, low, high))
+    _draw_row(geometry, axes[0], image, vmin=low, vmax=high)
     colours = {"cmap": ListedColormap(list(TISSUES.values())), "vmin": 1, "vmax": 3, "alpha": 0.5}
     for ax, plane in zip(axes[0], PLANES, strict=True):
-        geometry.draw(ax, image, plane, vmin=low, vmax=high)
         if tissue is not None:
             geometry.paint(ax, np.ma.masked_equal(tissue, 0), plane, **colours)
         if growth is not None:
@@ -135,30 +120,21 @@ def overlay(
 
 
 def conditioning_channels(
-    conditioning: np.ndarray,
-    mask_latent: np.ndarray | None = None,
-    *,
-    spacing_mm: Sequence[float],
-    names: Sequence[str] = CHANNELS,
-    centre_vox: Sequence[int] | None = None,
-    title: str = "",
+    conditioning: np.ndarray, mask_latent: np.ndarray | None = None, *, title: str = "", **placement: Any
 ) -> InlineFigure:
     """Plot the conditioning channels of the denoiser, one row per channel, at the latent resolution.
 
     Args:
         conditioning: (c, x, y, z) at latent resolution.
         mask_latent: (x, y, z), the latent voxels to generate, outlined.
-        spacing_mm: size of a latent voxel.
-        names: one per channel.
-        centre_vox: latent voxel in which the planes meet; by default the centre of the mask.
-        title: usually the case id.
+        placement: `spacing_mm` and `centre_vox` of `planes`, of latent voxels.
     """
-    channels = dict(zip(names, conditioning, strict=True))
-    geometry = slice_geometry(channels, spacing_mm, mask=mask_latent, centre_vox=centre_vox)
+    channels = dict(zip(CHANNELS, conditioning, strict=True))
+    geometry = slice_geometry(channels, mask=mask_latent, **placement)
     figure, axes = three_planes(geometry, list(channels), title=title, width=7.4, bar=0.9)
-    for line, (name, channel) in zip(axes, channels.items(), strict=True):
-        label = "concentration" if name == "growth" else "tissue fraction"
-        _colour_row(figure, geometry, line, channel, high=max(1.0, float(np.max(channel))), label=label)
+    for row, (name, channel) in zip(axes, channels.items(), strict=True):
+        image = _draw_row(geometry, row, channel, vmin=0, vmax=max(1.0, float(np.max(channel))), cmap="viridis")
+        colour_bar(figure, image, row, "concentration" if name == "growth" else "tissue fraction")
     return figure
 
 
@@ -167,33 +143,32 @@ def difference(
     target: np.ndarray,
     mask: np.ndarray,
     *,
-    spacing_mm: Sequence[float],
-    centre_vox: Sequence[int] | None = None,
     window: Window = None,
-    margin_mm: float | None = None,
     title: str = "",
+    **placement: Any,
 ) -> InlineFigure:
     """Plot the ground truth, the prediction, and prediction minus ground truth inside the mask.
 
     The error is in the units of the images; its colour scale is symmetric, to the 99th percentile of its magnitude.
-    The other arguments are those of `planes`.
+
+    Args:
+        placement: `spacing_mm`, `centre_vox` and `margin_mm` of `planes`.
 
     Raises:
-        InputError: the mask is empty, the shapes differ, or the centre is outside the volume.
+        InputError: the mask is empty, or as `planes`.
     """
     inside = np.asarray(mask) != 0
     if not inside.any():
         raise InputError("the mask is empty, so there is no error to plot", fix="give the mask that was inpainted")
     volumes = {"ground truth": target, "prediction": prediction}
-    geometry = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
+    geometry = slice_geometry(volumes, mask=mask, **placement)
     error = np.subtract(prediction, target, dtype=np.float64)
     limit = float(np.percentile(np.abs(error[inside]), 99)) or 1.0
     low, high = intensity_window(target, window)
     title = _with_window(title, low, high)
     figure, axes = three_planes(geometry, [*volumes, "error"], title=title, bar=BAR_INCHES)
-    for line, volume in zip(axes, [target, prediction, target], strict=True):
-        for ax, plane in zip(line, PLANES, strict=True):
-            geometry.draw(ax, volume, plane, vmin=low, vmax=high)
+    for row, volume in zip(axes, [target, prediction, target], strict=True):
+        _draw_row(geometry, row, volume, vmin=low, vmax=high)
     shown = np.ma.masked_array(error, ~inside)
     for ax, plane in zip(axes[2], PLANES, strict=True):
         image = geometry.paint(ax, shown, plane, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -202,66 +177,26 @@ def difference(
     return figure
 
 
-def uncertainty(
-    mean: np.ndarray,
-    std: np.ndarray,
-    mask: np.ndarray,
-    *,
-    spacing_mm: Sequence[float],
-    centre_vox: Sequence[int] | None = None,
-    window: Window = None,
-    margin_mm: float | None = None,
-    title: str = "",
-) -> InlineFigure:
-    """Plot the mean of the samples, and on top of it their standard deviation inside the mask, in colour.
-
-    The colour scale ends at the 99th percentile of the standard deviation. The other arguments are those of `planes`.
-
-    Raises:
-        InputError: the mask is empty, the shapes differ, or the centre is outside the volume.
-    """
-    inside = np.asarray(mask) != 0
-    if not inside.any():
-        raise InputError("the mask is empty, so nothing is uncertain", fix="give the mask that was inpainted")
-    volumes = {"mean": mean, "standard deviation": std}
-    geometry = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
-    low, high = intensity_window(mean, window)
-    figure, axes = three_planes(geometry, list(volumes), title=_with_window(title, low, high), bar=BAR_INCHES)
-    limit = float(np.percentile(np.asarray(std)[inside], 99)) or 1.0
-    shown = np.ma.masked_array(std, ~inside)
-    for top, bottom, plane in zip(*axes, PLANES, strict=True):
-        for ax in (top, bottom):
-            geometry.draw(ax, mean, plane, vmin=low, vmax=high)
-        image = geometry.paint(bottom, shown, plane, cmap="inferno", vmin=0, vmax=limit)
-    colour_bar(figure, image, axes[1], f"standard deviation\nmean {np.asarray(std)[inside].mean():.3g}")
-    return figure
-
-
 def series(
     volumes: Mapping[str, np.ndarray],
     *,
-    spacing_mm: Sequence[float],
     std: np.ndarray | None = None,
-    growths: Sequence[np.ndarray] | None = None,
+    growths: Sequence[np.ndarray | None] | None = None,
     plane: str = "axial",
-    mask: np.ndarray | None = None,
-    centre_vox: Sequence[int] | None = None,
     window: Window = None,
-    margin_mm: float | None = None,
     title: str = "",
+    **placement: Any,
 ) -> InlineFigure:
     """Plot one slice of several volumes side by side, such as samples, sampling steps, epochs or tumour ages.
 
     Args:
-        volumes: name to (x, y, z) in LPS order; the window is by default that of the last one.
-        spacing_mm: voxel size along x, y, z.
+        volumes: name to (x, y, z); the window is by default that of the last one.
         std: a standard deviation, which becomes the last panel, in colours of its own.
-        growths: a tumour cell concentration per volume, drawn as contour lines at 0.2, 0.25 (visible in FLAIR) and
-            0.675 (in T1c).
+        growths: a tumour cell concentration or None per volume, drawn as contour lines like those of `overlay`.
         plane: "axial", "coronal" or "sagittal".
-        mask, centre_vox, window, margin_mm, title: as in `planes`.
+        placement: `spacing_mm`, `mask`, `centre_vox` and `margin_mm` of `planes`.
     """
-    geometry = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
+    geometry = slice_geometry(volumes, **placement)
     low, high = intensity_window(list(volumes.values())[-1], window)
     names, bar = [*volumes, *(() if std is None else ["standard deviation"])], 0.0 if std is None else 0.25
     figure, axes = single_plane(geometry, plane, names, title=_with_window(title, low, high), bar=bar)

@@ -89,9 +89,11 @@ class SliceGeometry:
         if self.mask is not None:
             ax.add_collection(LineCollection(self.outline_mm(plane), colors=OUTLINE, lw=1.1))
         across, down, _ = PLANES[plane]
-        box = self.box_mm[down]
+        box, cross_mm = self.box_mm[down], (np.asarray(self.centre_vox) + 0.5) * self.spacing_mm
         ax.set(xlim=self.box_mm[across], ylim=box[::-1] if plane == "axial" else box)
-        self._mark_crossing(ax, across, down)
+        for low, high in ((0, 0.03), (0.97, 1)):
+            ax.axvline(cross_mm[across], low, high, color=CROSS, lw=0.9)
+            ax.axhline(cross_mm[down], low, high, color=CROSS, lw=0.9)
         _mark_directions(ax, ENDS[across], ENDS[down] if plane != "axial" else ENDS[down][::-1])
         ax.set_facecolor("black")
         ax.tick_params(labelsize=FONT, length=2, pad=1.5)
@@ -110,17 +112,10 @@ class SliceGeometry:
             style = {"levels": list(lines), "colors": list(lines.values()), "linewidths": 1.3}
             ax.contour(rows, origin="upper", extent=self.extent_mm(plane), **style)
 
-    def _mark_crossing(self, ax: Axes, across: int, down: int) -> None:
-        cross_mm = (np.asarray(self.centre_vox) + 0.5) * self.spacing_mm
-        for low, high in ((0, 0.03), (0.97, 1)):
-            ax.axvline(cross_mm[across], low, high, color=CROSS, lw=0.9)
-            ax.axhline(cross_mm[down], low, high, color=CROSS, lw=0.9)
-
 
 def _mark_directions(ax: Axes, left_right: str, bottom_top: str) -> None:
     black = [withStroke(linewidth=2, foreground="black")]
-    style = {"color": LETTER, "fontsize": FONT, "fontweight": "bold", "path_effects": black}
-    style |= {"transform": ax.transAxes}
+    style = {"color": LETTER, "fontsize": FONT, "fontweight": "bold", "path_effects": black, "transform": ax.transAxes}
     ax.text(0.04, 0.5, left_right[0], ha="left", va="center", **style)
     ax.text(0.96, 0.5, left_right[1], ha="right", va="center", **style)
     ax.text(0.5, 0.04, bottom_top[0], ha="center", va="bottom", **style)
@@ -135,14 +130,7 @@ def slice_geometry(
     centre_vox: Sequence[int] | None = None,
     margin_mm: float | None = None,
 ) -> SliceGeometry:
-    """Choose the planes through the largest part of the mask, and the box that is shown.
-
-    Args:
-        volumes: name to (x, y, z) in LPS order.
-        spacing_mm: voxel size along x, y, z.
-        mask: voxels to outline.
-        centre_vox: voxel in which the planes meet; by default the centre of the mask, or of the volume.
-        margin_mm: show the bounding box of the mask and this margin; by default all voxels that are not 0.
+    """Choose the planes through the largest part of the mask, and the box that is shown; arguments of `figures.planes`.
 
     Raises:
         InputError: the volumes are not three-dimensional or differ in shape, or the centre is outside the volume.
@@ -159,12 +147,10 @@ def slice_geometry(
     if any(not 0 <= c < n for c, n in zip(centre_vox, shape, strict=True)):
         raise InputError(f"centre_vox {centre_vox} lies outside shape {shape}", fix="give a voxel inside the volume")
     spacing = np.asarray(spacing_mm, float)
-    if has_mask and margin_mm is not None:
-        box_mm = _box_mm(np.asarray(mask) != 0, spacing, margin_mm)
-    else:
-        anything = np.logical_or.reduce([np.asarray(array) != 0 for array in arrays.values()])
-        box_mm = _box_mm(anything, spacing, margin_mm=6.0)
-    return SliceGeometry(shape, spacing, centre_vox, box_mm, mask)
+    to_mask = has_mask and margin_mm is not None
+    shown = [mask] if to_mask else arrays.values()
+    shown = np.logical_or.reduce([np.asarray(array) != 0 for array in shown])
+    return SliceGeometry(shape, spacing, centre_vox, _box_mm(shown, spacing, margin_mm if to_mask else 6.0), mask)
 
 
 def mask_centre(mask: np.ndarray) -> np.ndarray:
@@ -190,12 +176,7 @@ def three_planes(
 ) -> tuple[InlineFigure, np.ndarray]:
     """Create empty axes, one row per name and one column per plane, all panels at one scale.
 
-    Args:
-        geometry: of the volumes to draw.
-        rows: names of the rows.
-        title: of the figure.
-        width: of the figure, inches.
-        bar: inches to leave free at the right for a colour bar.
+    The figure is `width` inches wide, of which `bar` inches at the right are for a colour bar.
     """
     sides = np.array([[np.ptp(geometry.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
     height = sides[:, 1].max() * (width - 1.4 - bar) / sides[:, 0].sum() + 0.1
@@ -215,13 +196,10 @@ def three_planes(
 
 
 def single_plane(
-    geometry: SliceGeometry, plane: str, names: Sequence[str], *, title: str = "", columns: int = 5, bar: float = 0.0
+    geometry: SliceGeometry, plane: str, names: Sequence[str], *, title: str = "", bar: float = 0.0
 ) -> tuple[InlineFigure, list[Axes]]:
-    """Create empty axes for one slice of several volumes side by side, `columns` in a row.
-
-    `bar` inches are left free below for a colour bar.
-    """
-    columns = min(columns, len(names))
+    """Create empty axes for one slice of several volumes, five in a row, with `bar` inches for a colour bar below."""
+    columns = min(5, len(names))
     rows = -(-len(names) // columns)
     across, down, _ = PLANES[plane]
     ratio = np.ptp(geometry.box_mm[down]) / np.ptp(geometry.box_mm[across])

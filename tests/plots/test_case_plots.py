@@ -16,7 +16,6 @@ DRAW = {
     "plot_difference": lambda case: case_plots.plot_difference(case, case.voided),
     "plot_overlay": case_plots.plot_overlay,
     "plot_samples": lambda case: case_plots.plot_samples(case, [case.voided, case.target], margin_mm=30),
-    "plot_uncertainty": lambda case: case_plots.plot_uncertainty(case, case.target, case.target / 9),
     "plot_series": lambda case: case_plots.plot_series(
         case, {"no": case.voided, "old": case.target}, growths={"old": case.growth}
     ),

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, VISIBLE_IN
+from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
 from ldm_lib.errors import InputError
 from ldm_lib.plots import figures
 
@@ -25,7 +25,6 @@ EVERY = {
     "conditioning": lambda: figures.conditioning_channels(np.stack([GROWTH] * 4), MASK, spacing_mm=SPACING),
     "difference": lambda: figures.difference(OTHER, TARGET, MASK, spacing_mm=SPACING),
     "series": lambda: figures.series({"t = 1": OTHER, "t = 0": TARGET}, std=OTHER, spacing_mm=SPACING, mask=MASK),
-    "uncertainty": lambda: figures.uncertainty(TARGET, OTHER, MASK, spacing_mm=SPACING),
 }
 
 
@@ -74,7 +73,7 @@ def test_unsigned_inputs_do_not_wrap_in_the_difference():
 def test_growth_lines_are_the_three_thresholds_and_have_a_legend():
     figure = figures.overlay(TARGET, spacing_mm=SPACING, growth=GROWTH)
     lines = next(c for c in figure.axes[0].collections if hasattr(c, "levels"))
-    assert list(lines.levels) == [0.2, 0.25, 0.675] == [GROWTH_THRESHOLD, *VISIBLE_IN.values()]
+    assert list(lines.levels) == [GROWTH_THRESHOLD, 0.25, 0.675]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["growth 0.2", "growth 0.25", "growth 0.675"]
     widths = [np.ptp(path.vertices[:, 0]) for path in lines.get_paths()]
     assert all(outer > inner for outer, inner in pairwise(widths))
@@ -104,13 +103,6 @@ def test_maps_are_rows_with_a_colour_scale_of_their_own():
     np.testing.assert_array_equal(shown(figure.axes[3]), GROWTH[:, :, 4].T)
 
 
-def test_the_standard_deviation_covers_the_mean_inside_the_mask_only():
-    figure = figures.uncertainty(TARGET, GROWTH, MASK, spacing_mm=SPACING, centre_vox=(5, 6, 4))
-    np.testing.assert_array_equal(shown(figure.axes[3]), TARGET[:, :, 4].T)
-    np.testing.assert_array_equal(shown(figure.axes[3], 1), np.where(MASK, GROWTH, np.nan)[:, :, 4].T)
-    assert figure.axes[3].get_images()[1].get_clim() == (0, np.percentile(GROWTH[MASK], 99))
-
-
 def test_each_conditioning_channel_is_drawn_in_its_row():
     channels = np.stack([GROWTH, TISSUE == 1, TISSUE == 2, TISSUE == 3]).astype(float)
     figure = figures.conditioning_channels(channels, spacing_mm=(8, 8, 8), centre_vox=(5, 6, 4))
@@ -119,10 +111,9 @@ def test_each_conditioning_channel_is_drawn_in_its_row():
         assert np.array_equal(shown(figure.axes[3 * row]), channels[row, :, :, 4].T)
 
 
-@pytest.mark.parametrize("draw", [figures.difference, figures.uncertainty])
-def test_an_empty_mask_has_no_error(draw):
+def test_an_empty_mask_has_no_error():
     with pytest.raises(InputError, match="the mask is empty"):
-        draw(OTHER, TARGET, np.zeros(SHAPE), spacing_mm=SPACING)
+        figures.difference(OTHER, TARGET, np.zeros(SHAPE), spacing_mm=SPACING)
 
 
 def test_growth_lines_are_drawn_on_each_panel_of_a_series():
