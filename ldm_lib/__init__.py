@@ -7,6 +7,8 @@ take seconds to load, and most commands need none of them.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ldm_lib.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ldm_lib.anatomy.tumour_growth import grow_tumour as grow_tumour
     from ldm_lib.autoencoder.model import Autoencoder as Autoencoder
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from ldm_lib.training.options import TrainingOptions as TrainingOptions
     from ldm_lib.training.train import train_denoiser as train_denoiser
 
-__version__ = "0.8.0"
 
 _MODULES = {  # name -> where it is defined
     "find_cases": "data.cohort",

@@ -16,13 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ldm_lib import __version__
 from ldm_lib.errors import RunError
 from ldm_lib.experiment.path_aliases import PathHidingFormatter, with_aliases
 from ldm_lib.experiment.stages import STAGES, StageConfig
 from ldm_lib.files import fingerprint, now, read_json, sha256, write_json
 from ldm_lib.options import names
 from ldm_lib.training.options import SHARED_OUT
+from ldm_lib.version import __version__
 
 log = logging.getLogger("ldm_lib")
 
