@@ -140,7 +140,7 @@ def test_debug_raises_the_error_itself():
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(runner, "run", lambda *_, **__: [][0])
+    monkeypatch.setattr(runner, "run_stages", lambda *_, **__: [][0])
     with pytest.raises(IndexError, match="out of range"):
         main(["run"])
 
@@ -148,7 +148,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_run_passes_on_stages_and_parameters(monkeypatch, capsys):
     received = {}
     monkeypatch.setattr(
-        runner, "run", lambda stages, **options: received.update(stages=stages, **options) or Path("folder")
+        runner, "run_stages", lambda stages, **options: received.update(stages=stages, **options) or Path("folder")
     )
     typed = [
         "run",
@@ -165,7 +165,7 @@ def test_run_passes_on_stages_and_parameters(monkeypatch, capsys):
     assert main(typed) == 0
     assert received["stages"] == ["04_training", "05_sampling"]
     assert received["overrides"] == {"data_dir": "a=b c", "seed": "3", "overwrite": True}
-    assert received["name"] == received["preset"] == "smoke"
+    assert received["run"] == received["preset"] == "smoke"
     assert capsys.readouterr().out == f"report: {Path('folder/index.html')}\n"
 
 
@@ -175,9 +175,9 @@ def test_run_passes_on_stages_and_parameters(monkeypatch, capsys):
 )
 def test_a_run_is_named_by_option_parameter_or_preset(typed, name, monkeypatch):
     received = {}
-    monkeypatch.setattr(runner, "run", lambda stages, **options: received.update(options) or Path("folder"))
+    monkeypatch.setattr(runner, "run_stages", lambda stages, **options: received.update(options) or Path("folder"))
     main(["run", *typed])
-    assert received["name"] == name
+    assert received["run"] == name
 
 
 def test_an_outputs_folder_that_cannot_be_written_is_rejected_at_the_start(tmp_path, monkeypatch, capsys):
@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "a/volume.nii.gz")
 
-    monkeypatch.setattr(runner, "run", full)
+    monkeypatch.setattr(runner, "run_stages", full)
     assert error_line(["run"], capsys) == "ERROR a/volume.nii.gz: No space left on device."
 
 
@@ -205,7 +205,7 @@ def test_an_error_of_the_runner_is_status_1(monkeypatch, capsys):
     def locked(*_, **__):
         raise RunError("locked by pid 7 since noon", where="lab", fix="wait for it")
 
-    monkeypatch.setattr(runner, "run", locked)
+    monkeypatch.setattr(runner, "run_stages", locked)
     assert error_line(["run"], capsys) == "ERROR lab: locked by pid 7 since noon. Fix: wait for it."
 
 

@@ -14,6 +14,7 @@ import pytest
 from ldm_lib import __version__
 from ldm_lib.errors import ConfigError, RunError
 from ldm_lib.experiment import path_aliases, run_folder
+from ldm_lib.experiment import stage as stage_module
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.run_folder import changes, damaged, is_done, outputs_folder, tracked, upstream_digests
 from ldm_lib.experiment.stage import open_stage
@@ -290,14 +291,14 @@ def test_a_failed_optional_check_does_not(outputs):
 def test_done_is_written_last(outputs, monkeypatch):
     """Killed while the outputs are read, a stage is not done; the record follows the summary."""
     written = []
-    original = run_folder.write_json
+    original = stage_module.write_json
     monkeypatch.setattr(
-        run_folder, "write_json", lambda path, content: (written.append(path.name), original(path, content))
+        stage_module, "write_json", lambda path, content: (written.append(path.name), original(path, content))
     )
     done(AUDIT)
     assert written == ["parameters.json", "summary.json", "done.json"]
     stage = open_stage(AUDIT, {})
-    monkeypatch.setattr(run_folder, "sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(stage_module, "sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
         stage.close({})
     assert not (stage.folder / "done.json").exists()

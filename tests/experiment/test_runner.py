@@ -14,6 +14,7 @@ import nbformat
 import nbformat.v4 as nbf
 import pytest
 
+from ldm_lib.data import cohort
 from ldm_lib.errors import ConfigError, InputError, RunError
 from ldm_lib.experiment import runner
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
@@ -178,7 +179,7 @@ def test_the_run_is_released_at_the_end_and_after_an_error(outputs, executed):
 
 def test_paths_are_relative_to_the_working_directory_of_the_command(outputs, tmp_path, monkeypatch):
     received = {}
-    monkeypatch.setattr(runner, "source_digests", lambda *folders: dict.fromkeys(folders, "digest"))
+    monkeypatch.setattr(cohort, "source_digests", lambda *folders: dict.fromkeys(folders, "digest"))
     monkeypatch.setattr(runner, "_make", lambda stage, config, *_: received.update(config.model_dump()) or "made")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

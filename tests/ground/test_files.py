@@ -199,9 +199,7 @@ def test_two_folders_have_two_locks(tmp_path, holder):
 def test_a_symlink_in_place_of_the_lock_is_rejected_and_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".lock").symlink_to("precious")
-    with pytest.raises(
-        RunError, match=r"\.lock: is a link, and what it leads to would be overwritten\. Fix: remove it"
-    ):
+    with pytest.raises(RunError, match=r"\.lock: is a link, and its target would be overwritten\. Fix: remove it"):
         FolderLock(tmp_path)
     assert (tmp_path / "precious").read_text() == "precious"
 

@@ -19,6 +19,7 @@ from papermill.parameterize import parameterize_notebook
 
 from ldm_lib.__main__ import main
 from ldm_lib.autoencoder.third_party import load_autoencoder
+from ldm_lib.data import cohort
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import ConfigError, InputError, WeightsError
 from ldm_lib.experiment import runner
@@ -155,7 +156,7 @@ def test_a_kernel_receives_the_exact_text(outputs, tmp_path, monkeypatch):
     notebook = nbf.new_notebook(cells=[first, nbf.new_code_cell(then)], metadata=kernel)
     nbformat.write(notebook, tmp_path / f"{AUDIT}.ipynb")
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(runner, "source_digests", lambda *_: {})
+    monkeypatch.setattr(cohort, "source_digests", lambda *_: {})
     given = {"data_dir": value, "conditioning_dir": f"/{value}"}
     runner.run_stages([AUDIT], run="lab", preset="smoke", overrides=given, command=[])
     expected = runner.absolute_paths(given)
@@ -234,7 +235,7 @@ def test_an_address_is_treated_as_a_missing_file(url, connections, outputs, caps
         with pytest.raises(WeightsError, match="no such"):
             load()
     with pytest.raises(InputError, match="no such folder"):
-        runner.source_digests(url)
+        cohort.source_digests(url)
     assert connections == []
 
 

@@ -66,7 +66,7 @@ def test_two_processes_train_what_one_would_at_the_same_global_batch(pair):
 def test_when_one_process_dies_all_end_with_a_message_and_the_same_command_goes_on(pair):
     found, folder = pair
     assert found["dead"] == [1, -9] and found["dead_s"] < 60
-    assert found["dead_printed"][0].startswith("ERROR process 0: this process cannot go on without the others (")
+    assert found["dead_printed"][0].startswith("ERROR process 0: this process cannot continue without the others (")
     assert found["dead_resumed"] == [0, 0]
     assert same(end_of(folder, "two")["average"], end_of(folder, "dead")["average"])
 
