@@ -163,7 +163,7 @@ def test_run_passes_on_stages_and_parameters(monkeypatch, capsys):
         "--overwrite",
     ]
     assert main(typed) == 0
-    assert received["stages"] == ["04_training", "05_sampling"]
+    assert received["stages"] == ["4", "05_sampling"]
     assert received["overrides"] == {"data_dir": "a=b c", "seed": "3", "overwrite": True}
     assert received["run"] == received["preset"] == "smoke"
     assert capsys.readouterr().out == f"report: {Path('folder/index.html')}\n"

@@ -147,7 +147,8 @@ def test_a_kernel_receives_the_exact_text(outputs, tmp_path, monkeypatch):
     """All values at once, as folders' names, through the runner, the environment and a real kernel."""
     value = "\n".join(text.replace("\x00", "") for text in VALUES.values())
     first = nbf.new_code_cell(parameters_cell(STAGES[AUDIT]), metadata={"tags": ["parameters"]})
-    then = "import json, pathlib\nfrom ldm_lib.experiment.stage import open_stage\n"
+    then = "import json, pathlib\nfrom ldm_lib.data import cohort\nfrom ldm_lib.experiment.stage import open_stage\n"
+    then += "cohort.source_digests = lambda *_: {}\n"  # no such folder exists
     then += "from ldm_lib.files import expand_path\n"
     then += f"stage = open_stage('{AUDIT}', globals())\n"
     then += "found = [str(expand_path(path)) for path in (data_dir, conditioning_dir)]\n"
