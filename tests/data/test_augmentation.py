@@ -1,4 +1,4 @@
-"""Every array of a case moves alike, the hole stays void, and the same generator gives the same case."""
+"""Every array of a case moves alike, the masked region stays void, and the same generator gives the same case."""
 
 from dataclasses import fields, replace
 
@@ -17,7 +17,7 @@ ALL = Augmentation(flip_probability=0.5, rotation_degrees=10, intensity_shift=0.
 
 @pytest.fixture
 def case():
-    """A ball of brain in air, with a hole, part of it unknown, and maps; no symmetry anywhere."""
+    """A ball of brain in air, with a mask, part of it unknown, and maps; no symmetry anywhere."""
     rng, place = np.random.default_rng(0), np.indices((SIZE,) * 3) - (SIZE - 1) / 2
     brain = (place**2).sum(0) < 10.4**2
     mask = np.zeros(brain.shape, bool)

@@ -22,7 +22,7 @@ FIRST, SECOND = "BraTS-GLI-00001-000", "BraTS-GLI-00002-000"
 pytestmark = pytest.mark.usefixtures("outputs")
 
 
-def refusal(root: Path | str, capsys) -> str:
+def error_line(root: Path | str, capsys) -> str:
     """What `validate` says, in one line, of a folder that it cannot work on at all."""
     assert main(["validate", str(root)]) == 1
     out, err = capsys.readouterr()
@@ -34,17 +34,17 @@ def refusal(root: Path | str, capsys) -> str:
 # ---- no case at all
 
 
-def test_no_case_is_told_with_what_was_looked_for_and_what_is_there(tmp_path, capsys):
+def test_the_error_of_a_folder_without_cases_names_what_was_looked_for_and_what_is_there(tmp_path, capsys):
     for name in ("notes.txt", "scan.nii.gz"):
         (tmp_path / name).touch()
-    assert re.search(r"looked for .*mask.*found 0.*present: notes\.txt, scan\.nii\.gz", refusal(tmp_path, capsys))
+    assert re.search(r"looked for .*mask.*found 0.*present: notes\.txt, scan\.nii\.gz", error_line(tmp_path, capsys))
 
 
-def test_no_folder_and_a_file_for_a_folder_are_told(tmp_path, capsys):
+def test_a_missing_folder_and_a_file_in_its_place_are_errors(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert "absent: no such folder" in refusal(tmp_path / "absent", capsys)
-    assert "file: is a file" in refusal(tmp_path / "file", capsys)
-    assert "no folder of cases is given" in refusal("", capsys)
+    assert "absent: no such folder" in error_line(tmp_path / "absent", capsys)
+    assert "file: is a file" in error_line(tmp_path / "file", capsys)
+    assert "no folder of cases is given" in error_line("", capsys)
 
 
 def test_findings_are_never_written_among_the_cases(tmp_path, capsys):
@@ -53,10 +53,10 @@ def test_findings_are_never_written_among_the_cases(tmp_path, capsys):
     assert main(["validate", str(place.root), "--json", str(place.K)]) == 1
     assert "lies inside the folder of cases" in capsys.readouterr().err and place.K.read_bytes() == before
     assert main(["validate", str(place.root), "--json", str(tmp_path)]) == 1
-    assert capsys.readouterr().out == "", "told before the first case is read"
+    assert capsys.readouterr().out == "", "reported before the first case is read"
 
 
-def test_names_that_a_terminal_would_obey_or_no_encoding_has_are_told_as_python_writes_them(tmp_path, capsys):
+def test_names_with_control_or_undecodable_characters_are_printed_escaped(tmp_path, capsys):
     place = Place(tmp_path, FIRST)
     for name in (b"x\xff-mask.nii.gz", b"evil\x1b[2J\nOK all fine-mask.nii.gz"):
         Path(os.fsdecode(os.fsencode(place.folder) + b"/" + name)).touch()
@@ -67,7 +67,7 @@ def test_names_that_a_terminal_would_obey_or_no_encoding_has_are_told_as_python_
     assert "x\\udcff-mask.nii.gz" in out and "evil\\x1b[2J\\nOK all fine-mask.nii.gz" in out
 
 
-def test_names_that_nearly_fit_are_told(tmp_path):
+def test_names_that_nearly_match_are_reported(tmp_path):
     place = Place(tmp_path, FIRST, complete=True)
     place.move("mask-healthy", f"{FIRST}-mask_healthy.nii.gz")
     place.move("mask-unhealthy", f"{FIRST}-mask-unhealthy-0000.nii.gz")
@@ -77,8 +77,8 @@ def test_names_that_nearly_fit_are_told(tmp_path):
     assert f"not in a folder of a case: {SECOND}-t1n-voided.nii.gz" in row.reason
 
 
-def test_maps_are_told_apart_by_their_folders(tmp_path, cohort_folder):
-    """Both of a case have one name; each link out of the data is told, and so is what is no map."""
+def test_maps_are_distinguished_by_their_folders(tmp_path, cohort_folder):
+    """Both maps of a case have the same name; links out of the data are reported, and so is what is no map."""
     data = shutil.copytree(cohort_folder, tmp_path / "in" / "data")
     maps = shutil.copytree(cohort_folder.parent / "conditioning_data", tmp_path / "in" / "conditioning_data")
     identity = find_cases(data)[0].id
@@ -88,20 +88,20 @@ def test_maps_are_told_apart_by_their_folders(tmp_path, cohort_folder):
     (maps / "growth_model" / f"{identity} (1).nii.gz").touch()
     (maps / "tissue_segmentation" / f"{identity}.nii.gz.part").touch()
     first = next(iter(audit(data)))
-    for told in (
+    for message in (
         f"growth_model/{identity}.nii.gz is a link out of the data folder",
         f"tissue_segmentation/{identity}.nii.gz is a link out of the data folder",
         f"ignored in growth_model, unfinished or a second copy: {identity} (1).nii.gz",
         f"ignored in tissue_segmentation, unfinished or a second copy: {identity}.nii.gz.part",
     ):
-        assert told in first.reason
+        assert message in first.reason
     shutil.rmtree(maps / "growth_model")
     (maps / "growth_model").touch()
     assert "ignored, not a folder: growth_model" in next(iter(audit(data))).reason
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
-def test_what_fails_below_the_gate_refuses_its_case_alone(tmp_path, monkeypatch, error):
+def test_an_unexpected_error_while_reading_excludes_only_its_case(tmp_path, monkeypatch, error):
     for identity in (FIRST, SECOND):
         Place(tmp_path, identity)
 
@@ -137,7 +137,7 @@ def copied(first: Place, second: Place, *, level: int) -> None:
         path.write_bytes(gzip.compress(gzip.decompress(first.paths[role].read_bytes()), level))
 
 
-def test_one_patients_voxels_under_two_ids_are_refused(tmp_path):
+def test_one_patients_voxels_under_two_ids_are_rejected(tmp_path):
     """By the voxels, not the bytes: else the one may train and the other validate."""
     copied(Place(tmp_path, FIRST, complete=True), Place(tmp_path, SECOND, complete=True), level=9)
     first, second = audit(tmp_path)
@@ -154,18 +154,18 @@ def test_another_header_is_no_other_patient(tmp_path):
     assert [row.status == "refused" for row in audit(tmp_path)] == [False, True]
 
 
-def test_voxels_under_two_ids_may_be_filled(tmp_path):
+def test_voxels_under_two_ids_may_be_inpainted(tmp_path):
     """Without a full image neither trains nor validates."""
     copied(Place(tmp_path, FIRST), Place(tmp_path, SECOND), level=9)
     assert all(row.status != "refused" for row in audit(tmp_path))
 
 
-def test_holes_and_time_points_of_one_patient_are_no_copies(tmp_path):
-    two_holes = Place(tmp_path, "BraTS2021_00000", complete=True)
-    for role, path in two_holes.paths.items():
+def test_masks_and_time_points_of_one_patient_are_no_copies(tmp_path):
+    two_masks = Place(tmp_path, "BraTS2021_00000", complete=True)
+    for role, path in two_masks.paths.items():
         if role != "t1n":
-            path.with_name(f"{two_holes.id}-{role}-0001.nii.gz").write_bytes(path.read_bytes())
-            path.rename(path.with_name(f"{two_holes.id}-{role}-0000.nii.gz"))
+            path.with_name(f"{two_masks.id}-{role}-0001.nii.gz").write_bytes(path.read_bytes())
+            path.rename(path.with_name(f"{two_masks.id}-{role}-0000.nii.gz"))
     copied(Place(tmp_path, FIRST, complete=True), Place(tmp_path, "BraTS-GLI-00001-001", complete=True), level=1)
     rows = list(audit(tmp_path))
     assert len(rows) == 4 and all(row.status != "refused" for row in rows), "always on one side of a split"
@@ -175,7 +175,7 @@ def test_holes_and_time_points_of_one_patient_are_no_copies(tmp_path):
 
 
 @pytest.mark.parametrize("role", ["t1n", "t1n-voided", "mask", "mask-healthy"])
-def test_a_file_that_changes_during_a_run_refuses_its_case(tmp_path, role):
+def test_a_file_that_changes_during_a_run_excludes_its_case(tmp_path, role):
     root = tmp_path / "data"
     changed, kept = Place(root, FIRST, complete=True), Place(root, SECOND, complete=True)
     cases = find_cases(root)
@@ -217,10 +217,10 @@ def test_a_variable_in_a_path_is_what_the_environment_says(tmp_path, monkeypatch
     Place(tmp_path / "cases", FIRST, complete=True)
     assert main(["validate", "$DATA/cases"]) == 0
     assert FIRST in capsys.readouterr().out
-    assert "$ABSENT: no such folder" in refusal(Path("$ABSENT"), capsys)
+    assert "$ABSENT: no such folder" in error_line(Path("$ABSENT"), capsys)
 
 
-def test_nothing_is_written_beside_the_data(tmp_path):
+def test_nothing_is_written_next_to_the_data(tmp_path):
     """So that a read-only mount will do."""
     root = tmp_path / "data"
     Place(root, FIRST, complete=True)

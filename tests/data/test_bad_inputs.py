@@ -1,6 +1,6 @@
 """Each row of the catalogue through the audit and through the command line, and what is accepted read right.
 
-Every bad case lies beside a good one, which must be told as if it were alone.
+Every bad case lies next to a good one, which must be reported as if it were alone.
 """
 
 import json
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("outputs")
 
 
 @dataclass(frozen=True)
-class Told:
+class Validation:
     """What `validate` said of a folder: its exit status, per case "OK", "WARNING" or "ERROR" and a text, and JSON."""
 
     exit: int
@@ -47,7 +47,7 @@ class Told:
 def validate(tmp_path, capsys):
     """Run the command on a folder; everything but the last line must be a line about a case."""
 
-    def run(root: Path, *words: str, json_file: Path = tmp_path / "findings.json") -> Told:
+    def run(root: Path, *words: str, json_file: Path = tmp_path / "findings.json") -> Validation:
         status = main(["validate", str(root), "--json", str(json_file), *words])
         out, err = capsys.readouterr()
         matches = [LINE.fullmatch(line) for line in out.splitlines()[:-1]]
@@ -56,25 +56,25 @@ def validate(tmp_path, capsys):
         lines = {m.group(4): (m.group(3), m.group(5) or "") for m in matches}
         rows = {row["case"]: row for row in json.loads(json_file.read_text())}
         assert rows.keys() == lines.keys() and len(lines) == len(matches)
-        return Told(status, lines, rows, out + err + json_file.read_text())
+        return Validation(status, lines, rows, out + err + json_file.read_text())
 
     return run
 
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory) -> dict[bool, set[str]]:
-    """What is told of a good case, without (False) and with (True) its full image."""
-    told = {}
+    """What is reported of a good case, without (False) and with (True) its full image."""
+    reported = {}
     for complete in (False, True):
         root = tmp_path_factory.mktemp("good")
         Place(root, complete=complete)
         (row,) = audit(root)
-        told[complete] = set(row.reason.split("; "))
-    return told
+        reported[complete] = set(row.reason.split("; "))
+    return reported
 
 
 def unusual(reason: str, usual: set[str]) -> str:
-    """A reason without what is told of a good case too."""
+    """A reason without what is reported of a good case too."""
     return "; ".join(part for part in reason.split("; ") if part not in usual)
 
 
@@ -109,13 +109,13 @@ def other_than_the_neighbour(names):
     return name
 
 
-def require_told(name: str, status: str, reason: str, usual: set[str]) -> None:
+def require_reported(name: str, status: str, reason: str, usual: set[str]) -> None:
     """The row's status and text; a good case's status is "ok", whatever maps it lacks."""
-    row, told = ROWS[name], unusual(reason, usual)
-    effective = "ok" if status == "warning" and not told else status
+    row, reported = ROWS[name], unusual(reason, usual)
+    effective = "ok" if status == "warning" and not reported else status
     assert effective in row.statuses, f"{status}: {reason}"
     if effective != "ok":
-        assert re.search(row.says, told, re.DOTALL), reason
+        assert re.search(row.says, reported, re.DOTALL), reason
     assert not row.secret or row.secret not in reason
 
 
@@ -129,7 +129,7 @@ def test_the_audit_does_what_the_row_says(name, tmp_path, usual):
     spoilt(name, root, CASE)
     found = {row.key: row for row in audit(root)}
     one = found[other_than_the_neighbour(found)]
-    require_told(name, one.status, one.reason, usual[row.complete])
+    require_reported(name, one.status, one.reason, usual[row.complete])
     assert set(found[NEIGHBOUR].reason.split("; ")) == usual[row.complete]
 
 
@@ -140,21 +140,21 @@ def test_the_command_line_does_what_the_row_says(name, tmp_path, usual, validate
     require_command(name, spoilt(name, root, CASE), validate(root), usual[row.complete])
 
 
-def require_command(name: str, place: Place, told: Told, usual: set[str]) -> None:
-    """Line, JSON and exit status agree with the row and with each other, and tell nothing that is nobody's business."""
-    key = other_than_the_neighbour(told.lines)
-    word, text = told.lines[key]
-    assert told.rows[key]["reason"] == text and WORD[told.rows[key]["status"]] == word
-    require_told(name, told.rows[key]["status"], text, usual)
-    assert told.exit == (word == "ERROR")
-    assert str(place.root) not in told.everything, "an absolute path"
-    assert "Traceback" not in told.everything
-    assert not ROWS[name].secret or ROWS[name].secret not in told.everything
+def require_command(name: str, place: Place, found: Validation, usual: set[str]) -> None:
+    """Line, JSON and exit status agree with the row and with each other, and reveal nothing private."""
+    key = other_than_the_neighbour(found.lines)
+    word, text = found.lines[key]
+    assert found.rows[key]["reason"] == text and WORD[found.rows[key]["status"]] == word
+    require_reported(name, found.rows[key]["status"], text, usual)
+    assert found.exit == (word == "ERROR")
+    assert str(place.root) not in found.everything, "an absolute path"
+    assert "Traceback" not in found.everything
+    assert not ROWS[name].secret or ROWS[name].secret not in found.everything
     assert word != "ERROR" or re.search(r"[^.]\. Fix: \S.*[.?]$", text), text
     if word == "ERROR" and _is_safe(place.id):
         assert re.match(rf"{re.escape(place.id)}(/\S+)?: ", text), f"not relative to the data folder: {text}"
-    assert told.rows[NEIGHBOUR]["status"] != "refused"
-    assert set(told.lines[NEIGHBOUR][1].split("; ")) == usual
+    assert found.rows[NEIGHBOUR]["status"] != "refused"
+    assert set(found.lines[NEIGHBOUR][1].split("; ")) == usual
 
 
 def _is_safe(identity: str) -> bool:
@@ -165,29 +165,29 @@ def _is_safe(identity: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.needs_user])
-def test_what_this_user_may_not_read_is_refused(name, spacious, validate, usual):
+def test_files_that_this_user_may_not_read_are_rejected(name, spacious, validate, usual):
     root = spacious / "data"
     Place(root, NEIGHBOUR)
     place = spoilt(name, root, CASE)
     with as_a_user():
-        told = validate(root, json_file=spacious / "findings.json")
-    require_command(name, place, told, usual[False])
+        found = validate(root, json_file=spacious / "findings.json")
+    require_command(name, place, found, usual[False])
 
 
-def test_every_bad_case_of_the_catalogue_is_told_in_one_pass(tmp_path, usual, validate):
+def test_every_bad_case_of_the_catalogue_is_reported_in_one_pass(tmp_path, usual, validate):
     root = tmp_path / "data"
     places = {f"BraTS-GLI-{k:05d}-000": (name, spoilt(name, root, f"BraTS-GLI-{k:05d}-000"))
               for k, name in enumerate(EVERY, start=10)}  # fmt: skip
-    told = validate(root)
-    assert told.exit == 1 and len(told.lines) == len(EVERY)
+    found = validate(root)
+    assert found.exit == 1 and len(found.lines) == len(EVERY)
     for identity, (name, place) in places.items():
-        if place.id == identity:  # those renamed are told by another key
-            row = told.rows[identity]
-            require_told(name, row["status"], row["reason"], usual[ROWS[name].complete])
+        if place.id == identity:  # those renamed are reported under another key
+            row = found.rows[identity]
+            require_reported(name, row["status"], row["reason"], usual[ROWS[name].complete])
 
 
 @pytest.mark.parametrize("role", COMPLETE)
-def test_every_file_of_a_case_passes_the_same_gate(role, tmp_path, validate):
+def test_every_file_of_a_case_passes_the_same_validation(role, tmp_path, validate):
     place = Place(tmp_path / "data", CASE, complete=True)
     path = place.paths[role]
     path.write_bytes(path.read_bytes()[:-8])
@@ -195,21 +195,21 @@ def test_every_file_of_a_case_passes_the_same_gate(role, tmp_path, validate):
     assert word == "ERROR" and re.match(rf"{CASE}/{re.escape(path.name)}: gzip ends early", text)
 
 
-# ---- the same case, used on demand
+# ---- the same case, accepted by an option
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.mend])
-def test_what_is_refused_can_be_used_on_demand(name, tmp_path, validate):
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.options])
+def test_a_rejected_case_is_accepted_with_the_option_for_it(name, tmp_path, validate):
     Place(tmp_path / "data", NEIGHBOUR)
     spoilt(name, tmp_path / "data", CASE)
     assert validate(tmp_path / "data").exit == 1
-    told = validate(tmp_path / "data", *ROWS[name].mend)
-    assert told.exit == 0 and told.lines[CASE][0] in ("OK", "WARNING")
+    found = validate(tmp_path / "data", *ROWS[name].options)
+    assert found.exit == 0 and found.lines[CASE][0] in ("OK", "WARNING")
 
 
 @pytest.mark.parametrize("words", [("--assume-orientation", "LXS"), ("--assume-orientation", "LLS"),
                                    ("--mask-labels", "1,x"), ("--mask-labels", "-1")])  # fmt: skip
-def test_an_option_that_says_nothing_is_refused(tmp_path, words, capsys):
+def test_an_option_without_meaning_is_rejected(tmp_path, words, capsys):
     Place(tmp_path / "data", CASE)
     try:
         status = main(["validate", str(tmp_path / "data"), *words])
@@ -219,22 +219,22 @@ def test_an_option_that_says_nothing_is_refused(tmp_path, words, capsys):
     assert status in (1, 2) and words[0].lstrip("-") in err.replace("_", "-") and "unrecognized" not in err
 
 
-# ---- what is not refused is read right
+# ---- a case that is not rejected is read correctly
 
 
 def loaded(place: Place) -> CaseData:
     return load_case(next(row.case for row in audit(place.root)))
 
 
-NOT_ALWAYS_REFUSED = [name for name in EVERY if ROWS[name].must != "refuse"]
+NOT_ALWAYS_REJECTED = [name for name in EVERY if ROWS[name].must != "reject"]
 
 
-@pytest.mark.parametrize("name", NOT_ALWAYS_REFUSED)
-def test_what_is_not_refused_is_read_right(name, tmp_path):
+@pytest.mark.parametrize("name", NOT_ALWAYS_REJECTED)
+def test_a_case_that_is_not_rejected_is_read_correctly(name, tmp_path):
     place = spoilt(name, tmp_path / "data", CASE)
     (row,) = audit(place.root) if _is_safe(place.id) else [AuditRow("", "refused", "", None, {})]
     if row.status == "refused":
-        assert "refuse" in ROWS[name].must
+        assert "reject" in ROWS[name].must
         return
     data = load_case(row.case)
     np.testing.assert_array_equal(data.source.voxels, place.x.astype(np.float32))
@@ -247,27 +247,27 @@ FILLED = [name for name, row in ROWS.items() if row.filled]
 
 
 @pytest.mark.parametrize("name", FILLED)
-def test_filling_is_told_of_the_image_and_the_mask_alone(name, tmp_path):
+def test_inpainting_is_warned_about_the_image_and_the_mask_alone(name, tmp_path):
     row, place = ROWS[name], spoilt(name, tmp_path / "data", CASE)
     try:
-        told = load_case(case_of_files(place.P, place.K)).warnings
+        warnings = load_case(case_of_files(place.P, place.K)).warnings
     except InputError as error:
-        assert "refuse" in row.filled and re.search(row.says, str(error))
+        assert "reject" in row.filled and re.search(row.says, str(error))
         return
     usual = load_case(case_of_files(*(Place(tmp_path / "good", CASE).paths.values()))).warnings
-    told = "; ".join(warning for warning in told if warning not in usual)
-    assert re.search(row.says, told) if "warn" in row.filled else "accept" in row.filled and not told
+    reported = "; ".join(warning for warning in warnings if warning not in usual)
+    assert re.search(row.says, reported) if "warn" in row.filled else "accept" in row.filled and not reported
 
 
 def test_an_outlier_is_not_seen(tmp_path):
     """The network sees the median of the neighbours in its place, and a scale that does not know it."""
     clean, data = loaded(Place(tmp_path / "clean", CASE)), loaded(spoilt("one outlier 1e30", tmp_path / "data", CASE))
     assert data.scale == pytest.approx(clean.scale, rel=0.01)
-    seen, wanted = grid_case(data, 1).voided, grid_case(clean, 1).voided
+    seen, expected = grid_case(data, 1).voided, grid_case(clean, 1).voided
     elsewhere = np.ones(seen.shape, bool)
     elsewhere[BRAIN_VOXEL] = False
-    np.testing.assert_allclose(seen[elsewhere], wanted[elsewhere], rtol=0.01)
-    around = wanted[tuple(slice(i - 1, i + 2) for i in BRAIN_VOXEL)]
+    np.testing.assert_allclose(seen[elsewhere], expected[elsewhere], rtol=0.01)
+    around = expected[tuple(slice(i - 1, i + 2) for i in BRAIN_VOXEL)]
     neighbours = np.delete(around.ravel(), around.size // 2)
     assert seen[BRAIN_VOXEL] == pytest.approx(np.median(neighbours), rel=0.1)
     assert data.source.voxels[BRAIN_VOXEL] == np.float32(1e30)

@@ -1,4 +1,4 @@
-"""Whatever the bytes: the gate returns a volume of finite voxels in the shape that was claimed, or refuses.
+"""Whatever the bytes: reading returns a volume of finite voxels in the shape that was claimed, or an input error.
 
 It never raises anything else, is done within seconds, and allocates what the file holds, not what it claims. The
 examples are the same at every run; the `slow` ones are many more of them.
@@ -54,14 +54,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def passed(path: Path, content: bytes) -> Volume | None:
-    """What the gate makes of a file, None where it refuses."""
+    """The volume that is read from a file, None where it is rejected."""
     path.write_bytes(content)
     tracemalloc.start()
     started = time.perf_counter()
     try:
         volume = read_volume(path)
-    except InputError as refusal:
-        assert str(refusal).startswith(f"{path}: ") and refusal.cause
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ") and error.cause
         return None
     finally:
         spent, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
@@ -154,8 +154,8 @@ DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 7
 @often_and_more(200, 5_000)
 def test_any_shape_with_any_amount_of_data(folder, examples):
     def law(axes, code, surplus, pack):
-        item, wanted = np.dtype(DTYPES[code]).itemsize, math.prod(max(n, 0) for n in axes)
-        held = min(wanted, 5_000) * item + surplus
+        item, claimed = np.dtype(DTYPES[code]).itemsize, math.prod(max(n, 0) for n in axes)
+        held = min(claimed, 5_000) * item + surplus
         data = np.random.default_rng(1).integers(0, 50, max(held, 0)).astype("u1").tobytes()
         content = bytearray(PLAIN[348][:352] + data)
         struct.pack_into("<8h", content, 40, len(axes), *(list(axes) + [1] * 7)[:7])
@@ -189,7 +189,7 @@ def _damaged(content: bytes, flips: list[tuple[float, int]], cut: float, tail: b
 
 
 @often_and_more(150, 3_000)
-def test_a_damaged_packed_file_is_refused_or_whole(folder, examples):
+def test_a_damaged_packed_file_is_rejected_or_whole(folder, examples):
     """What gzip's checksum passes is what was packed, whatever happened to the bytes around it."""
     stored = {level: gzip.compress(PLAIN[348], level, mtime=0) for level in (0, 1, 9)}
 
@@ -201,7 +201,7 @@ def test_a_damaged_packed_file_is_refused_or_whole(folder, examples):
 
 
 @often_and_more(150, 3_000)
-def test_a_damaged_plain_file_is_refused_or_of_its_claimed_shape(folder, examples):
+def test_a_damaged_plain_file_is_rejected_or_of_its_claimed_shape(folder, examples):
     def law(size, flips, cut, tail):
         content = _damaged(PLAIN[size], flips, cut, tail)
         volume = passed(folder / "a.nii", content)

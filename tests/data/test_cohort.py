@@ -34,12 +34,12 @@ FIELD = "12x11x10 voxels of 1x1x1 mm are not BraTS's field of view of 240x240x15
 CHALLENGE, SEED = "BraTS-GLI-00007-001", "BraTS2021_00000"
 
 
-def _write(folder, identity, roles=tuple(VOXELS), *, holes=("",)):
-    """A patient folder: t1n once, the other roles for every hole."""
+def _write(folder, identity, roles=tuple(VOXELS), *, masks=("",)):
+    """A patient folder: t1n once, the other roles for every mask."""
     folder.mkdir(parents=True, exist_ok=True)
     for role in roles:
-        for hole in holes if role != "t1n" else ("",):
-            write_map(folder / f"{identity}-{role}{hole}.nii.gz", VOXELS[role], LPS)
+        for mask in masks if role != "t1n" else ("",):
+            write_map(folder / f"{identity}-{role}{mask}.nii.gz", VOXELS[role], LPS)
     return folder
 
 
@@ -51,9 +51,9 @@ def _write_maps(conditioning, identity):
 
 @pytest.fixture
 def data(tmp_path):
-    """One patient of three holes in the seed layout, one in the challenge's, maps for both."""
+    """One patient of three masks in the seed layout, one in the challenge's, maps for both."""
     root = tmp_path / "data"
-    _write(root / SEED, SEED, holes=("-0000", "-0001", "-0002"))
+    _write(root / SEED, SEED, masks=("-0000", "-0001", "-0002"))
     folder = _write(root / CHALLENGE, CHALLENGE)
     write_map(folder / f"{CHALLENGE}-t1n.nii.gz", T1N + np.int16(1), LPS)  # or it were one patient under two names
     write_map(folder / f"{CHALLENGE}-t1n-voided.nii.gz", np.where(MASK, 0, T1N + np.int16(1)), LPS)
@@ -152,7 +152,7 @@ def test_what_is_odd_but_usable_is_a_warning(tmp_path, role):
 
 
 @pytest.mark.parametrize("role", ["t1n", "mask", "mask-healthy"])
-def test_stray_bytes_are_told_of_every_file(tmp_path, role):
+def test_stray_bytes_are_reported_for_every_file(tmp_path, role):
     path = _write(tmp_path / CHALLENGE, CHALLENGE) / f"{CHALLENGE}-{role}.nii.gz"
     path.write_bytes(path.read_bytes() + gzip.compress(b"tail"))
     assert f"{path.name}: 4 bytes after the last voxel are ignored" in load_case(_only(tmp_path)).warnings
@@ -176,12 +176,12 @@ def test_a_head_with_its_skull_is_warned_of(tmp_path, spacing_mm, warned):
     head[0, 0, 0], mask[9:12, 9:12, 9:12] = 900, 1
     for name, volume in (("t1n-voided", head * (mask == 0)), ("mask", mask)):
         write_map(tmp_path / f"head-{name}.nii.gz", volume.astype(np.int16), affine)
-    told = load_case(case_of_files(tmp_path / "head-t1n-voided.nii.gz", tmp_path / "head-mask.nii.gz")).warnings
-    assert any("7.1 litres are not 0, more than a brain: not skull-stripped" in line for line in told) == warned
+    warnings = load_case(case_of_files(tmp_path / "head-t1n-voided.nii.gz", tmp_path / "head-mask.nii.gz")).warnings
+    assert any("7.1 litres are not 0, more than a brain: not skull-stripped" in line for line in warnings) == warned
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_files_that_contradict_each_other_are_refused(tmp_path, name):
+def test_files_that_contradict_each_other_are_rejected(tmp_path, name):
     role, voxels, match = CONTRADICTIONS[name]
     folder = _write(tmp_path / CHALLENGE, CHALLENGE)
     write_map(folder / f"{CHALLENGE}-{role}.nii.gz", voxels.astype(np.int16), LPS)
@@ -189,7 +189,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path, name):
         load_case(_only(tmp_path))
 
 
-def test_maps_are_refused_out_of_range_and_brought_from_another_grid(data):
+def test_maps_are_rejected_out_of_range_and_resampled_from_another_grid(data):
     case = find_cases(data)[0]
     write_map(case.growth, GROWTH * 2, LPS)
     with pytest.raises(InputError, match=r"values from 0 to 1\.4, must lie in \[0, 1\]"):
@@ -213,7 +213,7 @@ def test_the_unhealthy_mask_is_never_taken_for_the_healthy_one(tmp_path):
 
 
 def test_names_in_progress_are_no_cases(tmp_path):
-    folder = _write(tmp_path / SEED, SEED, holes=("-0000",))
+    folder = _write(tmp_path / SEED, SEED, masks=("-0000",))
     for name in (f"{SEED}-mask-0000.nii.gz", f"{SEED}-t1n-voided-0000.nii.gz"):
         for stray in (f"{name}.part", f"{name}.crdownload", f"._{name}", name.replace(".nii", " (1).nii")):
             shutil.copy(folder / name, folder / stray)
@@ -234,14 +234,14 @@ def test_names_in_progress_are_no_cases(tmp_path):
 )
 def test_an_incomplete_case_is_excluded_with_its_reason(tmp_path, roles, key, reason):
     _write(tmp_path / CHALLENGE, CHALLENGE)
-    _write(tmp_path / SEED, SEED, roles, holes=("-0000",))
+    _write(tmp_path / SEED, SEED, roles, masks=("-0000",))
     cases, exclusions = survey_cases(tmp_path)
     assert [c.key for c in cases] == [CHALLENGE]
-    (told,) = exclusions
-    assert told.case == key and told.reason.startswith(f"{SEED}: {reason}. Fix: ")
+    (exclusion,) = exclusions
+    assert exclusion.case == key and exclusion.reason.startswith(f"{SEED}: {reason}. Fix: ")
 
 
-def test_one_hole_without_its_mask_is_told_and_the_others_stay(data):
+def test_a_voided_image_without_its_mask_is_excluded_and_the_others_stay(data):
     (data / SEED / f"{SEED}-mask-0001.nii.gz").unlink()
     cases, exclusions = survey_cases(data)
     assert [c.index for c in cases] == ["", "0000", "0002"]
@@ -264,7 +264,7 @@ def test_files_of_another_id_are_no_case(tmp_path):
         find_cases(tmp_path)
 
 
-def test_no_case_at_all_is_refused_with_what_is_there(tmp_path):
+def test_no_case_at_all_is_an_error_that_lists_what_is_there(tmp_path):
     with pytest.raises(InputError, match=r"found 0 cases; present: nothing\."):
         find_cases(tmp_path)
     for k in range(7):
@@ -291,11 +291,11 @@ def test_an_unreadable_folder_is_excluded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "iterdir", forbid)
     _, exclusions = survey_cases(tmp_path)
-    told = "cannot be listed (Permission denied). Fix: check the rights of its folder."
-    assert [(e.case, e.reason) for e in exclusions] == [(SEED, told)]
+    reason = "cannot be listed (Permission denied). Fix: check the rights of its folder."
+    assert [(e.case, e.reason) for e in exclusions] == [(SEED, reason)]
 
 
-def test_maps_are_looked_for_inside_beside_and_where_told(data, tmp_path):
+def test_maps_are_looked_for_inside_next_to_and_in_the_given_folder(data, tmp_path):
     inside = data / "conditioning_data"
     for place in (data.parent / "conditioning_data", data / "maps", tmp_path / "elsewhere"):
         inside.rename(place)
@@ -308,7 +308,7 @@ def test_maps_are_looked_for_inside_beside_and_where_told(data, tmp_path):
         find_cases(data, data / "absent")
 
 
-def test_every_bad_case_is_told_in_one_pass(data):
+def test_every_bad_case_is_reported_in_one_pass(data):
     seed = data / SEED
     (seed / f"{SEED}-mask-0000.nii.gz").write_bytes(b"")
     (seed / f"{SEED}-t1n-voided-0001.nii.gz").unlink()
@@ -361,11 +361,11 @@ def test_one_patient_cannot_be_split():
         split_patients(["a", "a"], seed=0, validation_fraction=0.5)
 
 
-def test_time_points_and_holes_of_a_patient_stay_together(tmp_path):
+def test_time_points_and_masks_of_a_patient_stay_together(tmp_path):
     identities = [f"BraTS-GLI-{k:05d}-{t:03d}" for k in range(4) for t in (0, 1)]
     for identity in identities:
         _write(tmp_path / identity, identity, ("t1n", "mask"))
-    _write(tmp_path / "PATIENT-100", "PATIENT-100", ("t1n", "mask"), holes=("-0000", "-0001", "-0002"))
+    _write(tmp_path / "PATIENT-100", "PATIENT-100", ("t1n", "mask"), masks=("-0000", "-0001", "-0002"))
     cases = find_cases(tmp_path)
     for seed in range(10):
         split = split_patients((c.patient for c in cases), seed=seed, validation_fraction=0.4)

@@ -50,7 +50,7 @@ def test_a_map_is_made_once_and_then_found(case, tmp_path, by_atlas, made_tissue
     assert set(first.record["from"]) == {"scan", "mask"} and not first.failure
 
 
-def test_a_change_of_anything_it_came_from_makes_it_anew(case, tmp_path, by_atlas, monkeypatch):
+def test_a_change_of_any_source_makes_the_map_again(case, tmp_path, by_atlas, monkeypatch):
     case = case.to_inpaint()
     path, data = tmp_path / "t.nii.gz", load_case(case)
     make_tissue_map(data, path)
@@ -70,14 +70,14 @@ def test_a_change_of_anything_it_came_from_makes_it_anew(case, tmp_path, by_atla
 
 
 def test_the_full_image_is_no_source(case, tmp_path, by_atlas):
-    """What lies under the mask neither makes a map nor makes it anew."""
+    """What lies under the mask neither makes a map nor makes it again."""
     path, data = tmp_path / "t.nii.gz", load_case(case)
     make_tissue_map(data, path)
     write_map(case.t1n, np.where(data.mask, 7, data.target).astype(np.int16), data.source.affine)
     assert not make_tissue_map(load_case(case), path).made_now
 
 
-def test_a_map_that_does_not_fit_is_not_kept_but_told(case, tmp_path, by_atlas, monkeypatch):
+def test_a_map_that_does_not_fit_is_reported_and_not_kept(case, tmp_path, by_atlas, monkeypatch):
     path = tmp_path / "t.nii.gz"
     make_tissue_map(load_case(case), path)
     monkeypatch.setattr(registration, "MIN_DICE", 1.01)
@@ -88,11 +88,11 @@ def test_a_map_that_does_not_fit_is_not_kept_but_told(case, tmp_path, by_atlas, 
     assert equipped.tissue is None and equipped.growth == case.growth and len(made) == 1
 
 
-def test_a_scan_that_cannot_be_registered_at_all_is_refused_like_one_that_does_not_fit(case, tmp_path, monkeypatch):
-    def refuse(*_, **__):
+def test_a_scan_that_cannot_be_registered_at_all_fails_like_one_that_does_not_fit(case, tmp_path, monkeypatch):
+    def fail(*_, **__):
         raise InputError("too few voxels", where="registration")
 
-    monkeypatch.setattr(tissue_segmentation, "tissue_from_scan", refuse)
+    monkeypatch.setattr(tissue_segmentation, "tissue_from_scan", fail)
     failed = make_tissue_map(load_case(case), tmp_path / "t.nii.gz")
     assert failed.failure == "registration: too few voxels." and not failed.path.exists()
     assert add_conditioning_maps(case, tmp_path, tissue=True, growth=True)[0].tissue is None

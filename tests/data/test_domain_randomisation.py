@@ -46,47 +46,51 @@ def test_the_last_change_of_contrast_is_a_power():
         assert found == pytest.approx((0.2**gamma, 0.7**gamma), abs=0.003)
 
 
-def test_wide_contrasts_lie_on_both_sides_of_the_usual():
-    usual, wide = (np.array([contrast(RANDOMISATIONS[name], k) for k in range(20)]) for name in ("narrow", "wide"))
+def test_wide_contrasts_lie_on_both_sides_of_the_narrow_ones():
+    narrow, wide = (np.array([contrast(RANDOMISATIONS[name], k) for k in range(20)]) for name in ("narrow", "wide"))
     low, high = (0.12, 0.60), (0.30, 0.74)
-    assert (usual > np.array(low) - 0.002).all() and (usual < np.array(high) + 0.002).all()
+    assert (narrow > np.array(low) - 0.002).all() and (narrow < np.array(high) + 0.002).all()
     assert (wide.min(axis=0) < low).all() and (wide.max(axis=0) > high).all()
 
 
-def test_every_wide_range_reaches_beyond_the_usual_one_and_none_is_empty():
-    for usual, wide in zip(*map(astuple, (RANDOMISATIONS["narrow"], RANDOMISATIONS["wide"])), strict=True):
-        assert wide[0] < wide[1] and wide[1] > usual[1] and wide[0] <= usual[1]
+def test_every_wide_range_reaches_beyond_the_narrow_one_and_none_is_empty():
+    for narrow, wide in zip(*map(astuple, (RANDOMISATIONS["narrow"], RANDOMISATIONS["wide"])), strict=True):
+        assert wide[0] < wide[1] and wide[1] > narrow[1] and wide[0] <= narrow[1]
 
 
 def drawn(monkeypatch, domain_randomisation):
-    """How far 20 brains are bent, and the range of their holes' factors."""
-    bent, holes = [], set()
+    """How far 20 brains are deformed, and the range of their masks' scale factors."""
+    deformations, scales = [], set()
 
     def stop(brain, unhealthy, donor, rng, *, spacing_mm, scale):
-        holes.add(scale)
+        scales.add(scale)
         raise StopIteration
 
-    def bend(rng, grid, deformation):
-        bent.append(deformation)
+    def deform(rng, grid, deformation):
+        deformations.append(deformation)
         return Brain(np.ones(grid.shape, bool), np.ones((3, 1)), np.ones(1))
 
-    monkeypatch.setattr(module, "make_brain", bend)
+    monkeypatch.setattr(module, "make_brain", deform)
     monkeypatch.setattr(module, "_tumour", lambda *_: np.zeros(brats_grid(module.GROWTH_MM).shape, np.float32))
     monkeypatch.setattr(module, "healthy_mask", stop)
     for patient in range(20):
         with pytest.raises(StopIteration):
             make_patient(0, patient, **COARSE, deformation=0.5, domain_randomisation=domain_randomisation)
-    return 2 * np.array(bent), holes
+    return 2 * np.array(deformations), scales
 
 
-def test_wide_brains_are_bent_by_more_or_less_and_their_holes_are_larger(monkeypatch):
-    bent, holes = drawn(monkeypatch, "narrow")
-    assert (bent == 1).all() and holes == {(0.6, 1.1)}
-    bent, holes = drawn(monkeypatch, "wide")
-    assert bent.min() < 1 < 1.5 < bent.max() <= 1.7 and len(set(bent)) == 20 and holes == {(0.7, 1.9)}
+def test_wide_randomisation_varies_the_deformation_and_enlarges_the_masks(monkeypatch):
+    deformations, scales = drawn(monkeypatch, "narrow")
+    assert (deformations == 1).all() and scales == {(0.6, 1.1)}
+    deformations, scales = drawn(monkeypatch, "wide")
+    assert (
+        deformations.min() < 1 < 1.5 < deformations.max() <= 1.7
+        and len(set(deformations)) == 20
+        and scales == {(0.7, 1.9)}
+    )
 
 
-def test_a_usual_patient_is_what_it_was_before_there_were_others(true):
+def test_a_narrow_patient_is_what_it_was_before_there_were_others(true):
     """Figures of the cohort before there were varieties."""
     for patient, figures in zip(true, [(1462.55, 3086, 10.0964, 30), (308.976, 3152, 31.7726, 13)], strict=True):
         brain = patient.t1n > 0
@@ -106,7 +110,7 @@ def test_a_registered_map_is_all_that_changes(true, registered):
 
 
 def agreeing(one, other):
-    """Share of voxels in either brain that both maps call the same."""
+    """Fraction of voxels in either brain that both maps call the same."""
     brain = (one > 0) | (other > 0)
     return (one == other)[brain].mean()
 
@@ -122,14 +126,14 @@ def test_what_a_registration_misses_is_a_function_of_seed_and_patient(registered
     np.testing.assert_array_equal(again.tissue, registered[1].tissue)
 
 
-@pytest.mark.parametrize(("wrong", "told"), [
+@pytest.mark.parametrize(("wrong", "message"), [
     ({"domain_randomisation": "wild"}, "domain_randomisation 'wild', tissue_map 'exact' given; allowed are"),
     ({"tissue_map": "drawn"}, "domain_randomisation 'narrow', tissue_map 'drawn' given; allowed are"),
 ])  # fmt: skip
-def test_unknown_words_are_refused_in_one_line(wrong, told):
-    with pytest.raises(ConfigError) as refusal:
+def test_unknown_words_are_rejected_in_one_line(wrong, message):
+    with pytest.raises(ConfigError) as error:
         make_patient(0, 0, **COARSE, **wrong)
-    assert str(refusal.value).startswith(f"make_patient: {told}") and "\n" not in str(refusal.value)
+    assert str(error.value).startswith(f"make_patient: {message}") and "\n" not in str(error.value)
 
 
 # ---- patients that are whole, and those that are not

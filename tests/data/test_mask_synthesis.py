@@ -74,12 +74,12 @@ def test_a_turn_is_a_rotation_in_millimetres():
     donor[5:29, 5:13, 5:9] = True  # 24 x 8 x 12 mm
     h = np.array([1.0, 1.0, 3.0])
     mask = healthy_mask(brain, empty, donor, np.random.default_rng(3), spacing_mm=h, scale=(1, 1))
-    spread = [np.linalg.eigvalsh(np.cov((np.argwhere(m) * h).T)) for m in (donor, mask)]
-    np.testing.assert_allclose(spread[1], spread[0], rtol=0.25)
-    np.testing.assert_allclose(np.sqrt(spread[1][2]), 24 / np.sqrt(12), rtol=0.1)
+    variances = [np.linalg.eigvalsh(np.cov((np.argwhere(m) * h).T)) for m in (donor, mask)]
+    np.testing.assert_allclose(variances[1], variances[0], rtol=0.25)
+    np.testing.assert_allclose(np.sqrt(variances[1][2]), 24 / np.sqrt(12), rtol=0.1)
 
 
-def test_no_place_is_a_refusal_with_numbers():
+def test_no_place_is_an_error_with_numbers():
     brain = _ball((20, 20, 20), (10, 10, 10), 8)
     donor = _ball(brain.shape, (10, 10, 10), 3)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The conditioning tensor against a plain loop, and the way of a case to the model's grid and back."""
+"""The conditioning tensor against a plain loop, and the resampling of a case to the model's grid and back."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +18,15 @@ GROWTH = RNG.uniform(size=SHAPE).astype(np.float32)
 TISSUE = RNG.integers(0, 4, SHAPE).astype(np.uint8)
 
 
-def _cell(index):
+def _block(index):
     return tuple(slice(i * FACTOR, (i + 1) * FACTOR) for i in index)
 
 
 def _expected(pool, threshold):
-    """Channel by channel and cell by cell, `pool` a function of one cell's voxels."""
+    """Channel by channel and latent voxel by latent voxel, `pool` a function of the image voxels in it."""
     out = np.zeros((4, *(n // FACTOR for n in SHAPE)))
     for index in np.ndindex(*out.shape[1:]):
-        growth, tissue = GROWTH[_cell(index)], TISSUE[_cell(index)]
+        growth, tissue = GROWTH[_block(index)], TISSUE[_block(index)]
         kept = np.array([g if g >= threshold else 0 for g in growth.ravel()]).reshape(growth.shape)
         out[(0, *index)] = pool(kept)
         for label in (1, 2, 3):
@@ -35,7 +35,7 @@ def _expected(pool, threshold):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.7])
-@pytest.mark.parametrize(("pooling", "pool"), [("area", np.mean), ("nearest", lambda cell: cell[2, 2, 2])])
+@pytest.mark.parametrize(("pooling", "pool"), [("area", np.mean), ("nearest", lambda block: block[2, 2, 2])])
 def test_conditioning_is_what_a_plain_loop_gives(pooling, pool, threshold):
     found = conditioning(GROWTH, TISSUE, factor=FACTOR, threshold=threshold, pooling=pooling)
     np.testing.assert_allclose(found, _expected(pool, threshold), atol=1e-6)
@@ -63,7 +63,7 @@ def _model_case(mask, unknown):
 
 
 @pytest.mark.parametrize("dilation", [0, 1])
-def test_unknown_cells_leave_the_loss_and_no_others(dilation):
+def test_unknown_latent_voxels_leave_the_loss_and_no_others(dilation):
     mask, unknown = np.zeros((2, 32, 32, 32), bool)
     mask[9:22, 8:20, 12:20] = True
     unknown[9, 8, 12:14] = unknown[21, 19, 19] = True
@@ -75,7 +75,7 @@ def test_unknown_cells_leave_the_loss_and_no_others(dilation):
 
 
 def _data(affine, shape, *, growth=True, unhealthy=True):
-    """A case in memory: intensities with a few negatives, a hole with a healthy and an unhealthy half."""
+    """A case in memory: intensities with a few negatives, a mask with a healthy and an unhealthy half."""
     rng = np.random.default_rng(1)
     target = rng.uniform(-50, 900, shape).astype(np.float32)
     mask, right = np.zeros((2, *shape), bool)
@@ -156,7 +156,7 @@ def test_an_unhealthy_part_without_its_growth_map_is_unknown():
     assert not grid_case(_data(affine, shape, growth=False, unhealthy=False), 1).unknown.any()
 
 
-def test_missing_maps_and_targets_are_told_apart_from_empty_ones():
+def test_missing_maps_and_targets_are_distinguished_from_empty_ones():
     data = replace(_data(AFFINES["LPS"], (13, 10, 15), growth=False), tissue=None, target=None)
     case = grid_case(data, 4)
     assert case.target is None

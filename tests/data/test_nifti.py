@@ -1,4 +1,4 @@
-"""The gate before the first voxel: every damaged file is refused by name, and a write happens whole or not at all."""
+"""Input validation before the first voxel: damaged files are rejected by name, and a write is complete or not made."""
 
 import errno
 import gzip
@@ -68,7 +68,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_content_is_refused(tmp_path, name):
+def test_damaged_content_is_rejected(tmp_path, name):
     content, match = DAMAGED[name]
     (tmp_path / "a.nii.gz").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.nii\.gz: .*" + match):
@@ -104,7 +104,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_header_that_cannot_be_believed_is_refused(tmp_path, name):
+def test_a_header_that_cannot_be_believed_is_rejected(tmp_path, name):
     content, match = HEADERS[name]
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(InputError, match=match):
@@ -215,7 +215,7 @@ COLOUR = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
     ],
     ids=["4D", "RGB", "complex"],
 )
-def test_what_is_not_one_scalar_volume_is_refused(tmp_path, content, match):
+def test_what_is_not_one_scalar_volume_is_rejected(tmp_path, content, match):
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(InputError, match=match):
         read_volume(tmp_path / "a.nii")
@@ -241,7 +241,7 @@ def test_a_header_extension_is_kept_and_its_size_not_believed(tmp_path):
             read_volume(path)
 
 
-def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+def test_what_is_no_file_is_rejected_without_waiting(tmp_path):
     (tmp_path / "folder.nii.gz").mkdir()
     (tmp_path / "broken.nii.gz").symlink_to("nowhere")
     (tmp_path / "loop.nii.gz").symlink_to("loop.nii.gz")
@@ -262,7 +262,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
             read_volume(tmp_path / name)
 
 
-def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
+def test_a_file_without_permission_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "a.nii").write_bytes(RAW)
 
     def forbid(path, mode):
@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_the_old_file_whole_and_nothing_else(tmp_path, monkey
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_does_not_read_back_is_refused(tmp_path, monkeypatch):
+def test_a_write_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "read_bytes", lambda path: b"other")
     with pytest.raises(InputError, match="what was written does not read back"):
         write_bytes(tmp_path / "a.nii.gz", RAW)
@@ -319,7 +319,7 @@ def test_a_planted_link_is_replaced_not_followed(tmp_path, planted):
     assert gzip.decompress(path.read_bytes()) == RAW
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_rejected_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "folder.nii.gz").mkdir()
     for name, match in (
         ("a.png", r"an output must end in \.nii\.gz or \.nii"),

@@ -9,17 +9,17 @@ from ldm_lib.data.case import load_case
 from ldm_lib.data.resampling import Resampling, resample_case, resampling_to
 
 SHAPE = (24, 21, 18)
-ways = pytest.mark.parametrize("wanted_mm", [4.0, 2.0, 1.5, 0.7])
+targets = pytest.mark.parametrize("target_mm", [4.0, 2.0, 1.5, 0.7])
 
 
-def way(wanted_mm, spacing_mm=(1.0, 1.0, 1.0)):
-    return Resampling.of(SHAPE, spacing_mm, wanted_mm)
+def resampling(target_mm, spacing_mm=(1.0, 1.0, 1.0)):
+    return Resampling.of(SHAPE, spacing_mm, target_mm)
 
 
-@ways
-def test_a_linear_image_keeps_its_value_at_every_place(wanted_mm):
+@targets
+def test_a_linear_image_keeps_its_value_at_every_place(target_mm):
     """Smoothing and linear interpolation are exact on it, away from the border."""
-    affine, chosen = np.array([[-1.0, 0, 0, 7], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]]), way(wanted_mm)
+    affine, chosen = np.array([[-1.0, 0, 0, 7], [0, -1, 0, 9], [0, 0, 1, -4], [0, 0, 0, 1]]), resampling(target_mm)
     world = np.einsum("ij,jxyz->ixyz", affine, np.stack([*np.indices(SHAPE), np.ones(SHAPE)]))
     image = 3 * world[0] - 2 * world[1] + world[2]
     found = chosen.image(image, np.ones(SHAPE, bool))
@@ -30,12 +30,12 @@ def test_a_linear_image_keeps_its_value_at_every_place(wanted_mm):
     np.testing.assert_allclose(found[inner], (3 * world[0] - 2 * world[1] + world[2])[inner], atol=0.2)
 
 
-@ways
-def test_the_grid_there_covers_the_grid_here_about_the_same_middle(wanted_mm):
-    chosen = way(wanted_mm, (1.0, 2.0, 0.5))
+@targets
+def test_the_grid_there_covers_the_grid_here_about_the_same_middle(target_mm):
+    chosen = resampling(target_mm, (1.0, 2.0, 0.5))
     extent_mm = np.array(SHAPE) * (1.0, 2.0, 0.5)
-    covered_mm = np.array(chosen.shape) * wanted_mm
-    assert (covered_mm >= extent_mm - 1e-6).all() and (covered_mm < extent_mm + 2 * wanted_mm).all()
+    covered_mm = np.array(chosen.shape) * target_mm
+    assert (covered_mm >= extent_mm - 1e-6).all() and (covered_mm < extent_mm + 2 * target_mm).all()
     middle_here, middle_there = (
         (np.array([*shape, 1]) - [1, 1, 1, 0]) / [2, 2, 2, 1] for shape in (SHAPE, chosen.shape)
     )
@@ -43,26 +43,26 @@ def test_the_grid_there_covers_the_grid_here_about_the_same_middle(wanted_mm):
     np.testing.assert_allclose(affine @ middle_here, chosen.affine(affine) @ middle_there)
 
 
-@ways
-def test_a_voxel_that_is_known_there_has_seen_no_hole(wanted_mm):
-    """Whatever stands under the mask, the image there is the same; and the hole there covers every voxel of it."""
+@targets
+def test_a_voxel_that_is_known_there_depends_on_no_masked_voxel(target_mm):
+    """Whatever stands under the mask, the image there is the same; and the mask there covers every voxel of it."""
     rng = np.random.default_rng(0)
-    image, mask, chosen = rng.random(SHAPE), np.zeros(SHAPE, bool), way(wanted_mm)
+    image, mask, chosen = rng.random(SHAPE), np.zeros(SHAPE, bool), resampling(target_mm)
     mask[5:12, 7:9, 3:14] = True
     mask[20, 20, 17] = True
     void = np.where(mask, 0, image)
-    hole = chosen.mask(mask)
+    masked = chosen.mask(mask)
     assert np.array_equal(chosen.image(void, ~mask), chosen.image(np.where(mask, 1e6, void), ~mask))
     full = chosen.image(image, np.ones(SHAPE, bool))
-    if wanted_mm < 1:  # interpolation alone: what is known there is as if there were no hole
-        np.testing.assert_allclose(chosen.image(void, ~mask)[~hole], full[~hole], atol=1e-6)
-    assert (chosen.back(hole.astype(np.float32), np.argwhere(mask)) > 0.4).all()
+    if target_mm < 1:  # interpolation alone: what is known there is as if there were no mask
+        np.testing.assert_allclose(chosen.image(void, ~mask)[~masked], full[~masked], atol=1e-6)
+    assert (chosen.back(masked.astype(np.float32), np.argwhere(mask)) > 0.4).all()
 
 
-@ways
+@targets
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_the_order_of_voxels_does_not_matter(wanted_mm, axis):
-    rng, chosen = np.random.default_rng(1), way(wanted_mm)
+def test_the_order_of_voxels_does_not_matter(target_mm, axis):
+    rng, chosen = np.random.default_rng(1), resampling(target_mm)
     image, mask, labels = rng.random(SHAPE), rng.random(SHAPE) < 0.01, rng.integers(0, 4, SHAPE).astype(np.uint8)
 
     def there(turn):
@@ -73,11 +73,11 @@ def test_the_order_of_voxels_does_not_matter(wanted_mm, axis):
         np.testing.assert_allclose(plain, turned, atol=1e-6)
 
 
-@pytest.mark.parametrize("wanted_mm", [2.0, 1.3, 0.7])
-def test_a_smooth_volume_comes_back(wanted_mm):
+@pytest.mark.parametrize("target_mm", [2.0, 1.3, 0.7])
+def test_a_smooth_volume_comes_back(target_mm):
     x, y, z = np.indices(SHAPE)
     image = np.sin(x / 7) + np.cos(y / 6) * np.sin(z / 8)
-    chosen = way(wanted_mm)
+    chosen = resampling(target_mm)
     voxels = np.argwhere(np.ones(SHAPE, bool))
     voxels = voxels[((voxels > 4) & (voxels < np.array(SHAPE) - 5)).all(axis=1)]
     back = chosen.back(chosen.image(image, np.ones(SHAPE, bool)), voxels)
@@ -87,7 +87,7 @@ def test_a_smooth_volume_comes_back(wanted_mm):
 def test_a_label_there_is_the_one_that_covers_most():
     labels = np.zeros(SHAPE, np.uint8)
     labels[:12], labels[12:] = 3, 1
-    found = way(3.0).labels(labels)
+    found = resampling(3.0).labels(labels)
     assert (found[:4] == 3).all() and (found[4:] == 1).all() and found.dtype == np.uint8
 
 
@@ -97,7 +97,7 @@ def test_a_case_of_the_models_voxels_is_left_alone(cases):
     assert resampling_to(data, 8.5) is not None
 
 
-def test_maps_go_along_and_nothing_of_the_truth_does(cases):
+def test_maps_are_resampled_and_nothing_of_the_ground_truth_is(cases):
     data = load_case(cases[0])
     there = resample_case(data, resampling_to(data, 5.0))
     assert there.target is None and there.healthy is None and there.unhealthy is None

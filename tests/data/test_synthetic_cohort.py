@@ -122,7 +122,7 @@ def test_growth_is_a_concentration_inside_the_brain(patients):
         assert 2 < patient.segmentation.sum() * SPACING_MM**3 / 1000 < 120  # ml
 
 
-def test_masks_obey_the_challenge(patients):
+def test_masks_follow_the_rules_of_the_challenge(patients):
     for patient in patients:
         brain = patient.t1n > 0
         for healthy, unhealthy in patient.masks:
@@ -185,7 +185,7 @@ def test_ranges_of_patients_never_meet():
 @pytest.mark.parametrize(
     "numbers", [{"seed": -1}, {"patient": -2}, {"masks": -1}, {"spacing_mm": 0.1}, {"spacing_mm": 20}]
 )
-def test_numbers_out_of_range_are_refused(numbers):
+def test_numbers_out_of_range_are_rejected(numbers):
     given = {"seed": 0, "patient": 0, "spacing_mm": 4.0, "masks": 1, **numbers}
     with pytest.raises(ConfigError, match=r"make_patient: seed .* given; allowed are 0 or more, and 0.5 to 12 mm"):
         make_patient(given.pop("seed"), given.pop("patient"), **given)

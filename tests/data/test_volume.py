@@ -1,4 +1,4 @@
-"""Voxels through the gate: accepted ones have the right values, and a write changes the hole and nothing else."""
+"""Reading and writing voxels: accepted ones have the right values, and a write changes only the masked region."""
 
 import gzip
 import struct
@@ -103,7 +103,7 @@ def _with_nan(array, *where):
     return array
 
 
-REFUSED_IMAGES = {
+REJECTED_IMAGES = {
     "one NaN": (_with_nan(VOXELS, (20, 2, 5)), r"1 voxels are not finite.*the first at \(20, 2, 5\)"),
     "three NaN": (_with_nan(VOXELS, (3, 2, 5), (3, 2, 4), (9, 1, 1)), r"3 voxels .*the first at \(3, 2, 4\)"),
     "NaN background": (np.where(BALL, VOXELS, np.nan).astype("f4"), r"\d+ voxels .*Fix: set the background to 0"),
@@ -115,9 +115,9 @@ REFUSED_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_IMAGES)
-def test_an_image_without_use_is_refused(tmp_path, name):
-    voxels, match = REFUSED_IMAGES[name]
+@pytest.mark.parametrize("name", REJECTED_IMAGES)
+def test_a_useless_image_is_rejected(tmp_path, name):
+    voxels, match = REJECTED_IMAGES[name]
     with pytest.raises(InputError, match=r"a\.nii\.gz: .*" + match):
         read_image(_save(tmp_path / "a.nii.gz", voxels))
 
@@ -142,21 +142,21 @@ def test_masks_of_every_honest_coding_are_the_same_mask(tmp_path, like):
     np.testing.assert_array_equal(read_mask(path, like), BALL)
 
 
-def test_an_empty_mask_needs_leave(tmp_path, like):
+def test_an_empty_mask_must_be_allowed(tmp_path, like):
     path = _save(tmp_path / "m.nii", BALL * np.uint8(0))
     with pytest.raises(InputError, match=rf"the mask is empty \(0 of {BALL.size} voxels\)"):
         read_mask(path, like)
     assert not read_mask(path, like, allow_empty=True).any()
 
 
-def test_labels_that_a_mask_does_not_hold_are_told_with_those_it_does(tmp_path, like):
+def test_the_error_of_missing_mask_labels_names_those_it_holds(tmp_path, like):
     path = _save(tmp_path / "m.nii", BALL * np.uint8(4))
     with pytest.raises(InputError, match=r"is empty .*Fix: name labels that it holds \(4\), not 1, 9"):
         read_mask(path, like, ReadOptions(mask_labels="1,9"))
 
 
 SOFT = np.clip(BALL + np.roll(BALL, 1, 0) * 0.51, 0, 1) * np.linspace(0.9, 1, SHAPE[1])[None, :, None]
-REFUSED_MASKS = {
+REJECTED_MASKS = {
     "interpolated": (SOFT.astype("f4"), r"not binary: \d\d+ values \(0, .*\.\.\.\), looks interpolated"),
     "half": (BALL * np.float32(0.5), r"not binary: 2 values \(0, 0\.5\)"),
     "multi-label": (
@@ -174,9 +174,9 @@ REFUSED_MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_MASKS)
-def test_what_is_no_mask_of_this_image_is_refused(tmp_path, like, name):
-    voxels, match = REFUSED_MASKS[name]
+@pytest.mark.parametrize("name", REJECTED_MASKS)
+def test_what_is_no_mask_of_this_image_is_rejected(tmp_path, like, name):
+    voxels, match = REJECTED_MASKS[name]
     with pytest.raises(InputError, match=r"m\.nii: .*" + match):
         read_mask(_save(tmp_path / "m.nii", voxels), like)
 
@@ -196,13 +196,13 @@ def _moved(shift):
     ],
     ids=["shifted", "2 mm", "flipped"],
 )
-def test_another_place_in_space_is_refused(tmp_path, like, affine, match):
+def test_another_place_in_space_is_rejected(tmp_path, like, affine, match):
     with pytest.raises(InputError, match=match):
         read_mask(_save(tmp_path / "m.nii", BALL.astype("u1"), affine), like)
 
 
 @pytest.mark.parametrize("change", ["shifted", "2 mm", "turned"])
-def test_maps_are_brought_to_the_grid_as_nibabel_would(tmp_path, like, change):
+def test_maps_are_resampled_to_the_grid_as_nibabel_would(tmp_path, like, change):
     rng = np.random.default_rng(3)
     values = rng.uniform(0, 0.9, (24, 20, 22))
     affine = {"shifted": _moved(2.3), "2 mm": LPS @ np.diag([2, 2, 2, 1.0]), "turned": LPS[:, [2, 0, 1, 3]]}[change]
@@ -218,7 +218,7 @@ def test_maps_are_brought_to_the_grid_as_nibabel_would(tmp_path, like, change):
         assert found.any() and "m.nii: resampled from its grid (24, 20, 22)" in warnings[0]
 
 
-def test_a_map_somewhere_else_is_refused(tmp_path, like):
+def test_a_map_somewhere_else_is_rejected(tmp_path, like):
     with pytest.raises(InputError, match=r"does not overlap t1n\.nii\.gz: their centres lie 173 mm apart"):
         read_unit_map(_save(tmp_path / "m.nii", BALL.astype("f4"), _moved(100)), like)
 
@@ -281,8 +281,8 @@ def test_normalising_divides_and_clips_below_only():
     assert values.dtype == np.float32
 
 
-HOLE = np.zeros(SHAPE, bool)
-HOLE[8:14, 7:15, 5:12] = True
+MASK = np.zeros(SHAPE, bool)
+MASK[8:14, 7:15, 5:12] = True
 
 
 def _stored(image):
@@ -292,35 +292,35 @@ def _stored(image):
 
 @pytest.mark.parametrize("name", ACCEPTED)
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_outside_the_hole_a_written_file_is_its_source_bit_for_bit(tmp_path, name, ending):
+def test_outside_the_mask_a_written_file_is_its_source_bit_for_bit(tmp_path, name, ending):
     save, _, _ = ACCEPTED[name]
     path = save(tmp_path / "a.nii.gz")
     source = read_volume(path)
     pasted = np.random.default_rng(5).uniform(15, 300, SHAPE).astype(np.float32)
-    written = write_like(tmp_path / f"out{ending}", source, pasted, HOLE)
+    written = write_like(tmp_path / f"out{ending}", source, pasted, MASK)
 
     before, after = nib.load(path), nib.load(written)
     old, new = (_stored(image).reshape(SHAPE) for image in (before, after))
     assert new.dtype == old.dtype
-    assert new[~HOLE].tobytes() == old[~HOLE].tobytes()
+    assert new[~MASK].tobytes() == old[~MASK].tobytes()
     assert after.header.binaryblock == before.header.binaryblock
     np.testing.assert_array_equal(after.affine, before.affine)
     assert after.shape == before.shape
     step = source.slope / 2 if old.dtype.kind in "iu" else 1e-4
-    inside = after.get_fdata().reshape(SHAPE)[HOLE]
-    np.testing.assert_allclose(inside, pasted[HOLE], atol=step * (1 + 1e-6))
+    inside = after.get_fdata().reshape(SHAPE)[MASK]
+    np.testing.assert_allclose(inside, pasted[MASK], atol=step * (1 + 1e-6))
 
 
 def test_extensions_come_back_too(tmp_path):
     image = nib.Nifti1Image(VOXELS, LPS)
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"from the scanner"))
     nib.save(image, tmp_path / "a.nii.gz")
-    written = write_like(tmp_path / "b.nii.gz", read_volume(tmp_path / "a.nii.gz"), VOXELS, HOLE)
+    written = write_like(tmp_path / "b.nii.gz", read_volume(tmp_path / "a.nii.gz"), VOXELS, MASK)
     assert [e.text for e in nib.load(written).header.extensions] == ["from the scanner"]
 
 
 def test_nothing_changed_is_the_same_bytes_twice(tmp_path, like):
-    paths = [write_like(tmp_path / f"{k}.nii.gz", like, like.voxels, HOLE) for k in "ab"]
+    paths = [write_like(tmp_path / f"{k}.nii.gz", like, like.voxels, MASK) for k in "ab"]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert gzip.decompress(paths[0].read_bytes()) == gzip.decompress(like.path.read_bytes())
 
@@ -330,30 +330,30 @@ def test_integers_inside_are_rounded_and_saturated(tmp_path, dtype):
     source = read_volume(_save(tmp_path / "a.nii", (VOXELS % 200).astype(dtype)))
     limits, pasted = np.iinfo(dtype), np.zeros(SHAPE)
     given = [1.4, 1.6, 2.5, 3.5, limits.max + 0.4, limits.max + 1, 1e9, limits.min - 1, -1e9]
-    wanted = [1, 2, 2, 4, limits.max, limits.max, limits.max, limits.min, limits.min]
-    pasted[HOLE] = np.resize(given, HOLE.sum())
-    result = read_volume(write_like(tmp_path / "b.nii", source, pasted, HOLE)).raw[HOLE]
-    np.testing.assert_array_equal(result, np.resize(wanted, HOLE.sum()))
+    expected = [1, 2, 2, 4, limits.max, limits.max, limits.max, limits.min, limits.min]
+    pasted[MASK] = np.resize(given, MASK.sum())
+    result = read_volume(write_like(tmp_path / "b.nii", source, pasted, MASK)).raw[MASK]
+    np.testing.assert_array_equal(result, np.resize(expected, MASK.sum()))
 
 
 def test_floats_inside_saturate_rather_than_become_infinite(tmp_path):
     source = read_volume(_save(tmp_path / "a.nii", VOXELS.astype("f4")))
-    written = read_volume(write_like(tmp_path / "b.nii", source, np.full(SHAPE, -1e300), HOLE))
-    assert (written.raw[HOLE] == np.finfo("f4").min).all()
+    written = read_volume(write_like(tmp_path / "b.nii", source, np.full(SHAPE, -1e300), MASK))
+    assert (written.raw[MASK] == np.finfo("f4").min).all()
 
 
 def test_what_is_not_finite_is_never_written(tmp_path, like):
     pasted = like.voxels.copy()
-    pasted[0, 0, 0] = np.nan  # outside the hole: not looked at
-    write_like(tmp_path / "b.nii", like, pasted, HOLE)
+    pasted[0, 0, 0] = np.nan  # outside the mask: not looked at
+    write_like(tmp_path / "b.nii", like, pasted, MASK)
     pasted[10, 10, 9:11] = np.nan, np.inf
     with pytest.raises(InputError, match=r"c\.nii: 2 inpainted voxels are not finite"):
-        write_like(tmp_path / "c.nii", like, pasted, HOLE)
+        write_like(tmp_path / "c.nii", like, pasted, MASK)
     assert not (tmp_path / "c.nii").exists()
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "f4"])
-def test_a_new_map_passes_the_gate_and_nibabel(tmp_path, dtype):
+def test_a_new_map_is_read_by_the_library_and_by_nibabel(tmp_path, dtype):
     path = write_map(tmp_path / "a.nii.gz", (VOXELS % 200).astype(dtype), LPS)
     volume, oracle = read_volume(path), nib.load(path)
     np.testing.assert_array_equal(oracle.get_fdata(), VOXELS % 200)

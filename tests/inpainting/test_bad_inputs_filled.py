@@ -97,7 +97,7 @@ def test_an_outlier_changes_next_to_nothing_and_comes_back(tmp_path, fill, plain
 
 
 SHAPES = ["odd shape", "smaller than a patch", "anisotropic", "mask of one voxel", "mask touching the border"]
-REST = [name for name, row in ROWS.items() if row.must != "refuse" and name not in ALIKE and name not in SHAPES]
+REST = [name for name, row in ROWS.items() if row.must != "reject" and name not in ALIKE and name not in SHAPES]
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
@@ -106,7 +106,7 @@ def test_the_output_equals_the_input_outside_the_mask(name, tmp_path, fill):
     try:
         result = fill(place)
     except InputError:
-        assert "refuse" in ROWS[name].must
+        assert "reject" in ROWS[name].must
         return
     require_only_the_mask_changed(place, result)
 
@@ -129,7 +129,7 @@ def test_inpaint_reports_what_validate_reports(tmp_path, fill, caplog):
 # ---- a folder of cases with their full images
 
 
-UNREAD = [name for name, row in ROWS.items() if row.filled and "refuse" not in row.filled]
+UNREAD = [name for name, row in ROWS.items() if row.filled and "reject" not in row.filled]
 
 
 def command(data: Path, output: Path, model: Path, *words: str) -> int:
@@ -185,7 +185,7 @@ FIXED = {  # name -> by how much the inpainted voxels may differ from the good c
 
 
 def test_every_row_with_a_fix_is_tested():
-    assert set(FIXED) == {name for name, row in ROWS.items() if row.mend}
+    assert set(FIXED) == {name for name, row in ROWS.items() if row.options}
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -194,7 +194,7 @@ def test_an_input_that_relaxed_validation_accepts_is_inpainted(name, tmp_path, t
     words = ["inpaint", "--t1n-voided", str(place.P), "--mask", str(place.K), "--output", str(output), "--model",
              str(tiny_model_folder), "--steps", "2", "--device", "cpu"]  # fmt: skip
     assert main(words) == 1 and not output.exists()
-    assert main([*words, *ROWS[name].mend]) == 0
+    assert main([*words, *ROWS[name].options]) == 0
     given, result = nib.load(place.P), nib.load(output)
     assert result.shape == given.shape and result.get_data_dtype() == given.get_data_dtype()
     before, after, mask = given.get_fdata(), result.get_fdata(), place.m > 0

@@ -10,7 +10,7 @@ from bad_inputs import ROWS
 from ldm_lib.data.cohort import audit
 from ldm_lib.experiment.stages import STAGES
 
-WORDS = {"refused": "refuse", "warning": "warn", "ok": "accept"}
+WORDS = {"refused": "reject", "warning": "warn", "ok": "accept"}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def test_one_case_in_five_is_bad_and_validation_finds_it(members, audited):
 
 
 def test_lost_silent_and_wrongly_rejected_cases_are_found(members, audited):
-    rejected = next(m for m in members if m.row and ROWS[m.row].must == "refuse")
+    rejected = next(m for m in members if m.row and ROWS[m.row].must == "reject")
     key = soak_cases._key(rejected.place.id)
     for spoiled, finding in (
         ({k: v for k, v in audited.items() if k != key}, f"lost: {key}"),
         (audited | {key: ("accept", "")}, f"silent: {key}"),
-        (audited | {key: ("refuse", "no reason")}, f"says otherwise: {key}"),
-        (audited | {members[0].place.id: ("refuse", "empty")}, f"rejected: {members[0].place.id} (good)"),
+        (audited | {key: ("reject", "no reason")}, f"says otherwise: {key}"),
+        (audited | {members[0].place.id: ("reject", "empty")}, f"rejected: {members[0].place.id} (good)"),
     ):
         (found,) = soak_cases.judge(members, spoiled, inpainted=False)
         assert found.startswith(finding)

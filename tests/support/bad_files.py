@@ -54,24 +54,24 @@ def _replaced(make: Callable[[Path], object]) -> Callable[[Place], object]:
 PAGE = "<!DOCTYPE html><html><head><title>Synapse</title></head><body>Please log in</body></html>"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 5390\n"
 DAMAGED = {
-    "empty file": Row(_text(""), "refuse", r"empty \(0 bytes\).*download"),
-    "truncated gz": Row(_cut(lambda n: n // 2), "refuse", r"gzip ends early \(got \d+ (bytes )?of \d+"),
-    "gz trailer missing": Row(_cut(lambda n: n - 8), "refuse", r"gzip ends early"),
-    "gz CRC wrong": Row(_flip_the_checksum, "refuse", r"checksum mismatch"),
-    "bit-flip in a stored gz": Row(_flip_a_stored_bit, "refuse", r"checksum mismatch"),
+    "empty file": Row(_text(""), "reject", r"empty \(0 bytes\).*download"),
+    "truncated gz": Row(_cut(lambda n: n // 2), "reject", r"gzip ends early \(got \d+ (bytes )?of \d+"),
+    "gz trailer missing": Row(_cut(lambda n: n - 8), "reject", r"gzip ends early"),
+    "gz CRC wrong": Row(_flip_the_checksum, "reject", r"checksum mismatch"),
+    "bit-flip in a stored gz": Row(_flip_a_stored_bit, "reject", r"checksum mismatch"),
     "garbage after gz": Row(
-        lambda p: p.P.write_bytes(p.P.read_bytes() + b"GARBAGE"), "refuse", r"follow the gzip stream"
+        lambda p: p.P.write_bytes(p.P.read_bytes() + b"GARBAGE"), "reject", r"follow the gzip stream"
     ),
-    "plain NIfTI named .gz": Row(lambda p: p.P.write_bytes(p.raw), "refuse", r"not gzip.*rename it to \.nii"),
-    "HTML login page": Row(_text(PAGE), "refuse", r"HTML page, not NIfTI.*log in.*download"),
-    "git-LFS pointer": Row(_text(POINTER), "refuse", r"LFS pointer.*`git lfs pull`"),
+    "plain NIfTI named .gz": Row(lambda p: p.P.write_bytes(p.raw), "reject", r"not gzip.*rename it to \.nii"),
+    "HTML login page": Row(_text(PAGE), "reject", r"HTML page, not NIfTI.*log in.*download"),
+    "git-LFS pointer": Row(_text(POINTER), "reject", r"LFS pointer.*`git lfs pull`"),
     "git-annex pointer": Row(
-        _text("/annex/objects/SHA256E-s5390--4d7a2146.nii.gz\n"), "refuse", r"annex pointer.*`git annex get`"
+        _text("/annex/objects/SHA256E-s5390--4d7a2146.nii.gz\n"), "reject", r"annex pointer.*`git annex get`"
     ),
-    "text in gz": Row(lambda p: p.put(b"subject,age\n1,50\n" * 40), "refuse", r"no(t a)? NIfTI"),
-    "header only": Row(lambda p: p.put(p.raw[:352]), "refuse", r"expected \d+ bytes.*got 0\b"),
+    "text in gz": Row(lambda p: p.put(b"subject,age\n1,50\n" * 40), "reject", r"no(t a)? NIfTI"),
+    "header only": Row(lambda p: p.put(p.raw[:352]), "reject", r"expected \d+ bytes.*got 0\b"),
     "last slices missing": Row(
-        lambda p: p.put(p.raw[: -2 * p.x.shape[0] * p.x.shape[1]]), "refuse", r"expected 36000 bytes.*got 34200\b"
+        lambda p: p.put(p.raw[: -2 * p.x.shape[0] * p.x.shape[1]]), "reject", r"expected 36000 bytes.*got 34200\b"
     ),
     "extra bytes after voxels": Row(lambda p: p.put(p.raw + b"\1" * 5000), "warn", r"\b5000 bytes"),
 }
@@ -109,8 +109,8 @@ def _pair(kind: type) -> Callable[[Place], object]:
     return build
 
 
-def _beside(name: str) -> Callable[[Place], object]:
-    """A file beside the image; * stands for its name without .nii.gz."""
+def _next_to_it(name: str) -> Callable[[Place], object]:
+    """A file next to the image; * stands for its name without .nii.gz."""
 
     def build(place: Place) -> None:
         (place.folder / name.replace("*", place.P.name.removesuffix(".nii.gz"))).write_bytes(place.P.read_bytes())
@@ -119,34 +119,34 @@ def _beside(name: str) -> Callable[[Place], object]:
 
 
 def _named(identity: str) -> Row:
-    return Row(lambda place: place.rename(identity), "refuse or accept", r"not a patient id")
+    return Row(lambda place: place.rename(identity), "reject or accept", r"not a patient id")
 
 
 PLACES = {
-    "directory": Row(_replaced(os.mkdir), "refuse", r"is a directory"),
-    "dangling symlink": Row(_replaced(lambda path: path.symlink_to("nowhere")), "refuse", r"broken link.*nowhere"),
-    "symlink loop": Row(_replaced(lambda path: path.symlink_to(path)), "refuse", r"link"),
-    "pipe": Row(_replaced(os.mkfifo), "refuse", r"not a regular file"),
-    "unreadable": Row(lambda p: p.P.chmod(0), "refuse", r"[Pp]ermission denied", needs_user=True),
+    "directory": Row(_replaced(os.mkdir), "reject", r"is a directory"),
+    "dangling symlink": Row(_replaced(lambda path: path.symlink_to("nowhere")), "reject", r"broken link.*nowhere"),
+    "symlink loop": Row(_replaced(lambda path: path.symlink_to(path)), "reject", r"link"),
+    "pipe": Row(_replaced(os.mkfifo), "reject", r"not a regular file"),
+    "unreadable": Row(lambda p: p.P.chmod(0), "reject", r"[Pp]ermission denied", needs_user=True),
     "link out of the data": Row(_link_out, "warn", r"\.\./elsewhere-\S+\.nii\.gz"),
     "folder is a link out of the data": Row(_folder_out, "warn", r"\.\./elsewhere-"),
     "link within the data": Row(_link_in, "accept"),
-    ".part beside the data": Row(_beside("*.nii.gz.part"), "warn", r"\.nii\.gz\.part"),
-    ".crdownload beside the data": Row(_beside("*.nii.gz.crdownload"), "warn", r"\.crdownload"),
-    "(1) beside the data": Row(_beside("* (1).nii.gz"), "warn", r" \(1\)\.nii\.gz"),
-    "._ beside the data": Row(_beside("._*.nii.gz"), "accept"),
-    ".DS_Store beside the data": Row(_beside(".DS_Store"), "accept"),
+    ".part next to the data": Row(_next_to_it("*.nii.gz.part"), "warn", r"\.nii\.gz\.part"),
+    ".crdownload next to the data": Row(_next_to_it("*.nii.gz.crdownload"), "warn", r"\.crdownload"),
+    "(1) next to the data": Row(_next_to_it("* (1).nii.gz"), "warn", r" \(1\)\.nii\.gz"),
+    "._ next to the data": Row(_next_to_it("._*.nii.gz"), "accept"),
+    ".DS_Store next to the data": Row(_next_to_it(".DS_Store"), "accept"),
     "upper-case extension": Row(lambda p: p.move("t1n-voided", p.P.name.replace("nii.gz", "NII.GZ")), "accept"),
     "plain .nii": Row(_unpack, "accept"),
     "both .nii and .nii.gz": Row(
-        lambda p: p.P.with_suffix("").write_bytes(p.raw), "refuse", r"ambiguous.*\.nii\b|\.nii\b.*ambiguous"
+        lambda p: p.P.with_suffix("").write_bytes(p.raw), "reject", r"ambiguous.*\.nii\b|\.nii\b.*ambiguous"
     ),
     "glob in the name": _named("BraTS [1]*"),
     "é in the name, composed": _named(unicodedata.normalize("NFC", "BraTS é")),
     "é in the name, decomposed": _named(unicodedata.normalize("NFD", "BraTS é")),
     "newline in the name": _named("BraTS\nERROR"),
-    ".hdr/.img pair": Row(_pair(nib.Nifti1Pair), "refuse", r"(?i)(\.hdr|analyze).*convert"),
-    "Analyze": Row(_pair(nib.AnalyzeImage), "refuse", r"(?i)(\.hdr|analyze).*convert"),
+    ".hdr/.img pair": Row(_pair(nib.Nifti1Pair), "reject", r"(?i)(\.hdr|analyze).*convert"),
+    "Analyze": Row(_pair(nib.AnalyzeImage), "reject", r"(?i)(\.hdr|analyze).*convert"),
 }
 
 
@@ -200,41 +200,44 @@ def _field(name: str, text: str) -> Callable[[nib.Nifti1Header], object]:
 ORIENTATION = ("--assume-orientation", "LPS")
 HEADERS = {
     "claims 32767^3 voxels": Row(
-        _patched(40, "8h", 3, 32767, 32767, 32767, 1, 1, 1, 1), "refuse", r"claims (70(\.\d+)? TB|70\d{3}(\.\d+)? GB)"
+        _patched(40, "8h", 3, 32767, 32767, 32767, 1, 1, 1, 1), "reject", r"claims (70(\.\d+)? TB|70\d{3}(\.\d+)? GB)"
     ),
-    "claims 1290^3 voxels": Row(_patched(40, "8h", 3, 1290, 1290, 1290, 1, 1, 1, 1), "refuse", r"claims 4\.3 GB"),
-    "dim[0] = 0": Row(_patched(40, "h", 0), "refuse", r"dim\[0\] is 0\b|0-dimensional"),
-    "dim[0] = 9": Row(_patched(40, "h", 9), "refuse", r"dim\[0\] is \d+\b"),
-    "negative dim": Row(_patched(42, "h", -48), "refuse", r"-48\b"),
-    "zero-length axis": Row(_patched(46, "h", 0), "refuse", r"\(30, 30, 0\)"),
+    "claims 1290^3 voxels": Row(_patched(40, "8h", 3, 1290, 1290, 1290, 1, 1, 1, 1), "reject", r"claims 4\.3 GB"),
+    "dim[0] = 0": Row(_patched(40, "h", 0), "reject", r"dim\[0\] is 0\b|0-dimensional"),
+    "dim[0] = 9": Row(_patched(40, "h", 9), "reject", r"dim\[0\] is \d+\b"),
+    "negative dim": Row(_patched(42, "h", -48), "reject", r"-48\b"),
+    "zero-length axis": Row(_patched(46, "h", 0), "reject", r"\(30, 30, 0\)"),
     "sizeof_hdr wrong": Row(_patched(0, "i", 999), "warn", r"sizeof_hdr is 999"),
-    "unknown datatype": Row(_patched(70, "h", 9999), "refuse", r"datatype.*\b9999\b"),
+    "unknown datatype": Row(_patched(70, "h", 9999), "reject", r"datatype.*\b9999\b"),
     "bitpix contradicts datatype": Row(_patched(72, "h", 64), "warn", r"bitpix 64\b"),
-    "vox_offset negative": Row(_patched(108, "f", -10.0), "refuse", r"vox_offset -10\b"),
-    "vox_offset NaN": Row(_patched(108, "f", np.nan), "refuse", r"vox_offset nan\b"),
-    "vox_offset too large": Row(_patched(108, "f", 500.0), "refuse", r"vox_offset 500\b|expected 36000 bytes.*35852\b"),
-    "extension claims 2 GB": Row(_extension_of_2_gb, "refuse", r"extension claims 2147483632 bytes"),
+    "vox_offset negative": Row(_patched(108, "f", -10.0), "reject", r"vox_offset -10\b"),
+    "vox_offset NaN": Row(_patched(108, "f", np.nan), "reject", r"vox_offset nan\b"),
+    "vox_offset too large": Row(_patched(108, "f", 500.0), "reject", r"vox_offset 500\b|expected 36000 bytes.*35852\b"),
+    "extension claims 2 GB": Row(_extension_of_2_gb, "reject", r"extension claims 2147483632 bytes"),
     "scl_slope NaN": Row(_patched(112, "2f", np.nan, 0), "warn", r"scl_slope (is )?nan\b"),
     "scl_slope Inf": Row(_patched(112, "2f", np.inf, 0), "warn", r"scl_slope (is )?inf\b"),
-    "scl_slope negative": Row(_sloped(-1, 0, lambda x: x), "refuse", r"no voxel above 0|max -?0\b"),
+    "scl_slope negative": Row(_sloped(-1, 0, lambda x: x), "reject", r"no voxel above 0|max -?0\b"),
     "scl_slope negative, some voxels above 0": Row(_sloped(-1, 400, lambda x: x), "warn", r"negative"),
-    "scl_slope 1e-38": Row(_patched(112, "2f", 1e-38, 0), "refuse", r"scl_slope 1e-38\b.*range"),
-    "scl_inter Inf": Row(_patched(112, "2f", 1, np.inf), "refuse", r"scl_inter inf\b"),
+    "scl_slope 1e-38": Row(_patched(112, "2f", 1e-38, 0), "reject", r"scl_slope 1e-38\b.*range"),
+    "scl_inter Inf": Row(_patched(112, "2f", 1, np.inf), "reject", r"scl_inter inf\b"),
     "slope and intercept": Row(_sloped(0.5, 10, lambda x: 2 * x - 20), "accept"),
     "slope and intercept, air above 0": Row(_sloped(0.5, 10, lambda x: x), "accept or warn", r"."),
     "pixdim 0": Row(_patched(76, "8f", 1, 0, 8, 8, 0, 0, 0, 0), "warn", r"pixdim \(0, 8, 8\)"),
     "pixdim negative": Row(_patched(76, "8f", 1, -8, 8, 8, 0, 0, 0, 0), "warn", r"pixdim \(-8, 8, 8\)"),
-    "pixdim NaN": Row(_patched(76, "8f", 1, np.nan, 8, 8, 0, 0, 0, 0), "refuse", r"pixdim \(nan, 8, 8\)"),
-    "no orientation": Row(_without_orientation("t1n-voided"), "refuse", r"no orientation.*--assume-orientation"),
+    "pixdim NaN": Row(_patched(76, "8f", 1, np.nan, 8, 8, 0, 0, 0, 0), "reject", r"pixdim \(nan, 8, 8\)"),
+    "no orientation": Row(_without_orientation("t1n-voided"), "reject", r"no orientation.*--assume-orientation"),
     "no orientation in any file": Row(
-        _without_orientation("t1n-voided", "mask"), "refuse", r"no orientation.*--assume-orientation", mend=ORIENTATION
+        _without_orientation("t1n-voided", "mask"),
+        "reject",
+        r"no orientation.*--assume-orientation",
+        options=ORIENTATION,
     ),
-    "no orientation of the mask": Row(_without_orientation("mask"), "refuse or warn", r"orientation"),
-    "nonsense codes 77": Row(_patched(252, "2h", 77, 77), "refuse", r"codes.*77|codes outside 0\.\.5"),
-    "sform singular": Row(_patched(280, "4f", 0, 0, 0, 0), "refuse", r"singular|invertible"),
-    "sform with shear": Row(_sheared, "refuse", r"sheared.*resample"),
-    "impossible quaternion": Row(_patched(252, "2h3f", 1, 0, 1, 1, 1), "refuse", r"quaternion"),
-    "units = metre": Row(_patched(123, "B", 1), "refuse", r"metre"),
+    "no orientation of the mask": Row(_without_orientation("mask"), "reject or warn", r"orientation"),
+    "nonsense codes 77": Row(_patched(252, "2h", 77, 77), "reject", r"codes.*77|codes outside 0\.\.5"),
+    "sform singular": Row(_patched(280, "4f", 0, 0, 0, 0), "reject", r"singular|invertible"),
+    "sform with shear": Row(_sheared, "reject", r"sheared.*resample"),
+    "impossible quaternion": Row(_patched(252, "2h3f", 1, 0, 1, 1, 1), "reject", r"quaternion"),
+    "units = metre": Row(_patched(123, "B", 1), "reject", r"metre"),
     "free text in descrip": _free_text(_field("descrip", SECRET)),
     "free text in db_name": _free_text(_field("db_name", SECRET)),
     "free text in aux_file": _free_text(_field("aux_file", SECRET)),

@@ -1,7 +1,7 @@
-"""The catalogue of bad inputs: how each is made from a good case, and what the gate must do and say.
+"""The catalogue of bad inputs: how each is made from a good case, and what input validation must do and say.
 
-A row says what `validate` must do, and `filled` what filling must where that differs: filling reads neither the full
-image nor the parts of the mask. What a row's case must be read as stands in the `x`, `m` and `A` of its `Place`.
+A row says what `validate` must do, and `filled` what inpainting must where that differs: inpainting reads neither the
+full image nor the parts of the mask. What a row's case must be read as stands in the `x`, `m` and `A` of its `Place`.
 """
 
 from pathlib import Path

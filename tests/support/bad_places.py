@@ -1,6 +1,6 @@
 """A good little case, and the tools that spoil it: what the catalogue of bad inputs is written with.
 
-The case is BraTS's field of view in 8 mm voxels: an ellipsoid of smooth texture with two holes, all else exactly 0.
+The case is BraTS's field of view in 8 mm voxels: an ellipsoid of smooth texture with two masks, all else exactly 0.
 Everything is a function of the case's id, so that two cases never share their voxels.
 """
 
@@ -19,9 +19,9 @@ from scipy import ndimage
 IMAGE, MASK = "t1n-voided", "mask"
 TO_FILL = (IMAGE, MASK)
 COMPLETE = ("t1n", IMAGE, MASK, "mask-healthy", "mask-unhealthy")
-BRATS_SHAPE, BRATS_SPACING = (30, 30, 20), (8.0, 8.0, 8.0)  # 240 x 240 x 160 mm: 155 mm and a part of a cell
+BRATS_SHAPE, BRATS_SPACING = (30, 30, 20), (8.0, 8.0, 8.0)  # 240 x 240 x 160 mm: 155 mm and a part of a voxel
 BRAIN_CENTRE_MM, BRAIN_RADII_MM = np.array([120.0, 126.0, 76.0]), np.array([68.0, 85.0, 62.0])
-STATUS = {"refuse": "refused", "warn": "warning", "accept": "ok"}
+STATUS = {"reject": "refused", "warn": "warning", "accept": "ok"}
 WORD = {"refused": "ERROR", "warning": "WARNING", "ok": "OK"}
 BRIGHTEST = 643  # times 60 is 38,580: beyond int16, within uint16
 
@@ -78,7 +78,7 @@ class Place:
     Attributes:
         id: name of the folder; a row may rename it.
         P, K: paths of the voided image and of the mask; a row may move them.
-        x, m, A: what the gate must find in them: voxels in scaled units, mask (both x, y, z) and affine.
+        x, m, A: what must be read from them: voxels in scaled units, mask (both x, y, z) and affine.
         head: what they were made from.
     """
 
@@ -111,9 +111,9 @@ class Place:
         self.mark(self.head.healthy, self.head.unhealthy)
 
     def mark(self, healthy: np.ndarray, unhealthy: np.ndarray) -> None:
-        """Write all files of the case with another hole, the image voided under it."""
-        hole = healthy | unhealthy
-        self.x, self.m = np.where(hole, 0, self.head.t1n).astype(np.int16), hole.astype(np.uint8)
+        """Write all files of the case with another mask, the image voided under it."""
+        mask = healthy | unhealthy
+        self.x, self.m = np.where(mask, 0, self.head.t1n).astype(np.int16), mask.astype(np.uint8)
         volumes = {"t1n": self.head.t1n, IMAGE: self.x, MASK: self.m, "mask-healthy": healthy.astype(np.uint8),
                    "mask-unhealthy": unhealthy.astype(np.uint8)}  # fmt: skip
         for role, path in self.paths.items():
@@ -173,12 +173,12 @@ class Row:
 
     Attributes:
         build: makes a good case folder the bad one.
-        must: "refuse", "warn" or "accept", or several joined by " or "; accepted is what is told as the good case is.
-        says: what a refusal's or a warning's text must match.
+        must: "reject", "warn" or "accept", or several joined by " or "; accepted cases are reported as the good one is.
+        says: what the text of an error or a warning must match.
         complete: the case has its full image and the parts of its mask, as training and evaluation need.
-        filled: as `must`, of filling, where that differs.
-        mend: words for the command line with which the same case is accepted or warned of.
-        secret: text that must never be told.
+        filled: as `must`, of inpainting, where that differs.
+        options: words for the command line with which the same case is accepted or warned of.
+        secret: text that must never be printed.
         needs_user: nothing is wrong for who may read everything (root).
     """
 
@@ -187,7 +187,7 @@ class Row:
     says: str = ""
     complete: bool = False
     filled: str = ""
-    mend: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     secret: str = ""
     needs_user: bool = False
 

@@ -1,4 +1,4 @@
-"""Where processes listen, as the kernel tells it in /proc."""
+"""Where processes listen, as the kernel reports it in /proc."""
 
 import os
 from collections.abc import Iterator

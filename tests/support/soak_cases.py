@@ -28,7 +28,7 @@ from ldm_lib.options import safe_name
 BAD_EVERY = 5
 EARLY = 0.1  # fraction of the cases after which memory is first measured
 GROWS_TO = 1.2  # times as much memory at the end, at most
-AT_ONCE = [name for name, row in ROWS.items() if not (row.needs_user or row.mend)]
+AT_ONCE = [name for name, row in ROWS.items() if not (row.needs_user or row.options)]
 SPEED = ("--steps", "2", "--device", "cpu")
 
 
@@ -104,11 +104,11 @@ def judge(members: list[Member], results: dict[str, tuple[str, str]], *, inpaint
             continue
         what, why = results[key]
         may = member.may(inpainted=inpainted)
-        if what == "refuse" and "refuse" not in may:
+        if what == "reject" and "reject" not in may:
             found.append(f"rejected: {key} ({member.row or 'good'}): {why}")
-        if what != "refuse" and may == {"refuse"}:
+        if what != "reject" and may == {"reject"}:
             found.append(f"silent: {key} ({member.row})")
-        must_say = member.row and (what == "refuse" or (what == "warn" and "accept" not in may))
+        must_say = member.row and (what == "reject" or (what == "warn" and "accept" not in may))
         if must_say and not re.search(ROWS[member.row].says, why, re.DOTALL):
             found.append(f"says otherwise: {key} ({member.row}): {why}")
     return found
@@ -148,7 +148,7 @@ def soak(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> boo
 
 def _validate(members: list[Member], place: Path, say: Callable[[str], None]) -> list[str]:
     taken = watched(["validate", place / "data", "--json", place / "rows.json"], place, "validate", len(members))
-    words = {"refused": "refuse", "warning": "warn", "ok": "accept"}
+    words = {"refused": "reject", "warning": "warn", "ok": "accept"}
     rows = {row["case"]: (words[row["status"]], row["reason"]) for row in json.loads((place / "rows.json").read_text())}
     return judge(members, rows, inpainted=False) + _sound("validate", taken, len(members), say)
 
@@ -158,12 +158,12 @@ def _fill(members: list[Member], words: list[object], place: Path, say: Callable
     with (place / "filled" / "results.csv").open(newline="") as stream:
         results = {row["case"]: row for row in csv.DictReader(stream)}
     outcomes = {
-        key: ("refuse" if row["status"] == "refused" else "accept", row["reason"]) for key, row in results.items()
+        key: ("reject" if row["status"] == "refused" else "accept", row["reason"]) for key, row in results.items()
     }
     found = judge(members, outcomes, inpainted=True) + _sound("inpaint", taken, len(members), say)
     counts = Counter(row["status"] for row in results.values())
     say(f"inpaint: {', '.join(f'{n} {status}' for status, n in counts.items())}")
-    good = [m for m in members if m.row is None and outcomes.get(m.place.id, ("refuse",))[0] == "accept"]
+    good = [m for m in members if m.row is None and outcomes.get(m.place.id, ("reject",))[0] == "accept"]
     return found + [d for m in good for d in unlike(m, place / "filled" / results[m.place.id]["result"])]
 
 
@@ -178,7 +178,7 @@ def _sound(name: str, taken: Taken, count: int, say: Callable[[str], None]) -> l
 
 
 def _fill_killed(words: list[object], place: Path, say: Callable[[str], None]) -> list[str]:
-    """Fill once more, killed half-way, then to the end: the same files as undisturbed."""
+    """Inpaint once more, killed half-way, then to the end: the same files as undisturbed."""
     half = len(list((place / "filled").glob("*.nii.gz"))) // 2
     process = start(place / "outputs", words, place / "killed.txt")
     until(lambda: len(list((place / "again").glob("*.nii.gz"))) >= half or process.poll() is not None, LONGEST_S)

@@ -18,7 +18,7 @@ def tell(*words):
     os.close(place)
 
 
-def refusing(name):
+def rejecting(name):
     """The method of this name, for sockets of the file system only."""
     original = getattr(socket.socket, name)
 
@@ -39,6 +39,6 @@ def unknown(*words, **_):
 
 tell("started", sys.orig_argv[1:4])
 for method in ("connect", "connect_ex", "sendto"):
-    setattr(socket.socket, method, refusing(method))
+    setattr(socket.socket, method, rejecting(method))
 for function in ("getaddrinfo", "gethostbyname", "gethostbyaddr"):
     setattr(socket, function, unknown)
