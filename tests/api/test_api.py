@@ -39,10 +39,10 @@ def test_type_checkers_see_the_same_names():
 
 def test_importing_loads_nothing_and_a_name_only_its_own():
     code = """import sys, time
-started = time.perf_counter()
+started = time.process_time()  # a busy machine changes the wall clock
 import ldm_lib
-assert time.perf_counter() - started < 0.1
-assert not [name for name in sys.modules if name.startswith("ldm_lib.")]
+assert time.process_time() - started < 0.1
+assert {name for name in sys.modules if name.startswith("ldm_lib.")} == {"ldm_lib.version"}
 ldm_lib.find_cases, ldm_lib.brats_metrics, ldm_lib.ReadOptions
 assert not {"torch", "monai", "dipy", "pandas", "matplotlib"} & set(sys.modules)
 """
