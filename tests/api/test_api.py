@@ -240,7 +240,7 @@ def test_a_result_is_saved_to_a_file_or_a_folder_and_never_over_an_input(bare, t
         result.samples[2]
 
 
-def test_scores_of_a_case_without_its_full_image_are_refused(bare):
+def test_scores_of_a_case_without_its_full_image_are_rejected(bare):
     data = ldm.load_case(bare.to_inpaint())
     with pytest.raises(InputError, match=r"has no t1n to compare with\. Fix: give a case with its full image"):
         ldm.brats_metrics(data.voided, data)

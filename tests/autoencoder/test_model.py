@@ -1,4 +1,4 @@
-"""Laws of the autoencoder: what its numbers mean, and what it refuses."""
+"""Laws of the autoencoder: what its numbers mean, and what it rejects."""
 
 import doctest
 
@@ -84,7 +84,7 @@ def test_the_statistics_are_kept_with_the_weights(tiny_autoencoder_folder):
     assert not torch.equal(autoencoder.scale_factor, torch.ones(3)) and autoencoder.latent_mean.any()
 
 
-def test_standardised_brain_cells_have_mean_0_and_std_1(cases, tiny_autoencoder_folder):
+def test_standardised_latents_of_the_brain_have_mean_0_and_std_1(cases, tiny_autoencoder_folder):
     autoencoder = load_model(tiny_autoencoder_folder, Autoencoder)  # standardised on these four cases
     seen = []
     for case in cases[:4]:

@@ -106,17 +106,17 @@ def test_coding_alone_is_measured_of_both():
 def test_ddim_of_the_common_stack_ends_at_the_ground_truth_if_the_network_knows_it(steps):
     schedule, draw = noise_schedule(), torch.Generator().manual_seed(0)
     truth, voided = (torch.randn(1, 2, 6, 6, 6, generator=draw) for _ in range(2))
-    hole = torch.zeros(1, 1, 6, 6, 6)
-    hole[..., 2:5, 2:5, 2:5] = 1
+    mask = torch.zeros(1, 1, 6, 6, 6)
+    mask[..., 2:5, 2:5, 2:5] = 1
 
     def knows(x, t):
-        assert torch.equal(x[:, :2] * (1 - hole), voided * (1 - hole)) and x.shape[1] == 2 + 4 + 1
+        assert torch.equal(x[:, :2] * (1 - mask), voided * (1 - mask)) and x.shape[1] == 2 + 4 + 1
         alpha, sigma = schedule.alpha_sigma(t, x)
         return ((x[:, :2] - alpha * truth) / sigma).float()
 
-    filled = ddim_steps(knows, voided, torch.zeros(1, 4, 6, 6, 6), hole, schedule, steps=steps)
-    assert torch.equal(filled * (1 - hole), voided * (1 - hole))
-    assert (filled - truth).mul(hole).abs().max() < 1e-2
+    filled = ddim_steps(knows, voided, torch.zeros(1, 4, 6, 6, 6), mask, schedule, steps=steps)
+    assert torch.equal(filled * (1 - mask), voided * (1 - mask))
+    assert (filled - truth).mul(mask).abs().max() < 1e-2
 
 
 def test_a_contestant_that_dies_is_reported_in_one_line(monkeypatch):

@@ -104,7 +104,7 @@ def test_a_rotation_back_is_nearly_the_case_itself(case):
     assert (back.mask != given.mask).mean() < 0.01
 
 
-def test_the_hole_is_void_after_any_change(case):
+def test_the_masked_region_is_void_after_any_change(case):
     for seed in range(12):
         changed = ALL(case, np.random.default_rng(seed), spacing_mm=2.0)
         _require_void(changed)
@@ -118,7 +118,7 @@ def test_the_hole_is_void_after_any_change(case):
             assert getattr(changed, name).shape == case.mask.shape
 
 
-def test_what_lay_under_the_hole_is_not_in_the_voided_image(case):
+def test_what_lay_under_the_mask_is_not_in_the_voided_image(case):
     secret = replace(case, target=np.where(case.mask, np.float32(50), case.target))
     turned = rotate(secret, np.array([5.0, -4, 8]))
     assert turned.target[turned.mask].max() > 40

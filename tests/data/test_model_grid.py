@@ -102,7 +102,7 @@ AFFINES = {"LPS": np.diag([-1.0, -1, 1, 1]), "RAS": np.eye(4), "PSR": np.eye(4)[
 
 @pytest.mark.parametrize("depth", [155, 156])
 @pytest.mark.parametrize("orientation", AFFINES)
-def test_with_an_identity_for_autoencoder_the_whole_way_returns_its_input(orientation, depth):
+def test_the_whole_path_with_an_identity_as_autoencoder_returns_its_input(orientation, depth):
     data = _data(AFFINES[orientation], (13, 10, depth))
     assert data.source.orientation == orientation
     case, frame = grid_case(data, 8), data.frame(8)

@@ -72,7 +72,7 @@ def test_a_case_is_its_initial_estimate_and_the_residual(autoencoder, case, trut
     assert (truth - guess).abs().max() > 0.1, "or there were nothing to generate"
 
 
-def test_what_it_lacks_is_told_in_units_of_its_own(autoencoder, case, truth, guess):
+def test_the_residual_is_divided_by_its_standard_deviation(autoencoder, case, truth, guess):
     latents = encode_case(case, autoencoder, SCALED, **HOW)
     for channel, std in enumerate(STD):
         torch.testing.assert_close(latents["target"][channel], (truth - guess)[channel] / std)
@@ -191,6 +191,6 @@ def test_a_scale_that_cannot_be_is_rejected(tiny_initial_estimate_folder, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     config["settings"]["residual_std"] = std
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=r"does not say how it was trained .*Fix: copy") as refusal:
+    with pytest.raises(WeightsError, match=r"does not say how it was trained .*Fix: copy") as error:
         Inpainter.load(folder, device="cpu")
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)

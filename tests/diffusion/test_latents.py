@@ -38,7 +38,7 @@ def random_batch(c=3, shape=(4, 4, 4), b=2):
     return batch | {"mask": (torch.rand(b, 1, *shape, generator=draw) > 0.5).float()}
 
 
-def test_known_cells_are_the_voided_ones_whatever_the_rest():
+def test_known_latent_voxels_are_the_voided_ones_whatever_the_rest():
     batch = random_batch()
     kept = keep_known(torch.full_like(batch["voided"], 9.0), batch)
     masked = batch["mask"].expand_as(kept) > 0

@@ -158,7 +158,7 @@ def test_dpm_solver_is_spaced_in_log_snr_and_the_others_in_t():
 
 
 @every_sampler
-def test_known_cells_are_clean_for_the_denoiser_at_every_step_and_in_the_result(sampler):
+def test_known_latent_voxels_are_clean_for_the_denoiser_at_every_step_and_in_the_result(sampler):
     x, known = standard(2, 1, 4, 3, 3), 5 + standard(2, 1, 4, 3, 3, seed=2)
     masked = torch.zeros_like(x, dtype=torch.bool)
     masked[:, :, 1:3] = True
@@ -287,7 +287,7 @@ def test_on_a_flow_a_denoiser_that_knows_the_truth_gets_it_back(name, steps):
     torch.testing.assert_close(y, truth, rtol=0, atol=1e-9)
 
 
-def test_every_evaluation_on_a_flow_is_at_a_timestep_of_its_own_with_known_cells_clean():
+def test_every_evaluation_on_a_flow_is_at_a_timestep_of_its_own_with_known_latent_voxels_clean():
     x, known, seen = standard(1, 1, 4, 3, 3), 5 + standard(1, 1, 4, 3, 3, seed=2), []
     masked = torch.zeros_like(x, dtype=torch.bool)
     masked[:, :, 1:3] = True

@@ -168,7 +168,7 @@ def test_the_same_call_again_inpaints_nothing_and_returns_the_same(done, folder,
     assert {path: path.stat().st_mtime_ns for path in before} == before and not FolderLock._held
 
 
-# ---- maps, and what is refused
+# ---- maps, and what is rejected
 
 
 def test_maps_are_made_of_scans_alone_even_where_some_were_given(

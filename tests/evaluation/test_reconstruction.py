@@ -185,13 +185,13 @@ def test_a_real_code_is_aligned_at_155_and_156_slices(cases, data):
 def test_a_box_holds_its_latent_voxels_and_the_margin_only():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        cells, margin = rng.random((6, 9, 7)) < 0.02, int(rng.integers(4))
-        cells[tuple(rng.integers(0, cells.shape))] = True
-        grid = np.indices(cells.shape).reshape(3, -1).T
-        low, high = np.argwhere(cells).min(axis=0) - margin, np.argwhere(cells).max(axis=0) + margin
-        expected = ((grid >= low) & (grid <= high)).all(axis=1).reshape(cells.shape)
-        found = np.zeros(cells.shape, bool)
-        found[latent_box(cells, margin)] = True
+        marked, margin = rng.random((6, 9, 7)) < 0.02, int(rng.integers(4))
+        marked[tuple(rng.integers(0, marked.shape))] = True
+        grid = np.indices(marked.shape).reshape(3, -1).T
+        low, high = np.argwhere(marked).min(axis=0) - margin, np.argwhere(marked).max(axis=0) + margin
+        expected = ((grid >= low) & (grid <= high)).all(axis=1).reshape(marked.shape)
+        found = np.zeros(marked.shape, bool)
+        found[latent_box(marked, margin)] = True
         assert np.array_equal(found, expected)
 
 
@@ -200,14 +200,14 @@ def test_an_empty_mask_has_no_box():
         latent_box(np.zeros((3, 3, 3), bool), 1)
 
 
-HOLES = {"middle": np.s_[20:23, 5:8, 3:9], "corner": np.s_[:3, :2, 9:], "whole": np.s_[:]}
+MASKS = {"middle": np.s_[20:23, 5:8, 3:9], "corner": np.s_[:3, :2, 9:], "whole": np.s_[:]}
 
 
-def decoded(autoencoder, hole, margin):
+def decoded(autoencoder, mask_name, margin):
     """The decoded box, the whole decoding, and where they agree: in the box of latent voxels with any of the mask."""
     latent = torch.from_numpy(noise(1, 3, 24, 6, 6))
     mask, expected = np.zeros((48, 12, 12), bool), np.zeros((48, 12, 12), bool)
-    mask[HOLES[hole]] = True
+    mask[MASKS[mask_name]] = True
     places = np.argwhere(mask)
     low, high = places.min(axis=0) // 2 * 2, places.max(axis=0) // 2 * 2 + 2
     expected[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = True
@@ -216,14 +216,14 @@ def decoded(autoencoder, hole, margin):
     return box[0, 0].numpy(), whole[0, 0].numpy(), expected
 
 
-def difference_in_box(autoencoder, hole, margin):
-    box, whole, expected = decoded(autoencoder, hole, margin)
+def difference_in_box(autoencoder, mask_name, margin):
+    box, whole, expected = decoded(autoencoder, mask_name, margin)
     return np.abs(box - whole)[expected].max()
 
 
-@pytest.mark.parametrize("hole", HOLES)
-def test_with_local_norms_a_wide_box_is_whole_decoding(hole):
-    box, whole, expected = decoded(fresh(norm="local"), hole, margin=10)
+@pytest.mark.parametrize("mask_name", MASKS)
+def test_with_local_norms_a_wide_box_is_whole_decoding(mask_name):
+    box, whole, expected = decoded(fresh(norm="local"), mask_name, margin=10)
     np.testing.assert_allclose(box[expected], whole[expected], rtol=0, atol=1e-5)
     assert not box[~expected].any() and np.abs(whole[expected]).min() > 0
 

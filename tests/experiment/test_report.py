@@ -106,10 +106,10 @@ def test_text_tables_code_and_pictures_survive(tmp_path):
 def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     write(tmp_path, new_markdown_cell("old"))
 
-    def refuse(self, target):
+    def fail(self, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(RunError, match=r"report.html: cannot be written \(No space left"):
         write(tmp_path, new_markdown_cell("new"))
     assert "old" in (tmp_path / "report.html").read_text()

@@ -463,11 +463,11 @@ def test_a_run_locked_by_another_process_is_left_alone(pair, outputs):
 
 
 def test_other_file_systems_get_copies(pair, outputs, monkeypatch):
-    def refuse(*_):
+    def fail(*_):
         raise OSError(18, "Invalid cross-device link")
 
     grid, first, second = pair
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", fail)
     reused(grid, 1, outputs)
     assert content(second / "maps") == content(first / "maps")
     assert not (first / "maps/a.nii.gz").samefile(second / "maps/a.nii.gz")

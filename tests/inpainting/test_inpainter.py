@@ -191,7 +191,7 @@ def test_a_case_with_its_target_gives_the_result_of_one_without(cases, inpainter
 
 
 class SpaceToDepth(nn.Module):
-    """Volume and latent hold the same numbers: each cell keeps its factor^3 voxels as channels."""
+    """Volume and latent hold the same numbers: each latent voxel keeps its factor^3 voxels as channels."""
 
     spacing_mm = 1.0
 
@@ -277,21 +277,21 @@ def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, in
     millimetres = grid * step[:, None, None, None] - np.array([16, 22, 23])[:, None, None, None]
     radius = np.sqrt(np.square(millimetres).sum(axis=0))
     head = np.where(radius < 15, 1000 + 300 * np.cos(radius / 4), 0).astype(np.float32)
-    hole = np.square(millimetres - np.array([3, 2, -4])[:, None, None, None]).sum(axis=0) < 25
+    masked = np.square(millimetres - np.array([3, 2, -4])[:, None, None, None]).sum(axis=0) < 25
     affine = np.diag([*-step[:2], step[2], 1])
-    for name, volume in {"head": head, "head-t1n-voided": head * ~hole, "head-mask": hole.astype(np.uint8)}.items():
+    for name, volume in {"head": head, "head-t1n-voided": head * ~masked, "head-mask": masked.astype(np.uint8)}.items():
         write_map(tmp_path / f"{name}.nii.gz", volume, affine)
     files = [tmp_path / f"head{name}.nii.gz" for name in ("-t1n-voided", "-mask")]
     data = load_case(case_of_files(*files))
-    truth = resample_case(replace(data, voided=head, mask=np.zeros_like(hole)), resampling_to(data, 1.0))
+    truth = resample_case(replace(data, voided=head, mask=np.zeros_like(masked)), resampling_to(data, 1.0))
     autoencoder, schedule = SpaceToDepth(2), noise_schedule()
     latent = autoencoder.encode(torch.from_numpy(grid_case(truth, 2).voided)[None, None]).double()
     oracle = KnowsTheTarget(latent, schedule, "noise")
     filled = Inpainter(LatentDiffusion(autoencoder, oracle, schedule, LatentSpec(), CPU, "32"))(data, steps=3)
     filled.save(tmp_path / "out.nii.gz")
     result = raw(tmp_path / "out.nii.gz")
-    assert np.array_equal(result[~hole], head[~hole]) and result.shape == head.shape
-    assert np.abs(result - head)[hole].max() < 50 and np.abs(head[hole] - head[hole].mean()).max() > 250
+    assert np.array_equal(result[~masked], head[~masked]) and result.shape == head.shape
+    assert np.abs(result - head)[masked].max() < 50 and np.abs(head[masked] - head[masked].mean()).max() > 250
 
 
 @pytest.mark.parametrize("shape", ["one voxel", "two regions", "border", "corner"])
@@ -323,7 +323,7 @@ def test_a_file_with_a_fourth_axis_of_one_keeps_it(pair, tmp_path, model):
     assert read_volume(tmp_path / "out.nii.gz").preamble == read_volume(pair[0]).preamble
 
 
-# ---- the box of cells, and the edge
+# ---- the box of latent voxels, and the edge
 
 
 def test_the_denoiser_sees_a_crop_around_the_mask_with_the_noise_of_the_whole(encoded, inpainter):
@@ -343,16 +343,16 @@ def test_the_denoiser_sees_a_crop_around_the_mask_with_the_noise_of_the_whole(en
     assert not outside.any()
 
 
-@pytest.mark.parametrize(("hole", "edge", "multiple", "box"), [
+@pytest.mark.parametrize(("masked", "edge", "multiple", "box"), [
     ((slice(4, 6), slice(0, 2), slice(9, 10)), 4, 1, [(3, 7), (0, 4), (6, 10)]),  # moved into the grid
     ((slice(4, 6), slice(4, 6), slice(4, 5)), 1, 4, [(3, 7), (3, 7), (2, 6)]),  # multiples, the mask in the middle
     ((slice(0, 10), slice(3, 4), slice(3, 4)), 12, 4, [(0, 10), (0, 10), (0, 10)]),  # all there is
-    ((slice(2, 8), slice(3, 4), slice(3, 4)), 2, 1, [(1, 9), (2, 5), (2, 5)]),  # a cell of what is known on each side
+    ((slice(2, 8), slice(3, 4), slice(3, 4)), 2, 1, [(1, 9), (2, 5), (2, 5)]),  # a known latent voxel on each side
 ])  # fmt: skip
-def test_the_box_holds_mask_margin_and_crop_within_the_grid(hole, edge, multiple, box):
-    cells = np.zeros((10, 10, 10), bool)
-    cells[hole] = True
-    assert [(s.start, s.stop) for s in context_box(cells, edge=edge, multiple=multiple)] == box
+def test_the_box_holds_mask_margin_and_crop_within_the_grid(masked, edge, multiple, box):
+    latent_mask = np.zeros((10, 10, 10), bool)
+    latent_mask[masked] = True
+    assert [(s.start, s.stop) for s in context_box(latent_mask, edge=edge, multiple=multiple)] == box
 
 
 def test_a_callback_receives_whole_latents(encoded, inpainter):
@@ -382,9 +382,9 @@ def test_the_edge_is_corrected_unless_that_is_off(tmp_path):
 
 
 def test_memory_bounds_how_many_samples_are_drawn_at_once(encoded, inpainter, monkeypatch):
-    cells = encoded["mask"].numel() * inpainter.model.denoiser.config["base_width"]
+    values = encoded["mask"].numel() * inpainter.model.denoiser.config["base_width"]
     for fitting, at_once in ((0.5, 1), (2.5, 2), (1e6, model_module.LARGEST_BATCH["cpu"])):
-        bytes_in_all = fitting * cells * model_module.BYTES_PER_CHANNEL / model_module.MEMORY_FRACTION
+        bytes_in_all = fitting * values * model_module.BYTES_PER_CHANNEL / model_module.MEMORY_FRACTION
         monkeypatch.setattr(model_module, "total_memory", lambda device, total=bytes_in_all: total)
         assert inpainter.model.samples_at_once(encoded) == at_once
 
@@ -473,7 +473,7 @@ def test_known_latent_voxels_are_clean_at_every_step(cases, inpainter, sampler, 
         )
 
 
-# ---- refusals, before anything is loaded or written
+# ---- errors, before anything is loaded or written
 
 
 @pytest.mark.parametrize(("wrong", "reason"), [

@@ -56,12 +56,12 @@ def connections(monkeypatch):
     """Names that were looked up and addresses that were connected to; none answers."""
     attempts = []
 
-    def refuse(*words):
+    def fail(*words):
         attempts.append(words)
         raise OSError(101, "Network is unreachable")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
     return attempts
 
 
