@@ -33,7 +33,6 @@ class RunnerKernelManager(AsyncKernelManager):
 
     async def start_kernel(self, **kwargs: Any) -> None:
         """Start the kernel, and keep its process to know how it ends."""
-        RunnerKernelManager.process = None
         await super().start_kernel(**kwargs)
         RunnerKernelManager.process = self.provisioner.process
 

@@ -179,6 +179,7 @@ def _run_notebook(stage: str, config: StageConfig, output: Path) -> None:
 
     from ldm_lib.experiment.kernel import RunnerKernelManager
 
+    RunnerKernelManager.process = None  # that of the stage before may have ended by a signal
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would report the end of a kernel a second time
     try:
         papermill.execute_notebook(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import nbformat
@@ -287,10 +288,14 @@ def test_a_notebook_that_does_not_finish_its_stage_is_rejected(outputs, monkeypa
 
 
 def test_a_kernel_that_does_not_start_is_reported(monkeypatch):
+    from ldm_lib.experiment import kernel
+
     def silent(*_, **__):
         raise RuntimeError("Kernel didn't respond in 60 seconds")
 
     without_kernel(monkeypatch, silent)
+    ended = types.SimpleNamespace(poll=lambda: -15)  # the kernel of the stage before
+    monkeypatch.setattr(kernel.RunnerKernelManager, "process", ended)
     with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel failed .*60 seconds.*make doctor"):
         run(AUDIT)
 
