@@ -23,6 +23,10 @@ UNREADABLE = (  # what torch raises instead of executing code, and where bytes a
     torch.serialization.pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError, LookupError,
     OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
+# What a network's class raises where its arguments cannot be built.
+UNBUILDABLE = (
+    TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError, ConfigError,
+)  # fmt: skip
 # Names in model folders and checkpoints before version 0.8 -> now: arguments of networks, and parts of tensors' names.
 BUILD_NAMES = {"front_end": "input_transform"}
 TENSOR_NAMES = {"untold": "unconditional_embedding", "null": "null_conditioning", "front": "transform"}
@@ -31,12 +35,9 @@ BUILDERS = {"_instantiator", "_class_path", "_target_"}  # keys by which other l
 
 
 def save_model(folder: Path, model: nn.Module, **facts: Any) -> str:
-    """Write a model folder and return the sha256 of its weights.
-
-    Weights come before the config, each atomically.
+    """Write a model folder, weights before the config and each atomically; return the sha256 of the weights.
 
     Args:
-        folder: created if needed.
         model: a network with a `config`: the arguments that build it, as plain JSON values.
         facts: plain JSON values to keep with the weights, such as provenance or the sha256 of the autoencoder.
     """
@@ -76,16 +77,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model(folder: str | Path, cls: type[Network]) -> Network:
-    """Load the network of a model folder, frozen and in evaluation mode.
+    """Load the network of a model folder, frozen and in evaluation mode; its `folder_config` is its config.json.
 
     Folders that a version before 0.8 wrote are read, too.
-
-    Args:
-        folder: holds model.safetensors and config.json.
-        cls: class of the network, such as `Autoencoder` or `ADM`.
-
-    Returns:
-        The network; its `folder_config` is the content of config.json.
 
     Raises:
         WeightsError: another kind, a missing file, a file that differs from its sha256, wrong or non-finite tensors.
@@ -96,8 +90,17 @@ def load_model(folder: str | Path, cls: type[Network]) -> Network:
         cause = f"holds a model of kind {config['kind']!r}, need {kind_of(cls)!r}"
         raise WeightsError(cause, where=folder, fix=f"name a folder of kind {kind_of(cls)!r}")
     tensors = current_names(_verified_tensors(folder / WEIGHTS, config["sha256"]))
-    _require_fit(cls, config, tensors, folder)
-    model = cls(**_build(config))
+    fix = "copy the model folder again"
+    try:
+        build = {BUILD_NAMES.get(name, name): value for name, value in config["build"].items()}
+        with torch.device("meta"):  # before any memory is taken for it
+            expected = cls(**build).state_dict()
+    except UNBUILDABLE as error:
+        detail = str(error).splitlines()[0]
+        cause = f"its weights do not fit its config, from which nothing can be built ({detail})"
+        raise WeightsError(cause, where=folder, fix=fix) from error
+    require_fit(tensors, expected, where=folder, fix=fix)
+    model = cls(**build)
     model.load_state_dict(tensors)
     model.folder_config = config
     return model.eval().requires_grad_(False)
@@ -111,42 +114,25 @@ def require_pair(denoiser: nn.Module, autoencoder: nn.Module, *, where: Path) ->
 
 
 def current_names(content: Any) -> Any:
-    """Translate the names of tensors that a version before 0.8 wrote, in nested dictionaries and lists.
-
-    A name is a key of a dictionary or an item of a list, such as "average.module.untold".
-    """
+    """Translate the names of tensors that a version before 0.8 wrote, as keys and items of dictionaries and lists."""
     if isinstance(content, dict):
-        return {_current_name(name): current_names(value) for name, value in content.items()}
+        return {current_names(name): current_names(value) for name, value in content.items()}
     if isinstance(content, list):
-        return [_current_name(item) if isinstance(item, str) else current_names(item) for item in content]
+        return [current_names(item) for item in content]
+    if isinstance(content, str):
+        return ".".join(TENSOR_NAMES.get(part, part) for part in content.split("."))
     return content
 
 
-def _current_name(name: Any) -> Any:
-    return ".".join(TENSOR_NAMES.get(part, part) for part in name.split(".")) if isinstance(name, str) else name
-
-
-def _require_fit(
-    cls: type[nn.Module], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path
+def require_fit(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, where: Path, fix: str
 ) -> None:
-    """Reject weights that are not those of the network a config describes, before any memory is taken for it."""
-    cause = "its weights do not fit its config"
-    try:
-        with torch.device("meta"):
-            expected = cls(**_build(config)).state_dict()
-    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError, ConfigError) as error:
-        detail = f"{cause}, from which nothing can be built ({str(error).splitlines()[0]})"
-        raise WeightsError(detail, where=folder, fix="copy the model folder again") from error
+    """Reject weights whose names, shapes or kinds of numbers are not those of the network that a config describes."""
     given, needed = ({name: _form(t) for name, t in some.items()} for some in (tensors, expected))
     if wrong := sorted(name for name in {*given, *needed} if given.get(name) != needed.get(name)):
         detail = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, needed is {needed.get(wrong[0], 'none')}"
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise WeightsError(f"{cause}: {detail}{more}", where=folder, fix="copy the model folder again")
-
-
-def _build(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the network that a config describes, by their current names."""
-    return {BUILD_NAMES.get(name, name): value for name, value in config["build"].items()}
+        raise WeightsError(f"its weights do not fit its config: {detail}{more}", where=where, fix=fix)
 
 
 def _form(tensor: torch.Tensor) -> str:

@@ -2,9 +2,8 @@
 
     python -m ldm_lib.process_control PARENT MODULE [ARGUMENTS]
 
-runs a module as `python -m MODULE` does, and is killed when process PARENT ends (Linux `PR_SET_PDEATHSIG`; elsewhere
-the child is not tied to its parent). A thread that polls for the parent, as kernels have, does not run while a busy
-cell holds the interpreter, and the cell would continue to write into a run that another process has locked by then.
+runs a module as `python -m MODULE` does, and is killed when process PARENT ends (on Linux only). A thread that polls
+for the parent, as kernels have, does not run while a busy cell holds the interpreter.
 """
 
 import ctypes
@@ -27,11 +26,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Handlers:
-    """Pass SIGTERM and SIGINT to `_note` within this context.
-
-    Attributes:
-        received: the signal that requests to stop, or None.
-    """
+    """Pass SIGTERM and SIGINT to `_note` within this context; `received` is the signal that requests to stop."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -126,18 +121,11 @@ class Watchdog:
             self.path.unlink()
 
 
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-
-
 def die_with_parent(parent: int) -> None:
-    """Kill this process when its parent process ends, for whatever reason.
-
-    Args:
-        parent: process id of the parent that started this process.
-    """
+    """Kill this process when its parent process, of this id, ends for whatever reason."""
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
     if os.getppid() != parent:  # it ended before the system knew
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -34,9 +34,8 @@ def fit_linear_parts(autoencoder: Autoencoder, cases: Sequence[Case]) -> None:
 def linear_baselines(autoencoder: Autoencoder, cases: Sequence[Case]) -> dict[str, LinearCodec]:
     """Return the linear codecs of equal size that an autoencoder has to outperform, on its device.
 
-    Returns:
-        "pca", principal components, each block decoded separately, and "linear", decoded from its neighbours too: the
-        autoencoder's own, or fitted here where it has none.
+    "pca" decodes each block separately from its principal components; "linear", the autoencoder's own or else fitted
+    here, from its neighbours too.
     """
     linear = autoencoder.linear
     if linear is None:

@@ -17,10 +17,6 @@ class LinearCodec(nn.Module):
     A block is projected on principal components. It is decoded from its own latent and those of the 26 blocks around
     it, by least squares, as lapped transforms do (Malvar & Staelin, IEEE Trans. ASSP 37 (1989) 553): no edges show
     between blocks, and the neighbours supply much that a block's own latent lacks. Air is 0 both ways.
-
-    Args:
-        latent_channels: numbers per block.
-        factor: edge of a block, voxels.
     """
 
     def __init__(self, latent_channels: int, factor: int) -> None:
@@ -96,11 +92,7 @@ class LinearCodec(nn.Module):
         self.estimate.weight.copy_(weight.T.view_as(self.estimate.weight))
 
     def neighbourhoods(self, volume: Tensor) -> Tensor:
-        """Return (x/f y/f z/f, 27 c) float64: the latents, less that of air, of each block and its neighbours.
-
-        Args:
-            volume: (1 1 x y z).
-        """
+        """Return (x/f y/f z/f, 27 c) float64: latents less that of air, of each block of (1 1 x y z) and around it."""
         latent = F.pad(self.encode(volume)[0] - self.air.view(-1, 1, 1, 1), (1,) * 6).double()
         return rearrange(latent.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1), "c x y z i j k -> (x y z) (c i j k)")
 

@@ -27,20 +27,13 @@ def generator_loss(discriminator: nn.Module, reconstruction: Tensor) -> Tensor:
     """Return mean (D(reconstruction) - 1)^2 (least-squares GAN, Mao et al., arXiv 1611.04076, labels 0 and 1).
 
     Gradients reach `reconstruction`, and not the discriminator.
-
-    Raises:
-        InputError: crops of fewer than 20 voxels per axis.
     """
     frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     return (_last_map(partial(functional_call, discriminator, frozen), reconstruction) - 1).square().mean()
 
 
 def discriminator_loss(discriminator: nn.Module, reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Return (mean D(reconstruction)^2 + mean (D(image) - 1)^2) / 2; gradients reach the discriminator only.
-
-    Raises:
-        InputError: crops of fewer than 20 voxels per axis.
-    """
+    """Return (mean D(reconstruction)^2 + mean (D(image) - 1)^2) / 2; gradients reach the discriminator only."""
     fake, real = _last_map(discriminator, reconstruction.detach()), _last_map(discriminator, image.detach())
     return (fake.square().mean() + (real - 1).square().mean()) / 2
 

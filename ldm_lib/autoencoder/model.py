@@ -64,13 +64,9 @@ class Autoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            "network": dict(network),
-            "spacing_mm": float(spacing_mm),
-            "input_transform": input_transform,
-            "norm": norm,
-            "linear_start": linear_start,
-            "learned": learned,
-        }
+            "network": dict(network), "spacing_mm": float(spacing_mm), "input_transform": input_transform, "norm": norm,
+            "linear_start": linear_start, "learned": learned,
+        }  # fmt: skip
         _require_known(self.config)
         self.history: list[dict[str, float]] = []
         self.transform = TRANSFORMS[input_transform]()
@@ -96,23 +92,17 @@ class Autoencoder(nn.Module):
 
         Args:
             channels: width of each level; each level but the last halves every axis.
-            latent_channels: channels of the latent.
             blocks: residual blocks per level.
         """
-        network = {
-            "class": "AutoencoderKL",
-            "spatial_dims": 3,
-            "in_channels": TRANSFORMS[input_transform].channels,
-            "out_channels": TRANSFORMS[input_transform].channels,
-            "channels": list(channels),
-            "attention_levels": [False] * len(channels),
-            "num_res_blocks": [blocks] * len(channels),
-            "latent_channels": latent_channels,
-            "norm_num_groups": math.gcd(8, *channels),
-            "with_encoder_nonlocal_attn": False,
-            "with_decoder_nonlocal_attn": False,
-        }
         options = {"input_transform": input_transform, "norm": norm, "linear_start": linear_start, "learned": learned}
+        bands = TRANSFORMS[input_transform].channels
+        network = {
+            "class": "AutoencoderKL", "spatial_dims": 3, "in_channels": bands, "out_channels": bands,
+            "channels": list(channels), "attention_levels": [False] * len(channels),
+            "num_res_blocks": [blocks] * len(channels), "latent_channels": latent_channels,
+            "norm_num_groups": math.gcd(8, *channels), "with_encoder_nonlocal_attn": False,
+            "with_decoder_nonlocal_attn": False,
+        }  # fmt: skip
         return cls(network=network, spacing_mm=spacing_mm, **options)
 
     @classmethod
@@ -121,7 +111,7 @@ class Autoencoder(nn.Module):
 
         Args:
             folder: of an autoencoder, or of a latent diffusion model, which has one inside.
-            device: "cpu", "cuda", or "auto", which takes a GPU if there is one.
+            device: "auto" (a GPU if there is one), "cpu" or "cuda".
 
         Raises:
             WeightsError: there is no model folder, or it is damaged.
@@ -131,18 +121,17 @@ class Autoencoder(nn.Module):
         return load_model(inside if inside.is_dir() else folder, cls).to(pick_device(device))
 
     def save(self, folder: str | Path, **facts: Any) -> str:
-        """Write the autoencoder to a folder and return the sha256 of its weights.
-
-        Args:
-            facts: plain values to keep in config.json.
-        """
+        """Write the autoencoder and plain values to keep in config.json; return the sha256 of its weights."""
         return save_model(Path(folder), self, **facts)
 
     def _build_network(self) -> nn.Module:
-        arguments = {name: value for name, value in self.config["network"].items() if name != "class"}
-        network = NETWORKS[self.config["network"]["class"]](**arguments)
+        arguments = dict(self.config["network"])
+        network = NETWORKS[arguments.pop("class")](**arguments)
         if self.config["norm"] == "local":
-            _replace_group_norms(network)
+            for parent in list(network.modules()):
+                for name, child in parent.named_children():
+                    if isinstance(child, nn.GroupNorm):
+                        setattr(parent, name, LocalNorm(child.num_channels, child.eps))
         if self.config["linear_start"]:
             _zero_outputs(network)
         if self.config["learned"] == "decoder":
@@ -150,15 +139,10 @@ class Autoencoder(nn.Module):
         return network.to(memory_format=torch.channels_last_3d)  # convolutions on a CPU are twice as fast in it
 
     @property
-    def levels(self) -> int:
-        """Count the resolutions of the network; each but the last halves every axis."""
-        network = self.config["network"]
-        return len(network.get("channels", network.get("num_channels", ())))
-
-    @property
     def factor(self) -> int:
-        """Count the voxels of a latent voxel per axis."""
-        return self.transform.factor * 2 ** (self.levels - 1)
+        """Count the voxels of a latent voxel per axis; each level of the network but the last halves every axis."""
+        network = self.config["network"]
+        return self.transform.factor * 2 ** (len(network.get("channels", network.get("num_channels", ()))) - 1)
 
     @property
     def latent_channels(self) -> int:
@@ -177,7 +161,9 @@ class Autoencoder(nn.Module):
 
     def moments(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Return posterior mean and standard deviation (b c x/f y/f z/f), before standardisation."""
-        self._require_divisible(volume)
+        if any(n % self.factor for n in volume.shape[-3:]):
+            cause = f"shape {tuple(volume.shape[-3:])} is not divisible by {self.factor}: the network would shorten it"
+            raise InputError(cause, fix="pad it with geometry.Frame")
         if self.config["learned"] != "both":
             mean = self.linear.encode(volume)
             return mean, torch.full_like(mean, math.exp(QUIET_LOG_VARIANCE / 2))
@@ -210,9 +196,6 @@ class Autoencoder(nn.Module):
 
         Args:
             image: normalised intensities, 0 in air; see `normalise` in `data.volume`.
-
-        Returns:
-            (x, y, z) float32.
         """
         padding = Padding.to_multiple(image.shape, self.factor)
         volume = torch.from_numpy(padding.pad(np.asarray(image, np.float32)))[None, None]
@@ -231,13 +214,6 @@ class Autoencoder(nn.Module):
     def freeze(self) -> "Autoencoder":
         """Switch to evaluation mode, without gradients."""
         return self.eval().requires_grad_(False)
-
-    def _require_divisible(self, volume: Tensor) -> None:
-        if any(n % self.factor for n in volume.shape[-3:]):
-            raise InputError(
-                f"shape {tuple(volume.shape[-3:])} is not divisible by {self.factor}: the network would shorten it",
-                fix="pad it with geometry.Frame",
-            )
 
 
 class LocalNorm(nn.Module):
@@ -278,13 +254,6 @@ def _require_known(config: Mapping[str, Any]) -> None:
         wrong.append(f"learned {config['learned']!r} without linear_start")
     if wrong:
         raise ConfigError(f"no autoencoder with {', '.join(wrong)}", where="autoencoder", fix="copy its folder again")
-
-
-def _replace_group_norms(network: nn.Module) -> None:
-    for parent in list(network.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.GroupNorm):
-                setattr(parent, name, LocalNorm(child.num_channels, child.eps))
 
 
 def _zero_outputs(network: nn.Module) -> None:

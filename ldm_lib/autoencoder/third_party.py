@@ -1,8 +1,6 @@
 """Load autoencoders that were trained with MONAI, monai-generative or NVIDIA MAISI, or with this library.
 
 weights (.pt .pth .ckpt .safetensors) and a JSON of the network's arguments => Autoencoder, and a description of it
-
-Nothing that is read is executed.
 """
 
 import re
@@ -12,12 +10,13 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldm_lib import model_io
 from ldm_lib.autoencoder.model import NETWORKS, Autoencoder
-from ldm_lib.errors import ConfigError, WeightsError
+from ldm_lib.errors import WeightsError
 from ldm_lib.files import expand_path, sha256
-from ldm_lib.model_io import CONFIG, WEIGHTS, load_model, read_checkpoint, read_json, read_tensors, require_finite
+from ldm_lib.model_io import CONFIG, WEIGHTS
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors")
 BLOCKS = ("autoencoder_def", "autoencoder", "network_def")  # where the JSON of a MONAI bundle describes it
@@ -44,10 +43,9 @@ FOR_EVERY_GRID = {"norm_float16": False, "num_splits": 1}
 
 @dataclass(frozen=True)
 class ImportedAutoencoder:
-    """Hold an autoencoder that was trained elsewhere.
+    """Hold a frozen autoencoder that was trained elsewhere.
 
     Attributes:
-        autoencoder: frozen, in evaluation mode.
         description: one line: what it is, and what was done to read it.
         standardised: whether the statistics of its latents came with it; if not, measure and set them.
     """
@@ -68,26 +66,27 @@ def load_autoencoder(path: str | Path, *, spacing_mm: float) -> ImportedAutoenco
         spacing_mm: voxel size it was trained at; folders of this library state theirs.
 
     Raises:
-        WeightsError: nothing there, not an autoencoder of 3D images of one channel, damaged, unsafe, or a JSON that
-            does not fit.
+        WeightsError: nothing there, not a 3D autoencoder of one channel, damaged, unsafe, or a JSON that does not fit.
     """
     path = expand_path(path)
     folder = path.parent if path.name == WEIGHTS else path
-    if (folder / CONFIG).is_file() and {"kind", "build"} <= set(read_json(folder / CONFIG)):
-        autoencoder = load_model(folder, Autoencoder)
+    if (folder / CONFIG).is_file() and {"kind", "build"} <= set(model_io.read_json(folder / CONFIG)):
+        autoencoder = model_io.load_model(folder, Autoencoder)
         notes = [f"trained at {autoencoder.spacing_mm:g} mm", f"sha256 {autoencoder.folder_config['sha256'][:12]}"]
         return ImportedAutoencoder(autoencoder, _describe("our autoencoder", autoencoder, notes), standardised=True)
-    file = _weights_file(path)
-    description = _description_file(file)
+    file, description = _files(path)
     tensors, notes = _state_dict(file)
     kind = _kind(tensors, file)
     network = _network_arguments(_described(description), kind, tensors, description)
     try:
         autoencoder = Autoencoder(network=network, spacing_mm=spacing_mm)
-    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError, ConfigError) as error:
+    except model_io.UNBUILDABLE as error:
         cause = f"does not describe {network['class']}: {error}"
         raise WeightsError(cause, where=description, fix="write the arguments it was built with") from error
-    _load(autoencoder.network, core_names(tensors) if kind == GENERATIVE else tensors, file)
+    tensors = core_names(tensors) if kind == GENERATIVE else tensors
+    fix = "give the JSON these weights were trained with"
+    model_io.require_fit(tensors, autoencoder.network.state_dict(), where=file, fix=fix)
+    autoencoder.network.load_state_dict(tensors)
     if kind == MAISI:
         notes.append("norm_float16 off and num_splits 1, so that it runs in float32 and on every grid")
     notes += [f"taken to be trained at {spacing_mm:g} mm, as the data", f"sha256 {sha256(file)[:12]}"]
@@ -102,17 +101,17 @@ def core_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _weights_file(path: Path) -> Path:
+def _files(path: Path) -> tuple[Path, Path]:
+    """Return the weights file and the JSON with it."""
     if not path.exists():
         raise WeightsError("no such file or folder", where=path, fix="name a weights file, or a folder with one")
     inside = [p for p in path.glob("*") if p.suffix in ENDINGS] if path.is_dir() else [path]
-    return _only(inside, "weights file", where=path, fix=f"name the file itself; it ends in {', '.join(ENDINGS)}")
-
-
-def _description_file(file: Path) -> Path:
+    file = _only(inside, "weights file", where=path, fix=f"name the file itself; it ends in {', '.join(ENDINGS)}")
     same_name = file.with_suffix(".json")
+    if same_name.is_file():
+        return file, same_name
     fix = f"write the arguments of its class to {same_name.name} in the same folder"
-    return same_name if same_name.is_file() else _only(file.parent.glob("*.json"), "JSON with it", where=file, fix=fix)
+    return file, _only(file.parent.glob("*.json"), "JSON with it", where=file, fix=fix)
 
 
 def _only(paths: Iterable[Path], what: str, *, where: Path, fix: str) -> Path:
@@ -125,7 +124,7 @@ def _only(paths: Iterable[Path], what: str, *, where: Path, fix: str) -> Path:
 def _state_dict(file: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Read the tensors of a file, without the dictionary around them and without a common prefix, and say so."""
     fix, notes = "save the autoencoder's state_dict() alone, by torch.save or as safetensors", []
-    content = read_tensors(file) if file.suffix == ".safetensors" else read_checkpoint(file, fix=fix)
+    content = model_io.read_tensors(file) if file.suffix == ".safetensors" else model_io.read_checkpoint(file, fix=fix)
     if not _is_state_dict(content):
         inside = {k: v for k, v in content.items() if _is_state_dict(v)} if isinstance(content, dict) else {}
         if len(inside) != 1:
@@ -136,7 +135,7 @@ def _state_dict(file: Path) -> tuple[dict[str, Tensor], list[str]]:
     while len(first := {name.partition(".")[0] for name in content}) == 1 and all("." in name for name in content):
         notes.append(f"prefix '{first.pop()}.' removed")
         content = {name.partition(".")[2]: value for name, value in content.items()}
-    require_finite(content, where=file, fix="take an earlier checkpoint")
+    model_io.require_finite(content, where=file, fix="take an earlier checkpoint")
     return dict(content), notes
 
 
@@ -161,7 +160,7 @@ def _kind(tensors: Mapping[str, Tensor], where: Path) -> str:
 
 def _described(path: Path) -> dict[str, Any]:
     """Read the arguments of the network in a JSON, "_target_" among them."""
-    content = read_json(path)
+    content = model_io.read_json(path)
     block = next((content[name] for name in BLOCKS if isinstance(content.get(name), dict)), content)
     given = {name: value for name, value in block.items() if name == "_target_" or not name.startswith("_")}
     return {name: _literal(name, value, content, path) for name, value in given.items()}
@@ -177,15 +176,6 @@ def _literal(name: str, value: Any, content: Mapping[str, Any], where: Path) -> 
     return found
 
 
-def _own_class(kind: str) -> type[nn.Module]:
-    """Return the class that wrote weights of this kind: its signature knows the arguments a JSON leaves out."""
-    if kind == GENERATIVE:
-        from generative.networks.nets.autoencoderkl import AutoencoderKL
-
-        return AutoencoderKL
-    return NETWORKS["AutoencoderKlMaisi" if kind == MAISI else "AutoencoderKL"]
-
-
 def _network_arguments(block: dict[str, Any], kind: str, tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
     """Return every argument of the class that is to hold these tensors, "class" among them."""
     name, width = ("AutoencoderKlMaisi", "num_channels") if kind == MAISI else ("AutoencoderKL", "channels")
@@ -193,10 +183,13 @@ def _network_arguments(block: dict[str, Any], kind: str, tensors: Mapping[str, T
     if named != name:
         cause = f"describes {named}, but these are weights of {kind}"
         raise WeightsError(cause, where=where, fix=f"give the JSON of the {name}")
-    parameters = signature(_own_class(kind)).parameters.values()
-    defaults = {
-        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
-    }
+    source = NETWORKS[name]
+    if kind == GENERATIVE:
+        from generative.networks.nets import autoencoderkl
+
+        source = autoencoderkl.AutoencoderKL
+    # The signature of the class that wrote the weights knows the arguments that a JSON leaves out.
+    defaults = {k: p.default for k, p in signature(source).parameters.items() if p.default is not p.empty}
     network = {width if k in ("channels", "num_channels") else k: v for k, v in (defaults | block).items()}
     network = {k: list(v) if isinstance(v, tuple) else v for k, v in network.items() if k not in UNUSED_ARGUMENTS}
     shape = {k: network.get(k) for k in ("spatial_dims", "in_channels", "out_channels")}
@@ -208,18 +201,6 @@ def _network_arguments(block: dict[str, Any], kind: str, tensors: Mapping[str, T
         raise WeightsError(cause, where=where, fix="take an autoencoder without transposed convolutions")
     network["include_fc"] = any(".out_proj." in key for key in tensors)
     return {"class": name} | network | (FOR_EVERY_GRID if kind == MAISI else {})
-
-
-def _load(network: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    expected, fix = network.state_dict(), "give the JSON these weights were trained with"
-    missing, unknown = [k for k in expected if k not in tensors], [k for k in tensors if k not in expected]
-    if missing or unknown:
-        cause = f"its JSON describes another network: {_some(missing)} keys missing, {_some(unknown)} unexpected"
-        raise WeightsError(cause, where=where, fix=fix)
-    if other := [k for k, v in expected.items() if tensors[k].shape != v.shape]:
-        cause = f"{list(tensors[other[0]].shape)}, its JSON means {list(expected[other[0]].shape)}"
-        raise WeightsError(f"{_some(other)} tensors of another shape: {cause}", where=where, fix=fix)
-    network.load_state_dict(tensors, strict=True)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,8 +3,8 @@
     crop (1 x y z) => posterior sample => reconstruction
     loss = L1 + kl_weight * KL + adversarial_weight * (D(reconstruction) - 1)^2
 
-Half of the inputs are voided images, because at inference it encodes both; the target is then the voided image. The
-data of a step are a function of (seed, step), so that a resumed training equals the uninterrupted one.
+Half of the inputs are voided images, because at inference it encodes both. The data of a step are a function of
+(seed, step), so that a resumed training equals the uninterrupted one.
 """
 
 import logging
@@ -24,7 +24,7 @@ from ldm_lib.autoencoder.crop_sampler import CropLoader
 from ldm_lib.autoencoder.fitting import fit_linear_parts, latent_statistics
 from ldm_lib.autoencoder.losses import discriminator_loss, generator_loss, patch_discriminator
 from ldm_lib.autoencoder.model import Autoencoder, kl_divergence
-from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
+from ldm_lib.autoencoder.options import AutoencoderOptions, AutoencoderTrainingOptions
 from ldm_lib.autoencoder.third_party import load_autoencoder
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.devices import autocast, pick_device, pick_precision
@@ -67,12 +67,7 @@ class AutoencoderTraining:
             self.discriminator_optimiser = torch.optim.Adam(weights, lr=peak, betas=(0.5, 0.999))
 
     def step(self, step: int, volume: Tensor, names: Sequence[str]) -> dict[str, float]:
-        """Take one optimiser step on a batch and return the terms of its loss.
-
-        Args:
-            step: counts from 0.
-            volume: crops (b 1 x y z), normalised.
-            names: their cases, for error messages.
+        """Take one optimiser step, counted from 0, on crops (b 1 x y z) of these cases; return the terms of its loss.
 
         Raises:
             TrainingError: a loss that is not finite; names the step and the cases.
@@ -82,10 +77,8 @@ class AutoencoderTraining:
         with autocast(self.device, self.precision):
             mean, std = self.autoencoder.moments(volume)
             reconstruction = self.autoencoder.decode_raw(mean + std * self._noise(mean, step)).float()
-            terms = {
-                "l1": F.l1_loss(self._inside(reconstruction), self._inside(volume)),
-                "kl": kl_divergence(mean.float(), std.float()),
-            }
+            terms = {"l1": F.l1_loss(self._inside(reconstruction), self._inside(volume))}
+            terms["kl"] = kl_divergence(mean.float(), std.float())
             loss = terms["l1"] + config.kl_weight * terms["kl"]
             if adversarial:
                 terms["adversarial"] = generator_loss(self.discriminator, reconstruction)
@@ -133,15 +126,8 @@ def build_autoencoder(config: AutoencoderTrainingOptions, *, spacing_mm: float) 
     """Build the autoencoder that the options describe; its weights are a function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Autoencoder.of(
-            channels=integers(config.channels),
-            latent_channels=config.latent_channels,
-            blocks=config.blocks,
-            spacing_mm=spacing_mm,
-            input_transform=config.input_transform,
-            linear_start=config.linear_start,
-            learned=config.learned,
-        )
+        own = {name: getattr(config, name) for name in AutoencoderOptions.model_fields if name != "channels"}
+        return Autoencoder.of(channels=integers(config.channels), spacing_mm=spacing_mm, **own)
 
 
 def train_autoencoder(
@@ -225,17 +211,11 @@ def fit_autoencoder(
     device: torch.device,
     precision: str,
 ) -> list[dict[str, float]]:
-    """Train an autoencoder in place, keep its averaged weights, and standardise its latents.
-
-    Args:
-        folder: takes the checkpoint, from which an interrupted training resumes; None writes nothing.
+    """Train an autoencoder in place, keep its averaged weights and standardise its latents; see `train_autoencoder`.
 
     Returns:
         One row per step: step, learning_rate, seconds, l1, kl and the adversarial terms, also kept as its `history`;
         empty where there is no network to train.
-
-    Raises:
-        TrainingError: a loss that is not finite.
     """
     checkpoint = Path(folder) / CHECKPOINT if folder else None
     if not (checkpoint and checkpoint.exists()):

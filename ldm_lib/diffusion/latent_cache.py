@@ -3,11 +3,9 @@
     <scan>-<variant>-<key>.safetensors holds all masks of a scan in one variant, by the name of the case:
     <case>/voided, target (c x y z), mask_fraction (1 x y z), conditioning (4 x y z) float16; mask, loss (1 x y z) bool
 
-The full image is encoded for every mask, not once per scan: intensities are divided by a percentile of the voided
-image, so that they differ between masks. Augmentation is drawn for every mask, too, which gives more variety.
-Conditioning that all masks of an entry share is stored once, without the name of a case.
-
-float16 keeps 11 binary digits, so that the relative error of a standardised latent is at most 5e-4; masks are exact.
+The full image is encoded for every mask, because intensities are divided by a percentile of the voided image.
+Conditioning that all masks of an entry share is stored once, without the name of a case. float16 keeps 11 binary
+digits: the relative error of a standardised latent is at most 5e-4.
 
 The key covers everything an entry was made from: bytes of the sources, weights and build of the autoencoder, settings,
 augmentation, precision and the version of this code. An entry contains the digest of its own tensors.
@@ -66,9 +64,8 @@ class CachedCase(Sequence[Latents]):
         try:
             with safe_open(path, "pt") as stream:
                 parts = [(name, *name.rpartition("/")[::2]) for name in stream.keys()]  # noqa: SIM118
-                return {
-                    short: stream.get_tensor(name).float() for name, of, short in parts if of in ("", self.case.key)
-                }
+                own = {short: name for name, of, short in parts if of in ("", self.case.key)}
+                return {short: stream.get_tensor(name).float() for short, name in own.items()}
         except (SafetensorError, OSError) as error:
             raise RunError(f"cannot be read ({error})", where=path, fix="run the stage again") from error
 
@@ -84,16 +81,15 @@ class _Entry:
 
     @property
     def volumes(self) -> int:
-        return sum(map(_volumes, self.cases))
+        """Count the images to encode: the voided one of each case, and the full one if there is one."""
+        return sum(1 + (case.t1n is not None) for case in self.cases)
 
 
 class LatentCache:
     """Encode cases into a folder that belongs to one run; several processes may do so at once.
 
     Args:
-        folder: created if needed.
         autoencoder: frozen, on `device`.
-        weights_sha256: identifies the autoencoder's weights.
         seed: of the augmentations.
 
     Attributes:
@@ -116,13 +112,8 @@ class LatentCache:
         self.augmentation = augmentation or Augmentation()
         self.costs: dict[str, Any] = {}
         self._placement = {"device": device, "precision": precision}
-        self._made_from = {
-            "code": CODE_VERSION,
-            "weights": weights_sha256,
-            "build": autoencoder.config,
-            "settings": spec.model_dump(),
-            "precision": precision,
-        }
+        self._made_from = {"code": CODE_VERSION, "weights": weights_sha256, "build": autoencoder.config,
+                           "settings": spec.model_dump(), "precision": precision}  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
 
     def versions(self, case: Case, count: int) -> dict[str, GridCase]:
@@ -147,7 +138,10 @@ class LatentCache:
         Raises:
             InputError: a case is rejected, or its latents are not finite.
         """
-        by_scan = self._entries(cases, variants)
+        scans: dict[str, list[Case]] = {}
+        for case in cases:
+            scans.setdefault(case.id, []).append(case)
+        by_scan = {name: self._entries(name, tuple(scan), variants) for name, scan in scans.items()}
         entries = [entry for scan in by_scan.values() for entry in scan]
         stale = self._remove_stale(entries)
         flaws = {entry: flaw for entry in entries if (flaw := _flaw(entry))}
@@ -158,14 +152,8 @@ class LatentCache:
         self.costs = _costs(cases, entries, seconds) | {"replaced": stale + len(damaged)}
         return [CachedCase(case, tuple(entry.path for entry in by_scan[case.id])) for case in cases]
 
-    def _entries(self, cases: Sequence[Case], variants: int) -> dict[str, list[_Entry]]:
-        """List the entries of each scan, one for each variant."""
-        scans: dict[str, list[Case]] = {}
-        for case in cases:
-            scans.setdefault(case.id, []).append(case)
-        return {name: self._scan_entries(name, tuple(scan), variants) for name, scan in scans.items()}
-
-    def _scan_entries(self, name: str, scan: tuple[Case, ...], variants: int) -> list[_Entry]:
+    def _entries(self, name: str, scan: tuple[Case, ...], variants: int) -> list[_Entry]:
+        """List the entries of a scan, one for each variant."""
         digests = {path: sha256(path) for path in {path for case in scan for path in case.files().values()}}
         sources = {case.key: {role: digests[path] for role, path in case.files().items()} for case in scan}
         augmented = {"augmentation": asdict(self.augmentation), "seed": self.seed}
@@ -194,8 +182,7 @@ class LatentCache:
         if not missing:
             return {}
         load = lru_cache(CASES_IN_MEMORY)(lambda case: grid_case(load_case(case), self.autoencoder.factor))
-        seconds: dict[_Entry, float] = {}
-        total = sum(entry.volumes for entry in missing)
+        seconds, total = {}, sum(entry.volumes for entry in missing)
         progress = Progress(total, name="encoding volume")
         (self.folder / LOCKS).mkdir(exist_ok=True)
         for wait in (False, True):
@@ -224,20 +211,14 @@ class LatentCache:
         return time.monotonic() - started
 
 
-def _volumes(case: Case) -> int:
-    """Count the images of a case to encode: the voided one, and the full one if there is one."""
-    return 1 + (case.t1n is not None)
-
-
 def _pack(cases: dict[str, Latents]) -> dict[str, Tensor]:
     """Return the tensors of one entry, by case and name, in as few bytes as they need."""
     tensors = {f"{key}/{name}": tensor.bool() if name in MASKS else tensor.half()
                for key, latents in cases.items() for name, tensor in latents.items()}  # fmt: skip
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(
-                "not finite as latents in float16", where=name, fix="use precision 32, or another autoencoder"
-            )
+            fix = "use precision 32, or another autoencoder"
+            raise InputError("not finite as latents in float16", where=name, fix=fix)
     maps = [tensors[f"{key}/conditioning"] for key in cases]
     if all(torch.equal(other, maps[0]) for other in maps):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("/conditioning")}

@@ -77,10 +77,9 @@ def encode_case(
         latents["voided"] = torch.zeros_like(start)
         if "target" in latents:
             latents["target"] = (latents["target"] - start) / spec.residual_scale(start)
+    pooled = {"factor": factor, "threshold": spec.growth_threshold, "pooling": spec.pooling}
     on_grid = {
-        "conditioning": conditioning(
-            case.growth, case.tissue, factor=factor, threshold=spec.growth_threshold, pooling=spec.pooling
-        ),
+        "conditioning": conditioning(case.growth, case.tissue, **pooled),
         "mask": latent_mask(case.mask, factor, spec.mask_dilation)[None],
         "loss": loss_mask(case, factor, spec.mask_dilation)[None],
         "mask_fraction": block_mean(case.mask, factor)[None],
@@ -89,12 +88,10 @@ def encode_case(
 
 
 def measure_residual_std(spec: LatentSpec, cases: Iterable[CaseData], autoencoder: Autoencoder) -> LatentSpec:
-    """Measure the standard deviation of the residual in the masked region on a few cases; return the spec with it.
+    """Measure the standard deviation of the residual in the masked region, and return the spec with it.
 
-    Runs on the CPU in float32. Means are over latent voxels: a large mask counts for more.
-
-    Args:
-        cases: training cases with a target; the first 48 are used.
+    Uses the first 48 of the training cases, on the CPU in float32. Means are over latent voxels: a large mask counts
+    for more.
     """
     total, count = torch.zeros(autoencoder.latent_channels).double(), 0
     for data in islice(cases, RESIDUAL_CASES):
@@ -105,12 +102,7 @@ def measure_residual_std(spec: LatentSpec, cases: Iterable[CaseData], autoencode
 
 
 def denoiser_input(noisy: Tensor, batch: Latents, spec: LatentSpec) -> Tensor:
-    """Compose the input of the denoiser: known voxels clean, masked ones noisy, then conditioning, mask and context.
-
-    Args:
-        noisy: (b c x y z) latents at some noise level; only the masked region is used.
-        batch: voided, conditioning, mask, mask_fraction and, in that context, initial_estimate, each (b . x y z).
-    """
+    """Compose the input of the denoiser: known voxels clean, masked ones noisy, then conditioning, mask and context."""
     channels = [keep_known(noisy, batch), batch["conditioning"], batch["mask"]]
     if spec.context in CONCATENATED:
         channels += [batch[CONCATENATED[spec.context]], batch["mask_fraction"]]
@@ -144,7 +136,6 @@ def context_box(mask: np.ndarray, *, edge: int, multiple: int) -> tuple[slice, .
     """Return the box of latent voxels to sample: the mask, a margin, and at least the size of a training crop.
 
     Args:
-        mask: (x, y, z) bool, latent voxels to generate.
         edge: of a training crop, latent voxels; the smallest size of each axis, as far as the grid goes.
         multiple: the size is rounded up to a multiple of it, to which the network would pad anyway.
     """

@@ -1,7 +1,4 @@
-"""The latent diffusion model: a frozen autoencoder, a denoiser and its noise schedule, as one model folder.
-
-Samples are drawn in latent space, only around the mask; `inpainting.Inpainter` goes from voxels to voxels.
-"""
+"""The latent diffusion model: a frozen autoencoder, a denoiser and its noise schedule, as one model folder."""
 
 import hashlib
 import math
@@ -52,11 +49,9 @@ class CaseNoise:
 
     def __call__(self, step: int) -> Tensor:
         """Draw (b c x y z) standard normal noise; step -1 is where sampling starts."""
-        return torch.stack([self._draw(f"{self.seed}/{name}/{step}") for name in self.names]).to(self.device)
-
-    def _draw(self, text: str) -> Tensor:
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-        return torch.randn(self.shape, generator=torch.Generator().manual_seed(number))
+        digests = (hashlib.sha256(f"{self.seed}/{name}/{step}".encode()).digest() for name in self.names)
+        generators = (torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1) for digest in digests)
+        return torch.stack([torch.randn(self.shape, generator=each) for each in generators]).to(self.device)
 
 
 class ModelSettings(ScheduleOptions):
@@ -75,10 +70,10 @@ class ModelSettings(ScheduleOptions):
     @classmethod
     def of(cls, config: Mapping[str, Any], autoencoder: Autoencoder) -> "ModelSettings":
         """Read the settings from the config.json of a denoiser and of its autoencoder."""
-        process = {SCHEDULE_NAMES.get(name, name): value for name, value in config["schedule"].items()}
-        plain = {"prediction": config["prediction"], "latent_crop": config.get("latent_crop", 0)}
-        plain |= {"temperature": config.get("temperature", 0.0)}
-        return cls.parse(process | plain | {"box_margin": autoencoder.folder_config.get("box_margin")})
+        values = {SCHEDULE_NAMES.get(name, name): value for name, value in config["schedule"].items()}
+        values |= {name: config[name] for name in ("latent_crop", "temperature") if name in config}
+        margin = autoencoder.folder_config.get("box_margin")
+        return cls.parse(values | {"prediction": config["prediction"], "box_margin": margin})
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,6 @@ class LatentDiffusion:
         """Load a model folder; without one, the pretrained weights of the package.
 
         Args:
-            folder: as a training or `save` writes it.
             device: "auto", "cpu" or "cuda"; auto takes a GPU if there is one.
             precision: "auto", "32", "bf16" or "16".
             temperature: scale of the initial noise; 0 takes the model's own.
@@ -141,24 +135,15 @@ class LatentDiffusion:
                                fix="copy the model folder again") from error  # fmt: skip
         require_pair(denoiser, autoencoder, where=folder)
         return cls(
-            autoencoder.to(place),
-            denoiser.to(place),
-            noise_schedule(**settings.process),
-            spec,
-            place,
-            pick_precision(precision, place),
-            settings.prediction,
-            settings.box_margin,
-            settings.latent_crop,
-            temperature or settings.temperature or 1.0,
-            settings.process,
-        )
+            autoencoder.to(place), denoiser.to(place), noise_schedule(**settings.process), spec, place,
+            pick_precision(precision, place), settings.prediction, settings.box_margin, settings.latent_crop,
+            temperature or settings.temperature or 1.0, settings.process,
+        )  # fmt: skip
 
     def save(self, folder: str | Path, *, autoencoder_folder: str | Path | None = None, **facts: Any) -> str:
         """Write denoiser, autoencoder and settings as one model folder; return the sha256 of the denoiser's weights.
 
         Args:
-            folder: created if needed.
             autoencoder_folder: of this very autoencoder, copied byte for byte; without it the autoencoder is saved.
             facts: plain values to keep in config.json.
         """
@@ -193,7 +178,6 @@ class LatentDiffusion:
         """Sample the masked region of one encoded case, once for each name.
 
         Args:
-            latents: as `latents.encode_case` returns them.
             names: with `seed` they determine the samples.
             guidance: scale s of classifier-free guidance, see `predict`.
             callback: as in `samplers`, called with whole latents.
@@ -204,10 +188,7 @@ class LatentDiffusion:
         whole, box = latents["voided"], (..., *self.context(latents))
         batch = on_device({name: part[box].expand(len(names), -1, -1, -1, -1) for name, part in latents.items()},
                           self.device)  # fmt: skip
-        everywhere = CaseNoise(names, seed, whole.shape, self.device)
-
-        def noise(step: int) -> Tensor:
-            return everywhere(step)[box]
+        noise = CaseNoise(names, seed, whole.shape, self.device)
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return to_x0_and_noise(self.prediction, self.schedule, self.predict(x, t, batch, guidance), x, t)
@@ -222,8 +203,9 @@ class LatentDiffusion:
 
         with torch.inference_mode():
             return in_whole(SAMPLERS[sampler](
-                denoise, self.temperature * noise(-1), self.schedule, steps=steps, noise=noise,
-                keep=lambda z: keep_known(z, batch), callback=report if callback else None,
+                denoise, self.temperature * noise(-1)[box], self.schedule, steps=steps,
+                noise=lambda step: noise(step)[box], keep=lambda z: keep_known(z, batch),
+                callback=report if callback else None,
             ))  # fmt: skip
 
     def context(self, latents: Latents) -> tuple[slice, ...]:

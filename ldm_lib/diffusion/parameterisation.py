@@ -20,12 +20,7 @@ PREDICTIONS = ("noise", "x0", "velocity", "flow")
 
 
 def prediction_target(prediction: str, schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Return the target of the denoiser, like x0 in shape and dtype.
-
-    Args:
-        x0, noise: (b c x y z).
-        t: (b,) integers in [0, schedule.steps - 1].
-    """
+    """Return the target of the denoiser (b c x y z), like x0 in shape and dtype."""
     alpha, sigma = schedule.alpha_sigma(t, x0)
     targets = {
         "noise": lambda: noise,

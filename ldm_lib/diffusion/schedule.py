@@ -1,8 +1,7 @@
 """Define the noise schedule: float64 tables of the process x_t = α_t x_0 + σ_t ε.
 
 There are two kinds: variance preserving, α² + σ² = 1 (Ho et al. 2020), and rectified flow, α + σ = 1 (Liu et al. 2023,
-arXiv 2209.03003). Within a kind a schedule is given by its signal-to-noise ratio α² / σ², which `shift` lowers at every
-step.
+arXiv 2209.03003).
 """
 
 import math
@@ -49,27 +48,14 @@ class NoiseSchedule:
         return bool(((self.alpha + self.sigma - 1).abs() < 1e-12).all())
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Diffuse clean latents to step t (Ho et al. 2020, eq. 4).
-
-        Args:
-            x0, noise: (b c x y z); noise is standard normal.
-            t: (b,) integers in [0, steps - 1].
-
-        Returns:
-            x_t, like x0 in shape, dtype and device; computed in float64.
-        """
+        """Diffuse clean latents (b c x y z) to step t (b,): x_t, computed in float64 (Ho et al. 2020, eq. 4)."""
         alpha, sigma = self.alpha_sigma(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def predict_x0(self, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Invert `add_noise` for a known or predicted noise (Ho et al. 2020, eq. 15); not where alpha is 0.
 
-        Args:
-            x_t, noise: (b c x y z).
-            t: (b,) integers in [0, steps - 1].
-
-        Returns:
-            x_0, like x_t in shape, dtype and device; computed in float64, never clipped.
+        x_0 is computed in float64 and never clipped.
         """
         alpha, sigma = self.alpha_sigma(t, x_t)
         return ((x_t - sigma * noise) / alpha).to(x_t.dtype)
@@ -86,11 +72,8 @@ class NoiseSchedule:
             ConfigError: a t on the CPU that is out of range; on a GPU it is not checked, as that would wait for it.
         """
         if t.device.type == "cpu" and (t.min() < 0 or t.max() >= self.steps):
-            raise ConfigError(
-                f"timesteps {t.min()}..{t.max()} given, 0..{self.steps - 1} allowed",
-                where="t",
-                fix="draw timesteps below schedule.steps",
-            )
+            raise ConfigError(f"timesteps {t.min()}..{t.max()} given, 0..{self.steps - 1} allowed", where="t",
+                              fix="draw timesteps below schedule.steps")  # fmt: skip
         shape = (-1, *[1] * (x.ndim - 1))
         alpha, sigma = (table[t].to(x.device).view(shape) for table in _tables(self, t.device))
         return alpha, sigma
@@ -116,7 +99,6 @@ def noise_schedule(
     Args:
         schedule: "linear" in beta (Ho et al. 2020, section 4), "cosine" (Nichol & Dhariwal 2021, eq. 17), both variance
             preserving, or "flow": sigma = (t + 1) / steps on a straight line.
-        steps: number of timesteps T, at least 1.
         beta_start, beta_end: variance added by the first and the last step of "linear", each in (0, 1).
         shift: s > 0; log-SNR is lowered by 2 log s everywhere, more noise for larger latents (Hoogeboom et al. 2023,
             arXiv 2301.11093, eq. 4; of "flow", Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 changes nothing.
@@ -129,11 +111,8 @@ def noise_schedule(
     if steps < 1:
         raise ConfigError(f"{steps} given, at least 1 allowed", where="schedule steps")
     if not 0 < beta_start <= beta_end < 1:
-        raise ConfigError(
-            f"betas {beta_start} to {beta_end} given, 0 < beta_start <= beta_end < 1 allowed",
-            where="schedule betas",
-            fix="use 1e-4 to 0.02",
-        )
+        cause = f"betas {beta_start} to {beta_end} given, 0 < beta_start <= beta_end < 1 allowed"
+        raise ConfigError(cause, where="schedule betas", fix="use 1e-4 to 0.02")
     if schedule not in SCHEDULES:
         raise ConfigError(f"{schedule!r} given, {', '.join(SCHEDULES)} allowed", where="schedule")
     if not 0 < shift < math.inf:
@@ -142,7 +121,12 @@ def noise_schedule(
         sigma = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return NoiseSchedule(1 - sigma, sigma)
-    betas = _cosine_betas(steps) if schedule == "cosine" else _linear_betas(steps, beta_start, beta_end)
+    if schedule == "cosine":
+        angle = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + COSINE_OFFSET
+        bars = torch.cos(angle / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
+        betas = (1 - bars[1:] / bars[:-1]).clamp(max=LARGEST_BETA)
+    else:
+        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu")
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     if shift != 1:
         alpha_bar = torch.sigmoid(torch.logit(alpha_bar) - 2 * math.log(shift))
@@ -153,40 +137,24 @@ def noise_schedule(
     return NoiseSchedule(alpha, sigma)
 
 
-def _linear_betas(steps: int, start: float, end: float) -> Tensor:
-    return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
-
-
-def _cosine_betas(steps: int) -> Tensor:
-    angle = (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + COSINE_OFFSET) / (1 + COSINE_OFFSET)
-    alpha_bar = torch.cos(angle * math.pi / 2) ** 2
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=LARGEST_BETA)
-
-
 def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "uniform") -> Tensor:
     """Choose the timesteps that a sampler visits before it goes to the clean end, ᾱ = 1.
 
     Args:
         schedule: the schedule the network was trained with, T steps.
         steps: how many to visit, 1 to T; T visits all, whatever the spacing.
-        spacing: "uniform" divides t evenly between T - 1 and the clean end at -1 ("trailing" in
-            Lin et al. 2024, table 2); "log_snr" divides log-SNR evenly between t = T - 1
-            and t = 0 (Lu et al. 2022), each to the nearest timestep that is still free. A last
-            timestep without signal is visited first, and the others begin at a log-SNR of -10.
+        spacing: "uniform" divides t evenly between T - 1 and the clean end at -1 ("trailing" in Lin et al. 2024,
+            table 2); "log_snr" divides log-SNR evenly between t = T - 1 and t = 0 (Lu et al. 2022), each to the nearest
+            timestep that is still free. A last timestep without signal is visited first, and the others begin at a
+            log-SNR of -10.
 
     Returns:
         (steps,) int64, strictly descending, from T - 1.
-
-    Raises:
-        ConfigError: steps or spacing is not allowed.
     """
     last = schedule.steps - 1
     if not 1 <= steps <= schedule.steps:
-        raise ConfigError(
-            f"{steps} sampling steps given, 1 to {schedule.steps} allowed",
-            where="num_inference_steps",
-            fix="choose no more steps than the schedule was trained with",
-        )
+        raise ConfigError(f"{steps} sampling steps given, 1 to {schedule.steps} allowed", where="num_inference_steps",
+                          fix="choose no more steps than the schedule was trained with")  # fmt: skip
     if spacing not in SPACINGS:
         raise ConfigError(f"{spacing!r} given, {' or '.join(SPACINGS)} allowed", where="spacing")
     if spacing == "uniform":

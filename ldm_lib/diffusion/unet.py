@@ -19,13 +19,11 @@ class ADM(nn.Module):
 
     Args:
         in_channels: channels of x: latents, conditioning and mask together.
-        out_channels: channels of the prediction.
         base_width: channels of the first level.
         multipliers: width of each level, in units of base_width.
         blocks_per_level: residual blocks on the way down; one more on the way up.
-        attention_rates: downsampling rates (1, 2, 4, ...) at which attention follows each block;
-            the middle of the network always has one.
-        head_channels: channels per attention head.
+        attention_rates: downsampling rates (1, 2, 4, ...) at which attention follows each block; the middle of the
+            network always has one.
         dropout: probability, in [0, 1), before the last convolution of each block.
         conditioning: start and stop of the conditioning among the channels of x, for a network that can also be used
             unconditionally: a learned value per channel then replaces the conditioning, and a learned embedding is
@@ -49,18 +47,13 @@ class ADM(nn.Module):
         conditioning: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self._config: dict[str, Any] = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "base_width": base_width,
-            "multipliers": list(multipliers),
-            "blocks_per_level": blocks_per_level,
-            "attention_rates": list(attention_rates),
-            "head_channels": head_channels,
-            "dropout": dropout,
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels, "out_channels": out_channels, "base_width": base_width,
+            "multipliers": list(multipliers), "blocks_per_level": blocks_per_level,
+            "attention_rates": list(attention_rates), "head_channels": head_channels, "dropout": dropout,
             "conditioning": list(conditioning),
-        }
-        _check(self._config)
+        }  # fmt: skip
+        _check(self.config)
         self.multiple = 2 ** (len(multipliers) - 1)
         embedding = 4 * base_width
         self.embed = nn.Sequential(
@@ -75,14 +68,9 @@ class ADM(nn.Module):
             self.unconditional_embedding = nn.Parameter(0.02 * torch.randn(embedding))
 
     @property
-    def config(self) -> dict[str, Any]:
-        """Return the constructor's options as plain values: `ADM(**config)` builds the same network."""
-        return {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}
-
-    @property
     def supports_unconditional(self) -> bool:
         """Return whether the network can be used without its conditioning."""
-        return bool(self._config["conditioning"])
+        return bool(self.config["conditioning"])
 
     def forward(self, x: Tensor, t: Tensor, conditioned: Tensor | None = None) -> Tensor:
         """Predict the noise in x.
@@ -95,16 +83,15 @@ class ADM(nn.Module):
         Returns:
             (b out_channels x y z), in the dtype of x.
         """
-        if x.ndim != 5 or x.shape[1] != self._config["in_channels"]:
-            raise ConfigError(
-                f"an input of shape {tuple(x.shape)} given, (b, {self._config['in_channels']}, x, y, z) allowed",
-                where="ADM",
-                fix="concatenate latents, conditioning and mask as the network was built for",
-            )
-        embedding = self.embed(timestep_embedding(t, self._config["base_width"]))
+        if x.ndim != 5 or x.shape[1] != self.config["in_channels"]:
+            cause = f"an input of shape {tuple(x.shape)} given, (b, {self.config['in_channels']}, x, y, z) allowed"
+            fix = "concatenate latents, conditioning and mask as the network was built for"
+            raise ConfigError(cause, where="ADM", fix=fix)
+        embedding = self.embed(timestep_embedding(t, self.config["base_width"]))
         if conditioned is not None:
             x, embedding = self._without_conditioning(x, embedding, conditioned.to(x.dtype))
-        padding = [_split(-size % self.multiple) for size in x.shape[2:]]
+        missing = [-size % self.multiple for size in x.shape[2:]]
+        padding = [(n // 2, n - n // 2) for n in missing]  # before and after
         h = self.stem(F.pad(x, [side for axis in reversed(padding) for side in axis]))
         skips = [h]
         for stage in self.down:
@@ -122,7 +109,7 @@ class ADM(nn.Module):
         if not self.supports_unconditional:
             raise ConfigError("it was trained with conditioning only and has no unconditional mode", where="ADM",
                               fix="train with conditioning_dropout above 0")  # fmt: skip
-        start, stop = self._config["conditioning"]
+        start, stop = self.config["conditioning"]
         shown = conditioned[:, None, None, None, None]
         given = x[:, start:stop]
         null = self.null_conditioning.to(x.dtype)[:, None, None, None].expand_as(given)
@@ -130,13 +117,12 @@ class ADM(nn.Module):
         return x, embedding + (1 - conditioned[:, None]) * self.unconditional_embedding
 
     def _build(self, embedding: int) -> tuple[nn.ModuleList, BlockSequence, nn.ModuleList]:
-        config, rates = self._config, self._config["attention_rates"]
+        config, rates = self.config, self.config["attention_rates"]
         widths = [config["base_width"] * m for m in config["multipliers"]]
         last = len(widths) - 1
 
         def block(inside: int, outside: int, resample: nn.Module | None = None) -> ResidualBlock:
-            dropout = config["dropout"]
-            return ResidualBlock(inside, outside, embedding, dropout=dropout, resample=resample)
+            return ResidualBlock(inside, outside, embedding, dropout=config["dropout"], resample=resample)
 
         def attend(level: int) -> list[nn.Module]:
             return [Attention(widths[level], config["head_channels"])] if 2**level in rates else []
@@ -172,7 +158,6 @@ def count_flops(module: ADM, shape: Sequence[int], *, backward: bool = False) ->
     """Count the FLOPs (two per multiply-add) of one forward pass of one sample, without computing it.
 
     Args:
-        module: the network.
         shape: of the latent, (x y z).
         backward: count a backward to all weights as well.
     """
@@ -187,21 +172,12 @@ def count_flops(module: ADM, shape: Sequence[int], *, backward: bool = False) ->
     return counter.get_total_flops()
 
 
-def _is_range(given: Sequence[int], channels: int) -> bool:
-    return len(given) == 2 and 0 <= given[0] < given[1] <= channels
-
-
-def _split(padding: int) -> tuple[int, int]:
-    """Split the padding of an axis into before and after."""
-    return padding // 2, padding - padding // 2
-
-
 def _check(config: dict[str, Any]) -> None:
     """Reject options from which no network can be built."""
-    levels = len(config["multipliers"])
+    levels, head, shown = len(config["multipliers"]), config["head_channels"], config["conditioning"]
     widths = [config["base_width"] * m for m in config["multipliers"]]
     rates = [2**level for level in range(levels)]
-    attending = [w for w, r in zip(widths, rates, strict=True) if r in config["attention_rates"]]
+    attending = [w for w, r in zip(widths, rates, strict=True) if r in config["attention_rates"]] + widths[-1:]
     fits = {
         "in_channels": (config["in_channels"] >= 1, "1 or more"),
         "out_channels": (config["out_channels"] >= 1, "1 or more"),
@@ -210,18 +186,16 @@ def _check(config: dict[str, Any]) -> None:
         "blocks_per_level": (1 <= config["blocks_per_level"] <= 64, "1 to 64"),
         "attention_rates": (set(config["attention_rates"]) <= set(rates), f"some of {rates}"),
         "head_channels": (
-            config["head_channels"] >= 1
-            and not any(w % max(1, w // config["head_channels"]) for w in [*attending, *widths[-1:]]),
-            f"sizes that divide the attending widths {[*attending, *widths[-1:]]} into equal heads",
+            head >= 1 and not any(w % max(1, w // head) for w in attending),
+            f"sizes that divide the attending widths {attending} into equal heads",
         ),
         "dropout": (0 <= config["dropout"] < 1, "0 up to, but not including, 1"),
         "conditioning": (
-            not config["conditioning"] or _is_range(config["conditioning"], config["in_channels"]),
+            not shown or (len(shown) == 2 and 0 <= shown[0] < shown[1] <= config["in_channels"]),
             f"none, or start and stop within {config['in_channels']} channels",
         ),
     }
     for name, (fit, allowed) in fits.items():
         if not fit:
-            raise ConfigError(
-                f"{config[name]} given, {allowed} allowed", where=f"ADM, {name}", fix="see docs/parameters.md"
-            )
+            cause = f"{config[name]} given, {allowed} allowed"
+            raise ConfigError(cause, where=f"ADM, {name}", fix="see docs/parameters.md")

@@ -24,22 +24,15 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        embedding: int,
-        *,
-        dropout: float = 0.0,
-        resample: nn.Module | None = None,
+        self, inside: int, outside: int, embedding: int, *, dropout: float = 0.0, resample: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.resample = resample or nn.Identity()
-        self.norm1, self.conv1 = Norm(in_channels), conv(in_channels, out_channels)
-        self.scale_shift = nn.Linear(embedding, 2 * out_channels)
-        self.norm2, self.conv2 = Norm(out_channels), zero(conv(out_channels, out_channels))
+        self.norm1, self.conv1 = Norm(inside), conv(inside, outside)
+        self.scale_shift = nn.Linear(embedding, 2 * outside)
+        self.norm2, self.conv2 = Norm(outside), zero(conv(outside, outside))
         self.dropout = nn.Dropout(dropout)
-        same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+        self.skip = nn.Identity() if inside == outside else nn.Conv3d(inside, outside, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map (b c x y z), given the embedding (b e) of the timestep."""

@@ -27,13 +27,7 @@ SampleIndex = tuple[int, int, int]  # optimiser step, index in its global batch,
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Assign training cases to optimiser steps, batches and processes.
-
-    Attributes:
-        count: number of training cases.
-        config: batch size, accumulation, epochs and seed.
-        rank, world: the number of this process, and of all that train together.
-    """
+    """Assign a number of training cases to optimiser steps, batches and processes."""
 
     count: int
     config: TrainerOptions
@@ -59,9 +53,8 @@ class BatchPlan:
     def sample_indices(self, step: int) -> list[SampleIndex]:
         """Return the global batch of a step; an epoch's order is a permutation by (seed, epoch)."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.config.seed, epoch, self.count)
-        if self.config.overfit_batches:
-            order = range(self.count)
+        overfit = self.config.overfit_batches
+        order = range(self.count) if overfit else _permutation(self.config.seed, epoch, self.count)
         first = k * self.global_batch
         return [(step, i, int(order[(first + i) % self.count])) for i in range(self.global_batch)]
 
@@ -87,8 +80,7 @@ class TrainingSamples(Dataset):
 
     Args:
         variants: the encodings of each case; one is read when a sample is drawn from it.
-        steps: steps of the noise schedule.
-        global_batch: samples of one optimiser step.
+        steps: of the noise schedule.
         mirror: signs (c,) with which flipped latents are those of the mirror image (`LinearCodec.mirror`).
     """
 

@@ -3,9 +3,8 @@
     checkpoints/last-00001200.ckpt           the training after optimiser step 1200, as torch.save writes it
     checkpoints/last-00001200.ckpt.sha256    its digest, as `sha256sum -c` reads it; written first
 
-The digest is written before the file, and a new file before the oldest is removed, so that the newest that verifies is
-whole whenever the process is killed. Checkpoints are chosen by the step in their name: clocks jump, and copies are
-younger than their originals.
+The digest is written before the file, and a new file before the oldest is removed. Checkpoints are chosen by the step
+in their name: clocks jump, and copies are younger than their originals.
 """
 
 import logging
@@ -36,8 +35,8 @@ def step_path(folder: Path, step: int) -> Path:
 
 def resumable(folder: Path) -> list[Path]:
     """Return the checkpoints to resume from, the newest step first; not yet verified."""
-    steps = {path: int(match[1]) for path in folder.glob("last-*.ckpt") if (match := _STEP.fullmatch(path.name))}
-    return sorted(steps, key=steps.get, reverse=True)
+    matches = (_STEP.fullmatch(path.name) for path in folder.glob("last-*.ckpt"))
+    return [step_path(folder, step) for step in sorted((int(m[1]) for m in matches if m), reverse=True)]
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -59,7 +58,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         _write_digests(path, [digest])
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        cause = f"not written ({reason}): need {format_bytes(needed)}, have {format_bytes(_free(path.parent))}"
+        cause = f"not written ({reason}): need {_text(needed)}, have {_text(_free(path.parent))}"
         fix = "make room, then give the same command: it resumes from the checkpoint before"
         raise TrainingError(cause, where=path, fix=fix) from error
 
@@ -85,9 +84,9 @@ def remove_newer(path: Path) -> None:
 
 def remove_orphans(folder: Path) -> None:
     """Remove half-written files of a killed process, and digests whose file is missing."""
-    orphans = [path for path in folder.glob("*.ckpt.sha256") if not path.with_suffix("").exists()]
-    for path in [*folder.glob(".*.part"), *orphans]:
-        path.unlink(missing_ok=True)
+    for path in [*folder.glob(".*.part"), *folder.glob("*.ckpt.sha256")]:
+        if path.suffix == ".part" or not path.with_suffix("").exists():
+            path.unlink(missing_ok=True)
 
 
 def read_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -127,13 +126,9 @@ def read_verified(path: Path) -> dict[str, Any]:
 
 
 def require_room(folder: Path, needed: int) -> None:
-    """Require free space for checkpoints.
-
-    Raises:
-        TrainingError: fewer than `needed` bytes are free.
-    """
+    """Require free space for checkpoints, in bytes."""
     if (free := _free(folder)) < needed:
-        raise TrainingError(f"disk full: need {format_bytes(needed)}, have {format_bytes(free)}", where=folder,
+        raise TrainingError(f"disk full: need {_text(needed)}, have {_text(free)}", where=folder,
                             fix="make room, or choose another outputs folder; the same command resumes")  # fmt: skip
 
 
@@ -157,8 +152,7 @@ def tensor_bytes(content: Any) -> int:
     return sum(map(tensor_bytes, parts))
 
 
-def format_bytes(count: int) -> str:
-    """Return a number of bytes as text, such as "1.2 GB"."""
+def _text(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
@@ -171,8 +165,8 @@ def _digest_path(path: Path) -> Path:
 
 
 def _digests(path: Path) -> list[str]:
-    digests = _digest_path(path)  # a file that may be damaged as any
-    lines = digests.read_text(errors="replace").splitlines() if digests.exists() else []
+    file = _digest_path(path)
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     return [line.partition(" ")[0] for line in lines]
 
 

@@ -1,7 +1,4 @@
-"""Run a training in one process, or in the processes that `torchrun` started, by Lightning Fabric (DDP).
-
-Fabric places, casts and averages gradients over the processes; the training loop is in `loop`.
-"""
+"""Run a training in one process, or in the processes that `torchrun` started, by Lightning Fabric (DDP)."""
 
 import logging
 import os
@@ -52,6 +49,7 @@ class Processes:
         precision: "32", "bf16" or "16", of forward passes.
 
     Attributes:
+        fabric: places and casts networks, scales 16-bit gradients, and averages gradients over the processes.
         rank, world: the number of this process, and of all.
     """
 
@@ -71,33 +69,13 @@ class Processes:
         self.fabric.launch()
         self.rank = self.fabric.global_rank
 
-    def setup(self, module: nn.Module) -> nn.Module:
-        """Return the module as it is called in training: placed, cast, and its gradients averaged over processes."""
-        return self.fabric.setup(module)
-
-    def setup_optimiser(self, optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Return the optimiser, which unscales 16-bit gradients and skips a step where they overflowed."""
-        return self.fabric.setup_optimizers(optimiser)
-
     def accumulating(self, network: nn.Module, more: bool) -> AbstractContextManager:
         """Return the context of a backward pass; with `more` to come, gradients are not exchanged yet."""
         return self.fabric.no_backward_sync(network, enabled=more) if self.world > 1 else nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of a loss, scaled where the precision needs it."""
-        self.fabric.backward(loss)
-
-    def clip(self, network: nn.Module, optimiser: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Clip the gradient to a norm, and return its norm before."""
-        return self.fabric.clip_gradients(network, optimiser, max_norm=max_norm, error_if_nonfinite=False)
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean over the processes."""
-        return self.fabric.all_reduce(tensor.clone(), reduce_op="mean")
-
-    def smallest(self, tensor: Tensor) -> Tensor:
-        """Return the minimum over the processes."""
-        return self.fabric.all_reduce(tensor.clone(), reduce_op="min")
+    def reduce(self, tensor: Tensor, operation: str) -> Tensor:
+        """Return the "mean" or the minimum, "min", over the processes."""
+        return self.fabric.all_reduce(tensor.clone(), reduce_op=operation)
 
     def gathered(self, mine: Mapping[int, Any]) -> dict[int, Any]:
         """Return the union of the mappings of all processes."""
@@ -106,18 +84,6 @@ class Processes:
         found: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(found, dict(mine))
         return {k: value for part in found for k, value in part.items()}
-
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        self.fabric.barrier()
-
-    def scaler_state(self) -> dict[str, Any]:
-        """Return the scale of 16-bit gradients; empty in other precisions."""
-        return self.fabric.strategy.precision.state_dict()
-
-    def load_scaler(self, state: dict[str, Any]) -> None:
-        """Restore what `scaler_state` returned."""
-        self.fabric.strategy.precision.load_state_dict(state)
 
 
 def _launched() -> bool:

@@ -45,21 +45,15 @@ def export_model(model: str | Path, folder: Path = PRETRAINED, *, temperature: f
     if not log.is_file():
         raise WeightsError("no log of its training", where=log, fix="name the model folder of a stage 04")
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(
-        prefix=".export-", dir=folder.parent
-    ) as made:  # the old files stay whole until all are made
+    with TemporaryDirectory(prefix=".export-", dir=folder.parent) as made:  # the old files stay until all are made
         digest = _save_half(autoencoder, Path(made) / AUTOENCODER_FOLDER)
         _save_half(denoiser, Path(made), autoencoder_sha256=digest, **own)
         shutil.copyfile(log, Path(made) / LOG)
-        files = [path for path in Path(made).rglob("*") if path.is_file()]
-        return sorted(_move(path, folder / path.relative_to(made)) for path in files)
-
-
-def _move(path: Path, to: Path) -> Path:
-    """Move a file, and let all who may read the library read it."""
-    to.parent.mkdir(exist_ok=True)
-    path.chmod(0o644)
-    return path.replace(to)
+        (folder / AUTOENCODER_FOLDER).mkdir(exist_ok=True)
+        files = sorted(path for path in Path(made).rglob("*") if path.is_file())
+        for path in files:
+            path.chmod(0o644)  # for all who may read the library
+        return [path.replace(folder / path.relative_to(made)) for path in files]
 
 
 def _load(source: Path, cls: type[nn.Module]) -> nn.Module:

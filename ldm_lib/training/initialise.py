@@ -12,6 +12,7 @@ from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.diffusion.latents import LatentSpec, conditioning_channels, input_channels
 from ldm_lib.diffusion.model import LatentDiffusion
+from ldm_lib.diffusion.options import DenoiserOptions
 from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import ConfigError
@@ -22,18 +23,12 @@ from ldm_lib.training.options import TrainingOptions
 
 def build_denoiser(config: TrainingOptions, *, in_channels: int, out_channels: int) -> ADM:
     """Build the ADM of a training's options; its weights are a function of the seed."""
+    shown = conditioning_channels(out_channels) if config.conditioning_dropout else ()
+    lists = {name: integers(getattr(config, name)) for name in ("multipliers", "attention_rates")}
+    network = {name: getattr(config, name) for name in DenoiserOptions.model_fields} | lists
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return ADM(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            base_width=config.base_width,
-            multipliers=integers(config.multipliers),
-            blocks_per_level=config.blocks_per_level,
-            attention_rates=integers(config.attention_rates),
-            dropout=config.dropout,
-            conditioning=conditioning_channels(out_channels) if config.conditioning_dropout else (),
-        )
+        return ADM(in_channels=in_channels, out_channels=out_channels, conditioning=shown, **network)
 
 
 def new_model(
@@ -59,17 +54,10 @@ def new_model(
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, spec), out_channels=channels)
     fresh = LatentDiffusion(
-        autoencoder.to(device),
-        denoiser.to(device),
-        noise_schedule(**config.process),
-        spec,
-        device,
-        pick_precision(config.precision, device),
-        prediction=config.prediction,
-        box_margin=autoencoder.folder_config.get("box_margin"),
-        crop=0 if config.overfit_batches else config.latent_crop,
-        process=config.process,
-    )
+        autoencoder.to(device), denoiser.to(device), noise_schedule(**config.process), spec, device,
+        pick_precision(config.precision, device), config.prediction, autoencoder.folder_config.get("box_margin"),
+        crop=0 if config.overfit_batches else config.latent_crop, process=config.process,
+    )  # fmt: skip
     if config.start and start is None:
         start = LatentDiffusion.load(config.start, device=config.device)
     return _with_weights(fresh, start, config) if start else fresh

@@ -1,6 +1,5 @@
 """Run a training from its last step to its end: steps, metrics, validations, checkpoints, and early ends."""
 
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ class TrainingLoop:
     """Run the loop around a trainer.
 
     Args:
-        samples: indexed by the trainer's plan.
         cases: keys of the training cases, in the order of the plan.
         trackers: take the metrics; only the first process has them.
         folder: of the stage; takes checkpoints/ and panels/.
@@ -61,15 +59,16 @@ class TrainingLoop:
         try:
             with StopRequest() as self._stop, Watchdog(stacks) as self._watchdog:
                 self._run()
-        except torch.OutOfMemoryError as error:
-            fix = "lower batch_size and raise accumulate_grad_batches, or use a smaller latent_crop or val_cases"
-            cause = f"no memory left on the GPU {self._describe(error)}"
-            raise TrainingError(cause, where="training", fix=fix) from error
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if isinstance(error, torch.OutOfMemoryError):
+                cause = "no memory left on the GPU"
+                fix = "lower batch_size and raise accumulate_grad_batches, or use a smaller latent_crop or val_cases"
+            elif "DataLoader worker" in str(error):
+                cause, fix = "a loader process died", "set num_workers to 0, or give the machine more (shared) memory"
+            else:
                 raise
-            fix = "set num_workers to 0, or give the machine more (shared) memory"
-            cause = f"a loader process died {self._describe(error)}"
+            first = str(error).strip().splitlines()[0].rstrip(".")
+            cause += f" after step {self.trainer.step} ({first}); last checkpoint: {self._last_saved()}"
             raise TrainingError(cause, where="training", fix=fix) from error
 
     def _run(self) -> None:
@@ -84,21 +83,14 @@ class TrainingLoop:
             self._alive()
             self._close_epoch()
 
-    def _describe(self, error: RuntimeError) -> str:
-        first = str(error).strip().splitlines()[0].rstrip(".")
-        return f"after step {self.trainer.step} ({first}); last checkpoint: {self._last_saved()}"
-
     def _last_saved(self) -> str:
         return next((path.name for path in checkpoints.resumable(self.checkpoints)), "none yet")
 
     def _batches(self) -> Iterator[Latents]:
         loader = DataLoader(
-            self.samples,
-            batch_sampler=self.plan.batches_from(self.trainer.step),
-            collate_fn=collate,
-            num_workers=self.config.num_workers,
-            pin_memory=self.processes.device.type == "cuda",
-        )
+            self.samples, batch_sampler=self.plan.batches_from(self.trainer.step), collate_fn=collate,
+            num_workers=self.config.num_workers, pin_memory=self.processes.device.type == "cuda",
+        )  # fmt: skip
         return (on_device(batch, self.processes.device) for batch in loader)
 
     def _close_epoch(self) -> None:
@@ -108,10 +100,13 @@ class TrainingLoop:
             return
         self._require_finite()
         started = time.monotonic()
-        loss = float(self.processes.mean(trainer.sums)[EPOCH]) / self.plan.steps_per_epoch
+        loss = float(self.processes.reduce(trainer.sums, "mean")[EPOCH]) / self.plan.steps_per_epoch
         row = {"epoch": trainer.epoch, "train_loss": loss, "learning_rate": trainer.learning_rate}
         due = bool(self.validation.cases) and trainer.epoch % min(config.val_every, config.max_epochs) == 0
-        row |= self._validate() if due else {}
+        if due:
+            mine = slice(self.processes.rank, None, self.processes.world)
+            scores = self.validation.scores(trainer.model, trainer.denoiser, trainer.epoch, mine, self._alive)
+            row |= mean_of_cases(self.processes.gathered(scores))
         trainer.sums[EPOCH], trainer.closed = 0, trainer.step
         self._log(row)
         if due:
@@ -122,12 +117,6 @@ class TrainingLoop:
             self.trackers.panel(panel_path(self.folder, trainer.epoch), trainer.step)
         self._report(row, now=due)
         self._logged += time.monotonic() - started  # samples_per_s measures steps only
-
-    def _validate(self) -> dict[str, float]:
-        share = slice(self.processes.rank, None, self.processes.world)
-        model, raw = self.trainer.model, self.trainer.denoiser
-        found = self.validation.scores(model, raw, epoch=self.trainer.epoch, share=share, alive=self._alive)
-        return mean_of_cases(self.processes.gathered(found))
 
     def _keep_best(self, loss: float) -> None:
         """Keep the averaged weights of the best validations, and count the validations since the best."""
@@ -148,7 +137,7 @@ class TrainingLoop:
         """Log the means since the last interval; nowhere else does a step wait for a GPU."""
         self._require_finite()
         trainer, every, now = self.trainer, self.config.log_every, time.monotonic()
-        means = self.processes.mean(trainer.sums) / every
+        means = self.processes.reduce(trainer.sums, "mean") / every
         steps, seconds = trainer.step - self._logged_step, now - self._logged
         row = {"step_loss": float(means[INTERVAL]), "grad_norm": float(means[NORM])}
         row["samples_per_s"] = steps * self.plan.global_batch / max(seconds, 1e-9)
@@ -187,16 +176,14 @@ class TrainingLoop:
         raise TrainingError(cause, where="training", fix="lower learning_rate, or use precision 32")
 
     def _alive(self) -> None:
-        """Reset the watchdog, and end if a signal requested it.
+        """Reset the watchdog, and save and end if a signal requested it.
 
-        The first process saves and leaves without a word to the others, which may already wait for it somewhere: they
-        end when it is gone.
+        The other processes may already wait for the first one somewhere: they end when it is gone.
         """
         self._watchdog.alive()
-        if self._first and self._stop.received:
-            self._leave(signal.Signals(self._stop.received))
-
-    def _leave(self, received: signal.Signals) -> None:
+        received = self._stop.received
+        if not (self._first and received):
+            return
         trainer, saved = self.trainer, "not saved, because its loss is not finite"
         if trainer.bad_step(everywhere=False) is None:
             self._write()

@@ -46,23 +46,15 @@ def _predict(network: nn.Module, batch: Latents, model: LatentDiffusion) -> tupl
 
 
 def loss_by_noise_level(
-    networks: Mapping[str, nn.Module],
-    latents: Sequence[Latents],
-    model: LatentDiffusion,
-    *,
-    seed: int,
-    levels: int = 10,
-    ends: bool = True,
-) -> list[dict[str, float]]:
-    """Return the noise loss of each network at evenly spaced t, with the same noise.
+    networks: Mapping[str, nn.Module], latents: Sequence[Latents], model: LatentDiffusion, *,
+    seed: int, levels: int = 10, ends: bool = True,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Return the noise loss of each network at evenly spaced t, with the same noise: rows of {"t", name: loss, ...}.
 
     The last t is left out where it holds no signal: there x_t is the noise itself.
 
     Args:
         ends: whether the first and the last t are among the levels, or just outside.
-
-    Returns:
-        Rows of {"t", name: loss, ...}.
     """
     last = model.schedule.steps - 1 - bool(model.schedule.alpha[-1] == 0)
     times = torch.linspace(0, last, levels) if ends else torch.linspace(0, last, levels + 2)[1:-1]

@@ -54,11 +54,8 @@ class TrainerOptions(DeviceOptions, SeedOptions):
 
     @model_validator(mode="after")
     def _changes_are_parameters(self) -> Self:
-        unknown = set(names(self.allow_change)) - set(type(self).model_fields)
-        if unknown:
-            raise ValueError(
-                f"allow_change = {self.allow_change!r}: {', '.join(sorted(unknown))} is no parameter of 04"
-            )
+        if unknown := ", ".join(sorted(set(names(self.allow_change)) - set(type(self).model_fields))):
+            raise ValueError(f"allow_change = {self.allow_change!r}: {unknown} is no parameter of 04")
         return self
 
     @property
@@ -131,6 +128,6 @@ class TrainingOptions(
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
         if self.num_inference_steps > self.diffusion_steps:
-            steps = f"{self.num_inference_steps}: above diffusion_steps = {self.diffusion_steps}"
-            raise ValueError(f"num_inference_steps = {steps}")
+            given = f"num_inference_steps = {self.num_inference_steps}"
+            raise ValueError(f"{given}: above diffusion_steps = {self.diffusion_steps}")
         return self

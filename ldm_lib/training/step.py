@@ -1,7 +1,6 @@
 """Train the denoiser by one optimiser step, and hold the state that the next step depends on.
 
-A step is a function of (weights, optimiser, seed, step): its samples come from `batch_plan.BatchPlan`, its learning
-rate from its number. So a training that was killed is resumed from its checkpoint without any difference.
+A step is a function of (weights, optimiser, seed, step), so that a training resumes without any difference.
 """
 
 import math
@@ -42,12 +41,12 @@ class Trainer:
         self.denoiser = model.denoiser.to(memory_format=layout)
         self.average = deepcopy(self.denoiser).requires_grad_(False).eval().to(processes.device)
         self._update_average = moving_average(config.ema_decay)
-        self.network = processes.setup(torch.compile(self.denoiser) if config.compile else self.denoiser)
+        self.network = processes.fabric.setup(torch.compile(self.denoiser) if config.compile else self.denoiser)
         # An optimiser that steps in one kernel unscales too, and so leaves a 16-bit gradient unclipped.
         self._adamw = torch.optim.AdamW(
             self.denoiser.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=model.precision != "16"
         )
-        self.optimiser = processes.setup_optimiser(self._adamw)
+        self.optimiser = processes.fabric.setup_optimizers(self._adamw)
         self.step, self.closed, self.waited, self.best = 0, 0, 0, []
         self.sums = torch.zeros(3, dtype=torch.float64, device=model.device)
         self.first_bad = torch.full((), NEVER, dtype=torch.int64, device=model.device)
@@ -85,10 +84,12 @@ class Trainer:
             self._seed_dropout(k)
             with self.processes.accumulating(self.network, k < last):
                 loss = training_loss(self.network, batch, self._initial, self.config) / len(batches)
-                self.processes.backward(loss)
+                self.processes.fabric.backward(loss)
             self.sums[:2] += loss.detach().double()
             self._note_bad(loss.detach())
-        norm = self.processes.clip(self.network, self.optimiser, self.config.gradient_clip)
+        norm = self.processes.fabric.clip_gradients(
+            self.network, self.optimiser, max_norm=self.config.gradient_clip, error_if_nonfinite=False
+        )
         self.sums[NORM] += norm.double()
         if self._initial.precision != "16":  # there a gradient may overflow, and the step is left out
             self._note_bad(norm)
@@ -110,7 +111,7 @@ class Trainer:
 
     def bad_step(self, *, everywhere: bool = True) -> int | None:
         """Return the first step whose loss or gradient was not finite, in any process or in this one alone."""
-        found = int(self.processes.smallest(self.first_bad) if everywhere else self.first_bad)
+        found = int(self.processes.reduce(self.first_bad, "min") if everywhere else self.first_bad)
         return None if found == NEVER else found
 
     def state(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class Trainer:
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self._adamw.state_dict(),
-            "scaler": self.processes.scaler_state(),
+            "scaler": self.processes.fabric.strategy.precision.state_dict(),
             "sums": self.sums.clone(),
             "progress": {"step": self.step, "closed": self.closed, "waited": self.waited, "best": self.best},
         }
@@ -129,7 +130,7 @@ class Trainer:
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
         self._adamw.load_state_dict(state["optimiser"])
-        self.processes.load_scaler(state["scaler"])
+        self.processes.fabric.strategy.precision.load_state_dict(state["scaler"])
         self.sums = state["sums"].to(self.sums.device)
         for name, value in state["progress"].items():
             setattr(self, name, value)

@@ -5,7 +5,6 @@ small pictures, but no volumes, paths or names; one that fails is disabled, and 
 """
 
 import csv
-import io
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from filelock import FileLock
 
@@ -40,9 +39,6 @@ class MetricsTable:
 
     Args:
         from_step: the step from which a training is resumed; later rows are dropped, as they will be repeated.
-
-    Attributes:
-        rows: step -> its metrics, without empty columns.
     """
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
@@ -58,8 +54,8 @@ class MetricsTable:
         is_last = step > next(reversed(self.rows), -1)
         self.rows[step] = self.rows.get(step, {"step": step}) | dict(metrics)
         if is_last and set(metrics) <= set(self._columns):
-            with self.path.open("a") as stream:
-                stream.write(self._line(self.rows[step]))
+            with self.path.open("a", newline="") as stream:
+                self._writer(stream).writerow(self.rows[step])
         else:
             self._write()
 
@@ -67,14 +63,13 @@ class MetricsTable:
         """Write the whole table, or nothing."""
         self.rows = dict(sorted(self.rows.items()))
         self._columns = list(dict.fromkeys(["step", *(name for row in self.rows.values() for name in row)]))
-        header = dict(zip(self._columns, self._columns, strict=True))
-        with replacing(self.path) as partial:
-            partial.write_text("".join(map(self._line, [header, *self.rows.values()])))
+        with replacing(self.path) as partial, partial.open("w", newline="") as stream:
+            writer = self._writer(stream)
+            writer.writeheader()
+            writer.writerows(self.rows.values())
 
-    def _line(self, row: Mapping[str, object]) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(row.get(name, "") for name in self._columns)
-        return text.getvalue()
+    def _writer(self, stream: TextIO) -> csv.DictWriter:
+        return csv.DictWriter(stream, self._columns, lineterminator="\n")
 
 
 def _read_rows(path: Path) -> dict[int, dict[str, float]]:
@@ -195,17 +190,11 @@ class MLflow:
 
 
 class Trackers:
-    """Log to metrics.csv, and to other trackers, each until it fails for the first time.
-
-    Args:
-        others: functions that start a tracker, by its name.
-    """
+    """Log to metrics.csv, and to others, which are started by functions, each until it fails for the first time."""
 
     def __init__(self, table: MetricsTable, others: Mapping[str, Callable[[], Any]]) -> None:
-        self.table, self._running = table, {}
-        for name, start in others.items():
-            if tracker := self._safely(name, start):
-                self._running[name] = tracker
+        self.table, self._running = table, {}  # a tracker that fails is removed
+        self._running = {name: tracker for name, start in others.items() if (tracker := self._safely(name, start))}
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics by name as plain numbers, at an optimiser step; steps never decrease."""

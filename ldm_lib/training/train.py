@@ -79,7 +79,9 @@ def train_denoiser(
         >>> digest = trained.save(folder / "model")
     """
     options, folder = options or TrainingOptions(), Path(folder)
-    _require_disjoint(cases, validation_cases)
+    if shared := {case.patient for case in cases} & {case.patient for case in validation_cases}:
+        raise ConfigError(f"patients {', '.join(sorted(shared)[:3])} are among both training and validation cases",
+                          where="train_denoiser", fix="split the cases by patient")  # fmt: skip
     given = model if isinstance(model, Autoencoder) else model.autoencoder
     given.save(folder / AUTOENCODER_FOLDER, **without_derived(getattr(given, "folder_config", {})))
     autoencoder = load_model(folder / AUTOENCODER_FOLDER, Autoencoder)
@@ -92,36 +94,23 @@ def train_denoiser(
     return trained_model(train(initial, variants, loaded, latents, options, folder), folder)
 
 
-def _require_disjoint(cases: Sequence[Case], validation_cases: Sequence[Case]) -> None:
-    if shared := {case.patient for case in cases} & {case.patient for case in validation_cases}:
-        raise ConfigError(f"patients {', '.join(sorted(shared)[:3])} are among both training and validation cases",
-                          where="train_denoiser", fix="split the cases by patient")  # fmt: skip
-
-
 def latent_cache(model: LatentDiffusion, config: TrainingOptions, run_folder: Path) -> LatentCache:
     """Return the cache of encoded cases in the folder `latents` of a run."""
     augmentation = Augmentation(
         config.flip_probability, config.rotation_degrees, config.intensity_shift, config.tissue_deformation_mm
     )
     return LatentCache(
-        run_folder / "latents",
-        model.autoencoder,
-        model.autoencoder.folder_config["sha256"],
-        model.spec,
-        device=model.device,
-        precision=model.precision,
-        augmentation=augmentation,
-        seed=config.seed,
-    )
+        run_folder / "latents", model.autoencoder, model.autoencoder.folder_config["sha256"], model.spec,
+        device=model.device, precision=model.precision, augmentation=augmentation, seed=config.seed,
+    )  # fmt: skip
 
 
 def encode(
     cache: LatentCache, training: Sequence[Case], validation: Sequence[Case], config: TrainingOptions
 ) -> tuple[list[CachedCase], list[CachedCase], list[dict[str, Any]]]:
-    """Encode training and validation cases; with `overfit_batches` training cases are validated.
+    """Encode training and validation cases, and add a row of costs for each of the two.
 
-    Returns:
-        Training cases, validation cases, and a row of costs for each of the two.
+    With `overfit_batches` training cases are validated.
     """
     cached = cache.encode(training, variants=1 if config.overfit_batches else config.cache_variants)
     costs = [{"cases": "training"} | cache.costs]
@@ -147,7 +136,6 @@ def train(
         variants: the encodings of each training case by its key, in memory or read when needed (`CachedCase`).
         validation: loaded validation cases with a target; their encodings in the same order.
         folder: of the stage; takes checkpoints/, samples/, panels/, metrics.csv and the trackers' files.
-        tracking: experiment trackers; metrics.csv is always written.
 
     Raises:
         ConfigError: another number of processes than `devices`, while there is something left to train.
@@ -205,7 +193,7 @@ def _resume(trainer: Trainer, identity: Mapping[str, Any], folder: Path) -> None
     """Restore the newest checkpoint that verifies, and require free space for the next ones."""
     if trainer.processes.rank == 0:
         checkpoints.remove_orphans(folder)
-    trainer.processes.wait()
+    trainer.processes.fabric.barrier()
     if found := checkpoints.read_newest(folder):
         path, content = found
         allowed = set(names(trainer.config.allow_change))
@@ -214,7 +202,7 @@ def _resume(trainer: Trainer, identity: Mapping[str, Any], folder: Path) -> None
             fix = "undo the change, name it in allow_change, or set overwrite to train from the start"
             raise TrainingError(f"is of another training: {'; '.join(changes)}", where=path, fix=fix)
         trainer.load(content)
-        trainer.processes.wait()  # until all have read
+        trainer.processes.fabric.barrier()  # until all have read
         if trainer.processes.rank == 0:
             checkpoints.remove_newer(path)
         log.info("training resumed after step %d", trainer.step)
@@ -224,11 +212,7 @@ def _resume(trainer: Trainer, identity: Mapping[str, Any], folder: Path) -> None
 
 
 def trained_model(trainer: Trainer, folder: Path) -> LatentDiffusion:
-    """Return the model with the averaged weights that `keep_weights` names: the last, or the best validation's.
-
-    Args:
-        folder: of the stage, where the best weights are kept in checkpoints/.
-    """
+    """Return the model with the averaged weights that `keep_weights` names: the last, or the best in checkpoints/."""
     if trainer.config.keep_weights == "best" and trainer.best:
         best = checkpoints.read_verified(folder / "checkpoints" / trainer.best[0][1])
         trainer.average.load_state_dict(best["average"])
@@ -236,11 +220,7 @@ def trained_model(trainer: Trainer, folder: Path) -> LatentDiffusion:
 
 
 def save_trained(trainer: Trainer, autoencoder_folder: Path, folder: Path) -> str:
-    """Write the trained model and its autoencoder as one model folder; return the sha256 of its weights.
-
-    Args:
-        folder: to write, inside the folder of the stage.
-    """
+    """Write the trained model and its autoencoder as one model folder in that of the stage; return its sha256."""
     model = trained_model(trainer, folder.parent)
     return model.save(folder, autoencoder_folder=autoencoder_folder, optimiser_steps=trainer.step)
 

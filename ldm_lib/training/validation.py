@@ -22,13 +22,7 @@ BY_LEVEL = "val_noise_loss_t"  # prefix of the metrics of single levels
 
 
 class Validation:
-    """Score fixed cases that have a target.
-
-    Args:
-        cases: loaded cases; none to train without validation.
-        latents: their encodings, in the same order.
-        folder: of the stage; takes samples/ and panels/.
-    """
+    """Score fixed cases that have a target, by their encodings in the same order; write samples/ and panels/."""
 
     def __init__(
         self, cases: Sequence[CaseData], latents: Sequence[Latents], config: TrainingOptions, folder: Path
@@ -36,18 +30,18 @@ class Validation:
         self.cases, self.latents, self.config, self.folder = list(cases), list(latents), config, folder
 
     def scores(
-        self, model: LatentDiffusion, raw: ADM, *, epoch: int, share: slice, alive: Callable[[], None]
+        self, model: LatentDiffusion, raw: ADM, epoch: int, mine: slice, alive: Callable[[], None]
     ) -> dict[int, dict[str, float]]:
         """Return the metrics of each case of this process, by its number.
 
         Args:
             model: with the averaged weights.
             raw: the denoiser that is optimised, for comparison.
-            share: the cases of this process.
+            mine: the cases of this process.
             alive: called before each case.
         """
         found = {}
-        for k in range(len(self.cases))[share]:
+        for k in range(len(self.cases))[mine]:
             alive()
             found[k] = self._score(k, model, epoch) | self._noise_losses(k, model, raw)
         return found

@@ -309,9 +309,9 @@ def with_nan(tensors):
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (without, r"1 \(post_quant_conv\.conv\.bias\) keys missing, 0 unexpected"),
-    (with_stranger, r"0 keys missing, 1 \(decoder\.backdoor\) unexpected"),
-    (reshaped, r"1 \(quant_conv_mu\.conv\.bias\) tensors of another shape: \[7\], its JSON means \[3\]"),
+    (without, r"post_quant_conv\.conv\.bias is missing, needed is real \(\d+,\)"),
+    (with_stranger, r"decoder\.backdoor is real \(1,\), needed is none"),
+    (reshaped, r"quant_conv_mu\.conv\.bias is real \(7,\), needed is real \(3,\)"),
     (with_nan, r"non-finite weights in quant_conv_mu\.conv\.bias"),
     (lambda tensors: list(tensors.values()), "is no state dict but a list with 0 state dicts"),
     (lambda tensors: {"epoch": 3}, "is no state dict but a dict with 0 state dicts"),
@@ -321,14 +321,14 @@ def with_nan(tensors):
 @pytest.mark.parametrize("kind", ["core", "generative", "maisi"])
 def test_wrong_tensors_are_rejected(tmp_path, kind, change, reason):
     network, arguments = original(kind)
-    reason = reason.replace(r"\[3\]", rf"\[{arguments['latent_channels']}\]")
+    reason = reason.replace("3", str(arguments["latent_channels"]))
     rejected(lay(tmp_path, change(dict(network.state_dict())), arguments), reason)
 
 
 @pytest.mark.parametrize(("kind", "change", "reason"), [
-    ("core", {"num_res_blocks": [2, 2]}, r"keys missing, \d+ \(.*\) unexpected"),
-    ("core", {"channels": [4, 16]}, r"tensors of another shape"),
-    ("core", {"latent_channels": 4}, r"tensors of another shape"),
+    ("core", {"num_res_blocks": [2, 2]}, r"is missing, needed is real .* and \d+ more"),
+    ("core", {"channels": [4, 16]}, r"is real .*, needed is real"),
+    ("core", {"latent_channels": 4}, r"is real .*, needed is real"),
     ("core", {"channels": "4,8"}, "does not describe AutoencoderKL"),
     ("core", {"norm_num_groups": 0}, "does not describe AutoencoderKL"),
     ("core", {"norm_num_groups": 3}, "does not describe AutoencoderKL: .*multiple of norm_num_groups"),
