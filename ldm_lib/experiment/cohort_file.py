@@ -51,15 +51,9 @@ def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
 
 
 def _case(row: Mapping[str, Any], root: Path, run_folder: Path) -> Case:
-    files = {
-        k: v and root / from_alias(v, run_folder) for k, v in row.items() if k not in (*_PLAIN, "read_options", "allow")
-    }
-    return Case(**{k: row[k] for k in _PLAIN}, **files, read_options=_read_options(row))
-
-
-def _read_options(row: Mapping[str, Any]) -> ReadOptions:
-    """Return the reader's options; versions before 0.8 called them `allow`, with the labels of masks as a list."""
-    if "read_options" in row:
-        return ReadOptions(**row["read_options"])
-    before = row["allow"]
-    return ReadOptions(**before | {"mask_labels": ",".join(map(str, before["mask_labels"]))})
+    if "allow" in row:  # as versions before 0.8 called the reader's options, with the labels of masks as a list
+        row = dict(row)
+        options = row.pop("allow")
+        row["read_options"] = options | {"mask_labels": ",".join(map(str, options["mask_labels"]))}
+    files = {k: v and root / from_alias(v, run_folder) for k, v in row.items() if k not in (*_PLAIN, "read_options")}
+    return Case(**{k: row[k] for k in _PLAIN}, **files, read_options=ReadOptions(**row["read_options"]))

@@ -2,8 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node=N -m ldm_lib.experiment.launch -- --stage 04 --run NAME
 
-Stage 04 trains the denoiser by DDP; stage 05 distributes the cases over the processes. (`--`, because torchrun takes
-`--run` for an abbreviation of one of its own options.)
+`--`, because torchrun takes `--run` for an abbreviation of one of its own options.
 """
 
 import argparse
@@ -45,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_process(work: Callable[[str], None], run: str, *, debug: bool = False) -> int:
-    """Run this process's part of the work on a run; only the first process prints.
-
-    Returns:
-        the exit status: 0, 128 and a signal's number after that signal, or 1 after an `ERROR` line.
-    """
+    """Do this process's part of the work on a run, and return the exit status; only the first process prints."""
     os.umask(0o077)  # as the command line does
     if world_size() > 1:
         die_with_parent(os.getppid())

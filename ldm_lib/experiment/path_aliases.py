@@ -1,8 +1,7 @@
 """Replace the paths of data and weights by names in all that a run keeps.
 
-A path may contain the name of a patient, a project or a user. A run keeps its paths in `.places.json`, which only its
-owner can read; its other files say `$LDM_DATA_DIR` and the like. A run folder without that file reveals no path, and
-works where the variables are set.
+A path may contain the name of a patient or a user. A run keeps its paths in `.places.json`, which only its owner can
+read; its other files say `$LDM_DATA_DIR` and the like, and work where these variables are set.
 """
 
 import logging
@@ -30,9 +29,8 @@ def with_aliases(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def remember_paths(run_folder: Path, *parameters: Mapping[str, Any]) -> None:
     """Keep the paths that were given, and pass them and those of earlier calls to kernels by environment variables."""
-    given = {
-        ALIASES[k]: v for each in parameters for k, v in each.items() if k in ALIASES and v and v != f"${ALIASES[k]}"
-    }
+    pairs = [(ALIASES[k], v) for each in parameters for k, v in each.items() if k in ALIASES and v]
+    given = {alias: path for alias, path in pairs if path != f"${alias}"}
     paths = known_paths(run_folder) | {alias: str(expand_path(path).resolve()) for alias, path in given.items()}
     os.environ.update(paths)
     if given:

@@ -15,7 +15,7 @@ from ldm_lib.errors import RunError
 from ldm_lib.files import replacing
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-# JupyterLab's page without its scripts; pictures with the text that `_describe_pictures` gives them.
+# JupyterLab's page without its scripts; pictures with their heading as alternative text.
 TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%} {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%} {%- block jupyter_widgets -%}{%- endblock -%}
@@ -57,7 +57,7 @@ def write_report(notebook_path: str | Path, html_path: str | Path, *, title: str
     """Convert an executed notebook to one HTML file without active content, written atomically.
 
     Scripts, styles, forms, frames and event handlers in markdown or outputs are removed or shown as text, and the
-    page's content security policy forbids them in addition. Code stays visible.
+    page's content security policy forbids them in addition.
 
     Raises:
         RunError: the notebook is missing or not a notebook, or the page cannot be written.
@@ -68,7 +68,14 @@ def write_report(notebook_path: str | Path, html_path: str | Path, *, title: str
     except (OSError, ValueError, nbformat.ValidationError) as error:
         raise RunError(f"is not a readable notebook ({error})", where=notebook_path, fix="run the stage") from error
     notebook.metadata = {"title": title}
-    _describe_pictures(notebook)
+    heading = "figure"  # the heading above a picture is its alternative text; other metadata are dropped
+    for cell in notebook.cells:
+        cell.metadata = {}
+        if cell.cell_type == "markdown" and (found := re.search(r"^#+\s*(.+)$", cell.source, re.MULTILINE)):
+            heading = found.group(1)
+        for output in cell.get("outputs", ()):
+            if "metadata" in output:
+                output.metadata = {"alt": heading}
     exporter = HTMLExporter(raw_template=TEMPLATE, sanitize_html=True, embed_images=True, exclude_input_prompt=True,
                             exclude_output_prompt=True, filters={"clean_html": sanitise})  # fmt: skip
     return _write(Path(html_path), exporter.from_notebook_node(notebook)[0])
@@ -78,12 +85,7 @@ def write_index(run_folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Pa
     """Write index.html of a run: each stage with its status, seconds, checks and a link to its report.
 
     Args:
-        run_folder: outputs/<run>.
-        rows: mappings with `stage` and `status`, and optionally `seconds` and `checks` (as in done.json: mappings
-            with `check`, `passed`, `found`).
-
-    Raises:
-        RunError: the page cannot be written.
+        rows: mappings with `stage` and `status`, and optionally `seconds` and `checks` as in done.json.
     """
     run_folder = Path(run_folder)
     lines = "\n".join(_stage_row(run_folder, row) for row in rows)
@@ -95,18 +97,6 @@ def sanitise(element: object) -> str:
     text = element.decode() if isinstance(element, bytes) else str(element)
     text = re.sub(r"<(style|script)\b.*?</\1\s*>", "", text, flags=re.DOTALL | re.IGNORECASE)  # with their content
     return _SANITISER.sanitize_html_tags(text)
-
-
-def _describe_pictures(notebook: nbformat.NotebookNode) -> None:
-    """Give each picture the heading above it as its alternative text; drop all other metadata of outputs."""
-    heading = "figure"
-    for cell in notebook.cells:
-        cell.metadata = {}
-        if cell.cell_type == "markdown" and (found := re.search(r"^#+\s*(.+)$", cell.source, re.MULTILINE)):
-            heading = found.group(1)
-        for output in cell.get("outputs", ()):
-            if "metadata" in output:
-                output.metadata = {"alt": heading}
 
 
 def _write(path: Path, page: str) -> Path:
@@ -124,12 +114,11 @@ def _stage_row(run_folder: Path, row: Mapping[str, Any]) -> str:
     name = html.escape(stage)
     if (run_folder / stage / "report.html").exists():
         name = f'<a href="{quote(stage)}/report.html">{name}</a>'
-    checks = "".join(_check(check) for check in row.get("checks") or ())
+    checks = ""
+    for check in row.get("checks") or ():
+        word, style = ("passed", "passed") if check["passed"] else ("FAILED", "failed")
+        about = f"{word}: {html.escape(str(check['check']))} ({html.escape(str(check['found']))})"
+        checks += f'<li class="{style}">{about}</li>'
     duration = "" if seconds is None else f"{float(seconds):.0f}"
     columns = (name, html.escape(str(row["status"])), duration, f"<ul>{checks}</ul>")
     return f"<tr>{''.join(f'<td>{column}</td>' for column in columns)}</tr>"
-
-
-def _check(check: Mapping[str, Any]) -> str:
-    word, style = ("passed", "passed") if check["passed"] else ("FAILED", "failed")
-    return f'<li class="{style}">{word}: {html.escape(str(check["check"]))} ({html.escape(str(check["found"]))})</li>'

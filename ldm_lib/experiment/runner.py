@@ -1,7 +1,7 @@
 """Run stages headless: papermill executes each notebook in a kernel of its own, and only complete results are kept.
 
-The runner holds the run's lock for its kernels, skips what is done, rejects what was made with other settings, and
-renames `pending.json` to `done.json` last, after the executed notebook and its report are in place.
+The runner holds the run's lock for its kernels, and renames `pending.json` to `done.json` last, after the executed
+notebook and its report are in place.
 """
 
 import logging
@@ -81,7 +81,6 @@ def run_stages(
         stages: names or numbers; empty means all six.
         overrides: parameter -> value or text; reaches every stage that has a parameter of its name.
         command: what is recorded as the command of this run.
-        progress: receives one line at a time.
 
     Raises:
         LdmError: a parameter is invalid (before any kernel starts), the run is locked, a stage was made with other
@@ -105,7 +104,10 @@ def run_stages(
                 progress(_make(stage, configs[stage], folder / stage, progress))
             else:
                 progress(f"{stage}: done already, skipped")
-        _write_index(folder)
+        from ldm_lib.experiment.report import write_index
+
+        done = [read_record(path) for path in sorted(folder.glob("*/done.json"))]
+        write_index(folder, [{"status": "done", **record} for record in done])
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -126,12 +128,14 @@ def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
 
 def _make(stage: str, config: StageConfig, folder: Path, progress: Callable[[str], None]) -> str:
     """Execute a stage, write its report, and only then mark it as done; return a line about it."""
+    from ldm_lib.experiment.report import write_report
+
     shared = (folder / SHARED_OUT).exists() and not changes(folder, config, stage_inputs(stage, config, folder.parent))
     if isinstance(config, TrainingConfig | SamplingConfig) and config.devices > 1 and not shared:
         progress(f"{stage}: in {config.devices} processes, log in {folder.parent / PROCESSES_LOG}")
         _run_processes(stage, config.devices, folder.parent)
     _execute(stage, config, folder)
-    _write_report(stage, folder)
+    write_report(folder / "notebook.ipynb", folder / "report.html", title=f"{folder.parent.name}: {stage}")
     (folder / "pending.json").replace(folder / "done.json")
     done = read_record(folder / "done.json")
     failed = [check["check"] for check in done["checks"] if not check["passed"]]
@@ -182,15 +186,10 @@ def _run_notebook(stage: str, config: StageConfig, output: Path) -> None:
     RunnerKernelManager.process = None  # that of the stage before may have ended by a signal
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would report the end of a kernel a second time
     try:
-        papermill.execute_notebook(
-            NOTEBOOKS / f"{stage}.ipynb",
-            output,
-            parameters=with_aliases(config.model_dump()),
-            kernel_name="python3",
-            kernel_manager_class=RunnerKernelManager,
-            progress_bar=False,
-            cwd=output.parents[1],  # the notebooks of an installed package may be in a read-only folder
-        )
+        papermill.execute_notebook(  # in the run's folder: the notebooks of an installed package may be read-only
+            NOTEBOOKS / f"{stage}.ipynb", output, parameters=with_aliases(config.model_dump()), kernel_name="python3",
+            kernel_manager_class=RunnerKernelManager, progress_bar=False, cwd=output.parents[1],
+        )  # fmt: skip
     except PapermillExecutionError as error:
         raise _failure(error, stage, output) from error
     except RuntimeError as error:
@@ -209,19 +208,6 @@ def _failure(error: Any, stage: str, notebook: Path) -> LdmError:
     if error.ename in {known.__name__ for known in LdmError.__subclasses__()}:
         return RunError(error.evalue.removeprefix(f"{stage}: "), where=where)
     return RunError(f"{error.ename}: {error.evalue}".splitlines()[0], where=where, fix=f"see {notebook}")
-
-
-def _write_report(stage: str, folder: Path) -> None:
-    from ldm_lib.experiment.report import write_report
-
-    write_report(folder / "notebook.ipynb", folder / "report.html", title=f"{folder.parent.name}: {stage}")
-
-
-def _write_index(run_folder: Path) -> None:
-    from ldm_lib.experiment.report import write_index
-
-    done = [read_record(path) for path in sorted(run_folder.glob("*/done.json"))]
-    write_index(run_folder, [{"status": "done", **record} for record in done])
 
 
 def absolute_paths(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,12 +230,7 @@ def describe(stage: str, preset: str) -> str:
 
 
 def compare(stage: str, runs: Sequence[str]) -> str:
-    """Return a Markdown table that compares finished runs: the parameters of a stage that differ, then the results.
-
-    Raises:
-        ConfigError: a run's name is invalid.
-        RunError: a run has not finished this stage.
-    """
+    """Return a Markdown table that compares finished runs: the parameters of a stage that differ, then the results."""
     folders = [require_done(outputs_folder() / AuditConfig.parse({"run": run}).run, stage) for run in runs]
     records = [read_record(folder / "done.json") for folder in folders]
     parameters = [record["parameters"] for record in records]

@@ -26,12 +26,7 @@ def reuse_stages(
     Stages are copied in order, up to the first that must be made. A stage that was started is left to the runner.
 
     Args:
-        configs: of the run, stage by stage.
-        stages: full names.
         sources: folders of the runs to copy from; the first that fits is taken.
-
-    Raises:
-        LdmError: the run is locked by another process, or a source of it cannot be read.
     """
     lock, reused = FolderLock(run_folder), {}
     try:

@@ -41,10 +41,6 @@ def run_sweep(sweep: Sweep, *, jobs: int, only: int | None, progress: Callable[[
 
     Args:
         only: index of a single run, from 0; None for all.
-        progress: receives one line as a run starts and as it ends.
-
-    Raises:
-        ConfigError: there is no run of this index, or there is less than one job.
     """
     if only is not None and not 0 <= only < len(sweep.runs):
         raise ConfigError(f"--only {only}: the runs are 0 to {len(sweep.runs) - 1}", fix="see --count for their number")
@@ -52,25 +48,19 @@ def run_sweep(sweep: Sweep, *, jobs: int, only: int | None, progress: Callable[[
         raise ConfigError(f"--jobs {jobs}: at least 1", fix="write for example --jobs 2")
     folder = sweep_folder(sweep.name)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "grid.yaml") as partial:
-        partial.write_text(_without_paths(sweep))
-    chosen = range(len(sweep.runs)) if only is None else [only]
-    return _run_all(sweep, list(chosen), min(jobs, len(chosen)), progress)
-
-
-def _without_paths(sweep: Sweep) -> str:
-    """Return the text of the sweep's file, its paths replaced by their aliases."""
     text = sweep.text
     for name, value in (pair for run in sweep.runs for pair in run.values.items() if pair[0] in ALIASES):
         text = text.replace(str(value), f"${ALIASES[name]}")
-    return text
+    with replacing(folder / "grid.yaml") as partial:
+        partial.write_text(text)
+    chosen = range(len(sweep.runs)) if only is None else [only]
+    return _run_all(sweep, list(chosen), min(jobs, len(chosen)), progress)
 
 
 def _run_all(sweep: Sweep, waiting: list[int], jobs: int, progress: Callable[[str], None]) -> dict[str, str]:
     done = {row["run"] for row in results(sweep) if row["state"] == "done"}
     active: list[_Active] = []
-    failed: dict[str, str] = {}
-    durations: list[float] = []
+    failed, durations = {}, []
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
@@ -104,16 +94,12 @@ def _start(sweep: Sweep, index: int, jobs: int) -> _Active:
         settings = [word for name, value in run.values.items() for word in ("--set", f"{name}={value}")]
         command = [*COMMAND, *sweep.stages, "--run", run.name, "--preset", sweep.preset, *settings]
         # In a process group of its own, so that Ctrl-C reaches this process alone, which then ends the runs.
+        # The cores, of which a job may hold a part, are divided, unless the user has set the number of threads.
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        threads = {THREADS: str(max(1, len(cores(0)) // jobs))} if jobs > 1 else {}
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-                                   env=_environment(jobs), process_group=0)  # fmt: skip
+                                   env=threads | os.environ, process_group=0)  # fmt: skip
     return _Active(run, f"[{index + 1}/{len(sweep.runs)}] {run.name}", log, process)
-
-
-def _environment(jobs: int) -> dict[str, str]:
-    """Divide the cores among concurrent runs, unless the user has set the number of threads."""
-    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # a job may hold a part of a node
-    threads = {THREADS: str(max(1, len(cores(0)) // jobs))} if jobs > 1 else {}
-    return threads | os.environ
 
 
 def _finish(ended: _Active) -> str:

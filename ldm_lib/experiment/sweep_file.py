@@ -52,7 +52,6 @@ class SweepRun:
     """Hold one run of a sweep.
 
     Attributes:
-        name: of its folder in the outputs folder.
         own: the parameters that vary -> their text as typed.
         values: those and the ones common to all.
         configs: its full configuration, stage by stage.
@@ -84,12 +83,7 @@ class Sweep:
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """Read a sweep's file and resolve every run of it.
-
-    Raises:
-        InputError: the file cannot be read or is too large.
-        ConfigError: it is not plain YAML, or a run of it is invalid.
-    """
+    """Read a sweep's file and resolve every run of it; reject what is invalid."""
     text = _text(expand_path(path))
     try:
         file = SweepFile.parse(_content(text))
@@ -105,16 +99,17 @@ def read_sweep(path: str | Path) -> Sweep:
 
 
 def _text(path: Path) -> str:
+    fix = "name a sweep file"
     try:
         if path.exists() and not path.is_file():
-            raise InputError("is not a file", where=path, fix="name a sweep file")
+            raise InputError("is not a file", where=path, fix=fix)
         with path.open("rb") as stream:
             content = stream.read(MOST_BYTES + 1)
         text = content.decode()
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=path, fix="name a sweep file") from error
+        raise InputError(f"cannot be read ({error.strerror})", where=path, fix=fix) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"is not text in UTF-8 (byte {error.start})", where=path, fix="name a sweep file") from error
+        raise InputError(f"is not text in UTF-8 (byte {error.start})", where=path, fix=fix) from error
     if len(content) > MOST_BYTES:
         raise InputError(f"is larger than {MOST_BYTES} bytes", where=path, fix="split it into several sweeps")
     return text
@@ -151,15 +146,14 @@ def _run(file: SweepFile, own: dict[str, str]) -> SweepRun:
     values = file.set | own
     if "run" in values:
         raise ConfigError("'run' cannot be set: runs are named after what varies", fix="remove it")
-    name = _run_name(file.name, own, resolve(file.preset, values))
+    configs = resolve(file.preset, values)
+    # The name joins the sweep's and the run's own values as converted: `1e-3` and `0.001` are the same run.
+    converted = {parameter: str(_value(configs, parameter)) for parameter in own}
+    words = [file.name, *(value or "empty" for value in converted.values())]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
+    if len(name) > MOST_LETTERS:
+        name = f"{name[: MOST_LETTERS - 13]}-{fingerprint(converted)[:12]}"
     return SweepRun(name, own, values, resolve(file.preset, absolute_paths(values) | {"run": name}))
-
-
-def _run_name(sweep: str, own: dict[str, str], configs: Mapping[str, StageConfig]) -> str:
-    """Join the sweep's name and the run's own values as converted: `1e-3` and `0.001` are the same run."""
-    values = {parameter: str(_value(configs, parameter)) for parameter in own}
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([sweep, *(value or "empty" for value in values.values())]))
-    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 13]}-{fingerprint(values)[:12]}"
 
 
 def _value(configs: Mapping[str, StageConfig], parameter: str) -> Any:

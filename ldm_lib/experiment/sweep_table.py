@@ -33,8 +33,7 @@ def results(sweep: Sweep) -> list[dict[str, Any]]:
     """Return one row a run, in the file's order: what varies, scores, patients, masks, seconds and state.
 
     Scores are means over patients with their 95 % bootstrap interval by patient; without stage 06 they are replaced by
-    the numbers in the last stage's summary. Seconds are those of all its stages, including stages that were reused. A
-    run is `done`, `failed`, or `missing` while it has not ended.
+    the numbers in the last stage's summary. A run is `done`, `failed`, or `missing` while it has not ended.
     """
     return [_row(sweep, run) for run in sweep.runs]
 
@@ -63,7 +62,9 @@ def last_line(log: Path, start: str = "") -> str:
 
 def _row(sweep: Sweep, run: SweepRun) -> dict[str, Any]:
     folders = [outputs_folder() / run.name / stage for stage in sweep.stages]
-    records = [record for folder in folders if (record := _record(folder, run))]
+    made = [(folder, read_record(folder / "done.json")) for folder in folders if (folder / "done.json").exists()]
+    # Only stages that finished with the parameters of this sweep count.
+    records = [record for folder, record in made if record["parameters"] == tracked(run.configs[folder.name])]
     done = len(records) == len(folders)
     row = {"run": run.name} | {parameter: run.value(parameter) for parameter in sweep.varying}
     if done and sweep.stages[-1] == EVALUATION:
@@ -75,13 +76,6 @@ def _row(sweep: Sweep, run: SweepRun) -> dict[str, Any]:
     failed = status.lstrip("-").isdecimal() and int(status) != 0
     seconds = round(sum(record["seconds"] for record in records), 1)
     return row | {"seconds": seconds, "state": "done" if done else "failed" if failed else "missing"}
-
-
-def _record(folder: Path, run: SweepRun) -> dict[str, Any] | None:
-    """Return the record of a stage, if it finished with the parameters of this sweep."""
-    done = folder / "done.json"
-    record = read_record(done) if done.exists() else None
-    return record if record and record["parameters"] == tracked(run.configs[folder.name]) else None
 
 
 def _scores(folder: Path, sweep: Sweep, run: SweepRun) -> dict[str, Any]:
