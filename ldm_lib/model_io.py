@@ -61,11 +61,7 @@ def kind_of(cls: type[nn.Module]) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a model folder.
-
-    Raises:
-        WeightsError: there is none, or it is not that of a model.
-    """
+    """Read the config.json of a model folder."""
     path = Path(folder) / CONFIG
     if not path.exists():
         raise WeightsError("no such model folder", where=path, fix="name a folder with config.json and weights")

@@ -5,6 +5,7 @@ blocks of voxels => standard deviations of the input transform, linear codec;   
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from itertools import islice
 
 import numpy as np
 import torch
@@ -71,7 +72,10 @@ def block_statistics(cases: Sequence[Case], factor: int) -> tuple[Tensor, Tensor
 
 def _images(cases: Sequence[Case], factor: int) -> Iterator[np.ndarray]:
     """Yield the full image of a few patients, or else the voided one, (x, y, z) on the model's grid."""
-    for case in one_case_per_patient(cases)[:PATIENTS]:
+    first: dict[str, Case] = {}  # of each patient
+    for case in cases:
+        first.setdefault(case.patient, case)
+    for case in islice(first.values(), PATIENTS):
         data = grid_case(load_case(case), factor)
         yield data.voided if data.target is None else data.target
 
@@ -106,11 +110,3 @@ def latent_statistics(
         raise TrainingError("no latent voxel lies mostly in the brain", where="autoencoder", fix="use fewer halvings")
     mean, square = total / count
     return mean.float().cpu(), (square - mean.square()).clamp(min=0).sqrt().float().cpu()
-
-
-def one_case_per_patient(cases: Sequence[Case]) -> list[Case]:
-    """Return the first case of each patient."""
-    first: dict[str, Case] = {}
-    for case in cases:
-        first.setdefault(case.patient, case)
-    return list(first.values())

@@ -1,6 +1,6 @@
 """Options of the autoencoder: its architecture and its training."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,11 +32,9 @@ class AutoencoderTrainingOptions(AutoencoderOptions, SeedOptions):
     heading = "Training"
     autoencoder_steps: Positive = Field(100, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")
-    autoencoder_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        2e-4, description="peak learning rate of AdamW"
-    )
-    autoencoder_ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.98, description="decay of the exponential moving average of the weights"
+    autoencoder_learning_rate: float = Field(2e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    autoencoder_ema_decay: float = Field(
+        0.98, ge=0, lt=1, description="decay of the exponential moving average of the weights"
     )
     crop: Positive = Field(32, description="edge of a training crop, voxels")
     final_crop: Positive = Field(48, description="edge of a crop in the last tenth of the steps, voxels")
@@ -45,9 +43,7 @@ class AutoencoderTrainingOptions(AutoencoderOptions, SeedOptions):
     adversarial_start: Fraction = Field(0.5, description="fraction of the steps before the discriminator joins")
     voided_fraction: Fraction = Field(0.5, description="fraction of crops from the voided image")
     air_fraction: Fraction = Field(0.1, description="fraction of crops at random places, mostly air")
-    intensity_shift: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.1, description="largest relative change of gain and gamma"
-    )
+    intensity_shift: float = Field(0.1, ge=0, le=0.5, description="largest relative change of gain and gamma")
 
     @model_validator(mode="after")
     def _crops_fit(self) -> Self:

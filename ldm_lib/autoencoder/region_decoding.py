@@ -60,27 +60,17 @@ def decode_box(autoencoder: AnyCodec, latent: Tensor, mask: np.ndarray, margin: 
     Raises:
         InputError: the mask is empty.
     """
+    if not mask.any():
+        raise InputError("the mask is empty", fix="give a mask of the region to inpaint")
     factor = autoencoder.factor
     masked = latent_mask(mask, factor)
-    box, wide = latent_box(masked, 0), latent_box(masked, margin)
+    box, wide = bounding_box(masked, 0), bounding_box(masked, margin)
     decoded = autoencoder.decode(latent[(..., *wide)])
-    inside = tuple(
-        slice((b.start - w.start) * factor, (b.stop - w.start) * factor) for b, w in zip(box, wide, strict=True)
-    )
+    spans = ((b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True))
+    inside = tuple(slice(start * factor, stop * factor) for start, stop in spans)
     volume = decoded.new_zeros((*decoded.shape[:2], *mask.shape))
     volume[(..., *(slice(b.start * factor, b.stop * factor) for b in box))] = decoded[(..., *inside)]
     return volume
-
-
-def latent_box(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
-    """Return the bounding box of a mask (x, y, z) bool, widened by `margin` on every side as far as the grid goes.
-
-    Raises:
-        InputError: the mask is empty.
-    """
-    if not mask.any():
-        raise InputError("the mask is empty", fix="give a mask of the region to inpaint")
-    return bounding_box(mask, margin)
 
 
 def as_batch(image: np.ndarray, device: torch.device) -> Tensor:

@@ -2,10 +2,8 @@
 
 GridCase => voided, target (c x y z), conditioning (4 x y z), mask, loss, mask_fraction (1 x y z)
 
-With the context "initial_estimate" the masked region is filled by an initial estimate first, and the denoiser generates
-the residual of its latent:
-
-initial_estimate (c x y z);   target = (z_target - initial_estimate) / residual_std;   voided = 0
+With the context "initial_estimate" the denoiser generates the residual of the latent of an initial estimate:
+target = (z_target - initial_estimate) / residual_std;   voided = 0
 """
 
 from collections.abc import Iterable, Sequence

@@ -55,13 +55,7 @@ class CaseNoise:
 
 
 class ModelSettings(ScheduleOptions):
-    """Describe how a model was trained and how it is sampled, as stated in its config.json.
-
-    Attributes:
-        latent_crop: edge of the latents that it was trained on, latent voxels; 0 for whole latents.
-        temperature: default scale of the initial noise.
-        box_margin: margin of the decoded box, latent voxels; None decodes the whole volume.
-    """
+    """Describe how a model was trained and how it is sampled, as its config.json states; see `LatentDiffusion`."""
 
     latent_crop: Count = 0
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
@@ -154,14 +148,8 @@ class LatentDiffusion:
         else:
             kept = getattr(self.autoencoder, "folder_config", {"box_margin": self.box_margin})
             digest = self.autoencoder.save(folder / AUTOENCODER_FOLDER, **without_derived(kept))
-        own = {
-            "schedule": dict(self.process),
-            "settings": self.spec.model_dump(),
-            "prediction": self.prediction,
-            "latent_crop": self.crop,
-            "temperature": self.temperature,
-            "autoencoder_sha256": digest,
-        }
+        own = {"schedule": dict(self.process), "settings": self.spec.model_dump(), "prediction": self.prediction,
+               "latent_crop": self.crop, "temperature": self.temperature, "autoencoder_sha256": digest}  # fmt: skip
         return save_model(folder, self.denoiser, **(own | facts))
 
     def sample(

@@ -16,9 +16,7 @@ class LatentOptions(Options):
     context: Literal["composite", "concat", "initial_estimate"] = Field(
         "composite", description="denoiser input; concat adds the undilated latent, initial_estimate a first estimate"
     )
-    mask_dilation: Annotated[int, Field(ge=0, le=4)] = Field(
-        1, description="dilation of the latent mask, latent voxels"
-    )
+    mask_dilation: int = Field(1, ge=0, le=4, description="dilation of the latent mask, latent voxels")
     growth_threshold: Fraction = Field(
         0.2, description="tumour-cell concentration below which tissue counts as healthy"
     )
@@ -35,7 +33,7 @@ class DenoiserOptions(Options):
     multipliers: IntegerList = Field("1,2,4", description="width of each level, multiples of base_width")
     blocks_per_level: Positive = Field(1, description="residual blocks per level")
     attention_rates: IntegerList = Field("4", description="downsampling rates with self-attention")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout rate inside residual blocks")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate inside residual blocks")
 
     @model_validator(mode="after")
     def _attention_fits(self) -> Self:
@@ -53,11 +51,11 @@ class ScheduleOptions(Options):
     heading = "Diffusion process"
     prediction: Literal["noise", "x0", "velocity", "flow"] = Field("velocity", description="prediction target")
     schedule: Literal["linear", "cosine", "flow"] = Field("linear", description="noise schedule; flow needs flow")
-    diffusion_steps: Annotated[int, Field(ge=2, le=10000)] = Field(1000, description="steps of the noise schedule")
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="first variance of the linear schedule")
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.02, description="last variance of the linear schedule")
-    schedule_shift: Annotated[float, Field(gt=0, le=100)] = Field(
-        1.0, description="shift of the noise level; above 1: more noise at every step"
+    diffusion_steps: int = Field(1000, ge=2, le=10000, description="steps of the noise schedule")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first variance of the linear schedule")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="last variance of the linear schedule")
+    schedule_shift: float = Field(
+        1.0, gt=0, le=100, description="shift of the noise level; above 1: more noise at every step"
     )
     zero_terminal_snr: bool = Field(False, description="rescaling to zero signal at the last step")
 

@@ -11,8 +11,7 @@ keep(x): x with the known voxels put back, before the first step and after every
 callback({"i", "t", "x", "x0"}): called once per step with the input of the step and the estimate of x_0.
 
 Coefficients are Python floats (float64) whatever the precision of x; x_0 is never clipped. After the last timestep
-comes the clean end, α = 1 and σ = 0. `ddpm` needs a variance-preserving schedule, `euler` and `midpoint` a rectified
-flow; `ddim` and `dpm++2m` support both.
+comes the clean end, α = 1 and σ = 0.
 """
 
 from collections.abc import Callable
@@ -68,7 +67,7 @@ def sampler(name: str, spacing: str = "uniform") -> Callable[[Callable[[Trajecto
             denoise: Denoise, x: Tensor, schedule: NoiseSchedule, *, steps: int, noise: Callable[[int], Tensor],
             keep: Keep = identity, callback: Callback | None = None,
         ) -> Tensor:  # fmt: skip
-            check_process(name, schedule)
+            check_sampler(name, steps, schedule)
             times = spaced_timesteps(schedule, steps, spacing)
             levels = zip(schedule.alpha[times].tolist(), schedule.sigma[times].tolist(), strict=True)
             return solve(Trajectory(denoise, times, [*levels, (1.0, 0.0)], noise, keep, callback), keep(x))
@@ -163,15 +162,10 @@ def samplers_for(schedule: NoiseSchedule) -> list[str]:
     return [name for name in SAMPLERS if FLOW_SAMPLERS.get(name, schedule.is_flow) == schedule.is_flow]
 
 
-def check_process(name: str, schedule: NoiseSchedule) -> None:
-    """Reject a sampler whose equations are those of the other kind of process."""
+def check_sampler(name: str, steps: int, schedule: NoiseSchedule) -> None:
+    """Reject a sampler whose equations are of the other kind of process, or more steps than the schedule has."""
     if name not in samplers_for(schedule):
         process = "rectified flow" if schedule.is_flow else "variance-preserving diffusion"
         raise ConfigError(f"{name!r} given, the model was trained on a {process}", where="sampler",
                           fix=f"take one of {', '.join(samplers_for(schedule))}")  # fmt: skip
-
-
-def check_sampler(name: str, steps: int, schedule: NoiseSchedule) -> None:
-    """Reject a sampler that does not support the schedule, or more steps than the schedule has."""
-    check_process(name, schedule)
     spaced_timesteps(schedule, steps)

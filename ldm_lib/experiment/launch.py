@@ -70,11 +70,6 @@ def run_process(work: Callable[[str], None], run: str, *, debug: bool = False) -
 TRAINING, SAMPLING = "04_training", "05_sampling"
 
 
-def mark_done(folder: Path) -> None:
-    """Record that the work of a stage is done, so that its notebook only checks it and finishes the stage."""
-    write_json(folder / SHARED_OUT, {"processes": world_size()})
-
-
 def _in_one_line(error: LdmError | RuntimeError) -> LdmError:
     """Return an error of this library unchanged, and the first line of torch's long ones when a process has ended."""
     if isinstance(error, LdmError):
@@ -106,8 +101,8 @@ def train_run(name: str) -> None:
     trainer = train(
         model, variants, [load_case(w.case) for w in watched], [w[0] for w in watched], config, folder, tracking=config
     )
-    if is_first():
-        mark_done(folder)
+    if is_first():  # so that the notebook only checks it and finishes the stage
+        write_json(folder / SHARED_OUT, {"processes": world_size()})
     print(f"{name}/{TRAINING}: trained for {trainer.step} steps; stage 04 finishes it", flush=True)
 
 
@@ -130,7 +125,7 @@ def inpaint_run(name: str) -> None:
     require_all(rows)
     require_recorded(cases, run_folder / SAMPLING)
     if is_first():
-        mark_done(run_folder / SAMPLING)
+        write_json(run_folder / SAMPLING / SHARED_OUT, {"processes": world_size()})
 
 
 WORK: dict[str, Callable[[str], None]] = {"04": train_run, "05": inpaint_run}

@@ -55,11 +55,7 @@ DEFAULT_PRESET = "demo"
 
 
 def require_fit(configs: Mapping[str, Any]) -> None:
-    """Check, before anything is trained, that the sampler of stage 05 supports the schedule of stage 04.
-
-    Raises:
-        ConfigError: it does not, such as a sampler of diffusion models with a flow.
-    """
+    """Require, before anything is trained, that the sampler of stage 05 supports the schedule of stage 04."""
     schedule, sampler = configs["04_training"].schedule, configs["05_sampling"].sampler
     is_flow = schedule == "flow"
     if FLOW_SAMPLERS.get(sampler, is_flow) != is_flow:
@@ -77,11 +73,8 @@ def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = Non
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}", fix=nearest(preset, PRESETS))
     known = {name for model in STAGES.values() for name in model.model_fields}
-    for name in overrides or {}:
-        if name not in known:
-            raise ConfigError(f"unknown parameter {name!r}", fix=nearest(name, known))
-    values = {**PRESETS[preset], **(overrides or {})}
-    return {
-        stage: model.parse({k: v for k, v in values.items() if k in model.model_fields})
-        for stage, model in STAGES.items()
-    }
+    values = PRESETS[preset] | (overrides or {})
+    if unknown := [name for name in values if name not in known]:
+        raise ConfigError(f"unknown parameter {unknown[0]!r}", fix=nearest(unknown[0], known))
+    return {stage: model.parse({k: v for k, v in values.items() if k in model.model_fields})
+            for stage, model in STAGES.items()}  # fmt: skip

@@ -54,9 +54,6 @@ def run(stages: str | Sequence[str] = (), *, preset: str = DEFAULT_PRESET, run: 
         run: name of the run's folder in the outputs folder; empty takes the preset's name.
         parameters: by name; each reaches every stage that has it.
 
-    Raises:
-        LdmError: as `run_stages`.
-
     Examples:
         >>> import ldm_lib as ldm
         >>> folder = ldm.run(["01", "02"], preset="smoke", seed=3)  # doctest: +SKIP

@@ -105,8 +105,10 @@ class TrainingLoop:
         due = bool(self.validation.cases) and trainer.epoch % min(config.val_every, config.max_epochs) == 0
         if due:
             mine = slice(self.processes.rank, None, self.processes.world)
-            scores = self.validation.scores(trainer.model, trainer.denoiser, trainer.epoch, mine, self._alive)
-            row |= mean_of_cases(self.processes.gathered(scores))
+            found = self.validation.scores(
+                trainer.model, trainer.denoiser, epoch=trainer.epoch, mine=mine, alive=self._alive
+            )
+            row |= mean_of_cases(self.processes.gathered(found))
         trainer.sums[EPOCH], trainer.closed = 0, trainer.step
         self._log(row)
         if due:

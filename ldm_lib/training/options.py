@@ -1,6 +1,6 @@
 """Options of the denoiser's training."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,16 +29,12 @@ class TrainerOptions(DeviceOptions, SeedOptions):
     heading = "Optimisation"
     untracked = frozenset({"num_workers", "checkpoint_every", "log_every", "allow_change"})
     batch_size: Positive = Field(2, description="samples per device and step")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        1e-3, description="learning rate of AdamW, constant after the warm-up"
-    )
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="learning rate of AdamW, constant after the warm-up")
     max_epochs: Positive = Field(40, description="epochs (passes over the training samples)")
     warmup_steps: Count = Field(50, description="optimiser steps of linear warm-up")
     accumulate_grad_batches: Positive = Field(1, description="batches per optimiser step")
-    gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99, description="decay of the exponential moving average of the weights"
-    )
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="decay of the exponential moving average of the weights")
     keep_weights: Literal["last", "best"] = Field("last", description="EMA weights to keep: last, or best val_loss")
     pretrained: bool = Field(False, description="start from the pretrained weights of the package")
     start_dir: str = Field("", description="model folder to start from; without either, training starts at random")
@@ -94,9 +90,7 @@ class LatentSampleOptions(Options):
         12, description="edge of a training crop around the mask, latent voxels; 0 takes whole latents"
     )
     cache_variants: Positive = Field(2, description="encodings per training sample; all but the first are augmented")
-    latent_noise: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="standard deviation of noise added to known latents"
-    )
+    latent_noise: float = Field(0.0, ge=0, le=1, description="standard deviation of noise added to known latents")
     latent_flip_probability: Fraction = Field(
         0.0, description="probability of a left-right flip of latents; exact for linear codecs only"
     )

@@ -30,7 +30,7 @@ class Validation:
         self.cases, self.latents, self.config, self.folder = list(cases), list(latents), config, folder
 
     def scores(
-        self, model: LatentDiffusion, raw: ADM, epoch: int, mine: slice, alive: Callable[[], None]
+        self, model: LatentDiffusion, raw: ADM, *, epoch: int, mine: slice, alive: Callable[[], None]
     ) -> dict[int, dict[str, float]]:
         """Return the metrics of each case of this process, by its number.
 

@@ -9,13 +9,14 @@ import torch
 from ldm_lib.autoencoder.fitting import block_statistics, fit_linear_codec
 from ldm_lib.autoencoder.linear_codec import LinearCodec
 from ldm_lib.autoencoder.model import Autoencoder
-from ldm_lib.autoencoder.region_decoding import decode_box, latent_box, reconstruct
+from ldm_lib.autoencoder.region_decoding import decode_box, reconstruct
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.errors import InputError
 from ldm_lib.evaluation.image_quality import brain_scores
 from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
 from ldm_lib.evaluation.reconstruction import alignment, box_loss_db, by_tissue, crop_against_whole, upper_bound
+from ldm_lib.geometry import bounding_box
 from ldm_lib.model_io import load_model
 
 HOW = {"device": torch.device("cpu"), "precision": "32"}
@@ -191,13 +192,13 @@ def test_a_box_holds_its_latent_voxels_and_the_margin_only():
         low, high = np.argwhere(marked).min(axis=0) - margin, np.argwhere(marked).max(axis=0) + margin
         expected = ((grid >= low) & (grid <= high)).all(axis=1).reshape(marked.shape)
         found = np.zeros(marked.shape, bool)
-        found[latent_box(marked, margin)] = True
+        found[bounding_box(marked, margin)] = True
         assert np.array_equal(found, expected)
 
 
 def test_an_empty_mask_has_no_box():
     with pytest.raises(InputError, match="the mask is empty"):
-        latent_box(np.zeros((3, 3, 3), bool), 1)
+        decode_box(LinearCodec(2, 2), torch.zeros(1, 2, 2, 2, 2), np.zeros((4, 4, 4), bool), 1)
 
 
 MASKS = {"middle": np.s_[20:23, 5:8, 3:9], "corner": np.s_[:3, :2, 9:], "whole": np.s_[:]}

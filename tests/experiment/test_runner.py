@@ -17,7 +17,7 @@ import pytest
 
 from ldm_lib.data import cohort
 from ldm_lib.errors import ConfigError, InputError, RunError
-from ldm_lib.experiment import runner
+from ldm_lib.experiment import report, runner
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
 from ldm_lib.experiment.stages import STAGES, parameters_cell
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
@@ -123,11 +123,11 @@ def test_a_damaged_output_is_made_again(outputs, executed):
 
 
 def test_a_stage_that_failed_before_its_report_is_not_done_and_runs_again(outputs, executed, monkeypatch):
-    def full(stage, folder):
+    def full(*paths, title):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
-        patched.setattr(runner, "_write_report", full)
+        patched.setattr(report, "write_report", full)
         run(AUDIT)
     assert not (outputs / "lab" / AUDIT / "done.json").exists()
     assert run(AUDIT)[-1].startswith(f"{AUDIT}: done in")

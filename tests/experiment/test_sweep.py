@@ -16,7 +16,7 @@ import pytest
 from ldm_lib.__main__ import STOPPED, main
 from ldm_lib.errors import ConfigError, InputError, LdmError, RunError
 from ldm_lib.evaluation.metrics import bootstrap_by_patient
-from ldm_lib.experiment import run_folder, runner, sweep, sweep_table
+from ldm_lib.experiment import report, run_folder, runner, sweep, sweep_table
 from ldm_lib.experiment.run_folder import tracked
 from ldm_lib.experiment.stage_reuse import reuse_stages
 from ldm_lib.experiment.stages import STAGES
