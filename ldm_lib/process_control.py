@@ -59,7 +59,6 @@ class ForwardSignals(_Handlers):
 
     Args:
         child: returns its process id, or None while there is none.
-        where: what it works on, for the error message.
 
     Raises:
         InterruptionError: on the way out, if there was a signal.

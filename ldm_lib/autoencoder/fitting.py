@@ -93,11 +93,7 @@ def latent_brain_mask(image: np.ndarray, factor: int) -> np.ndarray:
 def latent_statistics(
     autoencoder: Autoencoder, cases: Sequence[Case], *, device: torch.device, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (c,) of the unstandardised latents over the brain, not air.
-
-    Raises:
-        TrainingError: no latent voxel lies mostly in the brain.
-    """
+    """Return mean and standard deviation (c,) of the unstandardised latents over the brain, not air."""
     total, count = 0, 0
     for image in _images(cases, autoencoder.factor):
         with torch.inference_mode(), autocast(device, precision):

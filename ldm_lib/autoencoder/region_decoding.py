@@ -46,19 +46,16 @@ def reconstruct(autoencoder: AnyCodec, image: np.ndarray, *, device: torch.devic
 def decode_box(autoencoder: AnyCodec, latent: Tensor, mask: np.ndarray, margin: int) -> Tensor:
     """Decode only the region around the mask: the bounding box of its latent voxels, and a margin.
 
-    With norms of one voxel and a margin as wide as the decoder's receptive field this equals full decoding;
-    norms over the grid (GroupNorm) make it an approximation, see `box_loss_db`. Runs in the caller's precision.
+    With norms of one voxel and a margin as wide as the decoder's receptive field this equals full decoding; norms over
+    the grid (GroupNorm) make it an approximation, see `box_loss_db`. Runs in the caller's precision.
 
     Args:
         latent: (b c x y z), standardised, all of one mask.
-        mask: (fx, fy, fz) bool, True = inpaint.
+        mask: (fx, fy, fz) bool, True = inpaint; not empty.
         margin: latent voxels around the box, as far as the grid goes.
 
     Returns:
         (b 1 fx fy fz), 0 outside the box.
-
-    Raises:
-        InputError: the mask is empty.
     """
     if not mask.any():
         raise InputError("the mask is empty", fix="give a mask of the region to inpaint")

@@ -67,11 +67,7 @@ class AutoencoderTraining:
             self.discriminator_optimiser = torch.optim.Adam(weights, lr=peak, betas=(0.5, 0.999))
 
     def step(self, step: int, volume: Tensor, names: Sequence[str]) -> dict[str, float]:
-        """Take one optimiser step, counted from 0, on crops (b 1 x y z) of these cases; return the terms of its loss.
-
-        Raises:
-            TrainingError: a loss that is not finite; names the step and the cases.
-        """
+        """Take the optimiser step of this number on crops (b 1 x y z) of these cases; return the terms of its loss."""
         config, volume = self.config, volume.to(self.device, memory_format=torch.channels_last_3d)
         adversarial = self.discriminator is not None and step >= config.adversarial_start * config.autoencoder_steps
         with autocast(self.device, self.precision):
@@ -188,7 +184,6 @@ def load_or_train(
     Args:
         weights: model folder or file; empty trains on the cases.
         cases: training cases, by which latents of other projects' weights are standardised.
-        folder: takes the checkpoint of a training.
     """
     spacing_mm = load_case(cases[0]).source.spacing_mm[0]
     if not weights:

@@ -88,10 +88,6 @@ class _Entry:
 class LatentCache:
     """Encode cases into a folder that belongs to one run; several processes may do so at once.
 
-    Args:
-        autoencoder: frozen, on `device`.
-        seed: of the augmentations.
-
     Attributes:
         costs: of the last call of `encode`: patients, masks, variants, MB per patient, and the time per volume.
     """
@@ -118,13 +114,10 @@ class LatentCache:
 
     def versions(self, case: Case, count: int) -> dict[str, GridCase]:
         """Return a case on the model's grid as it is, and `count` augmented versions, by name, for inspection."""
-        original = grid_case(load_case(case), self.autoencoder.factor)
-        spacing_mm = self.autoencoder.spacing_mm
-        found = {"original": original}
-        for k in range(1, count + 1):
-            rng = np.random.default_rng([self.seed, k])
-            found[f"version {k}"] = self.augmentation(original, rng, spacing_mm=spacing_mm)
-        return found
+        original, spacing_mm = grid_case(load_case(case), self.autoencoder.factor), self.autoencoder.spacing_mm
+        draws = {f"version {k}": np.random.default_rng([self.seed, k]) for k in range(1, count + 1)}
+        augmented = {name: self.augmentation(original, rng, spacing_mm=spacing_mm) for name, rng in draws.items()}
+        return {"original": original} | augmented
 
     def encode(self, cases: Sequence[Case], *, variants: int = 1) -> list[CachedCase]:
         """Encode what is missing, out of date or damaged, and return a handle for each case.
@@ -134,9 +127,6 @@ class LatentCache:
 
         Args:
             variants: encodings per case; the first is not augmented, the others are.
-
-        Raises:
-            InputError: a case is rejected, or its latents are not finite.
         """
         scans: dict[str, list[Case]] = {}
         for case in cases:
@@ -167,10 +157,10 @@ class LatentCache:
 
     def _remove_stale(self, entries: Sequence[_Entry]) -> int:
         """Remove files of the same scans and variants that have another key; return how many there were."""
-        names = {entry.path.name for entry in entries}
-        slots = {name.rpartition("-")[0] for name in names}
-        found = [path for path in self.folder.glob("*.safetensors") if path.name.rpartition("-")[0] in slots]
-        stale = [path for path in found if path.name not in names]
+        paths = {entry.path for entry in entries}
+        slots = {path.name.rpartition("-")[0] for path in paths}
+        found = (path for path in self.folder.glob("*.safetensors") if path.name.rpartition("-")[0] in slots)
+        stale = [path for path in found if path not in paths]
         for path in stale:
             path.unlink(missing_ok=True)
         if stale:

@@ -22,11 +22,9 @@ FIRST_LOG_SNR = -10.0  # of steps uniform in log-SNR, after a first timestep wit
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """Hold the forward process of diffusion as two immutable tables.
+    """Hold the factors of signal and noise at each t as immutable tables (steps,) float64 on the CPU.
 
-    Attributes:
-        alpha, sigma: (steps,) float64 on the CPU, the factors of signal and noise at each t; alpha falls from nearly 1
-            at t = 0 to nearly 0, or 0, at t = steps - 1.
+    alpha falls from nearly 1 at t = 0 to nearly 0, or 0, at t = steps - 1.
     """
 
     alpha: Tensor
@@ -66,11 +64,8 @@ class NoiseSchedule:
         return 2 * (alpha.log() - sigma.log())
 
     def alpha_sigma(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return α_t and σ_t, float64, on the device of x and shaped to broadcast over it.
-
-        Raises:
-            ConfigError: a t on the CPU that is out of range; on a GPU it is not checked, as that would wait for it.
-        """
+        """Return α_t and σ_t, float64, on the device of x and shaped to broadcast over it."""
+        # On a GPU the range is not checked, as that would wait for it.
         if t.device.type == "cpu" and (t.min() < 0 or t.max() >= self.steps):
             raise ConfigError(f"timesteps {t.min()}..{t.max()} given, 0..{self.steps - 1} allowed", where="t",
                               fix="draw timesteps below schedule.steps")  # fmt: skip
@@ -104,9 +99,6 @@ def noise_schedule(
             arXiv 2301.11093, eq. 4; of "flow", Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 changes nothing.
         zero_terminal_snr: rescale so that the last step holds no signal (Lin et al. 2024, arXiv 2305.08891,
             algorithm 1); "flow" never does.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
     if steps < 1:
         raise ConfigError(f"{steps} given, at least 1 allowed", where="schedule steps")

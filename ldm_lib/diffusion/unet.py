@@ -19,7 +19,6 @@ class ADM(nn.Module):
 
     Args:
         in_channels: channels of x: latents, conditioning and mask together.
-        base_width: channels of the first level.
         multipliers: width of each level, in units of base_width.
         blocks_per_level: residual blocks on the way down; one more on the way up.
         attention_rates: downsampling rates (1, 2, 4, ...) at which attention follows each block; the middle of the
@@ -28,9 +27,6 @@ class ADM(nn.Module):
         conditioning: start and stop of the conditioning among the channels of x, for a network that can also be used
             unconditionally: a learned value per channel then replaces the conditioning, and a learned embedding is
             added to that of the timestep (Ho & Salimans 2022, arXiv 2207.12598). Empty: always conditioned.
-
-    Raises:
-        ConfigError: an option is out of range, or x does not have in_channels.
     """
 
     def __init__(
@@ -56,9 +52,8 @@ class ADM(nn.Module):
         _check(self.config)
         self.multiple = 2 ** (len(multipliers) - 1)
         embedding = 4 * base_width
-        self.embed = nn.Sequential(
-            nn.Linear(base_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        )
+        layers = nn.Linear(base_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        self.embed = nn.Sequential(*layers)
         self.stem = conv(in_channels, base_width)
         self.down, self.middle, self.up = self._build(embedding)
         self.norm = Norm(base_width)
@@ -155,11 +150,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_flops(module: ADM, shape: Sequence[int], *, backward: bool = False) -> int:
-    """Count the FLOPs (two per multiply-add) of one forward pass of one sample, without computing it.
+    """Count the FLOPs (two per multiply-add) of a pass of one latent (x y z), forward or also backward to all weights.
 
-    Args:
-        shape: of the latent, (x y z).
-        backward: count a backward to all weights as well.
+    Nothing is computed.
     """
     with torch.device("meta"):
         twin = ADM(**module.config)

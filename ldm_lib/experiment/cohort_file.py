@@ -18,10 +18,8 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
     root = root.absolute()
 
     def plain(value: object) -> object:
-        if isinstance(value, ReadOptions):
-            return value.model_dump()
         if not isinstance(value, Path):
-            return value
+            return value.model_dump() if isinstance(value, ReadOptions) else value
         absolute = value.absolute()  # links stay links: what they point to may be renamed
         if absolute.is_relative_to(root):
             return absolute.relative_to(root).as_posix()
@@ -32,12 +30,7 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
 
 
 def read_cohort(path: Path, root: Path) -> tuple[list[Case], list[Case]]:
-    """Return training and validation cases of a run; of the latter the first mask of every patient comes first.
-
-    Raises:
-        InputError: the file is no cohort.
-        RunError: the folder of the data is unknown or does not exist.
-    """
+    """Return training and validation cases of a run; of the latter the first mask of every patient comes first."""
     run_folder = path.absolute().parents[1]
     try:
         content = read_json(path)

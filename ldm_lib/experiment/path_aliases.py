@@ -59,11 +59,7 @@ def to_alias(path: Path, run_folder: Path) -> str:
 
 
 def from_alias(text: str, run_folder: Path) -> Path:
-    """Return the path that `to_alias` wrote.
-
-    Raises:
-        RunError: the folder of an alias is unknown or does not exist.
-    """
+    """Return the path that `to_alias` wrote, whose folder must be known and exist."""
     alias = re.match(r"\$(LDM_\w+)", text)
     if not alias:
         return Path(text)

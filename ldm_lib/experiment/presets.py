@@ -65,10 +65,7 @@ def require_fit(configs: Mapping[str, Any]) -> None:
 def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = None) -> dict[str, StageConfig]:
     """Return the configuration of all six stages: defaults, then the preset, then `overrides` (text is converted).
 
-    An override reaches every stage that has a parameter of its name.
-
-    Raises:
-        ConfigError: an unknown preset or name (with the nearest known one), a wrong type, a value out of range.
+    An override reaches every stage that has a parameter of its name; an unknown one is rejected.
     """
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}", fix=nearest(preset, PRESETS))

@@ -58,9 +58,6 @@ def write_report(notebook_path: str | Path, html_path: str | Path, *, title: str
 
     Scripts, styles, forms, frames and event handlers in markdown or outputs are removed or shown as text, and the
     page's content security policy forbids them in addition.
-
-    Raises:
-        RunError: the notebook is missing or not a notebook, or the page cannot be written.
     """
     notebook_path = Path(notebook_path)
     try:
@@ -82,11 +79,7 @@ def write_report(notebook_path: str | Path, html_path: str | Path, *, title: str
 
 
 def write_index(run_folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write index.html of a run: each stage with its status, seconds, checks and a link to its report.
-
-    Args:
-        rows: mappings with `stage` and `status`, and optionally `seconds` and `checks` as in done.json.
-    """
+    """Write index.html of a run: the `stage`, `status`, `seconds` and `checks` of each row, and links to reports."""
     run_folder = Path(run_folder)
     lines = "\n".join(_stage_row(run_folder, row) for row in rows)
     return _write(run_folder / "index.html", INDEX.format(title=f"Run {html.escape(run_folder.name)}", rows=lines))

@@ -44,10 +44,6 @@ def is_first() -> bool:
 class Processes:
     """Hold this process among those that train together, and what they do in common.
 
-    Args:
-        device: where this process computes.
-        precision: "32", "bf16" or "16", of forward passes.
-
     Attributes:
         fabric: places and casts networks, scales 16-bit gradients, and averages gradients over the processes.
         rank, world: the number of this process, and of all.

@@ -29,11 +29,9 @@ def export_model(model: str | Path, folder: Path = PRETRAINED, *, temperature: f
 
     Args:
         model: model folder of a stage 04, with `metrics.csv` next to it.
-        folder: to write; the pretrained model of the package by default.
         temperature: default scale of the initial noise; 0 keeps the model's own.
 
     Raises:
-        ConfigError: a temperature out of range.
         WeightsError: no model folder, one of another autoencoder, no log of its training, or a weight beyond float16;
             nothing is written.
     """

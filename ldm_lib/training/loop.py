@@ -27,7 +27,6 @@ class TrainingLoop:
     Args:
         cases: keys of the training cases, in the order of the plan.
         trackers: take the metrics; only the first process has them.
-        folder: of the stage; takes checkpoints/ and panels/.
         identity: description of the training that its checkpoints hold.
     """
 
@@ -49,12 +48,7 @@ class TrainingLoop:
         self._logged, self._logged_step = time.monotonic(), trainer.step
 
     def run(self) -> None:
-        """Train until nothing is left to do.
-
-        Raises:
-            InterruptionError: a signal requested the end; the state is saved.
-            TrainingError: a loss is not finite, memory is exhausted, or a checkpoint did not reach the disk.
-        """
+        """Train until nothing is left to do, see `train.train`."""
         stacks = self.folder / f"stacks-{self.processes.rank}.txt"
         try:
             with StopRequest() as self._stop, Watchdog(stacks) as self._watchdog:

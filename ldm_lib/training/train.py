@@ -96,9 +96,8 @@ def train_denoiser(
 
 def latent_cache(model: LatentDiffusion, config: TrainingOptions, run_folder: Path) -> LatentCache:
     """Return the cache of encoded cases in the folder `latents` of a run."""
-    augmentation = Augmentation(
-        config.flip_probability, config.rotation_degrees, config.intensity_shift, config.tissue_deformation_mm
-    )
+    shifts = config.intensity_shift, config.tissue_deformation_mm
+    augmentation = Augmentation(config.flip_probability, config.rotation_degrees, *shifts)
     return LatentCache(
         run_folder / "latents", model.autoencoder, model.autoencoder.folder_config["sha256"], model.spec,
         device=model.device, precision=model.precision, augmentation=augmentation, seed=config.seed,
@@ -139,7 +138,7 @@ def train(
 
     Raises:
         ConfigError: another number of processes than `devices`, while there is something left to train.
-        TrainingError: a loss that is not finite, a checkpoint of another training, or one that cannot be written.
+        TrainingError: a loss that is not finite, no memory left, a checkpoint of another training, or a full disk.
         WeightsError: each checkpoint is damaged.
         InterruptionError: a signal requested the end; the state is saved.
     """
@@ -175,8 +174,8 @@ def _identity(
     trainer: Trainer, model: LatentDiffusion, cases: list[str], validation_cases: list[str]
 ) -> dict[str, Any]:
     """Describe the training that a checkpoint belongs to; a training that differs in any of it cannot use it."""
-    settings = {name: value for name, value in trainer.config.tracked().items() if name in TrainingOptions.model_fields}
-    settings = {name: value for name, value in settings.items() if name not in OF_GLOBAL_BATCH}
+    known = set(TrainingOptions.model_fields) - OF_GLOBAL_BATCH
+    settings = {name: value for name, value in trainer.config.tracked().items() if name in known}
     settings["start_dir"] = bool(settings["start_dir"])  # no path: a checkpoint may be passed on
     return {
         "architecture": trainer.denoiser.config,

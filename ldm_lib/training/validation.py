@@ -32,13 +32,11 @@ class Validation:
     def scores(
         self, model: LatentDiffusion, raw: ADM, *, epoch: int, mine: slice, alive: Callable[[], None]
     ) -> dict[int, dict[str, float]]:
-        """Return the metrics of each case of this process, by its number.
+        """Return the metrics of each case of this process, `mine`, by its number; call `alive` before each.
 
         Args:
             model: with the averaged weights.
             raw: the denoiser that is optimised, for comparison.
-            mine: the cases of this process.
-            alive: called before each case.
         """
         found = {}
         for k in range(len(self.cases))[mine]:
