@@ -41,8 +41,12 @@ class FolderLock:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _require_own_runner(stream, folder)
-            return
+            with stream:
+                stream.seek(0)
+                owner, runner = stream.read(), os.environ.get(OWNER_VARIABLE)
+            if runner and owner.startswith(f"pid {runner} "):
+                return
+            raise RunError(f"locked by {owner}", where=folder, fix="wait for it, or name another run") from None
         stream.truncate(0)
         stream.write(f"pid {os.getpid()} since {now()}")
         stream.flush()
@@ -53,12 +57,3 @@ class FolderLock:
         if stream := self._held.pop(self.path, None):
             fcntl.flock(stream, fcntl.LOCK_UN)
             stream.close()
-
-
-def _require_own_runner(stream: IO[str], folder: Path) -> None:
-    with stream:
-        stream.seek(0)
-        owner = stream.read()
-    runner = os.environ.get(OWNER_VARIABLE)
-    if not (runner and owner.startswith(f"pid {runner} ")):
-        raise RunError(f"locked by {owner}", where=folder, fix="wait for it, or name another run")

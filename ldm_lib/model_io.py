@@ -46,18 +46,14 @@ def save_model(folder: Path, model: nn.Module, **facts: Any) -> str:
     with files.replacing(folder / WEIGHTS) as partial:
         save_file(tensors, partial)
     digest = files.sha256(folder / WEIGHTS)
-    files.write_json(folder / CONFIG, {"kind": kind_of(type(model)), "build": model.config, "sha256": digest, **facts})
+    kind = type(model).__name__.lower()
+    files.write_json(folder / CONFIG, {"kind": kind, "build": model.config, "sha256": digest, **facts})
     return digest
 
 
 def without_derived(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of a config.json without what `save_model` writes itself."""
     return {name: value for name, value in config.items() if name not in DERIVED}
-
-
-def kind_of(cls: type[nn.Module]) -> str:
-    """Return the name of a network class as config.json states it."""
-    return cls.__name__.lower()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -82,11 +78,16 @@ def load_model(folder: str | Path, cls: type[Network]) -> Network:
     """
     folder = Path(folder)
     config = read_config(folder)
-    if config["kind"] != kind_of(cls):
-        cause = f"holds a model of kind {config['kind']!r}, need {kind_of(cls)!r}"
-        raise WeightsError(cause, where=folder, fix=f"name a folder of kind {kind_of(cls)!r}")
-    tensors = current_names(_verified_tensors(folder / WEIGHTS, config["sha256"]))
-    fix = "copy the model folder again"
+    if config["kind"] != (kind := cls.__name__.lower()):
+        cause = f"holds a model of kind {config['kind']!r}, need {kind!r}"
+        raise WeightsError(cause, where=folder, fix=f"name a folder of kind {kind!r}")
+    weights, fix = folder / WEIGHTS, "copy the model folder again"
+    if not weights.is_file():
+        raise WeightsError("no such file", where=weights, fix="copy the whole model folder")
+    if files.sha256(weights) != config["sha256"]:
+        raise WeightsError("sha256 differs from its config's", where=weights, fix=fix)
+    tensors = current_names(read_tensors(weights))
+    require_finite(tensors, where=weights, fix="train again")
     try:
         build = {BUILD_NAMES.get(name, name): value for name, value in config["build"].items()}
         with torch.device("meta"):  # before any memory is taken for it
@@ -124,16 +125,14 @@ def require_fit(
     tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, where: Path, fix: str
 ) -> None:
     """Reject weights whose names, shapes or kinds of numbers are not those of the network that a config describes."""
-    given, needed = ({name: _form(t) for name, t in some.items()} for some in (tensors, expected))
+    given, needed = (
+        {name: f"{'real' if t.is_floating_point() else 'integer'} {tuple(t.shape)}" for name, t in some.items()}
+        for some in (tensors, expected)
+    )
     if wrong := sorted(name for name in {*given, *needed} if given.get(name) != needed.get(name)):
         detail = f"{wrong[0]} is {given.get(wrong[0], 'missing')}, needed is {needed.get(wrong[0], 'none')}"
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise WeightsError(f"its weights do not fit its config: {detail}{more}", where=where, fix=fix)
-
-
-def _form(tensor: torch.Tensor) -> str:
-    """Describe what may not differ: the shape, and whether numbers are real or integer."""
-    return f"{'real' if tensor.is_floating_point() else 'integer'} {tuple(tensor.shape)}"
 
 
 def read_checkpoint(path: str | Path, *, fix: str = "set overwrite to train again") -> Any:
@@ -175,13 +174,3 @@ def require_finite(tensors: Mapping[str, torch.Tensor], *, where: Path, fix: str
     bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     if bad:
         raise WeightsError(f"non-finite weights in {', '.join(bad[:3])}", where=where, fix=fix)
-
-
-def _verified_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise WeightsError("no such file", where=path, fix="copy the whole model folder")
-    if files.sha256(path) != digest:
-        raise WeightsError("sha256 differs from its config's", where=path, fix="copy the model folder again")
-    tensors = read_tensors(path)
-    require_finite(tensors, where=path, fix="train again")
-    return tensors

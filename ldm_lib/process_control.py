@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import IO, Self
+from types import FrameType
+from typing import Self
 
 from ldm_lib.errors import InterruptionError
 
@@ -25,8 +26,8 @@ STALL_S = 1800.0  # without a step or a validated case in half an hour, somethin
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class _Handlers:
-    """Pass SIGTERM and SIGINT to `_note` within this context; `received` is the signal that requests to stop."""
+class StopRequest:
+    """Record SIGTERM and SIGINT within this context instead of stopping; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -37,24 +38,17 @@ class _Handlers:
             self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
 
-class StopRequest(_Handlers):
-    """Record SIGTERM and SIGINT within this context instead of stopping; a second SIGINT stops at once."""
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        super()._note(number, frame)
-
-
-class ForwardSignals(_Handlers):
+class ForwardSignals(StopRequest):
     """Forward SIGTERM and SIGINT to a child as SIGTERM within this context, and stop when the child has ended.
 
     Args:
@@ -69,7 +63,7 @@ class ForwardSignals(_Handlers):
         self.child, self.where = child, where
         self._killer = threading.Timer(GRACE_S, self._send, [signal.SIGKILL])
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         super().__exit__(kind, error, trace)
         self._killer.cancel()
         if not self.received:
@@ -78,9 +72,8 @@ class ForwardSignals(_Handlers):
         fix, status = "give the same command: it continues from there", 128 + self.received
         raise InterruptionError(cause, where=self.where, fix=fix, status=status) from error
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        first = self.received is None
-        super()._note(number, frame)
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        first, self.received = self.received is None, signal.Signals(number)
         if self.child() is None:  # nothing to forward it to, and nothing to wait for
             raise InterruptionError(f"stopped by {self.received.name}", where=self.where)
         if first:
@@ -94,30 +87,21 @@ class ForwardSignals(_Handlers):
                 os.kill(pid, number)
 
 
-class Watchdog:
-    """End this process and write the stacks of its threads to a file, unless `alive` is called in time.
+@contextmanager
+def watchdog(path: Path, seconds: float = STALL_S) -> Iterator[Callable[[], None]]:
+    """End this process and write the stacks of its threads to a file, unless the function given is called in time.
 
     A rank that died or a loader that is stuck leaves the others waiting forever, without a message.
     """
-
-    def __init__(self, path: Path, seconds: float = STALL_S) -> None:
-        self.path, self.seconds = path, seconds
-        self._stream: IO[str] | None = None
-
-    def __enter__(self) -> Self:
-        self._stream = self.path.open("a")  # stacks of an earlier hang are kept
-        self.alive()
-        return self
-
-    def alive(self) -> None:
-        """Restart the countdown."""
-        faulthandler.dump_traceback_later(self.seconds, exit=True, file=self._stream)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        self._stream.close()
-        if not self.path.stat().st_size:
-            self.path.unlink()
+    with path.open("a") as stream:  # stacks of an earlier hang are kept
+        restart = partial(faulthandler.dump_traceback_later, seconds, exit=True, file=stream)
+        restart()
+        try:
+            yield restart
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            if not path.stat().st_size:
+                path.unlink()
 
 
 def die_with_parent(parent: int) -> None:

@@ -37,7 +37,11 @@ class CropLoader:
         images = self._load(index)
         image = images[0 if len(images) == 1 or rng.random() < self.config.voided_fraction else 1]
         size = [min(edge, n) for n in image.shape]  # a volume smaller than the crop gets air behind it
-        centre = self._centre(image, rng)
+        centre, in_air = rng.integers(0, image.shape), rng.random() < self.config.air_fraction
+        for _ in range(0 if in_air else 100):  # tries to find a voxel of the brain
+            if image[tuple(centre)] > 0:
+                break
+            centre = rng.integers(0, image.shape)
         corner = [int(np.clip(c - s // 2, 0, n - s)) for c, s, n in zip(centre, size, image.shape, strict=True)]
         box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
         gain, gamma = 1 + rng.uniform(-1, 1, 2) * self.config.intensity_shift
@@ -48,13 +52,3 @@ class CropLoader:
         """Load the voided and, if there is one, the full image (x, y, z), in half precision to save memory."""
         case = grid_case(load_case(self.cases[index]), self.factor)
         return [image.astype(np.float16) for image in (case.voided, case.target) if image is not None]
-
-    def _centre(self, image: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
-        anywhere = rng.integers(0, image.shape)
-        if rng.random() < self.config.air_fraction:
-            return tuple(anywhere)
-        for _ in range(100):
-            if image[tuple(anywhere)] > 0:
-                break
-            anywhere = rng.integers(0, image.shape)
-        return tuple(anywhere)

@@ -1,6 +1,5 @@
 """Encode and decode whole volumes, or only the region around the mask."""
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from ldm_lib.autoencoder.linear_codec import LinearCodec
 from ldm_lib.autoencoder.model import Autoencoder
-from ldm_lib.devices import autocast
+from ldm_lib.devices import autocast, timed
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box, latent_mask
 
@@ -18,29 +17,20 @@ AnyCodec = Autoencoder | LinearCodec
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Hold an image that was encoded and decoded.
+    """Hold an image that was encoded and decoded, and the seconds that each took."""
 
-    Attributes:
-        latent: (c, x/f, y/f, z/f) float32, the standardised posterior mean.
-        volume: (x, y, z) float32, decoded from it.
-        encode_s, decode_s: seconds for encoding and decoding.
-    """
-
-    latent: np.ndarray
-    volume: np.ndarray
+    latent: np.ndarray  # (c, x/f, y/f, z/f) float32, the standardised posterior mean
+    volume: np.ndarray  # (x, y, z) float32, decoded from it
     encode_s: float
     decode_s: float
 
 
 def reconstruct(autoencoder: AnyCodec, image: np.ndarray, *, device: torch.device, precision: str) -> Reconstruction:
     """Encode an image (x, y, z) into its posterior mean, decode it, and measure the time of both."""
-    times = [time.perf_counter()]
     with torch.inference_mode(), autocast(device, precision):
-        latent = autoencoder.encode(as_batch(image, device)).cpu()
-        times.append(time.perf_counter())
-        volume = autoencoder.decode(latent.to(device)).cpu()
-        times.append(time.perf_counter())
-    return Reconstruction(latent[0].numpy(), volume[0, 0].numpy(), *np.diff(times).tolist())
+        encode_s, latent = timed(lambda: autoencoder.encode(as_batch(image, device)).cpu(), device)
+        decode_s, volume = timed(lambda: autoencoder.decode(latent.to(device)).cpu(), device)
+    return Reconstruction(latent[0].numpy(), volume[0, 0].numpy(), encode_s, decode_s)
 
 
 def decode_box(autoencoder: AnyCodec, latent: Tensor, mask: np.ndarray, margin: int) -> Tensor:

@@ -43,16 +43,11 @@ FOR_EVERY_GRID = {"norm_float16": False, "num_splits": 1}
 
 @dataclass(frozen=True)
 class ImportedAutoencoder:
-    """Hold a frozen autoencoder that was trained elsewhere.
-
-    Attributes:
-        description: one line: what it is, and what was done to read it.
-        standardised: whether the statistics of its latents came with it; if not, measure and set them.
-    """
+    """Hold a frozen autoencoder that was trained elsewhere."""
 
     autoencoder: Autoencoder
-    description: str
-    standardised: bool
+    description: str  # one line: what it is, and what was done to read it
+    standardised: bool  # whether the statistics of its latents came with it; if not, measure and set them
 
 
 def load_autoencoder(path: str | Path, *, spacing_mm: float) -> ImportedAutoencoder:

@@ -62,21 +62,16 @@ def run_process(work: Callable[[str], None], run: str, *, debug: bool = False) -
     except (LdmError, RuntimeError) as error:
         if debug or not (isinstance(error, LdmError) or world_size() > 1):
             raise
-        print(f"ERROR {_in_one_line(error)}", file=sys.stderr)
+        if not isinstance(error, LdmError):  # torch's long text when another process has ended
+            cause = f"this process cannot continue without the others ({str(error).strip().splitlines()[0][:160]})"
+            fix = "see the error of the process that ended first; the same command continues"
+            error = TrainingError(cause, where=f"process {local_rank()}", fix=fix)
+        print(f"ERROR {error}", file=sys.stderr)
         return 1
     return 0
 
 
 TRAINING, SAMPLING = "04_training", "05_sampling"
-
-
-def _in_one_line(error: LdmError | RuntimeError) -> LdmError:
-    """Return an error of this library unchanged, and the first line of torch's long ones when a process has ended."""
-    if isinstance(error, LdmError):
-        return error
-    first = str(error).strip().splitlines()[0][:160]
-    return TrainingError(f"this process cannot continue without the others ({first})", where=f"process {local_rank()}",
-                         fix="see the error of the process that ended first; the same command continues")  # fmt: skip
 
 
 def train_run(name: str) -> None:

@@ -88,6 +88,8 @@ def run_stages(
     if {"04_training", "05_sampling"} <= set(stages):
         require_fit(configs)
     folder = outputs_folder() / configs["01_data_audit"].run
+    pairs = [(word, *word.partition("=")[::2]) for word in command]  # paths are replaced by their aliases
+    shown = [f"{name}=${ALIASES[name]}" if value and name in ALIASES else word for word, name, value in pairs]
     lock = FolderLock(folder)
     variables = {OWNER_VARIABLE: str(os.getpid()), OUTPUTS_VARIABLE: str(folder.parent)}
     before = {name: os.environ.get(name) for name in variables}
@@ -96,7 +98,7 @@ def run_stages(
         remember_paths(folder, *(config.model_dump() for config in configs.values()))
         for stage in stages:
             if _is_needed(stage, configs[stage], folder):
-                write_provenance(folder, preset=preset, configs=configs, command=list(map(_without_path, command)))
+                write_provenance(folder, preset=preset, configs=configs, command=shown)
                 progress(f"{stage}: running, log in {folder / 'log.txt'}")
                 progress(_make(stage, configs[stage], folder / stage, progress))
             else:
@@ -210,12 +212,6 @@ def _failure(error: Any, stage: str, notebook: Path) -> LdmError:
 def absolute_paths(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Resolve paths relative to the working directory of the command, which is not that of the kernels."""
     return {k: str(expand_path(v).resolve()) if k in ALIASES and v else v for k, v in overrides.items()}
-
-
-def _without_path(word: str) -> str:
-    """Return a word of the command line, a path in it replaced by its alias."""
-    name, _, value = word.partition("=")
-    return f"{name}=${ALIASES[name]}" if value and name in ALIASES else word
 
 
 def describe(stage: str, preset: str) -> str:

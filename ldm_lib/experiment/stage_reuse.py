@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -74,10 +75,8 @@ def _copy(source: Path, target: Path) -> None:
 def _link_or_copy(source: str, target: str) -> None:
     if Path(target).exists():
         return
-    try:
+    with suppress(OSError):  # another file system, or one without links
         if source.endswith(LINKED):
             os.link(source, target)
             return
-    except OSError:  # another file system, or one without links
-        pass
     shutil.copy2(source, target)

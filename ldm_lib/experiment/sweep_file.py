@@ -49,17 +49,11 @@ class SweepFile(Options):
 
 @dataclass(frozen=True)
 class SweepRun:
-    """Hold one run of a sweep.
-
-    Attributes:
-        own: the parameters that vary -> their text as typed.
-        values: those and the ones common to all.
-        configs: its full configuration, stage by stage.
-    """
+    """Hold one run of a sweep, its configuration stage by stage."""
 
     name: str
-    own: dict[str, str]
-    values: dict[str, str]
+    own: dict[str, str]  # the parameters that vary -> their text as typed
+    values: dict[str, str]  # those and the ones common to all
     configs: dict[str, StageConfig]
 
     def value(self, parameter: str) -> Any:

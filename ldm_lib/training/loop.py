@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ldm_lib.diffusion.latents import Latents, collate, on_device
 from ldm_lib.errors import InterruptionError, TrainingError
-from ldm_lib.process_control import StopRequest, Watchdog
+from ldm_lib.process_control import StopRequest, watchdog
 from ldm_lib.progress import Progress
 from ldm_lib.training import checkpoints
 from ldm_lib.training.batch_plan import TrainingSamples
@@ -51,7 +51,7 @@ class TrainingLoop:
         """Train until nothing is left to do, see `train.train`."""
         stacks = self.folder / f"stacks-{self.processes.rank}.txt"
         try:
-            with StopRequest() as self._stop, Watchdog(stacks) as self._watchdog:
+            with StopRequest() as self._stop, watchdog(stacks) as self._restart_watchdog:
                 self._run()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -172,11 +172,11 @@ class TrainingLoop:
         raise TrainingError(cause, where="training", fix="lower learning_rate, or use precision 32")
 
     def _alive(self) -> None:
-        """Reset the watchdog, and save and end if a signal requested it.
+        """Restart the watchdog, and save and end if a signal requested it.
 
         The other processes may already wait for the first one somewhere: they end when it is gone.
         """
-        self._watchdog.alive()
+        self._restart_watchdog()
         received = self._stop.received
         if not (self._first and received):
             return

@@ -77,12 +77,9 @@ def noisy_composite(batch: Latents, model: LatentDiffusion, *, t: int, seed: int
 
 
 def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the mean over samples of the mean squared error over a sample's mask.
+    """Return the mean over samples, weighted by (b,), of the mean squared error over a sample's mask (b 1 x y z).
 
-    Args:
-        prediction, target: (b c x y z).
-        mask: (b 1 x y z), 1 where the loss counts; a sample with an empty mask adds nothing.
-        weight: (b,) of the samples' errors; without it all weigh the same.
+    A sample with an empty mask adds nothing.
     """
     error = ((prediction.float() - target.float()).square() * mask).sum(dim=(1, 2, 3, 4))
     count = mask.sum(dim=(1, 2, 3, 4)) * prediction.shape[1]

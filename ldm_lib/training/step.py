@@ -57,14 +57,10 @@ class Trainer:
         return self.step // self.plan.steps_per_epoch
 
     @property
-    def patience(self) -> int:
-        """Return the number of validations without a better one after which the training ends."""
-        return max(1, math.ceil(self.config.patience / self.config.val_every))
-
-    @property
     def complete(self) -> bool:
         """Return whether nothing is left to do, the last epoch's validation included."""
-        stopped = self.waited >= self.patience and not self.config.overfit_batches
+        patience = max(1, math.ceil(self.config.patience / self.config.val_every))  # validations
+        stopped = self.waited >= patience and not self.config.overfit_batches
         return self.step == self.closed and (self.step >= self.plan.steps or stopped)
 
     @property

@@ -10,7 +10,7 @@ import pytest
 
 from ldm_lib import process_control
 from ldm_lib.errors import InterruptionError, RunError
-from ldm_lib.process_control import ForwardSignals, StopRequest, Watchdog
+from ldm_lib.process_control import ForwardSignals, StopRequest, watchdog
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 
@@ -91,13 +91,13 @@ def test_a_child_that_does_not_end_is_killed(monkeypatch):
 HANG = """
 import sys, time
 from pathlib import Path
-from ldm_lib.process_control import Watchdog
+from ldm_lib.process_control import watchdog
 def a_step_that_hangs():
     time.sleep(60)
-with Watchdog(Path(sys.argv[1]), 0.5) as watchdog:
+with watchdog(Path(sys.argv[1]), 0.5) as alive:
     for _ in range(4):
         time.sleep(0.2)
-        watchdog.alive()
+        alive()
     print("alive", flush=True)
     a_step_that_hangs()
 """
@@ -113,6 +113,6 @@ def test_a_hang_ends_with_the_stacks_in_a_file(tmp_path):
 
 
 def test_no_stacks_are_written_without_a_hang(tmp_path):
-    with Watchdog(tmp_path / "s.txt", 30) as watchdog:
-        watchdog.alive()
+    with watchdog(tmp_path / "s.txt", 30) as alive:
+        alive()
     assert not (tmp_path / "s.txt").exists()
