@@ -59,7 +59,7 @@ def ddim_steps(
         run: the steps that are run; None runs all.
     """
     times = torch.linspace(schedule.steps - 1, 0, steps).round().long()
-    alpha_bar = torch.cat([schedule.alpha_bar[times], torch.ones(1, dtype=torch.float64)]).float()
+    alpha_bar = torch.cat([(schedule.alpha**2)[times], torch.ones(1, dtype=torch.float64)]).float()
     x = torch.randn(voided.shape, generator=torch.Generator().manual_seed(0)).to(voided)
     for i in range(steps) if run is None else run:
         x = voided * (1 - mask) + x * mask

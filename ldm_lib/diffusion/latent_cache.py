@@ -5,10 +5,8 @@
 
 The full image is encoded for every mask, because intensities are divided by a percentile of the voided image.
 Conditioning that all masks of an entry share is stored once, without the name of a case. float16 keeps 11 binary
-digits: the relative error of a standardised latent is at most 5e-4.
-
-The key covers everything an entry was made from: bytes of the sources, weights and build of the autoencoder, settings,
-augmentation, precision and the version of this code. An entry contains the digest of its own tensors.
+digits: the relative error of a standardised latent is at most 5e-4. The key covers everything an entry was made from,
+and an entry contains the digest of its own tensors.
 """
 
 import hashlib

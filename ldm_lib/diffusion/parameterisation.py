@@ -16,8 +16,6 @@ from torch import Tensor
 
 from ldm_lib.diffusion.schedule import NoiseSchedule
 
-PREDICTIONS = ("noise", "x0", "velocity", "flow")
-
 
 def prediction_target(prediction: str, schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Return the target of the denoiser (b c x y z), like x0 in shape and dtype."""

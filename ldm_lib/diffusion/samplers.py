@@ -33,11 +33,6 @@ Callback = Callable[[dict[str, Any]], None]
 SAMPLERS: dict[str, Callable[..., Tensor]] = {}
 
 
-def identity(x: Tensor) -> Tensor:
-    """Put back no known voxels: everything is generated."""
-    return x
-
-
 @dataclass(frozen=True)
 class Trajectory:
     """Hold the timesteps that a sampler visits, (α, σ) at each of them and at the clean end, and its functions."""
@@ -65,7 +60,7 @@ def sampler(name: str, spacing: str = "uniform") -> Callable[[Callable[[Trajecto
         @wraps(solve)
         def sample(
             denoise: Denoise, x: Tensor, schedule: NoiseSchedule, *, steps: int, noise: Callable[[int], Tensor],
-            keep: Keep = identity, callback: Callback | None = None,
+            keep: Keep = lambda x: x, callback: Callback | None = None,
         ) -> Tensor:  # fmt: skip
             check_sampler(name, steps, schedule)
             times = spaced_timesteps(schedule, steps, spacing)

@@ -36,11 +36,6 @@ class NoiseSchedule:
         return len(self.alpha)
 
     @property
-    def alpha_bar(self) -> Tensor:
-        """Return ᾱ = α², the fraction of signal variance of a variance-preserving process (Ho et al. 2020, eq. 4)."""
-        return self.alpha**2
-
-    @property
     def is_flow(self) -> bool:
         """Return whether the process is a straight line from noise to data."""
         return bool(((self.alpha + self.sigma - 1).abs() < 1e-12).all())

@@ -1,6 +1,7 @@
 """Define the denoiser: the ablated diffusion model (ADM) of Dhariwal & Nichol (arXiv 2105.05233) in 3D."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,9 +116,7 @@ class ADM(nn.Module):
         config, rates = self.config, self.config["attention_rates"]
         widths = [config["base_width"] * m for m in config["multipliers"]]
         last = len(widths) - 1
-
-        def block(inside: int, outside: int, resample: nn.Module | None = None) -> ResidualBlock:
-            return ResidualBlock(inside, outside, embedding, dropout=config["dropout"], resample=resample)
+        block = partial(ResidualBlock, embedding=embedding, dropout=config["dropout"])
 
         def attend(level: int) -> list[nn.Module]:
             return [Attention(widths[level], config["head_channels"])] if 2**level in rates else []
@@ -129,7 +128,7 @@ class ADM(nn.Module):
                 channels = width
                 skips.append(width)
             if level < last:
-                down.append(BlockSequence(block(width, width, nn.AvgPool3d(2))))
+                down.append(BlockSequence(block(width, width, resample=nn.AvgPool3d(2))))
                 skips.append(width)
         attention = Attention(channels, config["head_channels"])
         middle = BlockSequence(block(channels, channels), attention, block(channels, channels))
@@ -138,7 +137,7 @@ class ADM(nn.Module):
             for i in range(config["blocks_per_level"] + 1):
                 stage = BlockSequence(block(channels + skips.pop(), width), *attend(level))
                 if level > 0 and i == config["blocks_per_level"]:
-                    stage.append(block(width, width, nn.Upsample(scale_factor=2, mode="nearest")))
+                    stage.append(block(width, width, resample=nn.Upsample(scale_factor=2)))
                 up.append(stage)
                 channels = width
         return down, middle, up

@@ -29,10 +29,8 @@ class Trainer:
     """Hold a denoiser, its moving average and its optimiser: what a checkpoint keeps and one step changes.
 
     Attributes:
-        step: optimiser steps done.
-        closed: the step whose epoch was validated and logged last.
-        best: [val_loss, file name] of the best validations, the best first.
-        waited: validations since the best.
+        step, closed: optimiser steps done, and the step whose epoch was validated and logged last.
+        best, waited: [val_loss, file name] of the best validations, the best first; validations since the best.
     """
 
     def __init__(self, model: LatentDiffusion, config: TrainingOptions, plan: BatchPlan, processes: Processes) -> None:
@@ -77,7 +75,10 @@ class Trainer:
         """Take one optimiser step on the batches that this process accumulates, without waiting for a GPU."""
         last = len(batches) - 1
         for k, batch in enumerate(batches):
-            self._seed_dropout(k)
+            if self.config.dropout:  # drawn from torch's own stream, which no checkpoint keeps
+                _, index, _ = self.plan.batches(self.step)[k][0]
+                seed = np.random.SeedSequence([self.config.seed, self.step, index]).generate_state(1)[0]
+                torch.manual_seed(int(seed))
             with self.processes.accumulating(self.network, k < last):
                 loss = training_loss(self.network, batch, self._initial, self.config) / len(batches)
                 self.processes.fabric.backward(loss)
@@ -95,11 +96,6 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         self._update_average(list(self.average.parameters()), list(self.denoiser.parameters()), self.step)
         self.step += 1
-
-    def _seed_dropout(self, k: int) -> None:
-        if self.config.dropout:  # drawn from torch's own stream, which no checkpoint keeps
-            _, index, _ = self.plan.batches(self.step)[k][0]
-            torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.step, index]).generate_state(1)[0]))
 
     def _note_bad(self, value: Tensor) -> None:
         bad = ~value.isfinite() & (self.first_bad == NEVER)

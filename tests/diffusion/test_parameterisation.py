@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from ldm_lib.diffusion.parameterisation import PREDICTIONS, min_snr_weight, prediction_target, to_x0_and_noise
+from ldm_lib.diffusion.parameterisation import min_snr_weight, prediction_target, to_x0_and_noise
 from ldm_lib.diffusion.schedule import noise_schedule
 
+PREDICTIONS = ("noise", "x0", "velocity", "flow")
 SCHEDULES = {name: noise_schedule("flow" if name == "flow" else "cosine") for name in PREDICTIONS}
 T = torch.tensor([0, 9, 500, 990])
 

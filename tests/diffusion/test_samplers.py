@@ -18,7 +18,7 @@ every_sampler = pytest.mark.parametrize("sampler", DIFFUSION.values(), ids=DIFFU
 
 def alpha_sigma(t, x):
     """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t, shaped like x."""
-    alpha_bar = SCHEDULE.alpha_bar[t].view(-1, 1, 1, 1, 1).to(x.dtype)
+    alpha_bar = (SCHEDULE.alpha**2)[t].view(-1, 1, 1, 1, 1).to(x.dtype)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
@@ -115,7 +115,7 @@ def test_a_denoiser_that_knows_the_truth_gets_it_back(sampler, steps):
 def test_ddim_at_full_length_is_equation_12_step_by_step():
     x = y = standard(2, 1, 3, 2, 2)
     for t in reversed(range(1000)):
-        now, then = SCHEDULE.alpha_bar[t], SCHEDULE.alpha_bar[t - 1] if t else torch.tensor(1.0)
+        now, then = (SCHEDULE.alpha**2)[t], (SCHEDULE.alpha**2)[t - 1] if t else torch.tensor(1.0)
         epsilon = bent(y, torch.full((2,), t))
         y = (then / now).sqrt() * (y - (1 - now).sqrt() * epsilon) + (1 - then).sqrt() * epsilon
     torch.testing.assert_close(run(ddim, bent, x, 1000), y, rtol=1e-7, atol=1e-7)
@@ -126,7 +126,7 @@ def test_ddpm_at_full_length_is_algorithm_2_step_by_step():
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     for i, t in enumerate(reversed(range(1000))):
         epsilon = bent(y, torch.full((2,), t))
-        y = (y - betas[t] / (1 - SCHEDULE.alpha_bar[t]).sqrt() * epsilon) / (1 - betas[t]).sqrt()
+        y = (y - betas[t] / (1 - (SCHEDULE.alpha**2)[t]).sqrt() * epsilon) / (1 - betas[t]).sqrt()
         y = y + betas[t].sqrt() * fresh(x)(i) if t else y
     torch.testing.assert_close(run(ddpm, bent, x, 1000), y, rtol=1e-7, atol=1e-7)
 
@@ -221,13 +221,13 @@ def test_only_ancestral_sampling_asks_for_noise_once_a_step_but_the_last():
 
 @every_sampler
 def test_precision_of_x_decides_the_result_and_never_the_tables(sampler):
-    before, x = SCHEDULE.alpha_bar.clone(), standard(1, 1, 3, 3, 3, dtype=torch.float32)
+    before, x = SCHEDULE.alpha.clone(), standard(1, 1, 3, 3, 3, dtype=torch.float32)
     exact = sampler(denoiser_of(gaussian), x.double(), SCHEDULE, steps=20, noise=lambda i: fresh(x)(i).double())
     for dtype, tolerance in [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.4)]:
         y = sampler(denoiser_of(gaussian), x.to(dtype), SCHEDULE, steps=20, noise=lambda i, d=dtype: fresh(x)(i).to(d))
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=tolerance)
-    assert torch.equal(SCHEDULE.alpha_bar, before)
+    assert torch.equal(SCHEDULE.alpha, before)
 
 
 @every_sampler

@@ -57,7 +57,7 @@ def theirs(scheduler):
 
 
 def with_our_tables(scheduler):
-    scheduler.alphas_cumprod = LINEAR.alpha_bar
+    scheduler.alphas_cumprod = LINEAR.alpha**2
     return scheduler
 
 

@@ -26,8 +26,8 @@ def test_alpha_bar_is_the_product_of_one_minus_the_betas(schedule):
     betas = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
     for t in (0, 1, 500, 999):
         expected = math.prod(1 - beta for beta in betas[: t + 1])
-        assert schedule.alpha_bar[t].item() == pytest.approx(expected, rel=1e-12)
-    assert schedule.alpha_bar[999].item() == pytest.approx(4.036e-5, rel=1e-3)  # Ho et al. 2020
+        assert (schedule.alpha**2)[t].item() == pytest.approx(expected, rel=1e-12)
+    assert (schedule.alpha**2)[999].item() == pytest.approx(4.036e-5, rel=1e-3)  # Ho et al. 2020
 
 
 def test_one_jump_equals_the_chain_of_single_steps():
@@ -58,14 +58,14 @@ def test_each_sample_has_its_own_timestep(schedule):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_is_rounded_once_and_leaves_the_table_alone(schedule, dtype):
-    before = schedule.alpha_bar.clone()
+    before = schedule.alpha.clone()
     x0, noise, t = noisy_case(dtype)
     x_t = schedule.add_noise(x0, noise, t)
     back = schedule.predict_x0(x_t, noise, t)
     assert torch.equal(x_t, schedule.add_noise(x0.double(), noise.double(), t).to(dtype))
     assert torch.equal(back, schedule.predict_x0(x_t.double(), noise.double(), t).to(dtype))
-    assert schedule.alpha_bar.dtype == torch.float64
-    assert torch.equal(schedule.alpha_bar, before)
+    assert schedule.alpha.dtype == torch.float64
+    assert torch.equal(schedule.alpha, before)
 
 
 def test_the_default_dtype_does_not_reach_the_table(schedule):
@@ -75,7 +75,7 @@ def test_the_default_dtype_does_not_reach_the_table(schedule):
         visited = [spaced_timesteps(built, 333, spacing) for spacing in SPACINGS]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(built.alpha_bar, schedule.alpha_bar)
+    assert torch.equal(built.alpha, schedule.alpha)
     for got, spacing in zip(visited, SPACINGS, strict=True):
         assert torch.equal(got, spaced_timesteps(schedule, 333, spacing))
 
@@ -160,7 +160,7 @@ def table(**options):
 
 def test_cosine_is_the_closed_form_until_its_betas_are_cut():
     """Nichol & Dhariwal 2021, eq. 17: cos^2 of the fraction of the way, over its value at the start."""
-    found = table(schedule="cosine").alpha_bar
+    found = table(schedule="cosine").alpha ** 2
     f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
     for t in (0, 1, 500, 990):
         assert found[t].item() == pytest.approx(f[t + 1] / f[0], rel=1e-9)

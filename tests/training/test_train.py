@@ -484,7 +484,7 @@ def test_known_latent_voxels_are_clean_in_every_training_step(which, request, tm
         assert x.shape[1] == input_channels(3, study.spec) == (8 if which == "study" else 12)
         assert int(t) == int(sample["t"])
         assert torch.equal(x[0, :3][known], sample["voided"][known])
-        alpha_bar = model.schedule.alpha_bar[sample["t"]]
+        alpha_bar = (model.schedule.alpha**2)[sample["t"]]
         noisy = alpha_bar.sqrt() * sample["target"] + (1 - alpha_bar).sqrt() * sample["noise"]
         assert torch.allclose(x[0, :3][~known], noisy.float()[~known], atol=1e-5)
         assert torch.equal(x[0, 3:7], sample["conditioning"]) and torch.equal(x[0, 7:8], sample["mask"])
