@@ -49,13 +49,9 @@ class StopRequest:
 
 
 class ForwardSignals(StopRequest):
-    """Forward SIGTERM and SIGINT to a child as SIGTERM within this context, and stop when the child has ended.
+    """Forward SIGTERM and SIGINT to a child as SIGTERM within this context, and raise InterruptionError when it ended.
 
-    Args:
-        child: returns its process id, or None while there is none.
-
-    Raises:
-        InterruptionError: on the way out, if there was a signal.
+    `child` returns its process id, or None while there is none.
     """
 
     def __init__(self, child: Callable[[], int | None], *, where: str) -> None:

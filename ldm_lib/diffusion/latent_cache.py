@@ -86,8 +86,7 @@ class _Entry:
 class LatentCache:
     """Encode cases into a folder that belongs to one run; several processes may do so at once.
 
-    Attributes:
-        costs: of the last call of `encode`: patients, masks, variants, MB per patient, and the time per volume.
+    `costs` of the last call of `encode`: patients, masks, variants, MB per patient, and the time per volume.
     """
 
     def __init__(

@@ -88,8 +88,7 @@ def encode_case(
 def measure_residual_std(spec: LatentSpec, cases: Iterable[CaseData], autoencoder: Autoencoder) -> LatentSpec:
     """Measure the standard deviation of the residual in the masked region, and return the spec with it.
 
-    Uses the first 48 of the training cases, on the CPU in float32. Means are over latent voxels: a large mask counts
-    for more.
+    Uses the first 48 of the training cases, on the CPU in float32; a large mask counts for more.
     """
     total, count = torch.zeros(autoencoder.latent_channels).double(), 0
     for data in islice(cases, RESIDUAL_CASES):

@@ -235,9 +235,6 @@ def compare(stage: str, runs: Sequence[str]) -> str:
         | {"stage_s": record["seconds"], "peak_memory_mb": record["peak_memory_mb"]}
         for run, folder, record in zip(runs, folders, records, strict=True)
     ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return markdown([[name, *(_short(row.get(name, "")) for row in rows)] for name in names])
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)[:24]
+    values = {name: [row.get(name, "") for row in rows] for row in rows for name in row}
+    texts = {name: [f"{v:.4g}" if isinstance(v, float) else str(v)[:24] for v in values[name]] for name in values}
+    return markdown([[name, *given] for name, given in texts.items()])

@@ -24,10 +24,8 @@ def reuse_stages(
 ) -> dict[str, str]:
     """Copy the stages that this run would make identically, and return stage -> name of the run it came from.
 
-    Stages are copied in order, up to the first that must be made. A stage that was started is left to the runner.
-
-    Args:
-        sources: folders of the runs to copy from; the first that fits is taken.
+    Stages are copied in order from the first source, a folder of a run, that fits, up to the first that must be made. A
+    stage that was started is left to the runner.
     """
     lock, reused = FolderLock(run_folder), {}
     try:

@@ -36,11 +36,8 @@ class _Active:
 def run_sweep(sweep: Sweep, *, jobs: int, only: int | None, progress: Callable[[str], None]) -> dict[str, str]:
     """Run a sweep's runs, `jobs` at a time, and return name -> reason of those that failed.
 
-    A finished run skips its stages; a run that fails does not stop the others. However this function ends, no process
-    is left behind: those that are running are asked to end, and waited for.
-
-    Args:
-        only: index of a single run, from 0; None for all.
+    A finished run skips its stages; a run that fails does not stop the others; `only` is the index, from 0, of a single
+    run. However this function ends, no process is left behind: those that are running are asked to end, and waited for.
     """
     if only is not None and not 0 <= only < len(sweep.runs):
         raise ConfigError(f"--only {only}: the runs are 0 to {len(sweep.runs) - 1}", fix="see --count for their number")

@@ -37,8 +37,7 @@ CONNECTION = {f"WANDB_{name}" for name in (
 class MetricsTable:
     """Write metrics.csv: one row per optimiser step that logged something, on disk as soon as it is logged.
 
-    Args:
-        from_step: the step from which a training is resumed; later rows are dropped, as they will be repeated.
+    Rows after `from_step`, from which a training is resumed, are dropped, as they will be repeated.
     """
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
