@@ -1,13 +1,22 @@
-"""Build the discrete Laplacian of masked voxels, for harmonic inpainting, initial estimates and edge blending."""
+"""Solve Laplace's equation in masked voxels, for harmonic inpainting, initial estimates and edge blending."""
 
 import numpy as np
 from scipy.sparse import csr_array
+from scipy.sparse.linalg import cg
+
+
+def harmonic(known: np.ndarray, mask: np.ndarray, *, rtol: float, dtype: type) -> np.ndarray:
+    """Continue the known voxels harmonically into the n masked ones: (n,), all 0 without any voxel around the mask."""
+    laplacian, edge_sum = masked_laplacian(known, mask)
+    if not (faces := laplacian.sum()):  # its sum counts the faces of the mask's edge
+        return np.zeros(len(edge_sum), dtype)
+    start = np.full(len(edge_sum), edge_sum.sum() / faces, dtype)
+    values, _ = cg(laplacian.astype(dtype), edge_sum.astype(dtype), x0=start, rtol=rtol)
+    return values
 
 
 def masked_laplacian(known: np.ndarray, mask: np.ndarray) -> tuple[csr_array, np.ndarray]:
     """Return the 6-neighbour Laplacian of the masked voxels and the sum of their known neighbours.
-
-    Solving `laplacian @ values = edge_sum` gives the harmonic continuation of the known voxels into the mask.
 
     Args:
         known: (x, y, z) intensities; those under the mask are not read.

@@ -13,17 +13,11 @@ DARK, DARK_WIDTH = 0.54, 0.04  # intensity below which a voxel is CSF, and the w
 
 @dataclass(frozen=True)
 class Atlas:
-    """Hold a skull-stripped head, (x, y, z) towards right, anterior, superior.
+    """Hold a skull-stripped head, (x, y, z) towards right, anterior, superior."""
 
-    Attributes:
-        t1: float32 in [0, 1], 0 outside the brain.
-        fractions: CSF, GM and WM, float32 (3, x, y, z), with sum 1 in the brain and 0 outside.
-        affine: voxel to world (RAS, mm), 4 x 4.
-    """
-
-    t1: np.ndarray
-    fractions: np.ndarray
-    affine: np.ndarray
+    t1: np.ndarray  # float32 in [0, 1], 0 outside the brain
+    fractions: np.ndarray  # CSF, GM and WM, float32 (3, x, y, z), with sum 1 in the brain and 0 outside
+    affine: np.ndarray  # voxel to world (RAS, mm), 4 x 4
 
     @property
     def brain(self) -> np.ndarray:

@@ -10,11 +10,10 @@ be trusted too much.
 
 import numpy as np
 from scipy import ndimage
-from scipy.sparse.linalg import cg
 
 from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.geometry import bounding_box
-from ldm_lib.poisson import masked_laplacian
+from ldm_lib.poisson import harmonic
 
 REGRESSION_WEIGHT = 0.5  # w: the other half of the regression's contrast comes from the edge of the mask
 WIDTHS_MM = (2.0, 4.0)  # s: about the error of a registered atlas
@@ -52,8 +51,8 @@ def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *,
     regression = REGRESSION_WEIGHT * _regression(filled[box], mask[box], tissue[box], spacing_mm)
     core = bounding_box(mask[box], 1)
     residual, inside = np.where(mask[box], 0, filled[box] - regression)[core], mask[box][core]
-    values = regression[core][inside] + _harmonic(residual, inside)
-    filled[mask] = np.maximum(values, 0)
+    continued = harmonic(residual, inside, rtol=RELATIVE_RESIDUAL, dtype=np.float32)
+    filled[mask] = np.maximum(regression[core][inside] + continued, 0)
     return filled
 
 
@@ -64,11 +63,8 @@ def _regression(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing
     present = [label for label in TISSUES if (tissue[visible] == label).any()]
     if not present or np.count_nonzero(visible) < MIN_VISIBLE_VOXELS:
         return np.zeros_like(image)
-    blurred = [
-        ndimage.gaussian_filter((tissue == label).astype(np.float32), width / spacing_mm)
-        for label in present
-        for width in WIDTHS_MM
-    ]
+    blurred = [ndimage.gaussian_filter((tissue == label).astype(np.float32), width / spacing_mm)
+               for label in present for width in WIDTHS_MM]  # fmt: skip
     regressors = np.stack([volume[visible] for volume in blurred], axis=1).astype(np.float64)
     weights = np.exp(-distance_mm[visible] / NEAR_MM)
     weights /= weights.sum()
@@ -79,13 +75,3 @@ def _regression(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing
     slopes = np.linalg.solve(gram, centred.T @ (weights * (values - weights @ values)))
     offset = weights @ values - slopes @ centre
     return np.float32(offset) + sum(np.float32(slope) * volume for slope, volume in zip(slopes, blurred, strict=True))
-
-
-def _harmonic(known: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the harmonic continuation of the known voxels into the n masked ones: (n,) float32."""
-    laplacian, edge = masked_laplacian(known, mask)
-    if not laplacian.sum():  # no voxel around the mask
-        return np.zeros(len(edge), np.float32)
-    start = np.full(len(edge), edge.sum() / laplacian.sum(), np.float32)
-    values, _ = cg(laplacian.astype(np.float32), edge.astype(np.float32), x0=start, rtol=RELATIVE_RESIDUAL)
-    return values

@@ -15,32 +15,18 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class DomainRandomisation:
-    """Hold the ranges that the properties of a patient are drawn from, uniformly.
+    """Hold the ranges that the properties of a patient are drawn from, uniformly; sd is standard deviation."""
 
-    Intensities are relative to that of white matter.
-
-    Attributes:
-        csf, gm: mean intensity.
-        detail: factor on the residual of the atlas's T1 that its tissues do not explain.
-        texture: relative standard deviation of 2.5 mm texture.
-        thick_mm: standard deviation of the point spread function through the slices.
-        bias: standard deviation of the logarithm of the bias field.
-        noise: standard deviation of each part of the complex noise, for voxels of 1 mm or less.
-        gamma: exponent of a final change of contrast.
-        deformation: factor on the deformation of the atlas.
-        mask_scale: factor on the diameter of the tumours whose shapes become healthy masks.
-    """
-
-    csf: Range = (0.12, 0.30)
-    gm: Range = (0.60, 0.74)
-    detail: Range = (0.6, 1.2)
-    texture: Range = (0.015, 0.035)
-    thick_mm: Range = (0.4, 1.4)
-    bias: Range = (0.03, 0.12)
-    noise: Range = (0.008, 0.035)
-    gamma: Range = (1.0, 1.0)
-    deformation: Range = (1.0, 1.0)
-    mask_scale: Range = (0.6, 1.1)
+    csf: Range = (0.12, 0.30)  # mean intensity, relative to that of white matter
+    gm: Range = (0.60, 0.74)  # likewise
+    detail: Range = (0.6, 1.2)  # factor on the residual of the atlas's T1 that its tissues do not explain
+    texture: Range = (0.015, 0.035)  # relative sd of 2.5 mm texture
+    thick_mm: Range = (0.4, 1.4)  # sd of the point spread function through the slices
+    bias: Range = (0.03, 0.12)  # sd of the logarithm of the bias field
+    noise: Range = (0.008, 0.035)  # sd of each part of the complex noise, for voxels of 1 mm or less
+    gamma: Range = (1.0, 1.0)  # exponent of a final change of contrast
+    deformation: Range = (1.0, 1.0)  # factor on the deformation of the atlas
+    mask_scale: Range = (0.6, 1.1)  # factor on the diameter of the tumours whose shapes become healthy masks
 
 
 # "wide" covers the scanners, brains and masks of BraTS, whose masks have 14 to 79 mL.

@@ -38,22 +38,13 @@ logging.getLogger("dipy").setLevel(logging.WARNING)  # it logs every level of ev
 
 @dataclass(frozen=True)
 class Registration:
-    """Hold a map from the atlas to a patient, and measure how well it fits.
+    """Hold a map from the atlas to a patient, and measure how well it fits."""
 
-    Attributes:
-        mapping: dipy's map from the atlas to the patient.
-        atlas: the atlas that was registered.
-        affine: of the patient's grid, voxel to world (RAS, mm).
-        image: the patient's scan (x, y, z), 0 under the mask.
-        mask: bool (x, y, z), voxels that neither step used.
-        seconds: duration of the registration.
-    """
-
-    mapping: DiffeomorphicMap
+    mapping: DiffeomorphicMap  # from the atlas to the patient
     atlas: Atlas
-    affine: np.ndarray
-    image: np.ndarray
-    mask: np.ndarray
+    affine: np.ndarray  # of the patient's grid, voxel to world (RAS, mm)
+    image: np.ndarray  # the patient's scan (x, y, z), 0 under the mask
+    mask: np.ndarray  # bool (x, y, z), voxels that neither step used
     seconds: float
 
     def to_patient(self, volume: np.ndarray) -> np.ndarray:
@@ -122,9 +113,10 @@ def register(image: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Registr
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dipy's warnings about its own next versions
-            start = _affine(_downsampled(image, mask, affine, AFFINE_MM), _downsampled_atlas(atlas, AFFINE_MM))
+            head = atlas.t1, np.zeros(atlas.t1.shape, bool), atlas.affine
+            start = _affine(_downsampled(image, mask, affine, AFFINE_MM), _downsampled(*head, AFFINE_MM))
             patient = _cropped(*_downsampled(image, mask, affine, SYN_MM))
-            mapping = _syn(patient, _downsampled_atlas(atlas, SYN_MM), start)
+            mapping = _syn(patient, _downsampled(*head, SYN_MM), start)
     except ValueError as error:
         raise InputError(f"the atlas cannot be registered to it ({error})", where="registration",
                          fix="check that it is a skull-stripped brain, and its orientation") from error  # fmt: skip
@@ -197,10 +189,6 @@ def _downsampled(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, size_m
     coarse = affine @ np.diag([factor, factor, factor, 1.0])
     coarse[:3, 3] = centre[:3]
     return np.where(mask > 0, 0, image), mask > 0, coarse
-
-
-def _downsampled_atlas(atlas: Atlas, size_mm: float) -> MaskedImage:
-    return _downsampled(atlas.t1, np.zeros(atlas.t1.shape, bool), atlas.affine, size_mm)
 
 
 def _cropped(image: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> MaskedImage:

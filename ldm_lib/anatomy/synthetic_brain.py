@@ -71,7 +71,6 @@ def make_brain(
 
     Args:
         rng: the brain is a function of its state, the same on every grid.
-        grid: to sample the brain on.
         deformation: factor on the deformation of the atlas.
         registration_rng: draws the errors of a registration of the atlas to this brain; the result is then the atlas
             as registered: with most of the coarse deformation, some of the finer and none of the finest.

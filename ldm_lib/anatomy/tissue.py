@@ -18,15 +18,11 @@ def smooth_field(
 ) -> np.ndarray:
     """Draw a smooth random field of mean 0 and standard deviation 1: a cubic B-spline with normal coefficients.
 
+    It is float32 (x, y, z) and the same on any grid: the number of coefficients depends on extent and node distance.
+
     Args:
-        rng: draws one coefficient per node; their number depends on extent and node distance only, so the field is
-            the same on any grid.
         positions_mm: three vectors, the positions of the grid's planes along x, y, z, from 0 to the extent.
         node_mm: distance between nodes; the field varies over about twice this length.
-        extent_mm: size of the region that the field covers.
-
-    Returns:
-        float32 (x, y, z), one value per grid point.
     """
     counts = [int(np.ceil(e / node_mm)) + 4 for e in extent_mm]
     field = rng.standard_normal(counts, dtype=np.float32)

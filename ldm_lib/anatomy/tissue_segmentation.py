@@ -33,7 +33,7 @@ def tissue_from_scan(
     lesion: np.ndarray | None = None,
     refine: str = "mixture",
 ) -> TissueMap:
-    """Segment a skull-stripped T1n without reading the voxels under its mask.
+    """Segment a skull-stripped T1n without reading the voxels under its mask; a registration may have a `failure`.
 
     The tissue fractions of the atlas are resampled to the patient linearly, and the largest gives the label; this has 1
     to 2 points of Dice more than labels resampled by nearest neighbour. Visible voxels are labelled by their own
@@ -41,17 +41,12 @@ def tissue_from_scan(
     it.
 
     Args:
-        image: (x, y, z), about 1 at its brightest, 0 outside the brain.
-        affine: voxel to world (RAS, mm), any order and size of voxels.
+        image, affine: as in `registration.register`.
         mask: bool (x, y, z), voxels to inpaint.
         lesion: bool (x, y, z), visible but abnormal tissue; labelled from the atlas like the mask.
         refine: label visible voxels by "mixture" (`mixture_labels`) or "none", the atlas alone.
 
-    Returns:
-        The labels and the registration; one that failed is returned with its `failure`.
-
     Raises:
-        ConfigError: another value of `refine`.
         InputError: the scan cannot be registered at all.
     """
     if refine not in REFINEMENTS:
@@ -76,11 +71,7 @@ def mixture_labels(image: np.ndarray, fractions: np.ndarray) -> np.ndarray:
 
     A mixture of one normal distribution per tissue, whose proportions in a voxel are the atlas's fractions there, is
     fitted by expectation maximisation (Ashburner & Friston 1997, NeuroImage 6:209). The position separates what has the
-    same intensity, such as ventricles and cortex in a scan of low contrast.
-
-    Args:
-        image: skull-stripped T1n (x, y, z).
-        fractions: CSF, GM and WM (3, x, y, z) of the registered atlas.
+    same intensity, such as ventricles and cortex in a scan of low contrast. The fractions are CSF, GM, WM (3, x, y, z).
     """
     visible = image != 0
     values, prior = image[visible].astype(np.float64), fractions[:, visible].astype(np.float64) + MIN_FRACTION

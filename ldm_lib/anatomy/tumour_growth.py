@@ -39,7 +39,7 @@ def grow_tumour(
     rates: GrowthRates = DEFAULT_RATES,
     device: str = "cpu",
 ) -> np.ndarray:
-    """Grow a tumour in a segmented brain and return its tumour cell concentration.
+    """Grow a tumour in a segmented brain and return its tumour cell concentration, float32 (x, y, z) in [0, 1].
 
     Args:
         tissue: labels (x, y, z): 0 none, 1 CSF, 2 GM, 3 WM. Tumour cells spread through GM and WM.
@@ -47,11 +47,7 @@ def grow_tumour(
         days: age of the tumour, at least 0.
         seed_mm: start at this world position (x, y, z), a Gaussian of height 1 and standard deviation 2 mm.
         segmentation: start instead at full concentration where this array (x, y, z) is not 0.
-        rates: diffusion and proliferation, see `GrowthRates`.
         device: "cpu" or "cuda".
-
-    Returns:
-        float32 (x, y, z) in [0, 1].
 
     Raises:
         InputError: no tissue map, not exactly one start, or a start outside white and grey matter.
@@ -83,11 +79,7 @@ def grow_tumour(
 
 
 def seed_voxel(tissue: np.ndarray, affine: np.ndarray, seed_mm: Sequence[float]) -> tuple[int, int, int]:
-    """Return the voxel at a world position (RAS, mm).
-
-    Raises:
-        InputError: the position is outside white and grey matter; the message names the nearest voxel of these.
-    """
+    """Return the voxel at a world position (RAS, mm); InputError if it is outside white and grey matter."""
     position = np.linalg.solve(affine, [*seed_mm, 1.0])[:3]
     voxel = tuple(int(i) for i in np.rint(position))
     allowed = (tissue == WM) | (tissue == GM)
@@ -148,12 +140,6 @@ def solve(
         white, grey: tissue fractions (..., x, y, z) in [0, 1], float32; leading axes are a batch.
         start: concentration (..., x, y, z) in [0, 1]; what lies outside the tissue is dropped.
         spacing_mm: voxel size, one number or three.
-        days: simulated time, at least 0.
-        rates: diffusion and proliferation.
-
-    Raises:
-        InputError: the start is outside the tissue.
-        ConfigError: a negative or infinite number of days.
     """
     if not (np.isfinite(days) and days >= 0):
         raise ConfigError(f"{days} given, allowed is a finite number of at least 0", where="days", fix="correct it")

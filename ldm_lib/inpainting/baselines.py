@@ -2,7 +2,8 @@
 
 Axes are `x y z`. The mask is nonzero where the volume is inpainted; the brain is what differs from 0 outside it (real
 files hold negative brain voxels). Every baseline returns a float32 volume that equals the voided one outside the mask
-and does not depend on the voxels under it.
+and does not depend on the voxels under it. It raises InputError for volumes that are not 3-D or differ in shape, for a
+voxel outside the mask that is not finite, and where there is nothing outside the mask to fill it from.
 """
 
 from collections.abc import Callable
@@ -11,22 +12,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.ndimage import gaussian_filter
-from scipy.sparse.linalg import cg
 
 from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.errors import InputError
-from ldm_lib.poisson import masked_laplacian
+from ldm_lib.poisson import harmonic
 
 RELATIVE_RESIDUAL = 5e-7  # with room for rounding the solution to float32
 
 
 def mean_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
-    """Fill with the mean of the brain outside the mask.
-
-    Raises:
-        InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask,
-            or no brain outside it.
-    """
+    """Fill with the mean of the brain outside the mask."""
     known, mask = _known(voided, mask)
     return _pasted(known, mask, _brain_mean(known)) if mask.any() else known
 
@@ -40,9 +35,6 @@ def mirror_fill(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> np.
 
     Args:
         lateral_axis: the array's left-right axis, 0 to 2; 0 for files in RAS or LPS order.
-
-    Raises:
-        InputError: as `mean_fill`, or an axis that does not exist.
     """
     if lateral_axis not in (0, 1, 2):
         raise InputError(f"lateral_axis is {lateral_axis!r}; 0, 1 and 2 are allowed", where="mirror_fill",
@@ -65,9 +57,6 @@ def mirror_sum_vox(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> 
 
     The plane maximises the correlation between the volume and its mirror image over the pairs of voxels that both lie
     outside the mask. Only planes that leave less than half of the volume without a partner are considered.
-
-    Raises:
-        InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask.
     """
     known, mask = _known(voided, mask)
     volume = np.moveaxis(known / np.abs(known).max(initial=1e-9), lateral_axis, 0)
@@ -95,10 +84,6 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
 
     Each filled voxel is the mean of its six neighbours, with the voxels around the mask given
     (air too) and no flux through the volume's border. The equations hold to a relative residual of 1e-6.
-
-    Raises:
-        InputError: volumes that are not 3-D or differ in shape, a non-finite voxel outside the mask,
-            or a mask that covers the whole volume.
     """
     known, mask = _known(voided, mask)
     if not mask.any():
@@ -106,12 +91,8 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
     if mask.all():
         raise InputError(f"the mask covers all {mask.size} voxels: no edge to continue from", where="harmonic_fill",
                          fix="give a mask that leaves part of the volume")  # fmt: skip
-    laplacian, edge_sum = masked_laplacian(known, mask)
-    # The Laplacian's sum counts the faces of the mask's edge: this is the mean over them.
-    start = np.full(edge_sum.size, edge_sum.sum() / laplacian.sum())
-    values, _ = cg(laplacian, edge_sum, x0=start, rtol=RELATIVE_RESIDUAL)
     filled = known.copy()
-    filled[mask] = values
+    filled[mask] = harmonic(known, mask, rtol=RELATIVE_RESIDUAL, dtype=np.float64)
     return filled
 
 
@@ -122,9 +103,6 @@ def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma
         tissue: (x, y, z) labels; 0 is air and painted 0. A label without brain outside the mask gets
             the mean of the brain.
         sigma_vox: standard deviation of the Gaussian that softens the borders between tissues.
-
-    Raises:
-        InputError: as `mean_fill`, or a tissue map of another shape.
     """
     known, mask = _known(voided, mask)
     tissue = _of_this_grid(tissue, mask)
@@ -143,11 +121,7 @@ def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma
 def initial_estimate_baseline(
     voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, spacing_mm: float
 ) -> np.ndarray:
-    """Fill with the initial estimate that a denoiser is conditioned on (`anatomy.initial_estimate`), in any units.
-
-    Raises:
-        InputError: as `tissue_paint`.
-    """
+    """Fill with the initial estimate that a denoiser is conditioned on (`anatomy.initial_estimate`), in any units."""
     known, mask = _known(voided, mask)
     return initial_estimate(known, mask, _of_this_grid(tissue, mask), spacing_mm=spacing_mm)
 

@@ -11,12 +11,12 @@ from ldm_lib.inpainting.baselines import (
     OF_TISSUE,
     harmonic_fill,
     initial_estimate_baseline,
-    masked_laplacian,
     mean_fill,
     mirror_fill,
     mirror_sum_vox,
     tissue_paint,
 )
+from ldm_lib.poisson import masked_laplacian
 
 SHAPE = (24, 22, 20)
 X, Y, Z = np.indices(SHAPE).astype(float)
