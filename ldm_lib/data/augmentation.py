@@ -16,18 +16,13 @@ from ldm_lib.anatomy.tissue import TISSUES, smooth_field
 from ldm_lib.data.model_grid import GridCase
 
 LEFT_RIGHT = 0  # axis of the LPS grid
+SMOOTHNESS_MM = 24.0  # distance between the nodes of the displacement field of a tissue map
+PATCH_RADIUS_MM = (4.0, 12.0)  # of the balls that are removed from it or relabelled
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Hold the range of random changes of a case; all zeros change nothing.
-
-    Attributes:
-        flip_probability: probability of a left-right flip, in [0, 1].
-        rotation_degrees: largest rotation about each axis.
-        intensity_shift: largest relative change of gain and of gamma.
-        tissue_deformation_mm: largest displacement of the tissue map relative to the image.
-    """
+    """Hold the range of random changes of a case, as in `AugmentationOptions`; all zeros change nothing."""
 
     flip_probability: float = 0.0
     rotation_degrees: float = 0.0
@@ -96,42 +91,35 @@ def deform_labels(
     *,
     spacing_mm: float | Sequence[float],
     max_displacement_mm: float = 4.0,
-    smoothness_mm: float = 24.0,
     max_patches: int = 3,
-    patch_radius_mm: tuple[float, float] = (4.0, 12.0),
 ) -> np.ndarray:
-    """Deform a segmentation smoothly, remove some balls of it and give others another label.
+    """Deform a copy of a segmentation smoothly, remove some balls of it and give others another label.
 
     Args:
         labels: segmentation (x, y, z) with 0 background, 1 CSF, 2 GM, 3 WM.
-        rng: the only source of randomness; draws do not depend on the spacing.
+        rng: draws that do not depend on the spacing.
         spacing_mm: voxel size, one number or three.
         max_displacement_mm: the largest displacement is drawn from 0 to this; 0 moves nothing.
-        smoothness_mm: distance between the nodes of the displacement field.
         max_patches: largest number of balls that are removed (label 0), and of those that are relabelled; 0 for none.
-        patch_radius_mm: smallest and largest radius of a ball.
-
-    Returns:
-        A new array of the same shape and dtype, nearest neighbour, so with the same labels only.
     """
     h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
-    out = labels[_moved_voxels(labels.shape, rng, h, rng.uniform(0, max_displacement_mm), smoothness_mm)]
+    out = labels[_moved_voxels(labels.shape, rng, h, rng.uniform(0, max_displacement_mm))]
     for relabel in (False, True):
         for _ in range(rng.integers(max_patches + 1)):
-            centre, radius = rng.uniform(size=3) * labels.shape, rng.uniform(*patch_radius_mm)
-            patch = out[_box(centre, radius, h, labels.shape)]
-            ball = _ball(centre, radius, h, labels.shape) & (patch > 0)
-            patch[ball] = rng.choice(list(TISSUES)) if relabel else 0
+            centre, radius = rng.uniform(size=3) * labels.shape, rng.uniform(*PATCH_RADIUS_MM)
+            box, ball = _ball(centre, radius, h, labels.shape)
+            patch = out[box]
+            patch[ball & (patch > 0)] = rng.choice(list(TISSUES)) if relabel else 0
     return out
 
 
 def _moved_voxels(
-    shape: Sequence[int], rng: np.random.Generator, h: np.ndarray, largest_mm: float, node_mm: float
+    shape: Sequence[int], rng: np.random.Generator, h: np.ndarray, largest_mm: float
 ) -> tuple[np.ndarray, ...]:
     """Return index arrays of the voxel that every voxel takes its label from, clipped to the volume."""
     positions = [np.arange(n) * s for n, s in zip(shape, h, strict=True)]
     extent = [n * s for n, s in zip(shape, h, strict=True)]
-    shift = np.stack([smooth_field(rng, positions, node_mm, extent) for _ in range(3)])
+    shift = np.stack([smooth_field(rng, positions, SMOOTHNESS_MM, extent) for _ in range(3)])
     shift *= largest_mm / max(float(np.sqrt((shift**2).sum(0)).max()), 1e-6)
     index = []
     for axis, n in enumerate(shape):
@@ -140,14 +128,11 @@ def _moved_voxels(
     return tuple(index)
 
 
-def _box(centre: np.ndarray, radius_mm: float, h: np.ndarray, shape: Sequence[int]) -> tuple[slice, ...]:
+def _ball(
+    centre: np.ndarray, radius_mm: float, h: np.ndarray, shape: Sequence[int]
+) -> tuple[tuple[slice, ...], np.ndarray]:
+    """Return the bounding box of a ball within the volume, and its voxels there."""
     low = np.maximum(np.floor(centre - radius_mm / h), 0).astype(int)
     high = np.minimum(np.ceil(centre + radius_mm / h) + 1, shape).astype(int)
-    return tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-
-
-def _ball(centre: np.ndarray, radius_mm: float, h: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    box = _box(centre, radius_mm, h, shape)
-    axes = [(np.arange(b.start, b.stop) - c) * s for b, c, s in zip(box, centre, h, strict=True)]
-    x, y, z = np.ix_(*axes)
-    return x**2 + y**2 + z**2 <= radius_mm**2
+    x, y, z = np.ix_(*((np.arange(a, b) - c) * s for a, b, c, s in zip(low, high, centre, h, strict=True)))
+    return tuple(slice(a, b) for a, b in zip(low, high, strict=True)), x**2 + y**2 + z**2 <= radius_mm**2

@@ -24,10 +24,7 @@ NO_MAP = "no {} map"  # the warning of a kind of map that a case lacks
 class Case:
     """Hold one mask of one patient, and the paths of its files (None: there is no such file).
 
-    Attributes:
-        read_options: how the files are to be read.
-        notes: what is odd about the files' names and places.
-        digests: role -> sha256 of files that must not change any more.
+    `digests` are role -> sha256 of files that must not change any more.
     """
 
     id: str
@@ -41,7 +38,7 @@ class Case:
     growth: Path | None
     tissue: Path | None
     read_options: ReadOptions = READ_STRICTLY
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what is odd about the files' names and places
     digests: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -68,16 +65,11 @@ class Case:
         return replace(self, t1n=None, mask_healthy=None, mask_unhealthy=None) if self.t1n_voided else self
 
     def with_digests(self) -> "Case":
-        """Return the case with a digest of each file; `load_case` rejects a file that has changed since.
-
-        Raises:
-            InputError: a path is not a file.
-        """
+        """Return the case with a digest of each file; `load_case` rejects a file that has changed since."""
         for path in self.files().values():
             require_file(path)
-        return replace(
-            self, digests={role: self.digests.get(role) or sha256(path) for role, path in self.files().items()}
-        )
+        digests = {role: self.digests.get(role) or sha256(path) for role, path in self.files().items()}
+        return replace(self, digests=digests)
 
     def with_maps(self, **maps: Path | None) -> "Case":
         """Return the case with other files of conditioning maps, by kind; None removes one."""
@@ -126,26 +118,22 @@ class CaseData:
         return self.source.affine
 
     def with_maps(
-        self,
-        *,
-        growth: np.ndarray | EllipsisType | None = ...,
-        tissue: np.ndarray | EllipsisType | None = ...,
+        self, *, growth: np.ndarray | EllipsisType | None = ..., tissue: np.ndarray | EllipsisType | None = ...
     ) -> "CaseData":
-        """Return the case with other conditioning maps; a map that is not named stays.
+        """Return the case with other conditioning maps on its grid; a map that is not named stays.
 
         Args:
-            growth: (x, y, z) on the case's grid, tumour-cell concentration in [0, 1]; None: no tumour.
-            tissue: (x, y, z) on the case's grid, labels 0 none, 1 CSF, 2 GM, 3 WM; None: no map.
+            growth: (x, y, z), tumour-cell concentration in [0, 1]; None: no tumour.
+            tissue: (x, y, z), labels 0 none, 1 CSF, 2 GM, 3 WM; None: no map.
 
         Raises:
             InputError: a map of another shape, or with other values.
         """
         maps = {kind: given for kind, given in (("growth", growth), ("tissue", tissue)) if given is not ...}
+        warnings = [text for text in self.warnings if text not in [NO_MAP.format(kind) for kind in maps]]
         for kind, given in maps.items():
             maps[kind] = None if given is None else self._checked_map(kind, np.asarray(given))
-        absent = {kind: NO_MAP.format(kind) for kind in maps}
-        warnings = [warning for warning in self.warnings if warning not in absent.values()]
-        warnings += [absent[kind] for kind, given in maps.items() if given is None]
+            warnings += [NO_MAP.format(kind)] if given is None else []
         return replace(self, **maps, warnings=tuple(warnings))
 
     def _checked_map(self, kind: str, given: np.ndarray) -> np.ndarray:
@@ -234,9 +222,9 @@ def load_case(case: Case) -> CaseData:
     parts = _read_parts(case, source, mask, warnings)
     require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
     growth = read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
-    tissue = (
-        read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings) if case.tissue else None
-    )
+    tissue = None
+    if case.tissue:
+        tissue = read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings)
     warnings += [NO_MAP.format(kind) for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
     warnings += image_warnings(voided, source)
     voided, spikes = without_spikes(voided, scale)
@@ -269,8 +257,7 @@ def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[st
     target = read_image(case.t1n, case.read_options)
     require_same_grid(target, source)
     warnings += target.named_warnings
-    changed = int(np.count_nonzero((target.voxels != source.voxels) & ~mask))
-    if changed:
+    if changed := int(np.count_nonzero((target.voxels != source.voxels) & ~mask)):
         warnings.append(f"{changed} voxels outside the mask differ between t1n and t1n-voided")
     return target.voxels
 
@@ -284,8 +271,7 @@ def _read_parts(
         read_mask(path, source, read_options, allow_empty=empty, warnings=warnings) if path else None
         for path, empty in ((case.mask_healthy, False), (case.mask_unhealthy, True))
     )
-    none = np.zeros((1, 1, 1), bool)
-    first, second = (none if part is None else part for part in (healthy, unhealthy))
+    first, second = (np.zeros((1, 1, 1), bool) if part is None else part for part in (healthy, unhealthy))
     whole = mask if healthy is None or unhealthy is None else first | second
     for what, voxels in (
         ("of mask-healthy lie outside the mask", first & ~mask),

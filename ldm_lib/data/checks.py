@@ -19,13 +19,7 @@ CENTRED = 0.1  # fraction of negative voxels above which intensities have been c
 def require_in_brain(
     mask: np.ndarray, voided: np.ndarray, target: np.ndarray | None, *, where: Path, warnings: list[str]
 ) -> None:
-    """Raise InputError if the ground truth is known and no brain is under the mask; warn if none is around it.
-
-    Args:
-        mask: bool (x, y, z), not empty.
-        voided: (x, y, z), 0 under the mask.
-        target: the full image, or None.
-    """
+    """Raise InputError if the ground truth is known and no brain is under the mask; warn if none is around it."""
     if target is not None and not (target[mask] > 0).any():
         raise InputError(f"0 % of its {int(mask.sum())} voxels lie in the brain: there is nothing to learn or to score",
                          where=where, fix="check that mask and image belong together")  # fmt: skip
@@ -38,11 +32,7 @@ def require_in_brain(
 
 
 def image_warnings(voided: np.ndarray, source: Volume) -> list[str]:
-    """List how an image differs from those that the models are made for, where results may be poor.
-
-    Args:
-        voided: (x, y, z), source units, 0 under the mask.
-    """
+    """List how an image, voided and in source units, differs from those that the models are made for."""
     warnings, spacing = [], np.array(source.spacing_mm)
     shape, sizes = "x".join(map(str, source.shape)), "x".join(f"{s:g}" for s in spacing)
     axes = [next(k for k, pair in enumerate(("LR", "PA", "SI")) if letter in pair) for letter in source.orientation]

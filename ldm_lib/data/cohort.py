@@ -1,10 +1,4 @@
-"""Find, check and split the cases of a folder, in the seed layout or the challenge's.
-
-Seed layout: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz`, and so on: one patient, up
-to three masks. Challenge layout (BraTS Local Synthesis): `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz`,
-and so on: one mask, the last three digits are a time point of the same patient. Growth and tissue maps lie in
-`growth_model/<ID>.nii.gz` and `tissue_segmentation/<ID>.nii.gz` of the conditioning folder, for both layouts.
-"""
+"""Find, check and split the cases of a folder, in one of the layouts that `layouts` describes."""
 
 import hashlib
 import logging
@@ -36,7 +30,6 @@ def find_cases(
         data_dir: folder that holds one folder per patient.
         conditioning_dir: folder of growth and tissue maps; empty looks for `conditioning_data` in `data_dir` and next
             to it.
-        read_options: how the files of these cases are to be read.
 
     Raises:
         InputError: the folder does not exist or holds no case at all.
@@ -69,11 +62,7 @@ def survey_cases(
 
 
 def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: float) -> dict[str, list[str]]:
-    """Split patients into {"train": [...], "validation": [...]} by id and seed alone, at least one on each side.
-
-    Raises:
-        InputError: fewer than two patients.
-    """
+    """Split patients into {"train": [...], "validation": [...]} by id and seed alone, at least one on each side."""
     unique = sorted(set(patients))
     if len(unique) < 2:
         raise InputError(f"{len(unique)} patient, need at least 2 to train on one and validate on another",
@@ -130,9 +119,8 @@ class Audit:
             except InputError as error:
                 yield AuditRow(case.key, "refused", error.within(*case.folders), case, {})
             except (OSError, MemoryError) as error:
-                failure = InputError(f"could not be read ({type(error).__name__})", where=case.key,
-                                     fix="check the disk and the memory")  # fmt: skip
-                yield AuditRow(case.key, "refused", str(failure), case, {})
+                cause, fix = f"could not be read ({type(error).__name__})", "check the disk and the memory"
+                yield AuditRow(case.key, "refused", str(InputError(cause, where=case.key, fix=fix)), case, {})
             else:
                 without_target = () if case.t1n else ("no t1n: can be inpainted, but neither trained on nor scored",)
                 warnings = "; ".join(data.warnings + without_target)
@@ -173,7 +161,7 @@ def _require_new(data: CaseData, owners: dict[bytes, Case]) -> None:
 
 
 def _facts(data: CaseData) -> dict[str, Any]:
-    litre = float(np.prod(data.source.spacing_mm)) / 1000
+    voxel_ml = float(np.prod(data.source.spacing_mm)) / 1000
     return {
         "patient": data.case.patient,
         "shape": "x".join(map(str, data.source.shape)),
@@ -181,8 +169,8 @@ def _facts(data: CaseData) -> dict[str, Any]:
         "orientation": data.source.orientation,
         "dtype": str(data.source.raw.dtype),
         "scale": data.scale,
-        "mask_ml": round(float(data.mask.sum()) * litre, 1),
-        "healthy_ml": None if data.healthy is None else round(float(data.healthy.sum()) * litre, 1),
+        "mask_ml": round(float(data.mask.sum()) * voxel_ml, 1),
+        "healthy_ml": None if data.healthy is None else round(float(data.healthy.sum()) * voxel_ml, 1),
         "growth": data.growth is not None,
         "tissue": data.tissue is not None,
     }

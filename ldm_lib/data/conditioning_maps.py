@@ -1,10 +1,8 @@
 """Make conditioning maps from a scan, and keep them in files with their provenance.
 
-    <map>.nii.gz   tissue: labels uint8; growth: concentration float32, on the scan's grid
-    <map>.json     made_by, from (role -> sha256), settings, found, and sha256 of the map
-
-A map whose JSON file names the same sources, settings and code version is not made again. A map that could not be
-made leaves a JSON file that says why, and no map.
+The JSON file next to a map holds made_by, from (role -> sha256), settings, found, and sha256 of the map. A map whose
+JSON file names the same sources, settings and code version is not made again; one that could not be made leaves a JSON
+file that says why.
 """
 
 import hashlib
@@ -38,19 +36,12 @@ NO_MAP, GIVEN = "none", "given"
 
 @dataclass(frozen=True)
 class ConditioningMap:
-    """Hold where a map is, and how it was made.
+    """Hold where a map is, and how it was made."""
 
-    Attributes:
-        path: the map's file, which does not exist if there is a `failure`.
-        record: content of the JSON file next to it.
-        made_now: False for a map that was found.
-        registration: the registration of a tissue map that was made now; else None.
-    """
-
-    path: Path
-    record: dict[str, Any]
-    made_now: bool
-    registration: "Registration | None" = None
+    path: Path  # the map's file, which does not exist if there is a `failure`
+    record: dict[str, Any]  # content of the JSON file next to it
+    made_now: bool  # False for a map that was found
+    registration: "Registration | None" = None  # of a tissue map that was made now
 
     @property
     def row(self) -> dict[str, Any]:
@@ -88,18 +79,9 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 def make_tissue_map(
     data: CaseData, path: str | Path, *, lesion: np.ndarray | None = None, refine: str = "mixture"
 ) -> ConditioningMap:
-    """Segment a case with the atlas, without the voxels under its mask (`tissue_from_scan`).
+    """Segment a case with the atlas, without the voxels under its mask; see `tissue_from_scan`.
 
-    Args:
-        path: .nii or .nii.gz; its folder is made if needed.
-        lesion: visible tissue that is not healthy, bool (x, y, z).
-        refine: how visible voxels are labelled, see `tissue_from_scan`.
-
-    Returns:
-        The map; if the scan cannot be registered, its `failure` says why.
-
-    Raises:
-        InputError: the map cannot be written.
+    If the scan cannot be registered, the `failure` of the map says why. The folder of `path` is made if needed.
     """
     from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
 
@@ -127,17 +109,13 @@ def make_growth_map(
     days: float = DAYS_FROM_SEGMENTATION,
     rates: GrowthRates = DEFAULT_RATES,
 ) -> ConditioningMap:
-    """Grow a tumour in a case's tissue (`grow_tumour`).
+    """Grow a tumour in a case's tissue; see `grow_tumour`.
 
     Args:
         labels: tissue (x, y, z) on the case's grid, 0 none, 1 CSF, 2 GM, 3 WM.
         path: .nii or .nii.gz; its folder is made if needed.
-        seed_mm: where the tumour starts, x y z in the file's world (RAS, mm).
-        segmentation: start instead from a visible tumour, (x, y, z); without both, from the case's unhealthy mask less
-            the margin that the challenge puts around a segmentation.
-
-    Raises:
-        InputError: no start, one outside white and grey matter, or the map cannot be written.
+        seed_mm, segmentation: where the tumour starts; without both, in the case's unhealthy mask less the margin that
+            the challenge puts around a segmentation.
     """
     from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, grow_tumour
 
@@ -151,9 +129,9 @@ def make_growth_map(
     if found := recipe.found():
         return found
     growth = grow_tumour(labels, data.affine, days, seed_mm=seed_mm, segmentation=segmentation, rates=rates)
-    litre = float(np.prod(data.source.spacing_mm)) / 1000
-    visible = float((growth >= GROWTH_THRESHOLD).sum() * litre)
-    return recipe.keep(growth, {"visible_ml": visible, "highest": float(growth.max())}, data.affine)
+    voxel_ml = float(np.prod(data.source.spacing_mm)) / 1000
+    figures = {"visible_ml": float((growth >= GROWTH_THRESHOLD).sum() * voxel_ml), "highest": float(growth.max())}
+    return recipe.keep(growth, figures, data.affine)
 
 
 def add_conditioning_maps(
@@ -165,10 +143,9 @@ def add_conditioning_maps(
 
     Args:
         folder: takes tissue_segmentation/<case>.nii.gz and growth_model/<case>.nii.gz.
-        tissue: make the tissue map, even if the case has one.
-        growth: make the growth map, even if the case has one; it needs a tissue map and an unhealthy mask. A case
-            without a growth map is healthy.
-        refine: as in `make_tissue_map`.
+        tissue, growth: make this map, even if the case has one. A growth map needs a tissue map and an unhealthy mask;
+            a case without one is healthy.
+        refine: as in `tissue_from_scan`.
 
     Returns:
         The case with these maps, and a record of each. A map that could not be made leaves the case without one.
@@ -217,17 +194,13 @@ def make_conditioning_maps(
     """Make the tissue map of one scan and, if requested, a growth map in it, without the voxels under the mask.
 
     Args:
-        t1n_voided: skull-stripped 3D T1n.
-        mask: binary, on the same grid, 1 = voxels to inpaint.
+        t1n_voided, mask: skull-stripped 3D T1n, and binary mask on its grid, 1 = voxels to inpaint.
         tissue, growth: files of the maps, .nii or .nii.gz, each with a JSON file next to it.
         seed_mm, segmentation: where the tumour starts, as in `make_growth_map`; one of them if there is `growth`.
         lesion: binary, on the same grid: visible tissue that is not healthy.
 
     Returns:
         The maps that were made or found; a tissue map with a `failure` is the last.
-
-    Raises:
-        LdmError: an input that cannot be used, or an output that cannot be written.
     """
     if (growth is not None) != ((seed_mm is None) != (segmentation is None)):
         raise InputError("a growth map needs an output and one start", where="growth",
@@ -241,19 +214,18 @@ def make_conditioning_maps(
     if len(set(outputs)) < len(outputs):
         raise InputError("would hold both maps", where=outputs[0], fix="name two files")
     data = load_case(case)
-    given = {name: None if path is None else read_mask(path, data.source)
-             for name, path in (("lesion", lesion), ("segmentation", segmentation))}  # fmt: skip
-    made = [make_tissue_map(data, tissue, lesion=given["lesion"], refine=refine)]
+    lesion, segmentation = (None if path is None else read_mask(path, data.source) for path in (lesion, segmentation))
+    made = [make_tissue_map(data, tissue, lesion=lesion, refine=refine)]
     if growth is not None and not made[0].failure:
-        labels = read_labels(made[0].path, data.source, TISSUE_LABELS)
-        start = {"seed_mm": seed_mm, "segmentation": given["segmentation"]}
-        made.append(make_growth_map(data, labels, growth, days=days, rates=rates, **start))
+        labels, start = read_labels(made[0].path, data.source, TISSUE_LABELS), {"seed_mm": seed_mm}
+        start |= {"segmentation": segmentation, "days": days, "rates": rates}
+        made.append(make_growth_map(data, labels, growth, **start))
     return made
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """Describe what decides a map: source files by role, settings, and volumes that are not files of their own."""
+    """Describe what decides a map: source files by role, settings, and volumes without files of their own."""
 
     path: Path
     method: str

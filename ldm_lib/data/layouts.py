@@ -1,4 +1,9 @@
-"""Find the files of each case in a folder by their exact names, in the seed layout or the challenge's."""
+"""Find the files of each case in a folder by their exact names, in the seed layout or the challenge's.
+
+Seed: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz` and so on, up to three masks of one
+patient. Challenge: `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz` and so on, one mask; the last three
+digits are a time point. Maps: `growth_model/<ID>.nii.gz`, `tissue_segmentation/<ID>.nii.gz` of the conditioning folder.
+"""
 
 import os
 import re
@@ -32,12 +37,7 @@ class Exclusion:
 
 @dataclass
 class _Files:
-    """Hold what one patient's folder contains.
-
-    Attributes:
-        found: (role, index) -> its files; more than one is ambiguous.
-        notes: warnings about files that are ignored.
-    """
+    """Hold what one patient's folder contains: files by role and index, and warnings about those that are ignored."""
 
     found: dict[tuple[str, str], list[Path]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
@@ -49,11 +49,7 @@ class _Files:
 
 
 def list_cases(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[list[Case], list[Exclusion]]:
-    """List the cases of a folder, in order of id, and what cannot be used as one; both may be empty.
-
-    Raises:
-        InputError: a folder does not exist.
-    """
+    """List the cases of a folder, in order of id, and what cannot be used as one; both may be empty."""
     root, fix = expand_path(data_dir), "give the folder that holds one folder per patient"
     if not str(data_dir):
         raise InputError("no folder of cases is given", fix=fix)
@@ -106,8 +102,7 @@ def _first(names: Iterable[str]) -> str:
 
 def _conditioning_folder(root: Path, given: str | Path) -> Path | None:
     if given:
-        folder = expand_path(given)
-        if not folder.is_dir():
+        if not (folder := expand_path(given)).is_dir():
             raise InputError("no such folder", where=folder, fix="leave CONDITIONING_DIR empty if there are no maps")
         return folder.resolve()
     return next((p for p in (root / DEFAULT_CONDITIONING, root.parent / DEFAULT_CONDITIONING) if p.is_dir()), None)
@@ -117,9 +112,9 @@ def _maps_in(folder: Path) -> dict[str, list[Path]]:
     """Return id -> its maps in a conditioning folder."""
     maps = defaultdict(list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        identity, ending = path.name[: (path.name.lower().find(".nii"))], path.name[path.name.lower().find(".nii") :]
-        if _NIFTI.fullmatch(ending) and not _LEFTOVER.fullmatch(path.name):
-            maps[identity].append(path)
+        dot = path.name.lower().find(".nii")
+        if _NIFTI.fullmatch(path.name[dot:]) and not _LEFTOVER.fullmatch(path.name):
+            maps[path.name[:dot]].append(path)
     return maps
 
 
@@ -163,11 +158,9 @@ def _cases_of(
 
 def _files_in(folder: Path) -> _Files:
     """Return the files of the patient whose id is the folder's name, and notes on files with similar names."""
-    files, identity = _Files(), folder.name
-    unfinished, strange = [], []
+    files, identity, unfinished, strange = _Files(), folder.name, [], []
     for name in sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
-        match = _ROLE.fullmatch(name.removeprefix(identity)) if name.startswith(identity) else None
-        if match:
+        if match := _ROLE.fullmatch(name.removeprefix(identity)) if name.startswith(identity) else None:
             files.found[match["role"].lower(), match["index"] or ""].append(folder / name)
         elif _LEFTOVER.fullmatch(name):
             unfinished.append(name)

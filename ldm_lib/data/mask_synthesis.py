@@ -9,20 +9,12 @@ from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
 
 UNHEALTHY_MARGIN_MM = 5.0  # around a tumour's segmentation
+MIN_DISTANCE_MM, MIN_INSIDE = 5.0, 0.75  # of a healthy mask: from the unhealthy one, and its fraction in the brain
 ROTATIONS, PLACES_PER_ROTATION = 40, 60  # attempts before placing a healthy mask fails
 
 
 def dilate_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[float]) -> np.ndarray:
-    """Dilate a mask: every voxel whose centre is at most `radius_mm` from the centre of a mask voxel.
-
-    Args:
-        mask: (x, y, z), not 0 inside.
-        radius_mm: 0 returns the mask.
-        spacing_mm: voxel size, one number or three.
-
-    Returns:
-        bool, same shape.
-    """
+    """Dilate a mask (x, y, z): True for each voxel whose centre is at most `radius_mm` from that of a mask voxel."""
     h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
     out = mask != 0
     if not out.any():
@@ -43,13 +35,6 @@ def shrink_mm(mask: np.ndarray, radius_mm: float, spacing_mm: float | Sequence[f
     return (mask != 0) & (depth > min(radius_mm + 1e-6, depth.max() * (1 - 1e-6)))
 
 
-def unhealthy_mask(
-    segmentation: np.ndarray, spacing_mm: float | Sequence[float], margin_mm: float = UNHEALTHY_MARGIN_MM
-) -> np.ndarray:
-    """Return the unhealthy region, bool: the tumour segmentation (x, y, z) and a margin around it."""
-    return dilate_mm(segmentation, margin_mm, spacing_mm)
-
-
 def healthy_mask(
     brain: np.ndarray,
     unhealthy: np.ndarray,
@@ -57,24 +42,16 @@ def healthy_mask(
     rng: np.random.Generator,
     *,
     spacing_mm: float | Sequence[float],
-    min_distance_mm: float = 5.0,
-    min_inside: float = 0.75,
     scale: tuple[float, float] = (0.6, 1.1),
 ) -> np.ndarray:
-    """Place a rotated and scaled copy of another patient's tumour where this patient is healthy.
+    """Place a rotated and scaled copy of another patient's tumour where this patient is healthy: bool, never empty.
 
     Args:
         brain: (x, y, z), not 0 inside the brain.
         unhealthy: (x, y, z), not 0 in this patient's tumour with its margin; may be empty.
         donor: tumour of another patient, (x, y, z) in voxels of the same size.
-        rng: the only source of randomness.
         spacing_mm: voxel size, one number or three.
-        min_distance_mm: every voxel lies farther than this from `unhealthy`.
-        min_inside: smallest fraction of the mask inside the brain.
         scale: smallest and largest factor on the donor's diameter.
-
-    Returns:
-        bool, shape of `brain`, never empty.
 
     Raises:
         InputError: brain or donor is empty, or no place was found.
@@ -83,16 +60,17 @@ def healthy_mask(
         if not np.any(mask):
             raise InputError("the mask is empty", where=name, fix="give one with at least one voxel")
     brain = brain != 0
-    forbidden = dilate_mm(unhealthy, min_distance_mm, spacing_mm)
-    for place, shape in _candidates(brain, donor, rng, spacing_mm, scale):
-        if not forbidden[place][shape].any() and brain[place][shape].mean() >= min_inside:
+    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
+    forbidden = dilate_mm(unhealthy, MIN_DISTANCE_MM, h)
+    for place, shape in _candidates(brain, donor, rng, h, scale):
+        if not forbidden[place][shape].any() and brain[place][shape].mean() >= MIN_INSIDE:
             out = np.zeros(brain.shape, bool)
             out[place] = shape
             return out
     raise InputError(
         f"no place for a healthy mask in {ROTATIONS} rotations of {PLACES_PER_ROTATION} places: the donor has "
         f"{np.count_nonzero(donor)} voxels, the brain {brain.sum()}, of which {(brain & ~forbidden).sum()} "
-        f"lie more than {min_distance_mm:g} mm from the unhealthy mask",
+        f"lie more than {MIN_DISTANCE_MM:g} mm from the unhealthy mask",
         fix="take a smaller donor or a smaller scale",
     )
 
@@ -121,14 +99,9 @@ def _rotated(donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: 
 
 
 def _candidates(
-    brain: np.ndarray,
-    donor: np.ndarray,
-    rng: np.random.Generator,
-    spacing_mm: float | Sequence[float],
-    scale: tuple[float, float],
+    brain: np.ndarray, donor: np.ndarray, rng: np.random.Generator, h: np.ndarray, scale: tuple[float, float]
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """Yield rotated copies of the donor at places drawn from the brain's box: the place's box and the copy."""
-    h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
     bounds = bounding_box(brain)
     low, extent = np.array([b.start for b in bounds]), np.array([b.stop - 1 - b.start for b in bounds])
     for _ in range(ROTATIONS):

@@ -23,8 +23,7 @@ def read_mask(
 ) -> np.ndarray:
     """Read a binary mask on the grid of `like`: bool (x, y, z), True = voxels to inpaint (0/1 or 0/255 on disk).
 
-    Args:
-        warnings: what is odd but usable is appended here.
+    What is odd but usable is appended to `warnings`.
 
     Raises:
         InputError: another grid, values that are not binary, or no voxel set.

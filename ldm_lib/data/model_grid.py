@@ -1,9 +1,4 @@
-"""Convert a case to the grid of a network, and its maps to the conditioning tensor.
-
-voided, target   normalised T1n, padded LPS grid (x, y, z)
-growth           channel 0: concentration, values below the threshold set to 0
-tissue           channels 1..3: CSF, GM, WM, one-hot
-"""
+"""Convert a case to the grid of a network, and its maps to the conditioning tensor."""
 
 from dataclasses import dataclass
 
@@ -20,23 +15,14 @@ CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
 
 @dataclass(frozen=True)
 class GridCase:
-    """Hold one case on the model's padded LPS grid; every array is (x, y, z).
+    """Hold one case on the model's padded LPS grid; every array is (x, y, z)."""
 
-    Attributes:
-        voided: float32, normalised, 0 under the mask.
-        target: float32, normalised full image, or None.
-        mask: bool, True = voxels to inpaint.
-        unknown: bool, voxels that are excluded from the loss: unhealthy ones without a growth map.
-        growth: float32 in [0, 1]; zero (healthy) when missing.
-        tissue: uint8 labels 0..3; zero (unlabelled) when missing.
-    """
-
-    voided: np.ndarray
-    target: np.ndarray | None
-    mask: np.ndarray
-    unknown: np.ndarray
-    growth: np.ndarray
-    tissue: np.ndarray
+    voided: np.ndarray  # float32, normalised, 0 under the mask
+    target: np.ndarray | None  # float32, normalised full image
+    mask: np.ndarray  # bool, True = voxels to inpaint
+    unknown: np.ndarray  # bool, voxels that are excluded from the loss: unhealthy ones without a growth map
+    growth: np.ndarray  # float32 in [0, 1]; zero (healthy) when missing
+    tissue: np.ndarray  # uint8 labels 0..3; zero (unlabelled) when missing
 
 
 def grid_case(data: CaseData, multiple: int) -> GridCase:
@@ -57,13 +43,12 @@ def grid_case(data: CaseData, multiple: int) -> GridCase:
 def conditioning(
     growth: np.ndarray, tissue: np.ndarray, *, factor: int, threshold: float = GROWTH_THRESHOLD, pooling: str = "area"
 ) -> np.ndarray:
-    """Growth (x, y, z) in [0, 1] and tissue labels (x, y, z) -> (4, x/f, y/f, z/f) float32.
+    """Return growth (x, y, z) in [0, 1] and one-hot tissue, of labels (x, y, z), as float32 (4, x/f, y/f, z/f).
 
     Args:
-        factor: voxels per latent cell and axis.
+        factor: voxels per latent voxel and axis.
         threshold: concentrations below it become 0, the others are kept.
-        pooling: "area" is the mean over a cell's voxels (for a label: its share of the cell), "nearest" the voxel at
-            the cell's centre.
+        pooling: "area" is the mean over a latent voxel (for a label: its fraction), "nearest" the voxel at its centre.
     """
     channels = np.concatenate([threshold_growth(growth, threshold)[None], one_hot(tissue)])
     pool = {"area": block_mean, "nearest": block_centre}[pooling]

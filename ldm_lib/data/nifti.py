@@ -131,9 +131,8 @@ def _claimed_bytes(header: nib.Nifti1Header, path: Path) -> int:
     voxels = math.prod(header_shape(header, path))
     claimed = voxels * header_dtype(header, path).itemsize
     if voxels > MAX_VOXELS:
-        raise InputError(
-            f"claims {claimed / 1e9:.1f} GB: {voxels} voxels; at most {MAX_VOXELS} are read", where=path, fix=AGAIN
-        )
+        cause = f"claims {claimed / 1e9:.1f} GB: {voxels} voxels; at most {MAX_VOXELS} are read"
+        raise InputError(cause, where=path, fix=AGAIN)
     return claimed
 
 
@@ -166,10 +165,7 @@ def header_dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
 
 
 def header_affine(header: nib.Nifti1Header, path: Path, assume: str = "") -> np.ndarray:
-    """Return the (4, 4) matrix from voxel indices to millimetres: the sform, else the qform.
-
-    Args:
-        assume: the orientation, such as "LPS", of a file that does not state its own.
+    """Return the (4, 4) matrix from voxel indices to millimetres: the sform, else the qform, else that of `assume`.
 
     Raises:
         InputError: no orientation, or axes that are not invertible and orthogonal.
@@ -204,11 +200,7 @@ def _assumed_affine(header: nib.Nifti1Header, orientation: str) -> np.ndarray:
 
 
 def header_warnings(header: nib.Nifti1Header, affine: np.ndarray, path: Path) -> list[str]:
-    """List what is odd about a header but does not forbid its use.
-
-    Raises:
-        InputError: the unit of length or the voxel size is in doubt.
-    """
+    """List what is odd about a header but does not forbid its use; InputError for other units than millimetres."""
     unit = {1: "metre", 3: "micron"}.get(int(header["xyzt_units"]) & 7)
     if unit:
         raise InputError(f"its unit of length is the {unit}, need mm", where=path, fix="export it in millimetres")
@@ -259,9 +251,8 @@ def voxel_offset(header: nib.Nifti1Header, content: bytearray, path: Path, warni
     """Return where the voxels begin, after header and extensions, each of which must end before them."""
     offset, first = float(header["vox_offset"]), int(header.single_vox_offset)
     if not math.isfinite(offset) or not first <= offset <= len(content):
-        raise InputError(
-            f"vox_offset {offset:g} is not inside the file ({first} to {len(content)} bytes)", where=path, fix=AGAIN
-        )
+        cause = f"vox_offset {offset:g} is not inside the file ({first} to {len(content)} bytes)"
+        raise InputError(cause, where=path, fix=AGAIN)
     start = first
     while content[first - 4] and start + 8 <= offset:
         (size,) = struct.unpack_from(f"{header.endianness}i", content, start)

@@ -19,17 +19,11 @@ LEAST_WEIGHT = 1e-3  # weight of voxels in a mean below which they are left out
 
 @dataclass(frozen=True)
 class Resampling:
-    """Map a source grid to a target grid with the same axes and the same centre.
-
-    Attributes:
-        source_shape: voxels of the source grid.
-        shape: voxels of the target grid.
-        step: source voxels per target voxel, along each axis.
-    """
+    """Map a source grid to a target grid with the same axes and the same centre."""
 
     source_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    step: tuple[float, ...]
+    shape: tuple[int, ...]  # of the target grid
+    step: tuple[float, ...]  # source voxels per target voxel, along each axis
 
     @classmethod
     def of(cls, shape: tuple[int, ...], spacing_mm: tuple[float, ...], target_mm: float) -> "Resampling":
@@ -72,11 +66,7 @@ class Resampling:
         return np.divide(value, weight, out=np.zeros_like(value), where=weight > LEAST_WEIGHT)
 
     def back(self, volume: np.ndarray, voxels: np.ndarray) -> np.ndarray:
-        """Interpolate a volume (x, y, z) on the target grid at some source voxels, by cubic splines.
-
-        Args:
-            voxels: (n, 3) indices.
-        """
+        """Interpolate a volume (x, y, z) on the target grid at source voxels, (n, 3) indices, by cubic splines."""
         positions = (voxels - self._offset) / np.array(self.step)
         return ndimage.map_coordinates(volume, positions.T, order=3, mode="nearest", output=np.float32)
 

@@ -19,7 +19,8 @@ from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, simulate_scan
 from ldm_lib.anatomy.synthetic_brain import EXTENT_MM, Grid, as_volume, brats_grid, deformed_atlas, make_brain
 from ldm_lib.anatomy.tissue import smooth_field
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, random_tumour
-from ldm_lib.data.mask_synthesis import healthy_mask, unhealthy_mask, void
+from ldm_lib.data.layouts import CONDITIONING_FOLDERS, DEFAULT_CONDITIONING
+from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_mask, void
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import ConfigError
 from ldm_lib.process_control import die_with_parent
@@ -37,23 +38,14 @@ DEFORMATION, REGISTRATION = 1000, 1001  # beyond all donors
 
 @dataclass(frozen=True)
 class SyntheticPatient:
-    """Hold one synthetic patient; all volumes (x, y, z) on one grid, axes towards left, posterior, superior.
+    """Hold one synthetic patient; all volumes (x, y, z) on one grid, axes towards left, posterior, superior."""
 
-    Attributes:
-        t1n: int16, above 0 in the brain and exactly 0 outside.
-        tissue: uint8, 0 background, 1 CSF, 2 GM, 3 WM: the healthy brain, also beneath the tumour.
-        growth: float32 tumour cell concentration in [0, 1].
-        segmentation: bool, the visible tumour, where growth is at least 0.2.
-        masks: pairs of healthy and unhealthy mask, bool.
-        affine: voxel to world (RAS, mm), 4 x 4.
-    """
-
-    t1n: np.ndarray
-    tissue: np.ndarray
-    growth: np.ndarray
-    segmentation: np.ndarray
-    masks: tuple[tuple[np.ndarray, np.ndarray], ...]
-    affine: np.ndarray
+    t1n: np.ndarray  # int16, above 0 in the brain and exactly 0 outside
+    tissue: np.ndarray  # uint8, 0 background, 1 CSF, 2 GM, 3 WM: the healthy brain, also beneath the tumour
+    growth: np.ndarray  # float32 tumour cell concentration in [0, 1]
+    segmentation: np.ndarray  # bool, the visible tumour, where growth is at least 0.2
+    masks: tuple[tuple[np.ndarray, np.ndarray], ...]  # pairs of healthy and unhealthy mask, bool
+    affine: np.ndarray  # voxel to world (RAS, mm), 4 x 4
 
 
 def make_patient(
@@ -73,8 +65,7 @@ def make_patient(
         spacing_mm: isotropic voxel size; 1 is the BraTS grid 240 x 240 x 155.
         masks: number of pairs of masks.
         deformation: scale of the atlas's deformation; from about 2 on it folds tissue.
-        domain_randomisation: "narrow" or "wide" range of contrast, noise, deformation and mask size, see
-            `mri_simulation`.
+        domain_randomisation: "narrow" or "wide" ranges of `mri_simulation`.
         tissue_map: "exact", or "registered": with simulated registration error.
 
     Raises:
@@ -85,16 +76,14 @@ def make_patient(
         given = f"seed {seed}, patient {patient}, masks {masks}, spacing_mm {spacing_mm:g}, deformation {deformation:g}"
         raise ConfigError(f"{given} given; allowed are 0 or more, and 0.5 to 12 mm", where="make_patient")
     if domain_randomisation not in RANDOMISATIONS or tissue_map not in ("exact", "registered"):
-        given = f"domain_randomisation {domain_randomisation!r}, tissue_map {tissue_map!r}"
-        raise ConfigError(
-            f"{given} given; allowed are {', '.join(RANDOMISATIONS)}; exact, registered", where="make_patient"
-        )
+        given = f"domain_randomisation {domain_randomisation!r}, tissue_map {tissue_map!r} given; allowed are "
+        raise ConfigError(f"{given}{', '.join(RANDOMISATIONS)}; exact, registered", where="make_patient")
     grid, rng, ranges = brats_grid(spacing_mm), partial(_rng, seed, patient), RANDOMISATIONS[domain_randomisation]
     deformation *= rng(DEFORMATION).uniform(*ranges.deformation)
     brain = make_brain(rng(ANATOMY), grid, deformation)
     growth = _resample(_tumour(rng(ANATOMY), rng(TUMOUR), deformation), grid) * brain.inside
     segmentation = growth >= GROWTH_THRESHOLD
-    unhealthy = unhealthy_mask(segmentation, spacing_mm)
+    unhealthy = dilate_mm(segmentation, UNHEALTHY_MARGIN_MM, spacing_mm)
     pairs, places, options = [], rng(MASKS), {"spacing_mm": spacing_mm, "scale": ranges.mask_scale}
     for k in range(DONORS, DONORS + 2 * masks, 2):  # a donor is a patient of no cohort
         donor = _resample(_tumour(rng(k), rng(k + 1), deformation), grid) >= GROWTH_THRESHOLD
@@ -139,25 +128,18 @@ def write_patient(folder: str | Path, seed: int, patient: int, **patient_kwargs:
     last: a patient that has one is complete, and is not made again, even with other parameters.
     """
     case = f"Synthetic_{patient:05d}"
-    data, conditioning = Path(folder) / "data" / case, Path(folder) / "conditioning_data"
+    data, conditioning = Path(folder) / "data" / case, Path(folder) / DEFAULT_CONDITIONING
     last = data / f"{case}-t1n.nii.gz"
     if last.exists():
         return case
     made, volumes = make_patient(seed, patient, **patient_kwargs), {}
     for k, (healthy, unhealthy) in enumerate(made.masks):
-        mask = healthy | unhealthy
-        volumes |= {
-            data / f"{case}-t1n-voided-{k:04d}.nii.gz": void(made.t1n, mask),
-            data / f"{case}-mask-{k:04d}.nii.gz": mask.astype(np.uint8),
-            data / f"{case}-mask-healthy-{k:04d}.nii.gz": healthy.astype(np.uint8),
-            data / f"{case}-mask-unhealthy-{k:04d}.nii.gz": unhealthy.astype(np.uint8),
-        }
-    volumes |= {
-        conditioning / "growth_model" / f"{case}.nii.gz": made.growth,
-        conditioning / "tissue_segmentation" / f"{case}.nii.gz": made.tissue,
-        last: made.t1n,
-    }
-    for path, volume in volumes.items():
+        masks = {"mask": healthy | unhealthy, "mask-healthy": healthy, "mask-unhealthy": unhealthy}
+        roles = {"t1n-voided": void(made.t1n, masks["mask"])} | {n: m.astype(np.uint8) for n, m in masks.items()}
+        volumes |= {data / f"{case}-{role}-{k:04d}.nii.gz": volume for role, volume in roles.items()}
+    for kind, name in CONDITIONING_FOLDERS.items():
+        volumes[conditioning / name / f"{case}.nii.gz"] = getattr(made, kind)
+    for path, volume in (volumes | {last: made.t1n}).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_map(path, volume, made.affine)
     return case
@@ -181,14 +163,10 @@ def make_synthetic_cohort(
 
     Args:
         first: number of the first patient; see TRAINING_PATIENTS, DEMO_PATIENTS and TEST_PATIENTS.
-        seed: seed of the cohort, 0 or more.
         spacing_mm: isotropic voxel size; 1 is the BraTS grid of 240 x 240 x 155 voxels.
         workers: processes that make the patients; 1 makes them in this process. The files do not depend on it.
         on_patient: called with each finished id, in order.
         patient_kwargs: `masks`, `deformation`, `domain_randomisation` and `tissue_map` of `make_patient`.
-
-    Raises:
-        ConfigError: a parameter is out of range.
 
     Examples:
         >>> from tempfile import TemporaryDirectory

@@ -33,26 +33,16 @@ SPIKE = 10.0  # times the scale; the brightest voxel of real brains is at 1.2 to
 
 @dataclass(frozen=True)
 class Volume:
-    """Hold one 3D image as it is stored on disk.
-
-    Attributes:
-        path: the file it came from.
-        raw: stored voxels (x, y, z) in the file's own dtype and byte order, before slope and intercept.
-        preamble: header and extensions, as read or as a result is to have them.
-        affine: (4, 4) voxel indices to millimetres, RAS+ world.
-        slope, intercept: voxel = raw * slope + intercept.
-        warnings: what is odd about the file but does not forbid its use.
-        nan_as_zero: NaN counts as 0 in `voxels`.
-    """
+    """Hold one 3D image as it is stored on disk."""
 
     path: Path
-    raw: np.ndarray
-    preamble: bytes
-    affine: np.ndarray
-    slope: float
+    raw: np.ndarray  # stored voxels (x, y, z) in the file's own dtype and byte order, before slope and intercept
+    preamble: bytes  # header and extensions, as read or as a result is to have them
+    affine: np.ndarray  # (4, 4) voxel indices to millimetres, RAS+ world
+    slope: float  # voxel = raw * slope + intercept
     intercept: float
-    warnings: tuple[str, ...] = ()
-    nan_as_zero: bool = False
+    warnings: tuple[str, ...] = ()  # what is odd about the file but does not forbid its use
+    nan_as_zero: bool = False  # NaN counts as 0 in `voxels`
 
     @cached_property
     def voxels(self) -> np.ndarray:
@@ -159,9 +149,8 @@ def read_image(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> V
         cause = "the image is empty" if high == 0 else f"no contrast (min = max = {high:g})"
         raise InputError(cause, where=path, fix="give a skull-stripped T1n volume")
     if high <= 0:
-        raise InputError(
-            f"no voxel above 0 (max {high:g})", where=path, fix="check the slope and the units of the export"
-        )
+        fix = "check the slope and the units of the export"
+        raise InputError(f"no voxel above 0 (max {high:g})", where=path, fix=fix)
     return volume
 
 
@@ -172,22 +161,15 @@ def require_same_grid(volume: Volume, like: Volume) -> None:
         raise InputError(f"shape {volume.shape}, but {like.path.name} has {like.shape}", where=volume.path, fix=fix)
     distance = corner_distance_mm(volume.shape, volume.affine, like.affine)
     if distance > GRID_TOLERANCE_MM:
-        raise InputError(
-            f"its corners lie {distance:.1f} mm from those of {like.path.name} "
-            f"({volume.orientation} against {like.orientation})",
-            where=volume.path,
-            fix=fix,
-        )
+        axes = f"{volume.orientation} against {like.orientation}"
+        cause = f"its corners lie {distance:.1f} mm from those of {like.path.name} ({axes})"
+        raise InputError(cause, where=volume.path, fix=fix)
 
 
 def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
-    """Replace voxels too bright for any tissue by the median of their neighbours, and count them.
+    """Replace voxels (x, y, z) above `SPIKE` times the scale by the median of their neighbours, and count them.
 
     One such voxel, of a failed export or a bad sector, would otherwise spoil its whole surroundings in the network.
-
-    Args:
-        voxels: (x, y, z), source units; not changed.
-        scale: 99.5th percentile of the image; above `SPIKE` times it there is no tissue.
     """
     if voxels.max() <= SPIKE * scale:
         return voxels, 0
@@ -215,13 +197,11 @@ def normalise(voxels: np.ndarray, scale: float) -> np.ndarray:
 
 
 def write_like(path: str | Path, source: Volume, voxels: np.ndarray, mask: np.ndarray) -> Path:
-    """Write `source` with the voxels under `mask` replaced, and nothing else changed.
+    """Write `source` with the voxels under `mask` replaced, and nothing else changed: the other bits are the same.
 
     Args:
         path: ends in .nii or .nii.gz; replaced atomically.
-        source: gives header, dtype and every voxel outside the mask, bit for bit.
         voxels: (x, y, z) in the source's scaled units; rounded and saturated to its dtype.
-        mask: (x, y, z) bool.
 
     Raises:
         InputError: a value to paste is not finite, or the file cannot be written or read back.

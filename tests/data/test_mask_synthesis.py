@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from ldm_lib.data.mask_synthesis import dilate_mm, healthy_mask, unhealthy_mask, void
+from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_mask, void
 from ldm_lib.errors import InputError
 
 
@@ -34,7 +34,7 @@ def test_dilation_of_nothing_is_nothing_and_leaves_its_input_alone():
 def test_unhealthy_is_the_segmentation_and_five_millimetres():
     segmentation = _ball((30, 30, 30), (15, 15, 15), 4)
     distance = ndimage.distance_transform_edt(~segmentation)
-    np.testing.assert_array_equal(unhealthy_mask(segmentation, 1.0), distance <= 5)
+    np.testing.assert_array_equal(dilate_mm(segmentation, UNHEALTHY_MARGIN_MM, 1.0), distance <= 5)
 
 
 @pytest.mark.parametrize("spacing_mm", [2.0, (2.0, 2.0, 3.0)])
