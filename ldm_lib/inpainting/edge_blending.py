@@ -27,7 +27,6 @@ class EdgeCorrection:
     it, and no flux through the volume's border.
 
     Args:
-        mask: (x, y, z) bool, True where voxels are inpainted.
         reach_vox: distance from a flat edge at which the correction has faded to 1/e, voxels, above 0.
 
     Source: Pérez et al. 2003, Poisson image editing, eq. 4, where nothing fades.
@@ -42,12 +41,7 @@ class EdgeCorrection:
         self._screened = screened.astype(np.float32)  # six times as fast as float64, and exact enough
 
     def __call__(self, decoded: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """Return the correction, (n,) float32 in the order of `decoded[mask]`.
-
-        Args:
-            decoded: (x, y, z) decoded volume, valid in the mask and its `rim` at least.
-            known: (x, y, z) image outside the mask, in the same units.
-        """
+        """Return the correction, (n,) float32 in the order of `decoded[mask]`; both volumes are valid in its `rim`."""
         error = np.where(self._around, known[self._box] - decoded[self._box], 0).astype(np.float32)
         at_edge = ndimage.convolve(error, FACES.astype(np.float32), mode="constant")[self._mask]
         correction, _ = cg(self._screened, at_edge, rtol=RELATIVE_RESIDUAL)

@@ -1,8 +1,7 @@
 """Inpaint many cases, each once: an interrupted call continues, and a case that fails does not stop the others.
 
-A sample depends on its case, its number and the seed alone, so that a case has the same result whenever and by
-whichever process it is inpainted. `filled/<case>.json` records the digests of what a result was made from and of the
-files written: a case whose record and files agree is not inpainted again.
+`filled/<case>.json` records the digests of what a result was made from and of the files written: a case whose record
+and files agree is not inpainted again.
 """
 
 import time
@@ -29,7 +28,6 @@ from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.result import Inpainting
 from ldm_lib.locking import FolderLock
 
 RECORDS, TABLE = "filled", "results.csv"
@@ -57,8 +55,6 @@ def inpaint_folder(
 
     Args:
         output: takes `<ID>-t1n-inference.nii.gz`, and for several samples the other files of `Inpainting.save`.
-        options: samples, seed, sampler, steps, guidance, device and precision.
-        read_options: how input validation is relaxed.
         make_missing: make the tissue maps that cases lack from their scans; None makes them if the model needs them.
         each: write every sample.
 
@@ -75,7 +71,9 @@ def inpaint_folder(
     lock = FolderLock(output)
     try:
         require_writable(output / TABLE)
-        _remove_leftovers(output)
+        for pattern in (".*.nii.gz.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part", TABLE):
+            for path in output.glob(pattern):  # partial files of a killed process, and the table of an earlier call
+                path.unlink()
         rows = [_failed(exclusion.case, exclusion.reason) for exclusion in exclusions]
         for row in rows:
             say(_line(row))
@@ -85,13 +83,6 @@ def inpaint_folder(
     finally:
         lock.release()
     return rows
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove the partial files of a killed process, and the table of an earlier call."""
-    for pattern in (".*.nii.gz.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part", TABLE):
-        for path in output.glob(pattern):
-            path.unlink()
 
 
 def fill_cases(
@@ -104,12 +95,11 @@ def fill_cases(
     each: bool = True,
     say: Callable[[str], None] = _print,
 ) -> list[Row]:
-    """Inpaint each case that has no result yet.
+    """Inpaint each case that has no result yet; `say` receives a line for each, with the remaining time.
 
     Args:
         folder: takes the results and their records.
-        each: write every sample.
-        say: receives a line for each case, with the remaining time.
+        make_missing, each: as in `inpaint_folder`.
 
     Returns:
         a row for each case, in order: "case", "status" (filled, found or refused), "result", "spread" (mean standard
@@ -119,7 +109,10 @@ def fill_cases(
         ConfigError: a sampler or number of steps that this model cannot take.
     """
     check_sampler(options.sampler, options.num_inference_steps, inpainter.model.schedule)  # once, not for each case
-    _make_record_folder(folder / RECORDS)
+    records = folder / RECORDS
+    if records.is_symlink() or (records.exists() and not records.is_dir()):
+        raise InputError("is not a folder of its own", where=records, fix="remove it, or name another output")
+    records.mkdir(parents=True, exist_ok=True)
     rows, started, filled = [], time.monotonic(), 0
     job = Job(inpainter, options, folder, inpainter.makes_maps(make_missing), each)
     for k, row in enumerate(_results(job, cases), start=1):
@@ -128,12 +121,6 @@ def fill_cases(
         left = timedelta(seconds=round((time.monotonic() - started) / max(filled, 1) * (len(cases) - k)))
         say(f"[{k}/{len(cases)}] {_line(row)}" + (f", {left} left" if filled and k < len(cases) else ""))
     return rows
-
-
-def _make_record_folder(records: Path) -> None:
-    if records.is_symlink() or (records.exists() and not records.is_dir()):
-        raise InputError("is not a folder of its own", where=records, fix="remove it, or name another output")
-    records.mkdir(parents=True, exist_ok=True)
 
 
 def require_all(rows: Sequence[Row]) -> None:
@@ -173,25 +160,21 @@ class Job:
         data = None if row else self.inpainter.prepare(load_case(case), make_missing=self.make_missing)
         return row, data, made_from, time.monotonic() - started
 
-    def fill(self, data: CaseData) -> Inpainting:
-        """Inpaint a case."""
+    def fill(self, data: CaseData, made_from: str, started: float) -> Row:
+        """Inpaint a case, write the result and, last, its record; return its row."""
+        case = data.case
         try:
-            return self.inpainter(data, make_missing=False, **self.options.sampling)
+            result = self.inpainter(data, make_missing=False, **self.options.sampling)
         except RuntimeError as error:  # torch has no type of its own for a full memory of a CPU
             if "memory" not in str(error):
                 raise
-            raise InputError("not enough memory", where=data.case.key, fix="take fewer samples") from error
-
-    def write(self, result: Inpainting, made_from: str, started: float) -> Row:
-        """Write the result and, last, its record; return its row."""
-        case, data = result.data.case, result.data
+            raise InputError("not enough memory", where=case.key, fix="take fewer samples") from error
         for name in self._record(case)["outputs"]:  # of other settings: none may stay next to the new files
             (self.folder / name).unlink(missing_ok=True)
         written = result.save(self.folder / case.result_name, samples=self.each)
         std = float(result.std[data.mask].mean() / data.scale)
         seconds = round(time.monotonic() - started, 2)
-        row = {"case": case.key, "status": FILLED, "result": written[0].name, "spread": std, "seconds": seconds,
-               "reason": ""}  # fmt: skip
+        row = _row(case.key, FILLED, result=written[0].name, spread=std, seconds=seconds)
         outputs = {path.name: sha256(path) for path in written}
         write_json(record_path(case, self.folder), {"made_from": made_from, "outputs": outputs, "row": row})
         return row
@@ -205,18 +188,17 @@ class Job:
             return None
         numbers = {name: record["row"].get(name) for name in ("spread", "seconds")}
         numbers = {name: value if isinstance(value, int | float) else None for name, value in numbers.items()}
-        return {"case": case.key, "status": FOUND, "result": case.result_name, **numbers, "reason": ""}
+        return _row(case.key, FOUND, result=case.result_name, **numbers)
 
     def _record(self, case: Case) -> dict[str, Any]:
         """Return the record of a case, or `NO_RECORD` if it is missing, damaged or names files of another case."""
         try:
-            record = read_json(record_path(case, self.folder))
+            record, own = read_json(record_path(case, self.folder)), stem(Path(case.result_name))
         except ValueError:
             return NO_RECORD
-        if not all(isinstance(record.get(name), type(value)) for name, value in NO_RECORD.items()):
-            return NO_RECORD
-        own = stem(Path(case.result_name))
-        return record if all(Path(n).name == n and n.startswith(own) for n in record["outputs"]) else NO_RECORD
+        whole = all(isinstance(record.get(name), type(value)) for name, value in NO_RECORD.items())
+        whole = whole and all(Path(n).name == n and n.startswith(own) for n in record["outputs"])
+        return record if whole else NO_RECORD
 
     def _made_from(self, case: Case) -> str:
         names = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")
@@ -245,7 +227,7 @@ def _result(job: Job, case: Case, reading: Future) -> Row:
     try:
         row, data, made_from, seconds = reading.result()
         started = time.monotonic() - seconds
-        return row or job.write(job.fill(data), made_from, started)
+        return row or job.fill(data, made_from, started)
     except LdmError as error:
         return _failed(case.key, error.within(*case.folders, job.folder))  # no path of this machine
     except (OSError, MemoryError) as error:
@@ -253,8 +235,12 @@ def _result(job: Job, case: Case, reading: Future) -> Row:
         return _failed(case.key, str(InputError(cause, where=case.key, fix="check the disk and the memory")))
 
 
+def _row(key: str, status: str, **values: Any) -> Row:
+    return {"case": key, "status": status, "result": "", "spread": None, "seconds": None, "reason": ""} | values
+
+
 def _failed(key: str, reason: str) -> Row:
-    return {"case": key, "status": REFUSED, "result": "", "spread": None, "seconds": None, "reason": reason}
+    return _row(key, REFUSED, reason=reason)
 
 
 def _line(row: Row) -> str:

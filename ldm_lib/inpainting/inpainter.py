@@ -106,7 +106,7 @@ class Inpainter:
         else:
             data = case if latents else self._with_map(case, make_missing)
         case_grid, values = self.case_grid(data), []
-        latents = latents or self._encode(case_grid)
+        latents = latents or self.encode(case_grid)
         names = [sample_name(data.case, k) for k in range(n_samples)]
         at_once = self.model.samples_at_once(latents) if n_samples > 1 else 1
         for start in range(0, n_samples, at_once):
@@ -132,9 +132,12 @@ class Inpainter:
         """Return whether missing tissue maps are to be made: as requested, or, by default, if the model needs them."""
         return self.model.spec.context == "initial_estimate" if requested is None else requested
 
-    def encode(self, data: CaseData) -> Latents:
+    def encode(self, data: CaseData | CaseGrid) -> Latents:
         """Return the latents, conditioning and latent masks of one case."""
-        return self._encode(self.case_grid(data))
+        case_grid, model = data if isinstance(data, CaseGrid) else self.case_grid(data), self.model
+        return encode_case(
+            case_grid.to_see, model.autoencoder, model.spec, device=model.device, precision=model.precision
+        )
 
     def case_grid(self, data: CaseData) -> CaseGrid:
         """Return what all samples of a case share."""
@@ -153,22 +156,16 @@ class Inpainter:
         object.__setattr__(data, "warnings", with_map.warnings)
         return with_map
 
-    def _encode(self, case_grid: CaseGrid) -> Latents:
-        return encode_case(
-            case_grid.to_see, self.model.autoencoder, self.model.spec,
-            device=self.model.device, precision=self.model.precision,
-        )  # fmt: skip
-
     def _values(self, latent: Tensor, case_grid: CaseGrid) -> np.ndarray:
         """Decode a latent (c x y z) at the n voxels of the mask: (n,)."""
+        autoencoder, margin = self.model.autoencoder, self.model.box_margin
         with torch.inference_mode(), autocast(self.model.device, self.model.precision):
-            volume = self._decode(latent[None].to(self.model.device), case_grid.to_decode)
+            latent = latent[None].to(self.model.device)
+            whole = margin is None
+            volume = (
+                autoencoder.decode(latent) if whole else decode_box(autoencoder, latent, case_grid.to_decode, margin)
+            )
         return case_grid.values(volume[0, 0].float().cpu().numpy())
-
-    def _decode(self, latent: Tensor, mask: np.ndarray) -> Tensor:
-        if self.model.box_margin is None:
-            return self.model.autoencoder.decode(latent)
-        return decode_box(self.model.autoencoder, latent, mask, self.model.box_margin)
 
 
 def sample_name(case: Case, k: int) -> str:

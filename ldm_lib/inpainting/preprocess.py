@@ -20,18 +20,13 @@ from ldm_lib.inpainting.edge_blending import EdgeCorrection, rim
 class CaseGrid:
     """Hold what all samples of one case share.
 
-    Attributes:
-        data: the case.
-        spacing_mm: the model's voxel size.
-        multiple: voxels per latent voxel and axis.
-        blend_mm: reach of the intensity correction at the mask's edge (`edge_blending`), 0 is off. Anisotropic voxels
-            count as cubes of their volume.
+    Anisotropic voxels count as cubes of their volume in `blend_mm`.
     """
 
     data: CaseData
-    spacing_mm: float
-    multiple: int
-    blend_mm: float
+    spacing_mm: float  # the model's voxel size
+    multiple: int  # voxels per latent voxel and axis
+    blend_mm: float  # reach of the intensity correction at the mask's edge (`edge_blending`), 0 is off
 
     @cached_property
     def to_see(self) -> GridCase:

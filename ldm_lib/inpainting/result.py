@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,7 @@ class Inpainting:
         return volume
 
     def save(self, path: str | Path, *, samples: bool = False) -> list[Path]:
-        """Write the result with the scan's header; voxels outside the mask keep their bits.
+        """Write the result with the scan's header and return the files; voxels outside the mask keep their bits.
 
         Of one sample there is one file. Of several samples `<output>` is the mean, `<output>-std` the standard
         deviation (float32, source units) and `<output>-nearest` the medoid sample.
@@ -89,9 +88,6 @@ class Inpainting:
         Args:
             path: a file that ends in .nii or .nii.gz, or a folder, which takes `<case>-t1n-inference.nii.gz`.
             samples: write each sample too, as `<output>-sample-000k`.
-
-        Returns:
-            the files written.
 
         Raises:
             InputError: a file that cannot be written or is one of the inputs, or a value that is not finite.
@@ -102,14 +98,14 @@ class Inpainting:
             output /= self.data.case.result_name
         paths = result_paths(output, len(self.values), each=samples)
         require_results_writable(paths.values(), self.data.case.files().values())
-        volumes = {"": lambda: self.mean, "nearest": lambda: self.medoid}  # each is made when it is written
-        volumes |= {f"sample-{k:04d}": partial(self.samples.__getitem__, k) for k in range(len(self.values))}
-        return [
-            write_map(path, self.std, self.data.source.affine)
-            if name == "std"
-            else write_like(path, self.data.source, volumes[name](), self.data.mask)
-            for name, path in paths.items()
-        ]
+        for name, path in paths.items():
+            if name == "std":
+                write_map(path, self.std, self.data.source.affine)
+                continue
+            kind, _, k = name.partition("-")
+            volume = self.samples[int(k)] if kind == "sample" else self.medoid if kind == "nearest" else self.mean
+            write_like(path, self.data.source, volume, self.data.mask)
+        return list(paths.values())
 
 
 def result_paths(output: Path, samples: int, *, each: bool) -> dict[str, Path]:

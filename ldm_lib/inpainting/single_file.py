@@ -33,7 +33,7 @@ def inpaint(
     device: str = "auto",
     precision: str = "auto",
 ) -> list[Path]:
-    """Inpaint the masked region of one file and write the result in the file's own grid, header and data type.
+    """Inpaint the masked region of one file, in its own grid, header and data type; return the files written.
 
     Args:
         t1n_voided: 3D T1n; voided here, with a warning, if it is not void under the mask.
@@ -52,9 +52,6 @@ def inpaint(
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
         temperature: scale of the initial noise; 0 takes the model's own.
 
-    Returns:
-        the files written.
-
     Raises:
         LdmError: an input, parameter, model or output path that cannot be used; nothing is written then.
 
@@ -67,12 +64,11 @@ def inpaint(
     """
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, read_options=read_options)
     loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
-    sampling = {"sampler": sampler, "seed": seed, "guidance": guidance}
-    InpaintOptions.parse(sampling | loading | {"num_inference_steps": steps, "samples": samples})
+    sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": steps}
+    options = InpaintOptions.parse(sampling | loading | {"samples": samples})
     results = result_paths(expand_path(output), samples, each=write_samples)
     require_results_writable(results.values(), case.files().values())
     data, inpainter = load_case(case), Inpainter.load(model, **loading)
     check_sampler(sampler, steps, inpainter.model.schedule)  # before a map is made
     data = inpainter.prepare(data, make_missing=make_missing)
-    result = inpainter(data, n_samples=samples, steps=steps, make_missing=False, **sampling)
-    return result.save(results[""], samples=write_samples)
+    return inpainter(data, make_missing=False, **options.sampling).save(results[""], samples=write_samples)

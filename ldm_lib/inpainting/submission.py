@@ -1,13 +1,13 @@
 """Check a folder of results by the rules of the challenge, and pack it into one archive."""
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ldm_lib.data.case import Case, CaseData, load_case
+from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import find_cases, survey_cases
 from ldm_lib.data.layouts import require_outside
 from ldm_lib.data.volume import GRID_TOLERANCE_MM, read_volume
@@ -46,7 +46,7 @@ def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
         yield Finding(case.key, _problem(case, folder))
     known = {case.result_name for case in cases}
     for path in sorted(folder.glob(PATTERN)):
-        if path.name not in known and not _is_other_file(path):
+        if path.name not in known and not path.name.endswith(OTHER_FILES) and "-sample-" not in path.name:
             yield Finding(path.name, "belongs to no case of the data. Fix: remove it, or give the whole data folder")
 
 
@@ -59,11 +59,7 @@ def require_archive(output: Path, data_dir: str | Path) -> None:
 
 
 def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
-    """Write the results of every case into a flat zip file, and read it back; return their number.
-
-    Raises:
-        InputError: the archive cannot be read back.
-    """
+    """Write the results of every case into a flat zip file, and read it back; return their number."""
     names = sorted(case.result_name for case in find_cases(data_dir))
     with replacing(expand_path(output)) as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
@@ -82,38 +78,28 @@ def has_several_masks(data_dir: str | Path) -> bool:
 
 
 def _problem(case: Case, folder: Path) -> str:
+    """Return how a result differs from its inpainted source other than in the mask; empty if it does not."""
     path = folder / case.result_name
     if not path.exists():
         return f"no {path.name}. Fix: inpaint it"
     try:
-        return _difference(load_case(case.to_inpaint()), path)
+        data, result = load_case(case.to_inpaint()), read_volume(path)
     except LdmError as error:
         return str(error)
-
-
-def _difference(data: CaseData, path: Path) -> str:
-    """Return how a result differs from its inpainted source other than in the mask; empty if it does not."""
-    result, source = read_volume(path), data.source
+    source = data.source
     if result.shape != source.shape:
-        return f"{path.name} has shape {_text(result.shape)}, must have {_text(source.shape)}"
+        shape, due = ("x".join(map(str, volume.shape)) for volume in (result, source))
+        return f"{path.name} has shape {shape}, must have {due}"
     if (apart := np.abs(result.affine - source.affine).max()) > GRID_TOLERANCE_MM:
         return f"{path.name} has another affine, {apart:.3g} off"
     if result.raw.dtype != source.raw.dtype:
         return f"{path.name} holds {result.raw.dtype}, must hold {source.raw.dtype}"
     if (result.slope, result.intercept) != (source.slope, source.intercept):
-        return f"{path.name} is scaled by {result.slope:g}, {result.intercept:g}; must be by {source.slope:g}, " \
-               f"{source.intercept:g}"  # fmt: skip
+        scaling, due = (f"{volume.slope:g}, {volume.intercept:g}" for volume in (result, source))
+        return f"{path.name} is scaled by {scaling}; must be by {due}"
     if changed := int(np.count_nonzero((result.raw != source.raw) & ~data.mask)):
         return f"{path.name} differs from its source in {changed} voxels outside the mask"
     filled = np.count_nonzero(result.voxels[data.mask])
     if filled < LEAST_BRAIN * data.mask.sum():
         return f"{path.name} is void under the mask: {filled} of its {int(data.mask.sum())} voxels are not 0"
     return ""
-
-
-def _is_other_file(path: Path) -> bool:
-    return path.name.endswith(OTHER_FILES) or "-sample-" in path.name
-
-
-def _text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

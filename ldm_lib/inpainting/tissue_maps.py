@@ -1,9 +1,7 @@
 """Make the tissue map that a model needs from the scan, and keep it in the user's cache.
 
-    <cache>/tissue_maps/<key>.nii.gz, <key>.json     $LDM_CACHE, else the platform's cache folder and `ldm_lib`
-
-The key is a digest of the voxels, mask, affine, settings and code version that decide the map, so that the same scan
-is registered once, whichever way it is inpainted. The JSON file holds the map's provenance and its digest.
+Maps are `tissue_maps/<key>.nii.gz` in $LDM_CACHE, else in `ldm_lib` of the platform's cache folder. The key is a digest
+of the voxels, mask, affine and settings that decide the map, so that a scan is registered once.
 """
 
 import hashlib
@@ -13,12 +11,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ldm_lib.data.case import NO_MAP, TISSUE_LABELS, CaseData
+from ldm_lib.data.case import TISSUE_LABELS, CaseData
 from ldm_lib.data.conditioning_maps import make_tissue_map
 from ldm_lib.data.masks import read_labels
 from ldm_lib.errors import LdmError
@@ -31,11 +28,7 @@ MOST_MAPS = 1000  # a map of a whole head at 1 mm takes about 0.3 MB; the least 
 
 
 def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
-    """Add a tissue map made from the voided scan; log a warning and add none if the atlas does not fit.
-
-    Args:
-        refine: how the labels of visible voxels are refined, as in `make_tissue_map`.
-    """
+    """Add a tissue map made from the voided scan by `make_tissue_map`; log a warning and add none if that fails."""
     where = data.case.t1n_voided or data.case.t1n
     with _map_folder() as (folder, kept):
         made = make_tissue_map(data, folder / f"{_key(data, refine)}.nii.gz", refine=refine)
@@ -50,16 +43,11 @@ def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
         log.warning("%s: no tissue map given, made from the scan with the MNI152 atlas%s", where, place)
     else:
         log.info("%s: no tissue map given, found the one made before in %s", where, folder)
-    warnings = tuple(text for text in data.warnings if text != NO_MAP.format("tissue"))
-    return replace(data, tissue=labels, warnings=warnings)
+    return data.with_maps(tissue=labels)
 
 
 def cache_folder() -> Path:
-    """Return the cache folder of this user.
-
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
+    """Return the cache folder of this user; RuntimeError without a home folder."""
     if named := os.environ.get(CACHE_VARIABLE):
         return expand_path(named)
     if sys.platform == "darwin":

@@ -242,20 +242,20 @@ def test_results_among_the_cases_are_rejected(cohort_folder, tiny_model_folder, 
 def test_at_most_two_cases_are_in_memory_at_once(inpainter, cases, tmp_path, monkeypatch):
     """One is read ahead while another is inpainted and written."""
     held, most = set(), []
-    read, write = Job.read, Job.write
+    read, fill = Job.read, Job.fill
 
     def counted_read(self, case):
         held.add(case.key)
         most.append(len(held))
         return read(self, case)
 
-    def counted_write(self, result, *rest):
-        row = write(self, result, *rest)
-        held.discard(result.data.case.key)
+    def counted_fill(self, data, *rest):
+        row = fill(self, data, *rest)
+        held.discard(data.case.key)
         return row
 
     monkeypatch.setattr(Job, "read", counted_read)
-    monkeypatch.setattr(Job, "write", counted_write)
+    monkeypatch.setattr(Job, "fill", counted_fill)
     fill_cases(inpainter, cases, settings(), tmp_path)
     assert max(most) == 2
 
