@@ -22,9 +22,8 @@ def boundary_scores(volume: np.ndarray, voided: np.ndarray, mask: np.ndarray, sc
     Only places where both outer voxels are known brain count; NaN if there are none.
 
     Args:
-        volume: (x, y, z) inpainted volume.
-        voided: (x, y, z) 0 where there is no brain.
-        mask: (x, y, z) bool, True where the volume is inpainted.
+        volume: (x, y, z), inpainted where `mask` is True.
+        voided: (x, y, z), 0 where there is no brain.
         scale: the case's intensity divisor.
 
     Raises:
@@ -53,8 +52,7 @@ def _lines(volume: np.ndarray, brain: np.ndarray, mask: np.ndarray) -> Iterator[
     padded = [np.pad(array[box], 2) for array in (volume.astype(np.float64), brain, mask)]
     for axis in range(3):
         for direction in (1, -1):
-            turned = [np.flip(np.moveaxis(array, axis, 0), 0) if direction < 0 else np.moveaxis(array, axis, 0)
-                      for array in padded]  # fmt: skip
+            turned = [np.moveaxis(array, axis, 0)[::direction] for array in padded]
             yield [[array[k : len(array) - 3 + k] for k in range(4)] for array in turned]
 
 

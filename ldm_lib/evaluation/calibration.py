@@ -29,21 +29,11 @@ def ranks(samples: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> np.ndarra
 def coverage(rank: np.ndarray, samples: int) -> list[dict[str, float]]:
     """Compute how often the ground truth lies in each interval between two samples of equal rank from either end.
 
-    Args:
-        rank: (n,) of `ranks`.
-        samples: K, at least 2.
-
-    Returns:
-        rows of "expected", the probability if the samples are calibrated, and "found", the fraction of the voxels; the
-        narrowest interval first.
+    Rows have "expected", the probability if the samples are calibrated, and "found", the fraction of the voxels; the
+    narrowest interval is first. `rank` is (n,) of `ranks`, among K = `samples`.
     """
-    return [
-        {
-            "expected": (samples + 1 - 2 * i) / (samples + 1),
-            "found": float(((rank >= i) & (rank <= samples - i)).mean()),
-        }
-        for i in range(samples // 2, 0, -1)
-    ]
+    found = {i: float(((rank >= i) & (rank <= samples - i)).mean()) for i in range(samples // 2, 0, -1)}
+    return [{"expected": (samples + 1 - 2 * i) / (samples + 1), "found": value} for i, value in found.items()]
 
 
 def spread_skill_ratio(samples: np.ndarray, truth: np.ndarray) -> float:

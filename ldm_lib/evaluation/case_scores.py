@@ -56,17 +56,8 @@ def mean_of(samples: int) -> str:
     return f"mean of {samples}"
 
 
-def sample_path(results: Path, data: CaseData, k: int) -> Path:
-    """Return the file of the k-th sample of a case in the results of stage 05."""
-    return _variant_path(results, data, f"sample-{k:04d}")
-
-
-def std_path(results: Path, data: CaseData) -> Path:
-    """Return the file of the standard deviation over the samples of a case in the results of stage 05."""
-    return _variant_path(results, data, "std")
-
-
-def _variant_path(results: Path, data: CaseData, name: str) -> Path:
+def result_path(results: Path, data: CaseData, name: str) -> Path:
+    """Return a file of a case in the results of stage 05: "std", "nearest" or "sample-000k"."""
     return results / data.case.result_name.replace(".nii.gz", f"-{name}.nii.gz")
 
 
@@ -77,7 +68,7 @@ def read_result(results: Path, data: CaseData) -> np.ndarray:
 
 def read_sample(results: Path, data: CaseData, k: int) -> np.ndarray:
     """Read the k-th sample of a case in the results of stage 05."""
-    return read_volume(sample_path(results, data, k)).voxels
+    return read_volume(result_path(results, data, f"sample-{k:04d}")).voxels
 
 
 def read_variants(results: Path, data: CaseData) -> dict[str, np.ndarray]:
@@ -88,8 +79,8 @@ def read_variants(results: Path, data: CaseData) -> dict[str, np.ndarray]:
 
 def samples_and_target(data: CaseData, results: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Read K samples (K, n) and the target (n,) at the n scored voxels of a case, in source units."""
-    volumes = (read_volume(sample_path(results, data, k)).voxels for k in range(samples))
-    return np.stack([volume[data.scored] for volume in volumes]), data.target[data.scored]
+    values = [read_sample(results, data, k)[data.scored] for k in range(samples)]
+    return np.stack(values), data.target[data.scored]
 
 
 def conditioned_path(results: Path, data: CaseData, variant: str) -> Path:
@@ -100,23 +91,21 @@ def conditioned_path(results: Path, data: CaseData, variant: str) -> Path:
 def candidates(
     data: CaseData, results: Path, samples: int, *, baselines: bool = True, given: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Read the results of a case, and compute the baselines: method -> volume (x, y, z) in the file's voxel order.
+    """Read the K results of a case, and compute the baselines: method -> volume (x, y, z) in the file's voxel order.
 
     Args:
-        results: folder with the files of stage 05.
-        samples: K, the number of samples.
         given: tissue labels that came with the case, if it was inpainted with other labels: the methods that use them
             are added, with names that say so.
     """
     files = {
-        SAMPLE: sample_path(results, data, 0),
+        SAMPLE: result_path(results, data, "sample-0000"),
         mean_of(samples): results / data.case.result_name,
         UPPER_BOUND: results / UPPER_BOUND_FOLDER / data.case.result_name,
     }
     if given is not None and (path := conditioned_path(results, data, "given")).exists():
         files[f"{SAMPLE}{WITH_GIVEN}"] = path
     if samples > 1:
-        files[MEDOID] = _variant_path(results, data, "nearest")
+        files[MEDOID] = result_path(results, data, "nearest")
     volumes = {name: read_volume(path).voxels for name, path in files.items()}
     if not baselines:
         return volumes
@@ -185,9 +174,7 @@ def boundary_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> list[dic
 def conditioning_rows(data: CaseData, given: CaseData, results: Path, *, threshold: float) -> list[dict[str, Any]]:
     """Compute `fidelity_row` of a case's results under different conditioning, and of the ground truth.
 
-    Args:
-        given: the same case with the maps that came with it: the reference of "given" and of the ground truth.
-        threshold: concentration from which there is tumour.
+    `given` is the same case with the maps that came with it: the reference of "given" and of the ground truth.
     """
     volumes = read_variants(results, data)
     volumes |= {"ground truth": data.target} if volumes else {}

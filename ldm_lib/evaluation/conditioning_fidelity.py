@@ -15,12 +15,8 @@ FEWEST_VOXELS = 20  # of a tissue outside the mask, to estimate its intensities
 def tissue_by_intensity(volume: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Label the most likely tissue of every voxel in the mask: uint8 (x, y, z), 0 outside the mask and in air.
 
-    Tissues are normal distributions of intensity with the mean and standard deviation they have outside the mask.
-
-    Args:
-        volume: inpainted or true image (x, y, z).
-        labels: tissue outside the mask (x, y, z), 1 CSF, 2 GM, 3 WM; labels in the mask are not used.
-        mask: bool (x, y, z).
+    Tissues are normal distributions of intensity with the mean and standard deviation they have outside the mask, by
+    the labels there.
     """
     values, found = volume[mask].astype(np.float64), np.zeros(volume.shape, np.uint8)
     misfit = np.full((len(TISSUES), values.size), np.inf)
@@ -59,10 +55,8 @@ def class_shift(volume: np.ndarray, labels: np.ndarray, outside: np.ndarray, ins
     """Compute how far each tissue's mean in the result lies from its mean outside the mask, in standard deviations.
 
     Args:
-        volume: inpainted image (x, y, z).
         labels: the tissue map of the conditioning (x, y, z).
-        outside: bool (x, y, z), known healthy brain.
-        inside: bool (x, y, z), the inpainted voxels in question.
+        outside, inside: bool (x, y, z), known healthy brain, and the inpainted voxels in question.
 
     Returns:
         tissue -> shift; one with fewer than 20 voxels on either side is left out.
@@ -78,14 +72,8 @@ def class_shift(volume: np.ndarray, labels: np.ndarray, outside: np.ndarray, ins
 def agreement(labels: np.ndarray, image: np.ndarray, outside: np.ndarray, mask: np.ndarray) -> float:
     """Compute the fraction of voxels in the mask whose label agrees with the image's intensity, in [0, 1].
 
-    Used by the leak audit: a map that was made from the voided image cannot agree this well with the image under the
-    mask.
-
-    Args:
-        labels: the map to be checked (x, y, z).
-        image: the true image (x, y, z).
-        outside: labels (x, y, z) by which the tissues' intensities outside the mask are estimated.
-        mask: bool (x, y, z).
+    The leak audit compares it with that of a map made from the voided image. All volumes are (x, y, z); `outside` are
+    labels by which the tissues' intensities outside the mask are estimated.
     """
     found = tissue_by_intensity(image, outside, mask)
     labelled = mask & (found > 0)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from ldm_lib.anatomy.options import DEFAULT_RATES, GrowthRates
 from ldm_lib.anatomy.tissue import GM, WM
 from ldm_lib.anatomy.tumour_growth import grow_tumour
 from ldm_lib.data.case import CaseData
@@ -68,8 +67,7 @@ def inpaint_variants(
 ) -> dict[str, np.ndarray]:
     """Draw one sample for each variant, all from the same noise: name -> (x, y, z) in the file's order and units.
 
-    Args:
-        sampling: seed, sampler and steps, as `Inpainter` takes them.
+    `sampling` are seed, sampler and steps, as `Inpainter` takes them.
     """
     return {
         name: inpainter(data, latents=variant.latents, guidance=variant.guidance, **sampling).mean
@@ -80,11 +78,7 @@ def inpaint_variants(
 def tumour_seed_mm(data: CaseData) -> tuple[float, float, float]:
     """Choose the seed point of a tumour in the mask, in the file's world (RAS, mm).
 
-    The seed point is the voxel of highest concentration, or without a growth map the white or grey voxel deepest in
-    the mask.
-
-    Raises:
-        InputError: the case has no tissue map, or no white or grey matter in its mask.
+    It is the voxel of highest concentration, or without a growth map the white or grey voxel deepest in the mask.
     """
     solid = np.isin(data.tissue, (GM, WM)) & data.mask if data.tissue is not None else np.zeros(data.mask.shape, bool)
     if not solid.any():
@@ -95,34 +89,19 @@ def tumour_seed_mm(data: CaseData) -> tuple[float, float, float]:
     return tuple((data.source.affine @ [*voxel, 1])[:3].tolist())
 
 
-def tumours_in_time(
-    data: CaseData,
-    days: Sequence[float],
-    *,
-    seed_mm: Sequence[float] | None = None,
-    rates: GrowthRates = DEFAULT_RATES,
-) -> dict[str, np.ndarray]:
-    """Grow one tumour to several ages in the case's own tissue: growth maps (x, y, z) by name; 0 days is healthy.
-
-    Raises:
-        InputError: no tissue map, or a seed point outside white and grey matter.
-    """
-    seed_mm = tumour_seed_mm(data) if seed_mm is None else seed_mm
-    nothing = np.zeros(data.mask.shape, np.float32)
-    grown = {
-        age: grow_tumour(data.tissue, data.source.affine, age, seed_mm=seed_mm, rates=rates) for age in days if age
-    }
+def tumours_in_time(data: CaseData, days: Sequence[float]) -> dict[str, np.ndarray]:
+    """Grow one tumour from `tumour_seed_mm` to several ages: growth maps (x, y, z) by name; 0 days is healthy."""
+    seed_mm, nothing = tumour_seed_mm(data), np.zeros(data.mask.shape, np.float32)
+    grown = {age: grow_tumour(data.tissue, data.source.affine, age, seed_mm=seed_mm) for age in days if age}
     return {f"{age:g} days" if age else HEALTHY: grown.get(age, nothing) for age in days}
 
 
 def inpaint_with_growths(
     inpainter: Inpainter, data: CaseData, growths: Mapping[str, np.ndarray], *, guidance: float = 1.0, **sampling: Any
 ) -> dict[str, np.ndarray]:
-    """Draw one sample for each growth map, all from the same noise: name -> (x, y, z) in the file's order and units."""
-    variants = {
-        name: ConditioningVariant(inpainter.encode(replace(data, growth=growth)), guidance)
-        for name, growth in growths.items()
-    }
+    """Draw one sample for each growth map, as `inpaint_variants` does for each variant."""
+    latents = {name: inpainter.encode(replace(data, growth=growth)) for name, growth in growths.items()}
+    variants = {name: ConditioningVariant(encoded, guidance) for name, encoded in latents.items()}
     return inpaint_variants(inpainter, data, variants, **sampling)
 
 
@@ -148,8 +127,7 @@ def write_with_growths(
 def healthy_shift(data: CaseData, volume: np.ndarray, *, threshold: float) -> dict[str, float]:
     """Compute `conditioning_fidelity.class_shift` of a result without tumour from the healthy brain outside the mask.
 
-    Args:
-        threshold: concentration from which there is tumour.
+    `threshold` is the concentration from which there is tumour.
     """
     healthy = np.ones(data.mask.shape, bool) if data.growth is None else data.growth < threshold
     return class_shift(volume, data.tissue, (data.voided != 0) & ~data.mask & healthy, data.mask)

@@ -17,7 +17,7 @@ from ldm_lib.data.layouts import require_outside
 from ldm_lib.data.volume import read_volume
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import ConfigError, InputError
-from ldm_lib.evaluation.case_scores import SAMPLE, UPPER_BOUND_FOLDER, candidates, mean_of, score_rows, std_path
+from ldm_lib.evaluation.case_scores import SAMPLE, UPPER_BOUND_FOLDER, candidates, mean_of, result_path, score_rows
 from ldm_lib.evaluation.summary import as_table, report
 from ldm_lib.files import expand_path, replacing, write_csv
 from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_upper_bound
@@ -108,9 +108,7 @@ def evaluate_folder(
 ) -> str:
     """Evaluate a model folder, or the pretrained weights, on a folder of cases; return the tables as Markdown.
 
-    Args:
-        options: samples, seed, sampler, steps, guidance, temperature, device and precision.
-        rest: `tissue`, `pictures` and `say`, as in `evaluate`.
+    `rest` are `tissue`, `pictures` and `say`, as in `evaluate`.
     """
     root, output = expand_path(data_dir), expand_path(output)
     require_outside(output, root)
@@ -166,5 +164,5 @@ def _plot(case: Case, results: Path, samples: int, output: Path) -> None:
     names = [SAMPLE] if samples == 1 else [SAMPLE, mean_of(samples)]
     volumes = {"voided": data.voided} | {name: found[name] for name in names} | {"ground truth": data.target}
     if samples > 1:
-        volumes["standard deviation"] = read_volume(std_path(results, data)).voxels
+        volumes["standard deviation"] = read_volume(result_path(results, data, "std")).voxels
     case_plots.plot(data, volumes).savefig(output / f"{case.key}.png", dpi=110)

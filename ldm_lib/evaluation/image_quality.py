@@ -21,11 +21,8 @@ def brain_scores(rebuilt: np.ndarray, image: np.ndarray) -> dict[str, float]:
     brain = image > 0
     difference = (np.asarray(rebuilt, np.float64) - image)[brain]
     similarity = ssim_by_slice(np.asarray(rebuilt, np.float64), np.asarray(image, np.float64), data_range=PEAK)
-    return {
-        "psnr": psnr(difference),
-        "ssim": float(similarity[brain].mean()),
-        "mae": float(np.abs(difference).mean()),
-    }
+    mae = float(np.abs(difference).mean())
+    return {"psnr": psnr(difference), "ssim": float(similarity[brain].mean()), "mae": mae}
 
 
 def psnr(difference: np.ndarray) -> float:
@@ -42,9 +39,7 @@ def rms(values: np.ndarray) -> float:
 def error_spectrum(rebuilt: np.ndarray, image: np.ndarray, spacing_mm: Sequence[float]) -> list[dict[str, float]]:
     """Compute the power of an image and of its error by spatial frequency, up to the coarsest axis' Nyquist frequency.
 
-    Returns:
-        rows of `cycles_per_mm`, `image` and `error`, the last two as `power_spectrum` gives them. The mean,
-        frequency 0, has no row.
+    Rows have `cycles_per_mm` (above 0), and `image` and `error` as `power_spectrum` gives them.
     """
     frequency, image_power = power_spectrum(image, spacing_mm)
     _, error_power = power_spectrum(np.asarray(rebuilt, np.float64) - image, spacing_mm)

@@ -1,8 +1,7 @@
 """Measure an autoencoder's latents: their moments, and their response to a flip and to a mask.
 
-    latent (c x/f y/f z/f), standardised;   chosen (x/f y/f z/f) bool, some of its voxels
-
-Images are normalised (x, y, z) on the model's padded LPS grid.
+Latents are (c, x/f, y/f, z/f), standardised, and `chosen`, bool, some of their voxels. Images are normalised (x, y, z)
+on the model's padded LPS grid.
 """
 
 from collections.abc import Sequence
@@ -21,10 +20,6 @@ LARGEST_DISTANCE = 6
 
 def latent_table(latent: np.ndarray, chosen: np.ndarray) -> list[dict[str, float]]:
     """Compute the moments of each channel, for comparison with the normal distribution that sampling starts from.
-
-    Args:
-        latent: (c, x, y, z), standardised.
-        chosen: (x, y, z) bool, the latent voxels to use.
 
     Returns:
         rows of `channel`, `mean`, `std` (ddof 0), `skew` (third standardised moment; 0 for a normal) and
@@ -74,9 +69,8 @@ def mask_reach(full: np.ndarray, voided: np.ndarray, mask: np.ndarray, brain: np
         mask, brain: (x, y, z) bool, latent voxels that contain any of the mask, and those mostly in the brain.
 
     Returns:
-        rows of `cells_from_hole` (Chebyshev distance to the nearest latent voxel that contains any of the mask),
-        `cells` (number of those mostly in the brain) and `rms_difference` between the latents of the full and of the
-        voided image there, over channels and latent voxels. NaN if there are none.
+        rows of `cells_from_hole` (Chebyshev distance to the mask), `cells` (number of latent voxels there) and
+        `rms_difference` between both latents there; NaN if there are none.
     """
     distance, rows = ndimage.distance_transform_cdt(~mask, metric="chessboard"), []
     for k in range(LARGEST_DISTANCE + 1):
@@ -86,14 +80,10 @@ def mask_reach(full: np.ndarray, voided: np.ndarray, mask: np.ndarray, brain: np
 
 
 def dilation_needed(rows: Sequence[dict[str, float]], fraction: float = 0.1) -> int:
-    """Find the smallest dilation of the latent mask beyond which the masked region changes latents little.
+    """Find the smallest dilation of the latent mask beyond which the masked region has little effect, latent voxels.
 
-    Args:
-        rows: of `mask_reach`.
-        fraction: of the change in the masked latent voxels, up to which a change is little.
-
-    Returns:
-        latent voxels; the largest distance in the rows means at least that many.
+    A change up to `fraction` of that in the masked latent voxels is little. The largest distance in the rows, those of
+    `mask_reach`, means at least that many.
     """
     limit = fraction * rows[0]["rms_difference"]
     return max((row["cells_from_hole"] for row in rows[1:] if row["rms_difference"] > limit), default=0)

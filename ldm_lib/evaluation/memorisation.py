@@ -24,20 +24,12 @@ LEFT_RIGHT = 0  # axis of LPS volumes
 
 @dataclass(frozen=True)
 class Patch:
-    """Hold a part of an inpainted region.
+    """Hold a part of an inpainted region; axes are x, y, z in LPS order."""
 
-    Attributes:
-        about: columns of its row, such as {"case": key}.
-        values: (x, y, z) normalised, LPS.
-        compared: (x, y, z) bool, the voxels that are compared.
-        corner: position in the whole volume, voxels.
-        spacing_mm: along x, y, z.
-    """
-
-    about: dict[str, Any]
-    values: np.ndarray
-    compared: np.ndarray
-    corner: tuple[int, ...]
+    about: dict[str, Any]  # columns of its row, such as {"case": key}
+    values: np.ndarray  # normalised
+    compared: np.ndarray  # bool, the voxels that are compared
+    corner: tuple[int, ...]  # position in the whole volume, voxels
     spacing_mm: tuple[float, ...]
 
     @classmethod
@@ -59,8 +51,9 @@ class Patch:
 
     def _distance(self, image: np.ndarray, reach: Sequence[int]) -> float:
         """Compute sum w (p - q)^2 = sum w p^2 - 2 (w p * q) + (w * q^2) for all shifts at once by FFT."""
-        within = _window(image, [c - r for c, r in zip(self.corner, reach, strict=True)],
-                         [n + 2 * r for n, r in zip(self.compared.shape, reach, strict=True)])  # fmt: skip
+        sides = list(zip(self.corner, self.compared.shape, reach, image.shape, strict=True))
+        padded = np.pad(image, [(r, r + max(c + n - size, 0)) for c, n, r, size in sides])  # 0 beyond the border
+        within = padded[tuple(slice(c, c + n + 2 * r) for c, n, r, _ in sides)]
         weight = self.compared.astype(np.float64)
         own = weight * self.values
         crossed = fftconvolve(within, np.flip(own), mode="valid")
@@ -99,13 +92,3 @@ def _nearest(distances: dict[str, float]) -> dict[str, Any]:
     ratio = first / second if second > 0 else np.nan
     nearest = {"nearest": order[0], "distance": distances[order[0]]} if order else {"nearest": "", "distance": np.nan}
     return nearest | {"distance ratio": ratio, "patients": len(order)}
-
-
-def _window(image: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """Cut a box out of an image, with zeros beyond its border."""
-    window = np.zeros(shape)
-    there = [slice(max(a, 0), min(a + n, size)) for a, n, size in zip(start, shape, image.shape, strict=True)]
-    if all(s.start < s.stop for s in there):
-        here = tuple(slice(s.start - a, s.stop - a) for s, a in zip(there, start, strict=True))
-        window[here] = image[tuple(there)]
-    return window

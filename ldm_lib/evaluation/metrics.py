@@ -20,16 +20,9 @@ K1, K2 = 0.01, 0.03
 # Spheres of 27 mm and 42 mm diameter; four real healthy masks have 14, 35, 60 and 79 mL, synthetic ones 6 to 25 mL.
 SMALL_BELOW_MM3, LARGE_FROM_MM3 = 10_000.0, 40_000.0
 
-Box = tuple[slice, ...]
-
 
 def brats_scores(
-    prediction: ArrayLike,
-    target: ArrayLike,
-    voided: ArrayLike,
-    healthy_mask: ArrayLike,
-    *,
-    where: str = "",
+    prediction: ArrayLike, target: ArrayLike, voided: ArrayLike, healthy_mask: ArrayLike, *, where: str = ""
 ) -> dict[str, float]:
     """Compute the challenge's scores of one case: `ssim`, `psnr_01` in dB, `mse`, `rmse` and `mae`.
 
@@ -37,8 +30,7 @@ def brats_scores(
     `psnr_01` = inf and `ssim` = 1.
 
     Args:
-        prediction: (x, y, z), the whole volume in the source's units.
-        target: (x, y, z), the full T1n.
+        prediction, target: (x, y, z), whole volumes in the source's units.
         voided: (x, y, z), the voided T1n; it alone sets the normalisation.
         healthy_mask: (x, y, z), nonzero where voxels are scored.
         where: the case, for error messages.
@@ -58,11 +50,8 @@ def brats_scores(
 def ssim_by_slice(prediction: np.ndarray, target: np.ndarray, *, data_range: float) -> np.ndarray:
     """Compute the structural similarity of every voxel within its plane of axes y and z, for each x separately.
 
-    Gaussian window of sigma 1.5 and 11x11 voxels, mirrored at the borders without repeating the edge.
-
-    Args:
-        prediction, target: (x, y, z) of the same range.
-        data_range: L of the constants (K1 L)^2 and (K2 L)^2.
+    Gaussian window of sigma 1.5 and 11x11 voxels, mirrored at the borders without repeating the edge. `data_range` is L
+    of the constants (K1 L)^2 and (K2 L)^2.
 
     Source: Wang et al., IEEE TIP 13 (2004) 600, equation 13.
     """
@@ -88,15 +77,11 @@ def scores_by_tissue(
 ) -> list[dict[str, str | int | float]]:
     """Compute `psnr_01`, `mse`, `rmse` and `mae` of each tissue in the healthy mask, one row per tissue.
 
-    Rows have `tissue` (CSF, GM, WM), `voxels`, and the scores with the normalisation of the whole
-    case; a tissue without voxels has NaN scores. Voxels of other labels are in no row.
+    Rows have `tissue` (CSF, GM, WM), `voxels`, and the scores with the normalisation of the whole case; these are NaN
+    for a tissue without voxels. The other arguments and errors are those of `brats_scores`.
 
     Args:
-        prediction, target, voided, healthy_mask, where: as in `brats_scores`.
-        tissue: (x, y, z) labels, CSF 1, GM 2, WM 3.
-
-    Raises:
-        InputError: as `brats_scores`.
+        tissue: (x, y, z) labels, CSF 1, GM 2, WM 3; voxels of other labels are in no row.
     """
     tissue = np.asarray(tissue)
     _check_shapes({"target": np.asarray(target), "tissue": tissue}, where)
@@ -124,8 +109,7 @@ def bootstrap_by_patient(
     values are left out. There is no interval (NaN) for one patient or an infinite score.
 
     Args:
-        values: a score of each mask.
-        patients: the patient of each mask.
+        values, patients: score and patient of each mask.
         level: fraction of the resampled means inside the interval.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
@@ -155,25 +139,26 @@ def _errors(difference: np.ndarray) -> dict[str, float]:
 
 
 def _normalised(
-    prediction: ArrayLike,
-    target: ArrayLike,
-    voided: ArrayLike,
-    healthy_mask: ArrayLike,
-    where: str,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, Box]:
+    prediction: ArrayLike, target: ArrayLike, voided: ArrayLike, healthy_mask: ArrayLike, where: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[slice, ...]]:
     """Mask prediction and target, normalise them to [0, 1] by the voided image, and crop them and the mask to a box.
 
-    The box, returned last, holds all voxels that the scores depend on.
+    The box, returned last, is the mask's, widened by the reach of the SSIM window. Windows of masked voxels meet its
+    border only where it is the volume's, so mirroring agrees. The window has no extent in x, but the margin there puts
+    unmasked voxels into the box whenever the volume has any: the range of intensities is then that of the whole volume.
     """
     volumes = {"prediction": prediction, "target": target, "voided": voided, "mask": healthy_mask}
     volumes = {name: np.asarray(volume) for name, volume in volumes.items()}
     _check_shapes(volumes, where)
-    _check_finite(volumes, where)
+    for name, volume in volumes.items():
+        if bad := volume.size - np.count_nonzero(np.isfinite(volume)):
+            raise InputError(f"{bad} of {volume.size} voxels of the {name} are not finite", where=where,
+                             fix="replace NaN and infinity by finite values")  # fmt: skip
     mask: np.ndarray = volumes["mask"] != 0
     if not mask.any():
         raise InputError("the healthy mask is empty", where=where, fix="give a mask with at least one voxel")
     lo, hi = _intensity_range(volumes["voided"], where)
-    box = _window_box(mask)
+    box = bounding_box(mask, WINDOW_RADIUS_VOX)
     mask = mask[box]
     p, t = (
         (np.clip(volumes[name][box].astype(np.float64) * mask, lo, hi) - lo) / (hi - lo)
@@ -186,27 +171,14 @@ def _intensity_range(voided: np.ndarray, where: str) -> tuple[float, float]:
     lo, hi = (float(bound) for bound in np.percentile(voided, PERCENTILES))
     lo = max(lo, 0.0)
     if not lo < hi:
-        raise InputError(
-            f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]} of the voided image are {lo:g} and"
-            f" {hi:g}: no intensity range to normalise by",
-            where=where,
-            fix="check that the voided image holds a brain",
-        )
+        percentiles = f"percentiles {PERCENTILES[0]} and {PERCENTILES[1]} of the voided image are {lo:g} and {hi:g}"
+        raise InputError(f"{percentiles}: no intensity range to normalise by", where=where,
+                         fix="check that the voided image holds a brain")  # fmt: skip
     return lo, hi
 
 
 def _window_mean(volume: np.ndarray) -> np.ndarray:
     return gaussian_filter(volume, WINDOW_SIGMA_VOX, radius=WINDOW_RADIUS_VOX, mode="mirror", axes=(1, 2))
-
-
-def _window_box(mask: np.ndarray) -> Box:
-    """Return the mask's bounding box, widened by the reach of the window, within the volume.
-
-    Windows of masked voxels meet the box's border only where it is the volume's, so mirroring agrees.
-    The window has no extent in x, but the growth there puts unmasked voxels into the box whenever the
-    volume has any: the range of intensities is then that of the whole volume too.
-    """
-    return bounding_box(mask, WINDOW_RADIUS_VOX)
 
 
 def _check_shapes(volumes: Mapping[str, np.ndarray], where: str) -> None:
@@ -216,14 +188,3 @@ def _check_shapes(volumes: Mapping[str, np.ndarray], where: str) -> None:
     shape = next(iter(shapes.values()))
     if len(shape) != 3:
         raise InputError(f"volumes are {len(shape)}-D, {shape}", where=where, fix="give (x, y, z)")
-
-
-def _check_finite(volumes: Mapping[str, np.ndarray], where: str) -> None:
-    for name, volume in volumes.items():
-        bad = volume.size - np.count_nonzero(np.isfinite(volume))
-        if bad:
-            raise InputError(
-                f"{bad} of {volume.size} voxels of the {name} are not finite",
-                where=where,
-                fix="replace NaN and infinity by finite values",
-            )

@@ -3,7 +3,7 @@
     image (x y z) => encode => latent (c x/f y/f z/f) => decode => image (x y z)
 
 Images are normalised numpy volumes on the model's padded LPS grid unless said otherwise; air is 0, and brain is what
-is above it. Every function runs one volume at a time on `device` in `precision`, without gradients.
+is above it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,8 @@ BOX_LOSS_LIMIT_DB = 0.1  # if decoding a box changes the mask's PSNR by more, th
 def upper_bound(data: CaseData, rebuilt: np.ndarray, factor: int) -> tuple[np.ndarray, dict[str, float]]:
     """Paste the reconstructed target into the mask, and score it: about the best that a latent model can reach.
 
-    The mask's edge is not corrected (`edge_blending`), which would cost some tenths of a decibel.
-
-    Args:
-        rebuilt: (x, y, z) the reconstructed target, normalised, on the grid of a network of this factor.
-
-    Returns:
-        the inpainted volume (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
+    The mask's edge is not corrected (`edge_blending`), which would cost some tenths of a decibel. Return the volume
+    (x, y, z) in the file's order and units, and the challenge's scores on the healthy mask.
     """
     filled = data.paste(rebuilt, factor)
     return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
@@ -45,37 +40,20 @@ def upper_bound(data: CaseData, rebuilt: np.ndarray, factor: int) -> tuple[np.nd
 
 @dataclass(frozen=True)
 class CheckedCase:
-    """Hold what an autoencoder makes of one case.
-
-    Attributes:
-        grid: the case on the model's grid.
-        latent_mask: bool, the latent voxels that contain any of the mask.
-        full, voided: reconstructions of the full and of the voided image.
-        pasted: the reconstructed target in the mask, (x, y, z) in the file's order and units.
-        scores: of the upper bound and of the reference codecs, `outside_psnr` of the voided image, and seconds.
-    """
+    """Hold what an autoencoder makes of one case: reconstructions of the full and of the voided image, and scores."""
 
     grid: GridCase
-    latent_mask: np.ndarray
+    latent_mask: np.ndarray  # bool, the latent voxels that contain any of the mask
     full: Reconstruction
     voided: Reconstruction
-    pasted: np.ndarray
-    scores: dict[str, float]
+    pasted: np.ndarray  # the reconstructed target in the mask, (x, y, z) in the file's order and units
+    scores: dict[str, float]  # of the upper bound and the reference codecs, `outside_psnr` of `voided`, and seconds
 
 
 def check_case(
-    data: CaseData,
-    autoencoder: AnyCodec,
-    references: Mapping[str, AnyCodec],
-    *,
-    device: torch.device,
-    precision: str,
+    data: CaseData, autoencoder: AnyCodec, references: Mapping[str, AnyCodec], *, device: torch.device, precision: str
 ) -> CheckedCase:
-    """Reconstruct a case by an autoencoder, and score the upper bound next to that of reference codecs.
-
-    Args:
-        references: name -> codec on the same grid; its PSNR becomes `<name>_psnr`.
-    """
+    """Reconstruct a case, and score the upper bound next to that of reference codecs by name on the same grid."""
     compute = {"device": device, "precision": precision}
     grid = grid_case(data, autoencoder.factor)
     full, voided = (reconstruct(autoencoder, image, **compute) for image in (grid.target, grid.voided))
@@ -96,13 +74,7 @@ def by_tissue(data: CaseData, filled: np.ndarray) -> list[dict[str, str | int | 
 
 
 def crop_against_whole(
-    autoencoder: AnyCodec,
-    image: np.ndarray,
-    rebuilt: np.ndarray,
-    edge: int,
-    *,
-    device: torch.device,
-    precision: str,
+    autoencoder: AnyCodec, image: np.ndarray, rebuilt: np.ndarray, edge: int, *, device: torch.device, precision: str
 ) -> dict[str, float]:
     """Compute PSNR in dB over the brain of crops reconstructed alone, and of the same voxels in the whole volume.
 
@@ -147,19 +119,9 @@ def alignment(
 
 
 def box_loss_db(
-    data: CaseData,
-    autoencoder: AnyCodec,
-    coded: Reconstruction,
-    margin: int,
-    *,
-    device: torch.device,
-    precision: str,
+    data: CaseData, autoencoder: AnyCodec, coded: Reconstruction, margin: int, *, device: torch.device, precision: str
 ) -> float:
-    """Compute the upper bound's PSNR in dB by full decoding less that by `decode_box`; positive: the box is worse.
-
-    Args:
-        coded: the case's target.
-    """
+    """Compute the upper bound's PSNR in dB by full decoding of `coded` less that by `decode_box`."""
     mask = data.frame(autoencoder.factor).to_model(data.mask)
     with torch.inference_mode(), autocast(device, precision):
         box = decode_box(autoencoder, torch.from_numpy(coded.latent)[None].to(device), mask, margin)
@@ -186,9 +148,7 @@ def _middle(image: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 def _shift(rebuilt: np.ndarray, image: np.ndarray) -> dict[str, float]:
     """Find the shift along z with the highest correlation between a volume and the image."""
     far, n = FARTHEST_SHIFT_VOX, image.shape[2]
-    still, found = image[..., far : n - far].ravel(), {}
-    for shift in sorted(range(-far, far + 1), key=abs):
-        moved = rebuilt[..., far + shift : n - far + shift].ravel()
-        found[shift] = float(np.corrcoef(still, moved)[0, 1])
+    still, shifts = image[..., far : n - far].ravel(), sorted(range(-far, far + 1), key=abs)
+    found = {k: float(np.corrcoef(still, rebuilt[..., far + k : n - far + k].ravel())[0, 1]) for k in shifts}
     best = max(found, key=found.get)
     return {"shift_vox": best, "correlation": found[best]}

@@ -23,10 +23,7 @@ def sampler_rows(
 ) -> Iterator[dict[str, Any]]:
     """Inpaint each case once by each sampler that supports the model's schedule, in each number of steps, and score it.
 
-    Args:
-        cases: with their target.
-        steps: denoiser calls; numbers above the schedule's are left out.
-        threshold: concentration from which there is tumour.
+    Numbers of steps above the schedule's are left out.
 
     Yields:
         rows of "case", "sampler", "steps", "seconds" (of sampling and decoding) and the scores of `fidelity_row`.

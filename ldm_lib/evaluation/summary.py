@@ -21,7 +21,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame, scores: Sequence[str] = (), *, reference: str = "") -> pd.DataFrame:
-    """Compute the mean over patients of each score and method, with its 95 % bootstrap interval by patient.
+    """Compute the mean over patients of each score and method, with its interval of `metrics.bootstrap_by_patient`.
 
     Args:
         table: columns "method", "case", "patient" and scores; a row for each case and method.
@@ -30,8 +30,6 @@ def summarise(table: pd.DataFrame, scores: Sequence[str] = (), *, reference: str
 
     Returns:
         a row for each method, in the order of the table, with columns (score, "mean" | "low" | "high").
-
-    Source: `metrics.bootstrap_by_patient`.
     """
     scores = list(scores or [name for name in METRICS if name in table])
     if reference:
@@ -72,10 +70,7 @@ def cases_table(table: pd.DataFrame) -> list[list[str]]:
     text = [f"{psnr:.2f}, {ssim:.3f}" for psnr, ssim in zip(table["psnr"], table["ssim"], strict=True)]
     cells = table.assign(text=text).pivot(index="method", columns="case", values="text")
     cells = cells.reindex(index=table["method"].unique(), columns=table["case"].unique()).fillna("")
-    return [
-        ["method", *cells.columns],
-        *([name, *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)),
-    ]
+    return [["method", *cells.columns], *cells.reset_index().to_numpy().tolist()]
 
 
 def _interval(found: pd.Series, digits: int, sign: str = "") -> str:

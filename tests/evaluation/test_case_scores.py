@@ -14,7 +14,7 @@ from ldm_lib.evaluation.case_scores import (
     UPPER_BOUND,
     candidates,
     mean_of,
-    sample_path,
+    result_path,
     score_rows,
 )
 from ldm_lib.evaluation.metrics import brats_scores, mask_size_class
@@ -54,7 +54,7 @@ def test_a_sample_is_where_the_inpainter_writes_it(data, tmp_path):
     from ldm_lib.inpainting.result import Inpainting
 
     written = Inpainting(data, np.zeros((2, data.mask.sum()), np.float32)).save(tmp_path, samples=True)
-    assert [sample_path(tmp_path, data, k) for k in range(2)] == written[3:]
+    assert [result_path(tmp_path, data, f"sample-000{k}") for k in range(2)] == written[3:]
 
 
 def test_baselines_do_not_see_under_the_mask(data, results):
