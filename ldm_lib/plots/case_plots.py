@@ -48,7 +48,7 @@ def plot(
     margin_mm: float | None = None,
     title: str = "",
 ) -> InlineFigure:
-    """Plot volumes of a case as rows and three planes through its mask as columns.
+    """Plot volumes of a case as rows and three planes through its mask as columns; a notebook displays the Figure.
 
     Args:
         volumes: by name; by default the voided image and, if there is one, the ground truth. Images share one window.
@@ -56,9 +56,6 @@ def plot(
         centre_on: volume in whose largest voxel the planes meet; by default the centre of the mask.
         window: lowest and highest intensity; by default that of the first image.
         margin_mm: crop to the bounding box of the mask and this margin.
-
-    Returns:
-        A matplotlib Figure that a notebook displays by itself; `savefig` writes it.
 
     Examples:
         >>> figure = plot(case, {"voided": case.voided, "growth": case.growth})
@@ -72,12 +69,7 @@ def plot(
 
 
 def plot_difference(
-    case: LoadedCase,
-    prediction: np.ndarray,
-    *,
-    window: Window = None,
-    margin_mm: float | None = None,
-    title: str = "",
+    case: LoadedCase, prediction: np.ndarray, *, window: Window = None, margin_mm: float | None = None, title: str = ""
 ) -> InlineFigure:
     """Plot the ground truth of a case, a prediction, and their difference inside the mask.
 
@@ -200,14 +192,13 @@ def view(
 ) -> "Explorer":
     """Browse volumes of a case with sliders: position, intensity window and outline of the mask.
 
+    A notebook displays the Explorer; it has a `figure`, and a `widget` or None.
+
     Args:
         volumes: as in `plot`; "growth" and "tissue" are scaled to the window of the images.
         along: quantity that the volumes are ordered by, such as "age": a slider selects the volume instead of a list.
         centre_on, window: as in `plot`.
         interactive: make the sliders; by default only in a Jupyter kernel that is not headless.
-
-    Returns:
-        An Explorer, which a notebook displays by itself: `figure`, and `widget` or None.
 
     Examples:
         >>> explorer = view(case, interactive=False)

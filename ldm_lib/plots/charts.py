@@ -33,7 +33,6 @@ def curves(
         x: column of the horizontal axis.
         ys: columns to plot, such as `[["train_loss", "val_noise_loss"], "learning_rate"]`.
         log: columns whose panel has a logarithmic axis; with `x` among them the horizontal axis is logarithmic.
-        title: of the figure.
     """
     panels = [[y] if isinstance(y, str) else list(y) for y in ys]
     figure = InlineFigure(figsize=(WIDTH, 1.9 * len(panels) + 0.7), layout="constrained")
@@ -75,7 +74,6 @@ def histograms(
         unit: name of the values' axis.
         normal: add the standard normal density, the sampler's starting point.
         bins: number of bins between the 0.1st and 99.9th percentiles of all groups.
-        title: of the figure.
     """
     columns = min(len(channels), 3)
     rows = -(-len(channels) // columns)
@@ -114,7 +112,6 @@ def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], 
     Args:
         table: columns `case`, `method` and the scores, one row per pair, such as a DataFrame.
         scores: columns to plot, one panel each.
-        title: of the figure.
     """
     case, method = np.asarray(table["case"], str), np.asarray(table["method"], str)
     methods = list(dict.fromkeys(method))
@@ -154,9 +151,7 @@ def interval_dots(
     Args:
         groups: name of a group, which has a colour of its own -> (value, low, high) of each row; NaN is not drawn.
         names: of the rows, from the top down.
-        unit: of the values.
         notes: texts of rows that have no value.
-        title: of the figure.
     """
     figure = InlineFigure(figsize=(WIDTH, max(0.34 * len(names), 0.6) + 1.5), layout="constrained")
     ax, step = figure.subplots(), 0.3 if len(groups) > 1 else 0.0
@@ -177,9 +172,7 @@ def interval_dots(
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(unit, fontsize=FONT + 0.5)
-    _plain(ax)
-    ax.grid(visible=False, axis="y")
-    ax.tick_params(axis="y", length=0)
+    _plain(ax, named_rows=True)
     ax.legend(fontsize=FONT, frameon=False, ncols=len(groups), loc="lower left", bbox_to_anchor=(-0.01, 1.0))
     figure.suptitle(title, fontsize=FONT + 2.5)
     return figure
@@ -188,9 +181,7 @@ def interval_dots(
 def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = "") -> InlineFigure:
     """Plot a bar per name with its text next to it; one panel below the other, the first bar of each in colour.
 
-    Args:
-        panels: measured quantity with its unit -> name -> (value, text).
-        title: of the figure.
+    `panels` are measured quantity with its unit -> name -> (value, text).
     """
     counts = [len(values) for values in panels.values()]
     figure = InlineFigure(figsize=(WIDTH, 0.34 * sum(counts) + 0.55 * len(panels) + 0.5), layout="constrained")
@@ -204,16 +195,17 @@ def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = 
         ax.set_ylim(len(values) - 0.4, -0.6)
         ax.set_xlim(0, 1.24 * max(lengths))  # room for the text
         ax.set_title(quantity, fontsize=FONT + 1, loc="left")
-        _plain(ax)
-        ax.grid(visible=False, axis="y")
-        ax.tick_params(axis="y", length=0)
+        _plain(ax, named_rows=True)
     figure.suptitle(title, fontsize=FONT + 2.5)
     return figure
 
 
-def _plain(ax: Axes) -> None:
-    """Draw a light grid and no box."""
+def _plain(ax: Axes, *, named_rows: bool = False) -> None:
+    """Draw a light grid and no box; rows that have names need neither lines nor ticks."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.92", lw=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=FONT, which="both")
+    if named_rows:
+        ax.grid(visible=False, axis="y")
+        ax.tick_params(axis="y", length=0)

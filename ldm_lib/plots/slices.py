@@ -38,21 +38,13 @@ class InlineFigure(Figure):
 
 @dataclass(frozen=True)
 class SliceGeometry:
-    """Describe where volumes of one shape are sliced, and which part of them is shown.
-
-    Attributes:
-        shape: voxels along x, y, z.
-        spacing_mm: size of a voxel along x, y, z.
-        centre_vox: voxel in which the three planes meet.
-        box_mm: (3, 2), lowest and highest position shown along x, y, z.
-        mask: voxels to outline, or None.
-    """
+    """Describe where volumes of one shape are sliced, and which part of them is shown; axes are x, y, z."""
 
     shape: tuple[int, ...]
     spacing_mm: np.ndarray
-    centre_vox: tuple[int, ...]
-    box_mm: np.ndarray
-    mask: np.ndarray | None
+    centre_vox: tuple[int, ...]  # voxel in which the three planes meet
+    box_mm: np.ndarray  # (3, 2), lowest and highest position shown
+    mask: np.ndarray | None  # voxels to outline
 
     def extent_mm(self, plane: str) -> tuple[float, float, float, float]:
         """Return left, right, bottom and top of the whole slice, the `extent` of `imshow`."""

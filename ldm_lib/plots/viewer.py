@@ -19,15 +19,10 @@ HEADLESS_VARIABLE = "LDM_HEADLESS"  # any value but "0": no widgets, in any kern
 
 @dataclass(frozen=True)
 class Explorer:
-    """Hold a static figure and, in an interactive session, the widget below it.
+    """Hold a static figure and, in an interactive session, the widget below it."""
 
-    Attributes:
-        figure: all volumes through the centre of the mask.
-        widget: one volume through any voxel, or None.
-    """
-
-    figure: InlineFigure
-    widget: widgets.VBox | None
+    figure: InlineFigure  # all volumes through the centre of the mask
+    widget: widgets.VBox | None  # one volume through any voxel
 
     def _ipython_display_(self) -> None:
         display(self.figure)
@@ -46,13 +41,10 @@ def explore(
     interactive: bool | None = None,
     title: str = "",
 ) -> Explorer:
-    """Show named volumes on three planes, with sliders for position and window.
+    """Show named volumes on three planes, as `figures.planes` does, with sliders for position and window.
 
-    Args:
-        volumes, spacing_mm, mask, centre_vox, window, title: as in `figures.planes`, with the same errors.
-        along: quantity that the volumes are ordered by, such as "age": a slider selects the volume instead of a list.
-        interactive: make the widget; by default only in a Jupyter kernel, and neither in a headless run nor with
-            LDM_HEADLESS set, so that no notebook stores a widget that nobody can use.
+    By default the widget is made only in a Jupyter kernel, and neither in a headless run nor with LDM_HEADLESS set, so
+    that no notebook stores a widget that nobody can use. `along` is described in `case_plots.view`.
     """
     centre_vox = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox).centre_vox
     window = intensity_window(next(iter(volumes.values())), window)
@@ -79,42 +71,25 @@ def _controls(
 ) -> widgets.VBox:
     """Build the sliders and the PNG image that is redrawn when one of them changes."""
     shape = next(iter(volumes.values())).shape
-    volume = (
-        widgets.SelectionSlider(options=list(volumes), description=along, continuous_update=False)
-        if along
-        else widgets.Dropdown(options=list(volumes), description="volume")
-    )
+    choice = partial(widgets.SelectionSlider, continuous_update=False) if along else widgets.Dropdown
+    volume = choice(options=list(volumes), description=along or "volume")
     position = [
         widgets.IntSlider(c, 0, n - 1, description=axis, continuous_update=False)
         for axis, c, n in zip(("x, to left", "y, to back", "z, up"), centre_vox, shape, strict=True)
     ]
-    shown = _window_slider(volumes, window)
+    lowest = min(window[0], *(float(np.min(v)) for v in volumes.values()))
+    highest = max(window[1], *(float(np.max(v)) for v in volumes.values()))
+    limits = {"min": lowest, "max": highest, "step": (highest - lowest) / 200}
+    shown = widgets.FloatRangeSlider(value=window, description="window", continuous_update=False, **limits)
     outline = widgets.Checkbox(mask is not None, description="mask outline", disabled=mask is None)
     image = widgets.Image(format="png")
 
     def redraw(_change: object = None) -> None:
-        figure = draw(
-            {volume.value: volumes[volume.value]},
-            mask=mask if outline.value else None,
-            centre_vox=[slider.value for slider in position],
-            window=shown.value,
-        )
-        image.value = figure._repr_png_()
+        outlined, centre_vox = mask if outline.value else None, [slider.value for slider in position]
+        chosen = {volume.value: volumes[volume.value]}
+        image.value = draw(chosen, mask=outlined, centre_vox=centre_vox, window=shown.value)._repr_png_()
 
     for control in (volume, *position, shown, outline):
         control.observe(redraw, names="value")
     redraw()
     return widgets.VBox([widgets.HBox([volume, shown, outline]), widgets.HBox(position), image])
-
-
-def _window_slider(volumes: Mapping[str, np.ndarray], window: tuple[float, float]) -> widgets.FloatRangeSlider:
-    lowest = min(window[0], *(float(np.min(v)) for v in volumes.values()))
-    highest = max(window[1], *(float(np.max(v)) for v in volumes.values()))
-    return widgets.FloatRangeSlider(
-        value=window,
-        min=lowest,
-        max=highest,
-        step=(highest - lowest) / 200,
-        description="window",
-        continuous_update=False,
-    )
