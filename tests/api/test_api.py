@@ -135,12 +135,9 @@ def cache(tmp_path, monkeypatch):
 def registrations(monkeypatch, fast_registration):
     """Count registrations, each a short one."""
     from ldm_lib.anatomy import tissue_segmentation
-    from ldm_lib.data import conditioning_maps
 
     made, original = [], tissue_segmentation.tissue_from_scan
     monkeypatch.setattr(tissue_segmentation, "tissue_from_scan", lambda *a, **k: made.append(1) or original(*a, **k))
-    if hasattr(conditioning_maps, "tissue_from_scan"):
-        monkeypatch.setattr(conditioning_maps, "tissue_from_scan", tissue_segmentation.tissue_from_scan)
     return made
 
 
