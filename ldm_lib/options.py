@@ -112,27 +112,35 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     heading: ClassVar[str] = ""
-    hint: ClassVar[str] = "see docs/parameters.md"
+    hint: ClassVar[str] = "see `ldm params 01` to `ldm params 06`"
     untracked: ClassVar[frozenset[str]] = frozenset()
 
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Build the options from values by name; text is converted.
+    def __init__(self, **values: Any) -> None:
+        """Check the values; text is converted.
 
         Raises:
             ConfigError: an unknown name, a wrong type or a value out of range, in one line.
         """
         try:
-            return cls(**values)
+            super().__init__(**values)
         except ValidationError as error:
-            problem = error.errors()[0]
+            raise self._explained(error) from None
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """Build the options from values by name, as the constructor does."""
+        return cls(**values)
+
+    @classmethod
+    def _explained(cls, error: ValidationError) -> ConfigError:
+        problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
         given = f"{name} = {problem['input']!r}: " if name else ""
         if problem["type"] == "extra_forbidden":
-            raise ConfigError(f"unknown parameter {name!r}", fix=nearest(name, cls.model_fields))
+            return ConfigError(f"unknown parameter {name!r}", fix=nearest(name, cls.model_fields))
         renamed = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
         fix = f"it is called {renamed!r} since version 0.8" if renamed else cls.hint
-        raise ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=fix)
+        return ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=fix)
 
     def part(self, cls: type[Group]) -> Group:
         """Return the options of one group, such as `LatentOptions`, as an object of that class."""
@@ -166,5 +174,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if name in RENAMED:
         new = RENAMED[name]
         return new if " " in new else f"it is called {new!r} since version 0.8"
-    match = difflib.get_close_matches(name, list(known), 1, 0.4)
-    return f"did you mean {match[0]!r}?" if match else "see docs/parameters.md"
+    match = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f"did you mean {match[0]!r}?" if match else "see `ldm params 01` to `ldm params 06`"

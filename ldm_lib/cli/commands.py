@@ -157,7 +157,7 @@ def validate(options: argparse.Namespace) -> int:
         print(f"[{number}/{len(cases)}] {AUDIT_WORDS[row.status]} {row.key}{reason}", flush=True)
     counts = Counter(row["status"] for row in rows)
     usable = f"{len(rows) - counts['refused']} usable ({counts['warning']} with warnings)"
-    print(f"{len(rows)} cases: {usable}, {counts['refused']} refused")
+    print(f"{len(rows)} cases: {usable}, {counts['refused']} rejected")
     if findings:
         write_json(findings, rows)
     return 1 if counts["refused"] else 0

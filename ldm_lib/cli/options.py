@@ -14,6 +14,7 @@ from ldm_lib.experiment.presets import DEFAULT_PRESET, PRESETS
 from ldm_lib.files import PRETRAINED
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.options import Options
+from ldm_lib.version import __version__
 
 Command = Callable[[argparse.Namespace], int]
 Argument = tuple[str, dict[str, Any]]  # an option and what argparse is told about it
@@ -55,7 +56,7 @@ def flag(name: str) -> str:
 
 
 SCAN = "3D T1n, skull-stripped, .nii or .nii.gz"
-CASES = "folder of cases, in the seed layout or the challenge's"
+CASES = "folder of cases: several masks per patient, or the BraTS challenge's layout"
 MODEL = arg("--model", "model folder (default: the pretrained weights)", metavar="DIR")
 PRESET = arg("--preset", f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})", default=DEFAULT_PRESET)
 MAPS = arg(
@@ -145,6 +146,7 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     """Return the parser of the command line; the first line of a command's docstring is its help."""
     prog = "ldm" if Path(sys.argv[0]).name == "ldm" else "python -m ldm_lib"
     parser = argparse.ArgumentParser(prog=prog, description="3D brain MRI inpainting by latent diffusion")
+    parser.add_argument("--version", action="version", version=f"ldm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in commands:

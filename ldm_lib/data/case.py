@@ -212,6 +212,9 @@ def load_case(case: Case) -> CaseData:
         >>> case.voided.shape, case.source.orientation, bool(case.voided[case.mask].any())
         ((30, 30, 20), 'LPS', False)
     """
+    if not isinstance(case, Case):
+        given = f"needs a case, not {type(case).__name__}"
+        raise InputError(given, where="load_case", fix="take one of find_cases(folder)")
     case.require_unchanged()
     source = read_image(case.t1n_voided or case.t1n, case.read_options)
     warnings = [*case.notes, *source.warnings]

@@ -126,7 +126,7 @@ def require_done(run_folder: Path, name: str) -> Path:
     """
     folder = run_folder / name
     if not (folder / "done.json").exists():
-        fix = f"run `make {name[:2]} RUN={run_folder.name}`"
+        fix = f"run `ldm run {name[:2]} --run {run_folder.name}`"
         raise RunError("is not done", where=f"{run_folder.name}/{name}", fix=fix)
     return folder
 

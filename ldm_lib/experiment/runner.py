@@ -34,6 +34,7 @@ from ldm_lib.experiment.stages import (
     SamplingConfig,
     StageConfig,
     TrainingConfig,
+    parameter_groups,
     stage_name,
 )
 from ldm_lib.files import expand_path, markdown
@@ -195,7 +196,7 @@ def _run_notebook(stage: str, config: StageConfig, output: Path) -> None:
         if death := RunnerKernelManager.death():
             fix = "take a smaller preset or crop, or a machine with more memory"
             raise RunError(death, where=stage, fix=fix) from error
-        raise RunError(f"the kernel failed ({error})", where=stage, fix="run `make doctor`") from error
+        raise RunError(f"the kernel failed ({error})", where=stage, fix="run `ldm doctor`") from error
 
 
 def _failure(error: Any, stage: str, notebook: Path) -> LdmError:
@@ -215,11 +216,15 @@ def absolute_paths(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(stage: str, preset: str) -> str:
-    """List the parameters of a stage under a preset, one a line, as `make params` prints them."""
+    """List the parameters of a stage under a preset by group, one a line, those that matter first."""
     config = resolve(preset)[stage]
     fields = type(config).model_fields
     width = max(map(len, fields))
-    return "\n".join(f"{k:{width}}  {getattr(config, k)!r:14}  {fields[k].description}" for k in fields)
+    groups = []
+    for heading, names in parameter_groups(type(config)):
+        lines = [f"  {name:{width}}  {getattr(config, name)!r:14}  {fields[name].description}" for name in names]
+        groups.append("\n".join([heading, *lines]))
+    return "\n\n".join(groups)
 
 
 def compare(stage: str, runs: Sequence[str]) -> str:

@@ -46,7 +46,7 @@ class StageConfig(SeedOptions):
 class AuditConfig(SyntheticCohortOptions, ReadOptions, StageConfig):
     """Describe stage 01_data_audit: cases that are found and valid, and their training/validation split."""
 
-    hint = "see `make params NB=01`"
+    hint = "see `ldm params 01`"
 
     heading = "Data"
     data_dir: str = Field("", description="folder of cases; empty makes the synthetic cohort")
@@ -59,7 +59,7 @@ class AuditConfig(SyntheticCohortOptions, ReadOptions, StageConfig):
 class AutoencoderConfig(AutoencoderTrainingOptions, DeviceOptions, StageConfig):
     """Describe stage 02_autoencoder_check: how much is lost by encoding and decoding."""
 
-    hint = "see `make params NB=02`"
+    hint = "see `ldm params 02`"
 
     heading = "Weights and checks"
     untracked = frozenset({"min_reconstruction_psnr", "min_gain_over_pca", "accept_anyway"})
@@ -80,7 +80,7 @@ class AutoencoderConfig(AutoencoderTrainingOptions, DeviceOptions, StageConfig):
 class ConditioningConfig(LatentOptions, StageConfig):
     """Describe stage 03_conditioning: the maps that the model is conditioned on."""
 
-    hint = "see `make params NB=03`"
+    hint = "see `ldm params 03`"
 
     heading = "Conditioning maps"
     make_missing: bool = Field(True, description="make missing tissue and growth maps from the scans")
@@ -97,14 +97,14 @@ class ConditioningConfig(LatentOptions, StageConfig):
 class TrainingConfig(TrackerOptions, TrainingOptions, StageConfig):
     """Describe stage 04_training: the denoiser's training on cached latents."""
 
-    hint = "see `make params NB=04`"
+    hint = "see `ldm params 04`"
 
 
 class SamplingConfig(InpaintOptions, StageConfig):
     """Describe stage 05_sampling: voided volumes in, inpainted volumes out."""
 
     untracked = frozenset({"devices"})
-    hint = "see `make params NB=05`"
+    hint = "see `ldm params 05`"
 
     heading = "Cases and comparisons"
     max_cases: Count = Field(6, description="validation cases to inpaint; 0 for all")
@@ -119,7 +119,7 @@ class SamplingConfig(InpaintOptions, StageConfig):
 class EvaluationConfig(StageConfig):
     """Describe stage 06_evaluation: scores comparable with the challenge's."""
 
-    hint = "see `make params NB=06`"
+    hint = "see `ldm params 06`"
 
     heading = "Evaluation"
     baselines: bool = Field(True, description="scores of mean, mirror, harmonic and tissue-paint baselines")

@@ -245,7 +245,7 @@ def _failed(key: str, reason: str) -> Row:
 
 def _line(row: Row) -> str:
     if row["status"] == REFUSED:
-        return f"{row['case']}: refused: {row['reason']}"
+        return f"{row['case']}: rejected: {row['reason']}"
     return f"{row['case']}: {row['status']}" + (f" in {row['seconds']:.1f} s" if row["status"] == FILLED else "")
 
 

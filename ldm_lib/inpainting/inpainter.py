@@ -19,6 +19,7 @@ from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import Latents, encode_case
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.samplers import Callback
+from ldm_lib.errors import InputError
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.inpainting.preprocess import CaseGrid
 from ldm_lib.inpainting.result import Inpainting
@@ -98,6 +99,9 @@ class Inpainter:
         Raises:
             LdmError: a case, parameter or sampler that cannot be used.
         """
+        if not isinstance(case, Case | CaseData):
+            given = f"needs a case, not {type(case).__name__}"
+            raise InputError(given, where="Inpainter", fix="take one of find_cases(folder)")
         sampling = {"sampler": sampler, "seed": seed, "guidance": guidance}
         InpaintOptions.parse(sampling | {"samples": n_samples, "num_inference_steps": steps})
         sampling |= {"steps": steps, "callback": callback}

@@ -215,6 +215,8 @@ def view(
 
 def _in_lps(case: LoadedCase, volumes: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
     """Turn volumes to LPS order; without any, the voided image and the ground truth."""
+    if not hasattr(case, "lps"):
+        raise InputError("is not loaded", where=getattr(case, "key", str(case)), fix="call load_case first")
     if volumes is None:
         volumes = {"voided": case.voided} | ({} if case.target is None else {GROUND_TRUTH: case.target})
     for name, volume in volumes.items():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import ldm_lib as ldm
+from ldm_lib import errors as ldm_errors
 from ldm_lib.errors import InputError
 from ldm_lib.files import sha256
 
@@ -254,3 +255,25 @@ def test_one_seed_is_one_result_on_every_processor(supported, cases, tiny_model_
     exact = ldm.Inpainter.load(tiny_model_folder, device="cpu", precision="32")
     assert inpainter.model.precision == "32"
     assert np.array_equal(inpainter(cases[0], seed=3, steps=2).mean, exact(cases[0], seed=3, steps=2).mean)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ldm.load_case("folder"), "needs a case, not str. Fix: take one of find_cases"),
+        (lambda: ldm.TrainingOptions(batch_sise=4), "unknown parameter 'batch_sise'. Fix: did you mean 'batch_size'"),
+        (lambda: ldm.TrainingOptions(shipped_weights=True), "it is called 'pretrained' since version 0.8"),
+        (
+            lambda: ldm.TrainingOptions(batch_size=0),
+            "batch_size = 0: .*greater than or equal to 1. Fix: see `ldm params",
+        ),
+    ],
+)
+def test_mistakes_in_python_are_explained_in_one_line(call, message):
+    with pytest.raises(ldm_errors.LdmError, match=message):
+        call()
+
+
+def test_a_case_that_is_not_loaded_is_not_plotted(cases):
+    with pytest.raises(InputError, match=r"is not loaded\. Fix: call load_case"):
+        ldm.plot(cases[0])

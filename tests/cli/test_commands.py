@@ -236,7 +236,7 @@ def test_validate_accepts_good_cases(cases, tmp_path, capsys):
     assert main(["validate", str(tmp_path / "data")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2].rstrip(":") for line in lines[:-1]] == ["P0-0000", "P1-0000", "P2-0000"]
-    assert lines[-1] == "3 cases: 3 usable (3 with warnings), 0 refused"
+    assert lines[-1] == "3 cases: 3 usable (3 with warnings), 0 rejected"
 
 
 def test_validate_reports_every_invalid_case_in_one_pass(cases, tmp_path, capsys):
@@ -249,7 +249,7 @@ def test_validate_reports_every_invalid_case_in_one_pass(cases, tmp_path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
     assert sorted(line.split()[1] for line in lines[:-1]) == ["ERROR", "ERROR", "ERROR", "WARNING"]
-    assert lines[-1] == "4 cases: 1 usable (1 with warnings), 3 refused"
+    assert lines[-1] == "4 cases: 1 usable (1 with warnings), 3 rejected"
     rows = {row["case"]: row for row in json.loads(findings.read_text())}
     assert {key: row["status"] for key, row in rows.items()} == {
         "'bad id'": "refused", "P0-0000": "refused", "P1-0000": "warning", "P2-0000": "refused"

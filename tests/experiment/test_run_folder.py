@@ -194,7 +194,7 @@ def test_wrong_parameters_are_rejected_before_anything_is_made(outputs):
 
 
 def test_an_earlier_stage_must_be_done(outputs):
-    with pytest.raises(RunError, match=rf"lab/{AUDIT}: is not done. Fix: run `make 01 RUN=lab`"):
+    with pytest.raises(RunError, match=rf"lab/{AUDIT}: is not done. Fix: run `ldm run 01 --run lab`"):
         open_stage(AUTOENCODER, {})
     done(AUDIT)
     done(AUTOENCODER)

@@ -86,7 +86,7 @@ def test_only_the_stages_named_run(executed):
 
 def test_a_stage_whose_earlier_ones_are_not_done_is_rejected(executed):
     run(AUDIT)
-    with pytest.raises(RunError, match=rf"lab/{AUTOENCODER}: is not done. Fix: run `make 02 RUN=lab`"):
+    with pytest.raises(RunError, match=rf"lab/{AUTOENCODER}: is not done. Fix: run `ldm run 02 --run lab`"):
         run("03_conditioning")
     assert executed == [AUDIT]
 

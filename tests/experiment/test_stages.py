@@ -34,7 +34,7 @@ def test_an_unknown_name_is_rejected_with_the_nearest(given, intended):
 
 
 def test_a_name_far_from_all_refers_to_the_list_of_parameters():
-    with pytest.raises(ConfigError, match=r"unknown parameter 'qqqqqq'.*see docs/parameters.md"):
+    with pytest.raises(ConfigError, match=r"unknown parameter 'qqqqqq'.*see `ldm params 01`"):
         resolve("coarse", overrides={"qqqqqq": "1"})
 
 
@@ -60,7 +60,7 @@ def test_a_parameter_name_that_is_code_is_rejected():
     ],
 )
 def test_a_wrong_type_is_reported_with_the_expected_one(name, value, expected):
-    with pytest.raises(ConfigError, match=rf"^{name} = .*{expected}.* Fix: see `make params NB={FIRST[name][:2]}`"):
+    with pytest.raises(ConfigError, match=rf"^{name} = .*{expected}.* Fix: see `ldm params {FIRST[name][:2]}`"):
         resolve("coarse", overrides={name: value})
 
 

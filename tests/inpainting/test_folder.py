@@ -150,8 +150,8 @@ def test_a_case_that_fails_is_reported_and_the_others_continue(cohort, cases, ti
                  str(tiny_model_folder), "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("empty: refused: empty: no mask file; present: nothing")
-    assert f"[2/6] {cases[1].key}: refused: " in lines[2] and "gzip ends early" in lines[2]
+    assert lines[0].startswith("empty: rejected: empty: no mask file; present: nothing")
+    assert f"[2/6] {cases[1].key}: rejected: " in lines[2] and "gzip ends early" in lines[2]
     assert lines[-1] == "7 cases: 2 refused, 5 filled"
     assert ", 0:00:0" in lines[1] and "left" not in lines[-2]
     results = {case.result_name for case in cases if case is not cases[1]}

@@ -48,6 +48,7 @@ def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
         if isinstance(node, ast.Import):
             found += [(alias.name, node) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import would hide its room"
             module = (node.module or "").replace("ldm_lib.", "")
             inner = [f"{module}/{alias.name}".removeprefix("ldm_lib/") for alias in node.names]
             known = [f"ldm_lib.{name.replace('/', '.')}" for name in inner if name in PATHS]
