@@ -22,7 +22,7 @@ from ldm_lib.errors import ConfigError, RunError
 from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.experiment import runner
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
-from ldm_lib.experiment.stages import STAGES
+from ldm_lib.experiment.stages import STAGES, parameter_groups
 from ldm_lib.inpainting.options import InpaintOptions
 
 pytestmark = pytest.mark.usefixtures("outputs")
@@ -212,7 +212,11 @@ def test_an_error_of_the_runner_is_status_1(monkeypatch, capsys):
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_prints_each_parameter(stage, capsys):
     assert main(["params", stage[:2], "--preset", "full"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STAGES[stage].model_fields)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == [
+        name for _, names in parameter_groups(STAGES[stage]) for name in names
+    ]
+    assert lines[0] == "Run"
 
 
 def test_sampling_options_are_parameters_with_the_same_choices_and_defaults(capsys, monkeypatch):
