@@ -296,7 +296,7 @@ def test_a_kernel_that_does_not_start_is_reported(monkeypatch):
     without_kernel(monkeypatch, silent)
     ended = types.SimpleNamespace(poll=lambda: -15)  # the kernel of the stage before
     monkeypatch.setattr(kernel.RunnerKernelManager, "process", ended)
-    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel failed .*60 seconds.*make doctor"):
+    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel failed .*60 seconds.*ldm doctor"):
         run(AUDIT)
 
 
