@@ -301,10 +301,10 @@ def test_a_kernel_that_does_not_start_is_reported(monkeypatch):
 
 
 def test_describe_lists_each_parameter_with_value_and_description():
-    lines = runner.describe("04_training", "smoke").splitlines()
+    lines = [line for line in runner.describe("04_training", "smoke").splitlines() if line.startswith("  ")]
     fields = STAGES["04_training"].model_fields
-    assert [line.split()[0] for line in lines] == list(fields)
-    assert all(line.endswith(field.description) for line, field in zip(lines, fields.values(), strict=True))
+    assert sorted(line.split()[0] for line in lines) == sorted(fields)
+    assert all(line.endswith(fields[line.split()[0]].description) for line in lines)
     assert any(line.split()[:2] == ["max_epochs", "2"] for line in lines), "the preset's value"
 
 
