@@ -32,6 +32,7 @@ from ldm_lib.experiment.run_folder import (
 from ldm_lib.experiment.stages import STAGES, AuditConfig, AutoencoderConfig, StageConfig
 from ldm_lib.files import digests, now, sha256, write_csv, write_json
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
+from ldm_lib.options import DeviceOptions
 
 if TYPE_CHECKING:
     from ldm_lib.diffusion.latents import LatentSpec
@@ -102,8 +103,9 @@ class Stage:
         """Return the device and the precision of this stage's parameters, as functions take them."""
         from ldm_lib.devices import pick_device, pick_precision
 
-        device = pick_device(self.config.device)
-        return {"device": device, "precision": pick_precision(self.config.precision, device)}
+        options = self.config.part(DeviceOptions)
+        device = pick_device(options.device)
+        return {"device": device, "precision": pick_precision(options.precision, device)}
 
     def preset(self, name: str) -> StageConfig:
         """Return this stage's parameters in a preset."""
