@@ -1,7 +1,7 @@
 """Log a training's metrics: to metrics.csv always, to Weights & Biases and MLflow if requested.
 
-A training that cannot write metrics.csv stops. The other trackers get numbers, switches, texts of `LOGGED_TEXTS` and
-small pictures, but no volumes, paths or names; one that fails is disabled, and the training goes on.
+A training that cannot write metrics.csv stops. The other trackers get numbers, switches and texts of `LOGGED_TEXTS`,
+but no pictures, volumes, paths or names; one that fails is disabled, and the training goes on.
 """
 
 import csv
@@ -9,15 +9,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from filelock import FileLock
 
-from ldm_lib.files import replacing
+from ldm_lib.files import write_csv
 from ldm_lib.training.options import TrackerOptions, TrainingOptions
 
 log = logging.getLogger("ldm_lib")
@@ -28,10 +27,6 @@ PROXIED = "mlflow-artifacts:/"  # the server finds artifacts in its own folder, 
 # Parameters that are text and cannot hold a path; another text is not logged until it is named here.
 LOGGED_TEXTS = {"run", "device", "precision", "multipliers", "attention_rates", "keep_weights", "prediction",
                 "schedule", "allow_change", "wandb_mode"}  # fmt: skip
-# What leads wandb to its server; any other WANDB_* variable could rename, redirect or annotate a run.
-CONNECTION = {f"WANDB_{name}" for name in (
-    "API_KEY", "BASE_URL", "ENTITY", "IDENTITY_TOKEN_FILE", "CREDENTIALS_FILE", "HTTP_PROXY", "HTTPS_PROXY",
-    "CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "SERVICE", "ERROR_REPORTING")}  # fmt: skip
 
 
 class MetricsTable:
@@ -41,50 +36,26 @@ class MetricsTable:
     """
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
-        self.path, self._columns = path, ["step"]
-        self.rows = {step: row for step, row in _read_rows(path).items() if step <= from_step}
-        if path.exists():
-            self._write()
+        self.path, self.rows, self._columns = path, _read_rows(path, from_step), []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Merge metrics into the row of a step."""
-        if not metrics:
-            return
-        is_last = step > next(reversed(self.rows), -1)
-        self.rows[step] = self.rows.get(step, {"step": step}) | dict(metrics)
-        if is_last and set(metrics) <= set(self._columns):
+        """Merge metrics into the row of a step; steps never decrease."""
+        is_new = step not in self.rows
+        self.rows[step] = self.rows.get(step, {"step": step}) | metrics
+        if is_new and metrics.keys() <= set(self._columns):
             with self.path.open("a", newline="") as stream:
-                self._writer(stream).writerow(self.rows[step])
+                csv.DictWriter(stream, self._columns).writerow(self.rows[step])
         else:
-            self._write()
-
-    def _write(self) -> None:
-        """Write the whole table, or nothing."""
-        self.rows = dict(sorted(self.rows.items()))
-        self._columns = list(dict.fromkeys(["step", *(name for row in self.rows.values() for name in row)]))
-        with replacing(self.path) as partial, partial.open("w", newline="") as stream:
-            writer = self._writer(stream)
-            writer.writeheader()
-            writer.writerows(self.rows.values())
-
-    def _writer(self, stream: TextIO) -> csv.DictWriter:
-        return csv.DictWriter(stream, self._columns, lineterminator="\n")
+            self._columns = write_csv(self.path, list(self.rows.values()))
 
 
-def _read_rows(path: Path) -> dict[int, dict[str, float]]:
-    """Read the rows of a table; what a killed training wrote in part is left out."""
+def _read_rows(path: Path, last_step: int) -> dict[int, dict[str, Any]]:
+    """Read the rows of a table up to a step; a line that a killed training wrote in part is left out."""
     text = path.read_text() if path.exists() else ""
-    lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
-    columns, rows = next(lines, ["step"]), {}
-    for cells in lines:
-        with suppress(ValueError):
-            row = {name: _number(cell) for name, cell in zip(columns, cells, strict=True) if cell}
-            rows.setdefault(int(cells[0]), {}).update(row)
-    return rows
-
-
-def _number(cell: str) -> float:
-    return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
+    table = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    whole = [row for row in table if None not in row.values() and row.get("step", "").isdecimal()]
+    rows = [{name: value for name, value in row.items() if value} for row in whole]
+    return {int(row["step"]): row for row in rows if int(row["step"]) <= last_step}
 
 
 def logged_parameters(config: TrainingOptions) -> dict[str, Any]:
@@ -94,33 +65,25 @@ def logged_parameters(config: TrainingOptions) -> dict[str, Any]:
 
 
 class Wandb:
-    """Hold a run of Weights & Biases in `folder`/wandb; pictures stay in offline runs: nothing uploads one."""
+    """Hold a run of Weights & Biases in `folder`/wandb."""
 
     def __init__(self, config: TrainingOptions, folder: Path, mode: str) -> None:
-        self._folder, self._offline = folder, mode == "offline"
-        os.environ["WANDB_ERROR_REPORTING"] = "false"
-        with _hidden_variables(WANDB_MODE=mode, WANDB_SILENT="true", WANDB_NOTEBOOK_NAME="."):
-            import wandb
+        self._folder = folder
+        os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "WANDB_NOTEBOOK_NAME": "."}
+        import wandb
 
-            private = wandb.Settings(
-                mode=mode, root_dir=str(folder), console="off", host="", silent=True, symlink=False,
-                reinit="create_new", disable_code=True, disable_git=True, save_code=False, x_disable_meta=True,
-                x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
-                **({"entity": ""} if self._offline else {}),
-            )  # fmt: skip
-            self._image = wandb.Image
-            self._run = wandb.init(
-                project=PROJECT, name=folder.parent.name, config=logged_parameters(config), settings=private
-            )
+        private = wandb.Settings(
+            mode=mode, root_dir=str(folder), console="off", host="", silent=True, symlink=False,
+            reinit="create_new", disable_code=True, disable_git=True, save_code=False, x_disable_meta=True,
+            x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+        )  # fmt: skip
+        self._run = wandb.init(
+            project=PROJECT, name=folder.parent.name, config=logged_parameters(config), settings=private
+        )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics; wandb merges those of one step."""
         self._run.log(dict(metrics), step=step)
-
-    def panel(self, path: Path, step: int) -> None:
-        """Log a picture, in an offline run."""
-        if self._offline:
-            self._run.log({"panel": self._image(str(path))}, step=step)
 
     def close(self, *, failed: bool) -> None:
         """End the run, and remove wandb's debug logs, which hold absolute paths and the login."""
@@ -133,35 +96,19 @@ class Wandb:
                 link.unlink(missing_ok=True)
 
 
-@contextmanager
-def _hidden_variables(**given: str) -> Iterator[None]:
-    """Hide the user's WANDB_* variables but `CONNECTION`, and set those given, while wandb reads them."""
-    hidden = {name: value for name, value in os.environ.items()
-              if name.startswith("WANDB_") and name not in CONNECTION}  # fmt: skip
-    for name in hidden:
-        del os.environ[name]
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name in given:
-            os.environ.pop(name, None)
-        os.environ.update(hidden)
-
-
 class MLflow:
-    """Hold a run in the sqlite store of all runs, `outputs`/mlflow.db; pictures are in `outputs`/mlflow."""
+    """Hold a run in the sqlite store of all runs, `outputs`/mlflow.db."""
 
     def __init__(self, config: TrainingOptions, folder: Path) -> None:
-        self._outputs = folder.parents[1]
+        outputs = folder.parents[1]
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         from mlflow import MlflowClient, entities
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         for noisy in ("mlflow.store.db", "alembic"):  # they log a new store's tables, and errors we report
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        self._metric, address = entities.Metric, f"sqlite:///{self._outputs / 'mlflow.db'}"
-        with FileLock(self._outputs / ".mlflow.lock"):  # two processes that create a store at once break it
+        self._metric, address = entities.Metric, f"sqlite:///{outputs / 'mlflow.db'}"
+        with FileLock(outputs / ".mlflow.lock"):  # two processes that create a store at once break it
             SqlAlchemyStore(address, PROXIED)  # MlflowClient would give the default experiment an absolute path
             self._client = MlflowClient(address)
             known = self._client.get_experiment_by_name(PROJECT)
@@ -176,13 +123,6 @@ class MLflow:
         rows = [self._metric(name, float(value), now_ms, step) for name, value in metrics.items()]
         self._client.log_batch(self._run, metrics=rows, synchronous=True)
 
-    def panel(self, path: Path, step: int) -> None:
-        """Copy a picture to where `make mlflow` serves it; the client would need that server to be running."""
-        folder = self._outputs / "mlflow" / self._run / "artifacts" / "panels"
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / f"{step}.png") as partial:
-            shutil.copyfile(path, partial)
-
     def close(self, *, failed: bool) -> None:
         """End the run."""
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
@@ -196,22 +136,16 @@ class Trackers:
         self._running = {name: tracker for name, start in others.items() if (tracker := self._safely(name, start))}
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics by name as plain numbers, at an optimiser step; steps never decrease."""
+        """Log metrics by name as plain numbers at an optimiser step; steps never decrease."""
         plain = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         self.table.log(plain, step)
-        self._each("log", plain, step)
-
-    def panel(self, path: Path, step: int) -> None:
-        """Log a small PNG of one fixed case."""
-        self._each("panel", path, step)
+        for name, tracker in list(self._running.items()):
+            self._safely(name, tracker.log, plain, step)
 
     def close(self, *, failed: bool) -> None:
         """End the runs."""
-        self._each("close", failed=failed)
-
-    def _each(self, method: str, *arguments: Any, **options: Any) -> None:
         for name, tracker in list(self._running.items()):
-            self._safely(name, getattr(tracker, method), *arguments, **options)
+            self._safely(name, tracker.close, failed=failed)
 
     def _safely(self, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a tracker; if it fails, warn and disable it: a training never ends with a tracker."""

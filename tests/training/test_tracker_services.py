@@ -10,17 +10,16 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 from listening import LOOPBACK, addresses
-from PIL import Image
 
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.stages import TrainingConfig
-from ldm_lib.training.trackers import ANONYMOUS, LOGGED_TEXTS, PROJECT, Wandb, logged_parameters, trackers
+from ldm_lib.training.trackers import ANONYMOUS, LOGGED_TEXTS, PROJECT, logged_parameters, trackers
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
@@ -38,13 +37,6 @@ def place(tmp_path, run="tracked"):
 
 def track(config, folder):
     return trackers(config, config, folder)
-
-
-@pytest.fixture
-def panel(tmp_path):
-    """A small picture."""
-    Image.new("L", (48, 32), 99).save(tmp_path / "panel.png")
-    return tmp_path / "panel.png"
 
 
 def records(path):
@@ -92,13 +84,12 @@ def test_every_text_among_the_parameters_was_looked_at():
     assert "data_dir" not in logged_parameters(Careless())
 
 
-def test_both_hold_figures_parameters_and_panels_of_a_run_of_its_own(tmp_path, panel, caplog):
+def test_both_hold_the_metrics_and_parameters_of_a_run_of_its_own(tmp_path, caplog):
     folder, config = place(tmp_path), settings(wandb_mode="offline", use_mlflow=True)
     for run in (1, 2):  # a second training in the same process is a run of its own
-        found = trackers(config, config, folder)
+        found = track(config, folder)
         found.log({"val_loss": 0.0625 * run, "epoch": 0}, 3)
         found.log({"train_loss": 1 / 3}, 3)
-        found.panel(panel, 3)
         found.log({"train_loss": float("nan")}, 7)
         found.close(failed=run == 2)
     assert not caplog.records
@@ -107,30 +98,18 @@ def test_both_hold_figures_parameters_and_panels_of_a_run_of_its_own(tmp_path, p
     for run, path in enumerate(kept, start=1):
         rows = history(path)
         assert rows[3]["val_loss"] == 0.0625 * run and rows[3]["train_loss"] == 1 / 3 and list(rows) == [3, 7]
-        assert (path.parent / "files" / rows[3]["panel.path"]).read_bytes() == panel.read_bytes()
         begun = next(record.run for record in records(path) if record.WhichOneof("record_type") == "run")
         logged = {item.key: item.value_json for item in begun.config.update}
-        assert (begun.project, begun.display_name, begun.host, begun.entity) == (PROJECT, "tracked", "", "")
+        assert (begun.project, begun.display_name, begun.host) == (PROJECT, "tracked", "")
         assert logged["base_width"] == "16" and logged["run"] == '"tracked"'
-    assert not list(folder.glob("wandb/**/*.log")) and not list(folder.rglob("*.nii*"))
+    assert not list(folder.glob("wandb/**/*.log"))
     outputs = tmp_path / "outputs"
-    runs = query(outputs, "select name, status, user_id, artifact_uri from runs order by start_time")
-    assert [run[:3] for run in runs] == [("tracked", "FINISHED", "unknown"), ("tracked", "FAILED", "unknown")]
+    runs = query(outputs, "select name, status, user_id from runs order by start_time")
+    assert runs == [("tracked", "FINISHED", "unknown"), ("tracked", "FAILED", "unknown")]
     values = sorted(query(outputs, "select value, step from metrics where key = 'val_loss'"))
     assert values == [(0.0625, 3), (0.125, 3)]
     assert dict(query(outputs, "select key, value from params"))["base_width"] == "16"
     assert dict(query(outputs, "select key, value from tags")) == ANONYMOUS | {"mlflow.runName": "tracked"}
-    for *_, address in runs:
-        shown = outputs / "mlflow" / address.removeprefix("mlflow-artifacts:/") / "panels" / "3.png"
-        assert shown.read_bytes() == panel.read_bytes()
-
-
-def test_pictures_are_never_given_to_wandb_online(tmp_path, panel):
-    folder = place(tmp_path)
-    online = Wandb.__new__(Wandb)  # without a run: it would raise if it tried
-    online._offline = False
-    online.panel(panel, 3)
-    assert not list(folder.rglob("*.png"))
 
 
 CANARIES = {
@@ -138,15 +117,6 @@ CANARIES = {
     "MLFLOW_TRACKING_TOKEN": "canary-mlflow-token",
     "MLFLOW_TRACKING_URI": "http://canary-mlflow-uri.invalid",
     "WANDB_BASE_URL": "https://canary-wandb-url.invalid",
-    "WANDB_ENTITY": "canary-entity",
-    "WANDB_NOTES": "canary-notes",
-    "WANDB_RUN_GROUP": "canary-group",
-    "WANDB_TAGS": "canary-tags",
-    "WANDB_NAME": "canary-name",
-    "WANDB_PROJECT": "canary-project",
-    "WANDB_RUN_ID": "canary-id",
-    "WANDB_SWEEP_ID": "canary-sweep",
-    "WANDB_USERNAME": "canary-username",
     "WANDB_HOST": "canary-host",
     "WANDB_MODE": "disabled",
     "USER": "canary-user",
@@ -163,8 +133,6 @@ changes = {"run": folder.parent.name, "wandb_mode": sys.argv[2], "use_mlflow": T
 config = resolve("smoke", changes)["04_training"]
 found = trackers(config, config, folder)
 found.log({"val_loss": 0.5}, 1)
-if len(sys.argv) > 3:
-    found.panel(Path(sys.argv[3]), 1)
 found.close(failed=False)
 """
 
@@ -179,7 +147,7 @@ def train(*arguments, **options):
 
 
 @pytest.mark.slow
-def test_no_secret_no_path_and_no_name_of_person_or_machine_is_kept(tmp_path, panel):
+def test_no_secret_no_path_and_no_name_of_person_or_machine_is_kept(tmp_path):
     """Canaries in the environment, in the paths and in the git remote, searched for in every byte of every file."""
     home, repository = tmp_path / "canary-home", tmp_path / "canary-repository"
     outputs = tmp_path / "JOHN_DOE" / "outputs"
@@ -188,16 +156,13 @@ def test_no_secret_no_path_and_no_name_of_person_or_machine_is_kept(tmp_path, pa
     remote = "https://canary-git-token@example.invalid/a/b.git"
     for command in (["init", "-q"], ["remote", "add", "origin", remote]):
         subprocess.run(["git", *command], cwd=repository, check=True)
-    secret = repository / "canary-panel.png"
-    secret.write_bytes(panel.read_bytes())
     environment = CANARIES | {"HOME": str(home)}
-    process = train(outputs / "tracked", "offline", secret, env=environment, cwd=repository)
+    process = train(outputs / "tracked", "offline", env=environment, cwd=repository)
     printed, _ = process.communicate(timeout=120)
     assert (process.returncode, printed) == (0, "")  # nothing failed, and nothing was printed
     kept = [path for path in outputs.rglob("*") if path.is_file() or path.is_symlink()]
     names = {path.name for path in kept}
     assert {"mlflow.db", "metrics.csv"} < names and any(name.endswith(".wandb") for name in names)
-    assert sum(name.endswith(".png") for name in names) == 2  # wandb's and MLflow's
     words = ["canary", "0123456789abcdef01234", "JOHN_DOE", str(tmp_path), tmp_path.name, str(MAKEFILE.parent),
              sys.executable, sys.prefix, socket.gethostname(), getpass.getuser()]  # fmt: skip
     for path in kept:
@@ -261,11 +226,10 @@ def served(folder):
 
 
 @pytest.mark.slow
-def test_make_mlflow_serves_the_figures_and_the_panels(tmp_path, panel):
+def test_make_mlflow_serves_the_metrics(tmp_path):
     found = track(settings(use_mlflow=True), place(tmp_path))
     for step in (3, 7):
         found.log({"val_loss": 1 / step}, step)
-        found.panel(panel, step)
     found.close(failed=False)
     with served(tmp_path) as ask:
         status, answer = ask("POST", "/api/2.0/mlflow/runs/search", {"experiment_ids": ["1"]})
@@ -275,15 +239,12 @@ def test_make_mlflow_serves_the_figures_and_the_panels(tmp_path, panel):
         place_of = f"run_id={run['info']['run_id']}"
         _, answer = ask("GET", f"/api/2.0/mlflow/metrics/get-history?{place_of}&metric_key=val_loss")
         assert [(m["step"], m["value"]) for m in json.loads(answer)["metrics"]] == [(3, 1 / 3), (7, 1 / 7)]
-        _, answer = ask("GET", f"/api/2.0/mlflow/artifacts/list?{place_of}&path=panels")
-        assert sorted(file["path"] for file in json.loads(answer)["files"]) == ["panels/3.png", "panels/7.png"]
-        assert ask("GET", f"/get-artifact?{place_of}&path=panels/7.png") == (200, panel.read_bytes())
         assert ask("GET", "/", Host="evil.example")[0] == 403
     assert str(tmp_path).encode() not in (tmp_path / "outputs" / "mlflow.db").read_bytes()
 
 
 @pytest.mark.slow
-def test_a_store_that_was_made_with_a_path_of_its_own_is_continued(tmp_path, panel, caplog):
+def test_a_store_that_was_made_with_a_path_of_its_own_is_continued(tmp_path, caplog):
     """Stores of 0.3 and before: artifacts at a file: address."""
     from mlflow import MlflowClient
 
@@ -292,20 +253,16 @@ def test_a_store_that_was_made_with_a_path_of_its_own_is_continued(tmp_path, pan
     older.create_run(older.create_experiment(PROJECT, (outputs / "mlflow").as_uri()), run_name="older")
     found = track(settings(use_mlflow=True), folder)
     found.log({"val_loss": 0.5}, 1)
-    found.panel(panel, 1)
     found.close(failed=False)
     assert not caplog.records and query(outputs, "select value from metrics") == [(0.5,)]
-    (address,) = query(outputs, "select artifact_uri from runs where name = 'tracked'")
-    assert (Path(address[0].removeprefix("file://")) / "panels" / "1.png").read_bytes() == panel.read_bytes()
 
 
-def failing(found, panel, caplog, *, harm=lambda: None):
+def failing(found, caplog, *, harm=lambda: None):
     """Track some steps with `harm` done after the first; return the only warning, if the table is complete."""
     found.log({"a": 1.0}, 0)
     harm()
     for step in range(1, 30):
         found.log({"a": float(step)}, step)
-        found.panel(panel, step)
     found.close(failed=False)
     assert list(found.table.rows) == list(range(30))
     (warning,) = [record.message for record in caplog.records if record.name == "ldm_lib"]
@@ -313,34 +270,24 @@ def failing(found, panel, caplog, *, harm=lambda: None):
 
 
 @pytest.mark.slow
-def test_wandb_without_a_folder_to_write_to_does_not_disturb_a_training(tmp_path, panel, caplog):
+def test_wandb_without_a_folder_to_write_to_does_not_disturb_a_training(tmp_path, caplog):
     folder = place(tmp_path)
     (folder / "wandb").write_text("in the way")
     found = track(settings(wandb_mode="offline"), folder)
-    assert "wandb failed: " in failing(found, panel, caplog)
+    assert "wandb failed: " in failing(found, caplog)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "during"])
 @pytest.mark.parametrize("what", ["locked", "damaged"])
-def test_an_mlflow_store_that_cannot_be_written_does_not_disturb_a_training(
-    tmp_path, panel, caplog, monkeypatch, when, what
-):
+def test_an_mlflow_store_that_cannot_be_written_does_not_disturb_a_training(tmp_path, caplog, what):
     folder, outputs = place(tmp_path), tmp_path / "outputs"
-    first = track(settings(use_mlflow=True), folder)
-    first.close(failed=False)
-    other = sqlite3.connect(outputs / "mlflow.db", isolation_level=None)
+    found = track(settings(use_mlflow=True), folder)
+    with closing(sqlite3.connect(outputs / "mlflow.db", isolation_level=None)) as other:
 
-    def harm():
-        if what == "locked":
-            other.execute("BEGIN EXCLUSIVE")
-        else:
-            (outputs / "mlflow.db").write_bytes(b"no store" * 9999)
+        def harm():
+            if what == "locked":
+                other.execute("BEGIN EXCLUSIVE")
+            else:
+                (outputs / "mlflow.db").write_bytes(b"no store" * 9999)
 
-    if when == "before":
-        harm()
-    warning = failing(
-        track(settings(use_mlflow=True), folder), panel, caplog, harm=harm if when == "during" else lambda: 0
-    )
-    assert "MLflow failed: " in warning
-    other.close()
+        assert "MLflow failed: " in failing(found, caplog, harm=harm)
