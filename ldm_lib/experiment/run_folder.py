@@ -21,7 +21,6 @@ from ldm_lib.experiment.path_aliases import PathHidingFormatter, with_aliases
 from ldm_lib.experiment.stages import STAGES, StageConfig
 from ldm_lib.files import fingerprint, now, read_json, sha256, write_json
 from ldm_lib.options import names
-from ldm_lib.training.options import SHARED_OUT
 from ldm_lib.version import __version__
 
 log = logging.getLogger("ldm_lib")
@@ -41,6 +40,7 @@ RECORD_FIELDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn", "papermill", "pydantic")
 _PROJECT = Path(__file__).parents[2]
+SHARED_OUT = "shared_out.json"  # several processes did the work of this stage, its notebook only closes it
 UNTRACKED_OUTPUTS = (SHARED_OUT, "notebook.ipynb", "notebook.partial.ipynb", "report.html", "done.json", "pending.json",
                      "parameters.json")  # fmt: skip
 

@@ -45,8 +45,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: it did not reach the disk; what was there before is unchanged.
     """
-    needed = tensor_bytes(content)
-    require_room(path.parent, needed)
+    require_room(path.parent, _tensor_bytes(content))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
@@ -58,9 +57,8 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         _write_digests(path, [digest])
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        cause = f"not written ({reason}): need {_text(needed)}, have {_text(_free(path.parent))}"
         fix = "make room, then give the same command: it resumes from the checkpoint before"
-        raise TrainingError(cause, where=path, fix=fix) from error
+        raise TrainingError(f"not written ({reason})", where=path, fix=fix) from error
 
 
 def remove(path: Path) -> None:
@@ -80,13 +78,6 @@ def remove_newer(path: Path) -> None:
     newest_first = resumable(path.parent)
     for damaged in newest_first[: newest_first.index(path)]:
         remove(damaged)
-
-
-def remove_orphans(folder: Path) -> None:
-    """Remove half-written files of a killed process, and digests whose file is missing."""
-    for path in [*folder.glob(".*.part"), *folder.glob("*.ckpt.sha256")]:
-        if path.suffix == ".part" or not path.with_suffix("").exists():
-            path.unlink(missing_ok=True)
 
 
 def read_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -127,8 +118,9 @@ def read_verified(path: Path) -> dict[str, Any]:
 
 def require_room(folder: Path, needed: int) -> None:
     """Require free space for checkpoints, in bytes."""
-    if (free := _free(folder)) < needed:
-        raise TrainingError(f"disk full: need {_text(needed)}, have {_text(free)}", where=folder,
+    free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    if free < needed:
+        raise TrainingError(f"disk full: need {needed / 1e6:.1f} MB, have {free / 1e6:.1f} MB", where=folder,
                             fix="make room, or choose another outputs folder; the same command resumes")  # fmt: skip
 
 
@@ -140,24 +132,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Iter
         if isinstance(was, Mapping) and isinstance(is_now, Mapping):
             found += differences(was, is_now, allowed)
         elif was != is_now and key not in allowed:
-            found.append(f"{key} was {_short(was)}, now {_short(is_now)}")
+            found.append(f"{key} was {was!r:.40}, now {is_now!r:.40}")
     return found
 
 
-def tensor_bytes(content: Any) -> int:
-    """Return the bytes of all tensors in nested mappings and lists."""
-    if isinstance(content, Tensor):
-        return content.numel() * content.element_size()
-    parts = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
-    return sum(map(tensor_bytes, parts))
-
-
-def _text(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+def _tensor_bytes(content: Any) -> int:
+    """Return the bytes of all tensors in nested mappings."""
+    if isinstance(content, Mapping):
+        return sum(map(_tensor_bytes, content.values()))
+    return content.nbytes if isinstance(content, Tensor) else 0
 
 
 def _digest_path(path: Path) -> Path:
@@ -173,7 +156,3 @@ def _digests(path: Path) -> list[str]:
 def _write_digests(path: Path, digests: Iterable[str]) -> None:
     with replacing(_digest_path(path)) as partial:
         partial.write_text("".join(f"{digest}  {path.name}\n" for digest in digests))
-
-
-def _short(value: Any) -> str:
-    return repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:37]}..."

@@ -20,8 +20,6 @@ from ldm_lib.options import (
     names,
 )
 
-SHARED_OUT = "shared_out.json"  # in a stage's folder: several processes did its work, its notebook only closes it
-
 
 class TrainerOptions(DeviceOptions, SeedOptions):
     """Describe the optimisation: batches, learning rate, length, weights to start from."""
@@ -38,7 +36,7 @@ class TrainerOptions(DeviceOptions, SeedOptions):
     keep_weights: Literal["last", "best"] = Field("last", description="EMA weights to keep: last, or best val_loss")
     pretrained: bool = Field(False, description="start from the pretrained weights of the package")
     start_dir: str = Field("", description="model folder to start from; without either, training starts at random")
-    devices: Devices = Field(1, description="number of devices; a notebook uses one, `make train` several")
+    devices: Devices = Field(1, description="number of devices; a notebook uses one, `ldm run` several")
     num_workers: Workers = Field(0, description="data loader processes; cached latents need none")
     compile: bool = Field(False, description="torch.compile of the denoiser; pays in long trainings")
     overfit_batches: Count = Field(0, description="debugging: number of fixed batches to overfit; 0 is off")

@@ -28,7 +28,7 @@ from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples
 from ldm_lib.training.distributed import Processes
 from ldm_lib.training.initialise import new_model
 from ldm_lib.training.loop import TrainingLoop
-from ldm_lib.training.options import NO_TRACKERS, SHARED_OUT, TrackerOptions, TrainingOptions
+from ldm_lib.training.options import NO_TRACKERS, TrackerOptions, TrainingOptions
 from ldm_lib.training.step import Trainer
 from ldm_lib.training.trackers import trackers
 from ldm_lib.training.validation import Validation
@@ -152,9 +152,8 @@ def train(
         log.info("already complete after %d steps", trainer.step)
         return trainer
     if processes.world != config.devices:
-        (folder / SHARED_OUT).unlink(missing_ok=True)  # its checkpoints are gone, whatever was noted
         cause = f"devices = {config.devices}: {processes.world} here, after step {trainer.step} of {trainer.plan.steps}"
-        fix = f"run `make train DEVICES={config.devices} RUN={folder.parent.name}`, then this again"
+        fix = f"run `ldm run 04 --run {folder.parent.name} --set devices={config.devices}`"
         raise ConfigError(cause, where="training", fix=fix)
     samples = TrainingSamples(list(variants.values()), config, model.schedule.steps,
                               global_batch=trainer.plan.global_batch, mirror=model.autoencoder.mirror)  # fmt: skip
@@ -191,7 +190,8 @@ def _identity(
 def _resume(trainer: Trainer, identity: Mapping[str, Any], folder: Path) -> None:
     """Restore the newest checkpoint that verifies, and require free space for the next ones."""
     if trainer.processes.rank == 0:
-        checkpoints.remove_orphans(folder)
+        for partial in folder.glob(".*.part"):  # of a process that was killed
+            partial.unlink()
     trainer.processes.fabric.barrier()
     if found := checkpoints.read_newest(folder):
         path, content = found

@@ -3,6 +3,7 @@
 import os
 import resource
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -45,28 +46,29 @@ def test_the_newest_is_the_one_of_the_largest_step_not_of_the_latest_hour(tmp_pa
     assert len(list(tmp_path.iterdir())) == 4, "their digests go with them"
 
 
-@pytest.mark.parametrize("where", [0.0, 0.3, 0.5, 0.7, 0.999])
-def test_a_single_changed_bit_is_noticed_wherever_it_is(tmp_path, where, caplog):
-    older, newer = wrote(tmp_path, 1), wrote(tmp_path, 2)
-    flip(newer, where)
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def digest_of(path):
+    return path.with_name(f"{path.name}.sha256")
+
+
+@pytest.mark.parametrize("harm", [
+    *(partial(flip, where=where) for where in (0.0, 0.3, 0.7, 0.999)),
+    truncate,
+    lambda path: path.write_bytes(b""),
+    lambda path: digest_of(path).unlink(),
+    lambda path: digest_of(path).write_text(""),
+    lambda path: digest_of(path).write_bytes(b"\xff\xfe of no text"),
+    lambda path: digest_of(path).write_text(digest_of(checkpoints.step_path(path.parent, 1)).read_text()),
+])  # fmt: skip
+def test_a_changed_bit_or_digest_is_noticed_and_the_checkpoint_before_is_used(tmp_path, harm, caplog):
+    older, newer = wrote(tmp_path, 1), wrote(tmp_path, 2, CONTENT | {"average": {"w": torch.zeros(5)}})
+    harm(newer)
     with pytest.raises(WeightsError, match=r"last-00000002\.ckpt: does not match its sha256"):
         checkpoints.read_verified(newer)
     assert checkpoints.read_newest(tmp_path)[0] == older and "last-00000002.ckpt" in caplog.text
-
-
-@pytest.mark.parametrize("how", ["truncated", "empty", "no digest", "empty digest", "another's digest"])
-def test_whatever_else_is_wrong_falls_back_too(tmp_path, how):
-    older, newer = wrote(tmp_path, 1), wrote(tmp_path, 2, CONTENT | {"average": {"w": torch.zeros(5)}})
-    note = newer.with_name(f"{newer.name}.sha256")
-    if how == "truncated":
-        newer.write_bytes(newer.read_bytes()[:-7])
-    elif how == "empty":
-        newer.write_bytes(b"")
-    elif how == "no digest":
-        note.unlink()
-    else:
-        note.write_text("" if how == "empty digest" else older.with_name(f"{older.name}.sha256").read_text())
-    assert checkpoints.read_newest(tmp_path)[0] == older
 
 
 def test_damaged_ones_of_later_steps_do_not_outlive_what_is_written_after_them(tmp_path):
@@ -107,12 +109,6 @@ def test_the_only_checkpoint_survives_being_written_again(tmp_path, monkeypatch)
     monkeypatch.undo()
     wrote(tmp_path, 1, {"average": {"w": torch.zeros(5)}})
     assert len((tmp_path / "last-00000001.ckpt.sha256").read_text().splitlines()) == 1
-
-
-def test_a_damaged_digest_falls_back_too(tmp_path):
-    older, newer = wrote(tmp_path, 1), wrote(tmp_path, 2)
-    newer.with_name(f"{newer.name}.sha256").write_bytes(b"\xff\xfe of no text")
-    assert checkpoints.read_newest(tmp_path)[0] == older
 
 
 def test_without_a_checkpoint_nothing_is_resumed(tmp_path):
@@ -159,7 +155,7 @@ def full_disk():
 def test_a_full_disk_is_reported_and_the_checkpoint_before_stays(tmp_path, full_disk):
     """Torch wraps the error of the system."""
     older = wrote(tmp_path, 1)
-    with pytest.raises(TrainingError, match=r"last-00000002\.ckpt: not written \(.*\): need 4\.0 MB, have .*make room"):
+    with pytest.raises(TrainingError, match=r"last-00000002\.ckpt: not written \(.*\)\. Fix: make room"):
         wrote(tmp_path, 2, {"w": torch.zeros(1_000_000)})
     assert checkpoints.read_newest(tmp_path)[0] == older
     assert sorted(p.name for p in tmp_path.iterdir()) == [older.name, f"{older.name}.sha256"]
@@ -169,14 +165,6 @@ def test_a_folder_in_the_way_is_reported(tmp_path):
     checkpoints.step_path(tmp_path, 1).mkdir()
     with pytest.raises(TrainingError, match=r"last-00000001\.ckpt: not written \(Is a directory\)"):
         wrote(tmp_path, 1)
-
-
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
-    kept = wrote(tmp_path, 1)
-    (tmp_path / ".last-00000002.ckpt.4711.part").write_bytes(b"half")
-    (tmp_path / "last-00000002.ckpt.sha256").write_text("digest of what never came")
-    checkpoints.remove_orphans(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, f"{kept.name}.sha256"]
 
 
 def test_differences_are_named_and_allowed_by_name():
@@ -190,14 +178,3 @@ def test_differences_are_named_and_allowed_by_name():
     assert checkpoints.differences(was, now) == [
         "base_width was 8, now 12", "autoencoder was 'abc', now 'xyz'", "new was None, now 1"]  # fmt: skip
     assert checkpoints.differences(was, now, ["autoencoder", "new"]) == ["base_width was 8, now 12"]
-
-
-def test_room_is_counted_in_the_first_folder_that_exists(tmp_path):
-    checkpoints.require_room(tmp_path / "not" / "yet", 1)
-    with pytest.raises(TrainingError, match=r"disk full: need 1000000000\.0 GB, have .* GB"):
-        checkpoints.require_room(tmp_path / "not" / "yet", 10**18)
-
-
-def test_bytes_of_nested_tensors():
-    nested = {"a": torch.zeros(10), "b": [{"c": torch.zeros(3, dtype=torch.float64)}, 5, "text"]}
-    assert checkpoints.tensor_bytes(nested) == 64

@@ -460,7 +460,9 @@ def test_exhausted_memory_is_reported_with_the_checkpoint_to_resume_from(study, 
 
 def test_more_devices_than_processes_are_rejected_while_there_is_something_to_train(study, tmp_path):
     folder = place(tmp_path)
-    with pytest.raises(ConfigError, match=r"devices = 2: 1 here, after step 0 of 8.*make train DEVICES=2"):
+    with pytest.raises(
+        ConfigError, match=r"devices = 2: 1 here, after step 0 of 8.*ldm run 04 --run run --set devices=2"
+    ):
         study.train(folder, settings(devices=2, batch_size=1))
     done = study.train(folder, settings())
     assert done.complete  # two devices with a batch of one each, or one with two: the same global batch
