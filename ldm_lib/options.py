@@ -24,6 +24,15 @@ RENAMED = {
     "norm": "it was removed: normalisation is per voxel, but for imported weights",
     "perceptual_file": "it was removed: there is no perceptual loss any more",
     "perceptual_weight": "it was removed: there is no perceptual loss any more",
+    "adversarial_weight": "it was removed: there is no discriminator any more",
+    "adversarial_start": "it was removed: there is no discriminator any more",
+    "voided_fraction": "it was removed: half of the crops are of the voided image",
+    "air_fraction": "it was removed: a tenth of the crops are at random places",
+    "schedule_shift": "it was removed: it did not improve results, see docs/ablations.md",
+    "zero_terminal_snr": "it was removed: it did not improve results, see docs/ablations.md",
+    "min_snr_gamma": "it was removed: it made results worse, see docs/ablations.md",
+    "outside_weight": "it was removed: the loss is over the mask alone",
+    "latent_noise": "it was removed: known latents are as they were encoded",
     "strategy": "it was removed: training on several devices always uses DDP",
 }
 RENAMED_VALUES = {"draft": "initial_estimate", "usual": "narrow", "true": "exact"}  # of parameters with choices

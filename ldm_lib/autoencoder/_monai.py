@@ -25,6 +25,6 @@ def _hidden(*packages: str) -> Iterator[None]:
 
 with _hidden(*UNUSED):
     from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
-    from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
+    from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 
-__all__ = ["AutoencoderKL", "AutoencoderKlMaisi", "DiffusionModelUNet", "PatchDiscriminator"]
+__all__ = ["AutoencoderKL", "AutoencoderKlMaisi", "DiffusionModelUNet"]

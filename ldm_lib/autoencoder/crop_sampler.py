@@ -13,6 +13,8 @@ from ldm_lib.data.model_grid import grid_case
 
 CASES_IN_MEMORY = 64  # at 1 mm 37 MB each
 FINAL_CROPS_FROM = 0.9  # fraction of the steps from which on crops have their final size
+VOIDED_FRACTION = 0.5  # of crops from the voided image: at inference both are encoded
+AIR_FRACTION = 0.1  # of crops at random places, mostly air
 
 
 class CropLoader:
@@ -35,9 +37,9 @@ class CropLoader:
         rng = np.random.default_rng([self.config.seed, step, i])
         index = int(rng.integers(len(self.cases)))
         images = self._load(index)
-        image = images[0 if len(images) == 1 or rng.random() < self.config.voided_fraction else 1]
+        image = images[0 if len(images) == 1 or rng.random() < VOIDED_FRACTION else 1]
         size = [min(edge, n) for n in image.shape]  # a volume smaller than the crop gets air behind it
-        centre, in_air = rng.integers(0, image.shape), rng.random() < self.config.air_fraction
+        centre, in_air = rng.integers(0, image.shape), rng.random() < AIR_FRACTION
         for _ in range(0 if in_air else 100):  # tries to find a voxel of the brain
             if image[tuple(centre)] > 0:
                 break

@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm_lib.options import Fraction, IntegerList, NotNegative, Options, Positive, SeedOptions, integers
+from ldm_lib.options import IntegerList, NotNegative, Options, Positive, SeedOptions, integers
 
 TRANSFORM_FACTORS = {"plain": 1, "haar": 4}  # voxels per axis that the input transform merges into one
-SMALLEST_DISCRIMINATOR_CROP_VOX = 20  # edge of the smallest crop that the patch discriminator accepts
+LEAST_LATENT_VOXELS = 4  # of an axis of a crop; fewer have no interior
 
 
 class AutoencoderOptions(Options):
@@ -39,22 +39,14 @@ class AutoencoderTrainingOptions(AutoencoderOptions, SeedOptions):
     crop: Positive = Field(32, description="edge of a training crop, voxels")
     final_crop: Positive = Field(48, description="edge of a crop in the last tenth of the steps, voxels")
     kl_weight: NotNegative = Field(1e-3, description="weight of the KL divergence (a mean over latent elements)")
-    adversarial_weight: NotNegative = Field(0.0, description="weight of the patch discriminator's loss; 0 is off")
-    adversarial_start: Fraction = Field(0.5, description="fraction of the steps before the discriminator joins")
-    voided_fraction: Fraction = Field(0.5, description="fraction of crops from the voided image")
-    air_fraction: Fraction = Field(0.1, description="fraction of crops at random places, mostly air")
     intensity_shift: float = Field(0.1, ge=0, le=0.5, description="largest relative change of gain and gamma")
 
     @model_validator(mode="after")
     def _crops_fit(self) -> Self:
-        """Reject crops of few latent voxels: they have no interior."""
         factor = TRANSFORM_FACTORS[self.input_transform] * 2 ** (len(integers(self.channels)) - 1)
-        discriminated = -(-SMALLEST_DISCRIMINATOR_CROP_VOX // factor) if self.adversarial_weight else 0
-        least = max(4, discriminated)
-        if self.learned != "none" and self.crop < least * factor:
-            raise ValueError(
-                f"crop = {self.crop}: a latent voxel is {factor} voxels wide, an axis of a crop needs at least {least}"
-            )
+        if self.learned != "none" and self.crop < LEAST_LATENT_VOXELS * factor:
+            cause = f"crop = {self.crop}: a latent voxel is {factor} voxels wide, an axis of a crop needs at least"
+            raise ValueError(f"{cause} {LEAST_LATENT_VOXELS}")
         if self.learned != "both" and not self.linear_start:
             raise ValueError(f"learned = {self.learned!r}: needs linear_start")
         if self.final_crop < self.crop:

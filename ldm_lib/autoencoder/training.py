@@ -1,10 +1,9 @@
 """Train the autoencoder on crops, and measure the statistics of its latents.
 
     crop (1 x y z) => posterior sample => reconstruction
-    loss = L1 + kl_weight * KL + adversarial_weight * (D(reconstruction) - 1)^2
+    loss = L1 + kl_weight * KL
 
-Half of the inputs are voided images, because at inference it encodes both. The data of a step are a function of
-(seed, step), so that a resumed training equals the uninterrupted one.
+The data of a step are a function of (seed, step), so that a resumed training equals the uninterrupted one.
 """
 
 import logging
@@ -22,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ldm_lib.autoencoder.crop_sampler import CropLoader
 from ldm_lib.autoencoder.fitting import fit_linear_parts, latent_statistics
-from ldm_lib.autoencoder.losses import discriminator_loss, generator_loss, patch_discriminator
 from ldm_lib.autoencoder.model import Autoencoder, kl_divergence
 from ldm_lib.autoencoder.options import AutoencoderOptions, AutoencoderTrainingOptions
 from ldm_lib.autoencoder.third_party import load_autoencoder
@@ -30,23 +28,18 @@ from ldm_lib.data.case import Case, load_case
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import TrainingError
 from ldm_lib.files import replacing
-from ldm_lib.model_io import current_names, read_checkpoint
+from ldm_lib.model_io import read_checkpoint
 from ldm_lib.options import integers
 
 log = logging.getLogger("ldm_lib")
 
 CHECKPOINT = "last.ckpt"
 CHECKPOINT_EVERY_S = 120.0
-# Parts of a checkpoint before version 0.8 -> now.
-OLD_PARTS = {"judge": "discriminator", "judge_optimiser": "discriminator_optimiser"}
+PARTS = ("autoencoder", "ema", "optimiser", "schedule")  # of a checkpoint
 
 
 class AutoencoderTraining:
-    """Hold an autoencoder, its averaged weights and its discriminator, and take one optimiser step at a time.
-
-    The autoencoder is optimised by AdamW with a one-cycle learning rate; the discriminator joins after a warm-up and is
-    optimised by Adam, as in LSGAN.
-    """
+    """Hold an autoencoder and its averaged weights, and take one step of AdamW with a one-cycle learning rate."""
 
     def __init__(
         self, autoencoder: Autoencoder, config: AutoencoderTrainingOptions, *, device: torch.device, precision: str
@@ -58,37 +51,25 @@ class AutoencoderTraining:
         self.optimiser = torch.optim.AdamW([p for p in autoencoder.parameters() if p.requires_grad], lr=peak)
         rise = min(0.3, 100 / steps)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, peak, total_steps=steps, pct_start=rise)
-        self.discriminator = self.discriminator_optimiser = None
-        if config.adversarial_weight:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                self.discriminator = patch_discriminator().to(device, memory_format=torch.channels_last_3d)
-            weights = self.discriminator.parameters()
-            self.discriminator_optimiser = torch.optim.Adam(weights, lr=peak, betas=(0.5, 0.999))
 
     def step(self, step: int, volume: Tensor, names: Sequence[str]) -> dict[str, float]:
         """Take the optimiser step of this number on crops (b 1 x y z) of these cases; return the terms of its loss."""
-        config, volume = self.config, volume.to(self.device, memory_format=torch.channels_last_3d)
-        adversarial = self.discriminator is not None and step >= config.adversarial_start * config.autoencoder_steps
+        volume = volume.to(self.device, memory_format=torch.channels_last_3d)
         with autocast(self.device, self.precision):
             mean, std = self.autoencoder.moments(volume)
             reconstruction = self.autoencoder.decode_raw(mean + std * self._noise(mean, step)).float()
             terms = {"l1": F.l1_loss(self._inside(reconstruction), self._inside(volume))}
             terms["kl"] = kl_divergence(mean.float(), std.float())
-            loss = terms["l1"] + config.kl_weight * terms["kl"]
-            if adversarial:
-                terms["adversarial"] = generator_loss(self.discriminator, reconstruction)
-                loss = loss + config.adversarial_weight * terms["adversarial"]
+            loss = terms["l1"] + self.config.kl_weight * terms["kl"]
         if not math.isfinite(loss.item()):
             raise TrainingError(f"loss is {loss.item()} at step {step}, on crops of {', '.join(sorted(set(names)))}",
                                 where="autoencoder", fix="lower its learning rate, or check these cases")  # fmt: skip
-        _descend(self.optimiser, loss, self.autoencoder)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), 1.0)
+        self.optimiser.step()
         self.schedule.step()
         self.ema.update_parameters(self.autoencoder)
-        if adversarial:
-            with autocast(self.device, self.precision):
-                terms["discriminator"] = discriminator_loss(self.discriminator, reconstruction, volume)
-            _descend(self.discriminator_optimiser, terms["discriminator"], self.discriminator)
         return {name: value.item() for name, value in terms.items()}
 
     def _inside(self, crop: Tensor) -> Tensor:
@@ -100,21 +81,17 @@ class AutoencoderTraining:
         seed = int(np.random.default_rng([self.config.seed, step, 1 << 20]).integers(2**62))
         return torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
-    def _parts(self) -> dict[str, Any]:
-        names = ("autoencoder", "ema", "optimiser", "schedule", "discriminator", "discriminator_optimiser")
-        return {name: part for name in names if (part := getattr(self, name)) is not None}
-
     def save(self, path: Path, history: Sequence[dict[str, float]]) -> None:
         """Write all that a resumed training needs, atomically."""
-        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in PARTS}
         with replacing(path) as partial:
             torch.save(state | {"history": history}, partial)
 
     def resume(self, path: Path) -> list[dict[str, float]]:
         """Load a checkpoint of `save` and return its history."""
-        state = {OLD_PARTS.get(name, name): part for name, part in current_names(read_checkpoint(path)).items()}
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        state = read_checkpoint(path)
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         return state["history"]
 
 
@@ -209,8 +186,8 @@ def fit_autoencoder(
     """Train an autoencoder in place, keep its averaged weights and standardise its latents; see `train_autoencoder`.
 
     Returns:
-        One row per step: step, learning_rate, seconds, l1, kl and the adversarial terms, also kept as its `history`;
-        empty where there is no network to train.
+        One row per step: step, learning_rate, seconds, l1 and kl, also kept as its `history`; empty where there is no
+        network to train.
     """
     checkpoint = Path(folder) / CHECKPOINT if folder else None
     if not (checkpoint and checkpoint.exists()):
@@ -259,10 +236,3 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
         get_ema_multi_avg_fn(rate)(averaged, current, updates)
 
     return update
-
-
-def _descend(optimiser: torch.optim.Optimizer, loss: Tensor, network: torch.nn.Module) -> None:
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-    optimiser.step()

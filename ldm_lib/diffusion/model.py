@@ -37,7 +37,7 @@ from ldm_lib.options import Count
 BYTES_PER_CHANNEL = 400
 MEMORY_FRACTION = 0.25  # of all memory, for the activations of one batch
 LARGEST_BATCH = {"cpu": 4, "cuda": 32}
-SCHEDULE_NAMES = {"steps": "diffusion_steps", "shift": "schedule_shift"}  # config.json's schedule -> ScheduleOptions
+REMOVED = {"shift": 1.0, "zero_terminal_snr": False}  # of the schedule of models before 0.8 -> the value that was none
 CONTEXTS = {"draft": "initial_estimate"}  # as model folders before version 0.8 call it -> now
 
 
@@ -64,7 +64,12 @@ class ModelSettings(ScheduleOptions):
     @classmethod
     def of(cls, config: Mapping[str, Any], autoencoder: Autoencoder) -> "ModelSettings":
         """Read the settings from the config.json of a denoiser and of its autoencoder."""
-        values = {SCHEDULE_NAMES.get(name, name): value for name, value in config["schedule"].items()}
+        values = dict(config["schedule"])
+        for name, default in REMOVED.items():
+            if (value := values.pop(name, default)) != default:
+                raise WeightsError(f"was trained with {name} = {value!r}, which was removed in version 0.8",
+                                   where="noise schedule", fix="use version 0.7, or train again")  # fmt: skip
+        values["diffusion_steps"] = values.pop("steps")
         values |= {name: config[name] for name in ("latent_crop", "temperature") if name in config}
         margin = autoencoder.folder_config.get("box_margin")
         return cls.parse(values | {"prediction": config["prediction"], "box_margin": margin})

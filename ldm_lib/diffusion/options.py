@@ -54,10 +54,6 @@ class ScheduleOptions(Options):
     diffusion_steps: int = Field(1000, ge=2, le=10000, description="steps of the noise schedule")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="first variance of the linear schedule")
     beta_end: float = Field(0.02, gt=0, lt=1, description="last variance of the linear schedule")
-    schedule_shift: float = Field(
-        1.0, gt=0, le=100, description="shift of the noise level; above 1: more noise at every step"
-    )
-    zero_terminal_snr: bool = Field(False, description="rescaling to zero signal at the last step")
 
     @model_validator(mode="after")
     def _process_is_consistent(self) -> Self:
@@ -65,20 +61,13 @@ class ScheduleOptions(Options):
             raise ValueError(f"beta_start = {self.beta_start}: above beta_end = {self.beta_end}")
         if (self.prediction == "flow") != (self.schedule == "flow"):
             raise ValueError(f"prediction = {self.prediction!r}: with schedule {self.schedule!r}; flow needs flow")
-        if self.schedule == "flow" and self.zero_terminal_snr:
-            raise ValueError("zero_terminal_snr = True: a flow has no signal at its last step anyway")
-        if self.prediction == "noise" and self.zero_terminal_snr:
-            raise ValueError(
-                "prediction = 'noise': is undefined where there is no signal; zero_terminal_snr needs another"
-            )
         return self
 
     @property
     def process(self) -> dict[str, Any]:
         """The arguments of `schedule.noise_schedule`, as a model's config.json holds them."""
-        shape = {"schedule": self.schedule, "steps": self.diffusion_steps, "shift": self.schedule_shift}
         betas = {"beta_start": self.beta_start, "beta_end": self.beta_end}
-        return shape | betas | {"zero_terminal_snr": self.zero_terminal_snr}
+        return {"schedule": self.schedule, "steps": self.diffusion_steps} | betas
 
 
 class SamplerOptions(Options):

@@ -11,7 +11,6 @@ The first three belong to a variance-preserving schedule, the last to the straig
 float64 and returned in the dtype of x_t.
 """
 
-import torch
 from torch import Tensor
 
 from ldm_lib.diffusion.schedule import NoiseSchedule
@@ -42,17 +41,3 @@ def to_x0_and_noise(
     }
     x0, noise = conversions[prediction]()
     return x0.to(x_t.dtype), noise.to(x_t.dtype)
-
-
-def min_snr_weight(prediction: str, schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
-    """Return (b,) float64 the weight of the squared error of a prediction at t.
-
-    For x_0 it is min(SNR, γ) (Hang et al. 2023, arXiv 2303.09556, section 3.4). Errors of other predictions are that of
-    x_0 divided by a factor (σ / α for noise, σ for velocity and flow), so that all weigh the same error alike.
-    """
-    alpha, sigma = schedule.alpha_sigma(t, t)
-    snr = (alpha / sigma) ** 2
-    if prediction == "noise":  # min(SNR, γ) / SNR, also where SNR is 0
-        return (gamma / snr).clamp(max=1.0)
-    capped = snr.clamp(max=gamma)
-    return capped if prediction == "x0" else torch.as_tensor(sigma**2 * capped)

@@ -136,7 +136,7 @@ def midpoint(path: Trajectory, x: Tensor) -> Tensor:
     """Sample by the midpoint method on a rectified flow: two evaluations per step; a last odd one is Euler's.
 
     Both evaluations are at timesteps of the table, so that the network sees only those it was trained at. The inner one
-    may lie off the middle by rounding or by a shift; its weight is 1 / (2c) for an inner point at the fraction c of the
+    may lie off the middle by rounding; its weight is 1 / (2c) for an inner point at the fraction c of the
     step (Hairer, Nørsett & Wanner 1993, section II.1, every explicit two-stage method of order 2).
     """
     sigma, steps = [s for _, s in path.levels], len(path.times)

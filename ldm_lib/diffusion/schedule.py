@@ -81,8 +81,6 @@ def noise_schedule(
     *,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
-    shift: float = 1.0,
-    zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
     """Build a schedule by name.
 
@@ -90,10 +88,6 @@ def noise_schedule(
         schedule: "linear" in beta (Ho et al. 2020, section 4), "cosine" (Nichol & Dhariwal 2021, eq. 17), both variance
             preserving, or "flow": sigma = (t + 1) / steps on a straight line.
         beta_start, beta_end: variance added by the first and the last step of "linear", each in (0, 1).
-        shift: s > 0; log-SNR is lowered by 2 log s everywhere, more noise for larger latents (Hoogeboom et al. 2023,
-            arXiv 2301.11093, eq. 4; of "flow", Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 changes nothing.
-        zero_terminal_snr: rescale so that the last step holds no signal (Lin et al. 2024, arXiv 2305.08891,
-            algorithm 1); "flow" never does.
     """
     if steps < 1:
         raise ConfigError(f"{steps} given, at least 1 allowed", where="schedule steps")
@@ -102,11 +96,8 @@ def noise_schedule(
         raise ConfigError(cause, where="schedule betas", fix="use 1e-4 to 0.02")
     if schedule not in SCHEDULES:
         raise ConfigError(f"{schedule!r} given, {', '.join(SCHEDULES)} allowed", where="schedule")
-    if not 0 < shift < math.inf:
-        raise ConfigError(f"{shift:g} given, above 0 allowed", where="schedule shift", fix="use 1 for no shift")
     if schedule == "flow":
         sigma = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
-        sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return NoiseSchedule(1 - sigma, sigma)
     if schedule == "cosine":
         angle = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + COSINE_OFFSET
@@ -115,13 +106,7 @@ def noise_schedule(
     else:
         betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu")
     alpha_bar = torch.cumprod(1 - betas, dim=0)
-    if shift != 1:
-        alpha_bar = torch.sigmoid(torch.logit(alpha_bar) - 2 * math.log(shift))
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    if zero_terminal_snr and steps > 1:
-        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-        sigma = (1 - alpha**2).sqrt()
-    return NoiseSchedule(alpha, sigma)
+    return NoiseSchedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "uniform") -> Tensor:
@@ -130,10 +115,10 @@ def spaced_timesteps(schedule: NoiseSchedule, steps: int, spacing: str = "unifor
     Args:
         schedule: the schedule the network was trained with, T steps.
         steps: how many to visit, 1 to T; T visits all, whatever the spacing.
-        spacing: "uniform" divides t evenly between T - 1 and the clean end at -1 ("trailing" in Lin et al. 2024,
-            table 2); "log_snr" divides log-SNR evenly between t = T - 1 and t = 0 (Lu et al. 2022), each to the nearest
-            timestep that is still free. A last timestep without signal is visited first, and the others begin at a
-            log-SNR of -10.
+        spacing: "uniform" divides t evenly between T - 1 and the clean end at -1 ("trailing" in Lin et al. 2024, arXiv
+            2305.08891, table 2); "log_snr" divides log-SNR evenly between t = T - 1 and t = 0 (Lu et al. 2022), each to
+            the nearest timestep that is still free. A last timestep without signal (of a flow) is visited first, and
+            the others begin at a log-SNR of -10.
 
     Returns:
         (steps,) int64, strictly descending, from T - 1.

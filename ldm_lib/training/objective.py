@@ -1,7 +1,7 @@
 """Compute the loss of the denoiser, and its error by noise level.
 
 x_t = α_t z_target + σ_t ε;  loss = mean over samples of mean over the latent voxels of a sample's mask of
-weight(t) (ADM(composite of x_t, conditioning, mask, t) - prediction target)^2      (Ho et al. 2020, eq. 14)
+(ADM(composite of x_t, conditioning, mask, t) - prediction target)^2      (Ho et al. 2020, eq. 14)
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,14 @@ from torch import Tensor, nn
 
 from ldm_lib.diffusion.latents import Latents, collate, denoiser_input, keep_known, on_device
 from ldm_lib.diffusion.model import LatentDiffusion
-from ldm_lib.diffusion.parameterisation import min_snr_weight, prediction_target, to_x0_and_noise
-from ldm_lib.training.options import TrainingOptions
+from ldm_lib.diffusion.parameterisation import prediction_target, to_x0_and_noise
 
 
-def training_loss(network: nn.Module, batch: Latents, model: LatentDiffusion, config: TrainingOptions) -> Tensor:
-    """Return the masked error of the prediction, weighted by noise level.
-
-    With `outside_weight` the known latent voxels count too. They are clean in x_t, so that they were made of
-    (z_voided, no noise): that pair gives their prediction target.
-    """
-    schedule, kind, t = model.schedule, model.prediction, batch["t"]
+def training_loss(network: nn.Module, batch: Latents, model: LatentDiffusion) -> Tensor:
+    """Return the masked error of what the network predicts."""
     _, prediction = _predict(network, batch, model)
-    weight = min_snr_weight(kind, schedule, t, config.min_snr_gamma) if config.min_snr_gamma else None
-    target = prediction_target(kind, schedule, batch["target"], batch["noise"], t)
-    loss = masked_loss(prediction, target, batch["loss"], weight)
-    if config.outside_weight:
-        known = prediction_target(kind, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
-        loss = loss + config.outside_weight * masked_loss(prediction, known, batch["outside"], weight)
-    return loss
+    target = prediction_target(model.prediction, model.schedule, batch["target"], batch["noise"], batch["t"])
+    return masked_loss(prediction, target, batch["loss"])
 
 
 def noise_loss(network: nn.Module, batch: Latents, model: LatentDiffusion) -> Tensor:
@@ -76,15 +65,14 @@ def noisy_composite(batch: Latents, model: LatentDiffusion, *, t: int, seed: int
     return keep_known(model.schedule.add_noise(batch["target"], noise, times), batch)
 
 
-def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the mean over samples, weighted by (b,), of the mean squared error over a sample's mask (b 1 x y z).
+def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over samples of the mean squared error over a sample's mask (b 1 x y z).
 
     A sample with an empty mask adds nothing.
     """
     error = ((prediction.float() - target.float()).square() * mask).sum(dim=(1, 2, 3, 4))
     count = mask.sum(dim=(1, 2, 3, 4)) * prediction.shape[1]
-    each = error / count.clamp(min=1)
-    return (each if weight is None else each * weight.to(each)).mean()
+    return (error / count.clamp(min=1)).mean()
 
 
 def _seeded_noise(like: Tensor, seed: int) -> Tensor:

@@ -12,7 +12,6 @@ from ldm_lib.options import (
     DeviceOptions,
     Devices,
     Fraction,
-    NotNegative,
     Options,
     Positive,
     SeedOptions,
@@ -76,8 +75,6 @@ class LossOptions(Options):
     conditioning_dropout: Fraction = Field(
         0.1, description="probability of dropping the conditioning, for classifier-free guidance"
     )
-    min_snr_gamma: NotNegative = Field(0.0, description="gamma of min-SNR loss weighting, usually 5; 0 is off")
-    outside_weight: Fraction = Field(0.0, description="loss weight of latent voxels outside the mask")
 
 
 class LatentSampleOptions(Options):
@@ -88,7 +85,6 @@ class LatentSampleOptions(Options):
         12, description="edge of a training crop around the mask, latent voxels; 0 takes whole latents"
     )
     cache_variants: Positive = Field(2, description="encodings per training sample; all but the first are augmented")
-    latent_noise: float = Field(0.0, ge=0, le=1, description="standard deviation of noise added to known latents")
     latent_flip_probability: Fraction = Field(
         0.0, description="probability of a left-right flip of latents; exact for linear codecs only"
     )

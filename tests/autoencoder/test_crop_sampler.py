@@ -17,52 +17,36 @@ def settings(**changes):
     return resolve("smoke", small | changes)["02_autoencoder_check"]
 
 
-def labelled(monkeypatch, with_target=True):
-    """Every image is constant: 1 where it is the voided one, 2 where it is the full one, and air around a centre."""
-    brain = np.zeros((24, 24, 24), np.float32)
-    brain[10:14, 10:14, 10:14] = 1
-    case = SimpleNamespace(voided=brain, target=2 * brain if with_target else None)
-    monkeypatch.setattr(module, "load_case", lambda case: case)
-    monkeypatch.setattr(module, "grid_case", lambda data, factor: case)
+@pytest.fixture
+def labelled(monkeypatch):
+    """Load crops of images that are constant in a small brain: 1 in the voided one, 2 in the full one."""
+
+    def load(*, factor=2, target=True, **changes):
+        brain = np.zeros((24, 24, 24), np.float32)
+        brain[10:14, 10:14, 10:14] = 1
+        case = SimpleNamespace(voided=brain, target=2 * brain if target else None)
+        monkeypatch.setattr(module, "load_case", lambda case: case)
+        monkeypatch.setattr(module, "grid_case", lambda data, factor: case)
+        return CropLoader([SimpleNamespace(key="case")], settings(**changes), factor).batch(0)[0]
+
+    return load
 
 
-def test_half_of_the_crops_show_the_voided_image(monkeypatch):
-    labelled(monkeypatch)
-    loader = CropLoader(
-        [SimpleNamespace(key="case")], settings(final_crop=12, crop=12, autoencoder_batch_size=400), factor=2
-    )
-    brightest = loader.batch(0)[0].amax(dim=(1, 2, 3, 4))
+def test_half_of_the_crops_show_the_voided_image(labelled):
+    brightest = labelled(final_crop=12, crop=12, autoencoder_batch_size=400).amax(dim=(1, 2, 3, 4))
     voided, full, air = ((brightest == value).sum().item() for value in (1, 2, 0))
     assert voided + full + air == 400
     assert abs(voided - full) < 4 * 20  # four standard deviations of a fair coin
     assert air < 0.1 * 400  # only crops that are placed anywhere can miss the brain
 
 
-@pytest.mark.parametrize(("fraction", "value"), [(0.0, 2), (1.0, 1)])
-def test_the_share_of_voided_crops_is_a_parameter(monkeypatch, fraction, value):
-    labelled(monkeypatch)
-    loader = CropLoader(
-        [SimpleNamespace(key="case")],
-        settings(final_crop=24, crop=24, autoencoder_batch_size=20, voided_fraction=fraction),
-        factor=2,
-    )
-    assert loader.batch(0)[0].amax() == value == loader.batch(0)[0].amax(dim=(1, 2, 3, 4)).min()
-
-
-def test_a_case_without_a_target_shows_what_it_has(monkeypatch):
-    labelled(monkeypatch, with_target=False)
-    assert (
-        CropLoader([SimpleNamespace(key="case")], settings(final_crop=24, crop=24, voided_fraction=0.0), factor=2)
-        .batch(0)[0]
-        .amax()
-        == 1
-    )
+def test_a_case_without_a_target_shows_what_it_has(labelled):
+    assert labelled(target=False, final_crop=24, crop=24, autoencoder_batch_size=20).amax() == 1
 
 
 @pytest.mark.parametrize(("crop", "factor", "edge"), [(8, 2, 8), (11, 4, 8), (48, 2, 48)])
-def test_crops_are_divisible(monkeypatch, crop, factor, edge):
-    labelled(monkeypatch)
-    batch = CropLoader([SimpleNamespace(key="case")], settings(final_crop=crop, crop=crop), factor).batch(0)[0]
+def test_crops_are_divisible(labelled, crop, factor, edge):
+    batch = labelled(factor=factor, final_crop=crop, crop=crop)
     assert batch.shape == (2, 1, edge, edge, edge) and batch.dtype == torch.float32
 
 
@@ -83,16 +67,9 @@ def test_large_crops_come_last_in_smaller_batches(cases):
     assert loader.batch(27)[0].shape == (2, 1, 16, 16, 16)
 
 
-def test_gain_and_gamma_stay_within_their_range_and_leave_air(monkeypatch):
-    labelled(monkeypatch)
-    options = {
-        "crop": 24,
-        "final_crop": 24,
-        "autoencoder_batch_size": 200,
-        "voided_fraction": 0.0,
-        "intensity_shift": 0.2,
-    }
-    batch = CropLoader([SimpleNamespace(key="case")], settings(**options), factor=2).batch(0)[0]
+def test_gain_and_gamma_stay_within_their_range_and_leave_air(labelled, monkeypatch):
+    monkeypatch.setattr(module, "VOIDED_FRACTION", 0.0)
+    batch = labelled(crop=24, final_crop=24, autoencoder_batch_size=200, intensity_shift=0.2)
     brightest = batch.amax(dim=(1, 2, 3, 4))  # gain * 2^gamma
     assert 0.8 * 2**0.8 < brightest.min() < 1.8 and 2.3 < brightest.max() < 1.2 * 2**1.2
     assert (batch == 0).float().mean() > 0.9

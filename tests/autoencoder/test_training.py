@@ -117,13 +117,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_case(cases, monkeypa
         train(fresh(), cases[:1])
 
 
-ADVERSARIAL = {"adversarial_weight": 0.1, "adversarial_start": 0.2}
-
-
-@pytest.mark.parametrize("adversarial", [{}, ADVERSARIAL], ids=["l1", "adversarial"])
-def test_a_resumed_training_is_the_uninterrupted_one(cases, monkeypatch, train, tmp_path, adversarial):
+def test_a_resumed_training_is_the_uninterrupted_one(cases, monkeypatch, train, tmp_path):
     """Weight for weight, and row for row but for the seconds."""
-    options = {"autoencoder_steps": 10, "crop": 24, "final_crop": 24} | adversarial
+    options = {"autoencoder_steps": 10, "crop": 12, "final_crop": 12}
     whole, torn = fresh(linear_start=True), fresh(linear_start=True)
     rows = train(whole, cases[:4], **options)
     step = AutoencoderTraining.step
@@ -143,7 +139,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(cases, monkeypatch, train, 
     assert torch.equal(weights(whole), weights(again))
     for row in rows + resumed:
         row.pop("seconds")
-    assert resumed == rows and ("discriminator" in rows[-1]) is bool(adversarial)
+    assert resumed == rows
 
 
 def test_the_weights_that_are_kept_are_the_average(cases, train, monkeypatch):
@@ -164,12 +160,6 @@ def test_the_weights_that_are_kept_are_the_average(cases, train, monkeypatch):
         average = rate * average + (1 - rate) * now
     kept = torch.cat([p.flatten() for p in autoencoder.parameters()])
     assert torch.allclose(kept, average, atol=1e-6) and not torch.allclose(kept, seen[-1], atol=1e-6)
-
-
-def test_the_discriminator_joins_after_the_warm_up(cases, train):
-    adversarial = {"adversarial_weight": 0.1, "adversarial_start": 0.5}
-    rows = train(fresh(), cases[:1], crop=24, final_crop=24, autoencoder_steps=8, **adversarial)
-    assert ["discriminator" in row for row in rows] == [False] * 4 + [True] * 4
 
 
 def test_without_a_network_nothing_is_trained_and_latents_are_standardised(cases, train, tmp_path):

@@ -57,9 +57,7 @@ def test_whatever_is_learned_ends_on_the_gpu(cases, tmp_path, learned):
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16", "16"])
-@pytest.mark.parametrize(
-    "changes", [{}, {"min_snr_gamma": 5.0, "outside_weight": 0.1, "dropout": 0.1}], ids=["plain", "all"]
-)
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}], ids=["plain", "dropout"])
 def test_no_step_waits_for_the_gpu(precision, changes):
     """Torch raises where the processor would wait; batches are made on the CPU and copied from pinned memory."""
     config = resolve("smoke", {"latent_crop": 0} | changes)["04_training"]

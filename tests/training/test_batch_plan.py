@@ -1,4 +1,4 @@
-"""Training samples are functions of (seed, step, index), and the loss weighs them equally."""
+"""Training samples are functions of (seed, step, index), and count alike in the loss."""
 
 from collections.abc import Sequence
 
@@ -40,7 +40,7 @@ def same(a, b):
 
 
 def test_an_item_is_a_function_of_seed_step_and_index():
-    changes = {"latent_flip_probability": 0.5, "latent_noise": 0.1, "latent_crop": 3}
+    changes = {"latent_flip_probability": 0.5, "latent_crop": 3}
     data, again = samples(variants=3, **changes), samples(variants=3, **changes)
     first = data[2, 5, 0]
     for other in (data[0, 0, 1], data[2, 6, 0]):  # what was read in between does not matter
@@ -115,14 +115,6 @@ def test_a_flip_turns_the_signs_of_latents_and_of_nothing_else():
         assert torch.equal(item[name], turned * tensor.flip(1))
     still = TrainingSamples([[many]], settings(), STEPS, global_batch=1, mirror=signs)[0, 0, 0]
     assert same({name: still[name] for name in many}, many), "what is not flipped keeps its signs"
-
-
-def test_latent_noise_touches_what_is_known_and_nothing_else():
-    item, plain = samples(1, latent_noise=0.3)[0, 0, 0], latents(0)
-    assert all(torch.equal(item[name], plain[name]) for name in plain if name != "voided")
-    added = torch.cat([samples(1, latent_noise=0.3)[0, p, 0]["voided"] - plain["voided"] for p in range(20)])
-    assert added.std().item() == pytest.approx(0.3, rel=0.05)
-    assert torch.equal(item["noise"], samples(1)[0, 0, 0]["noise"])
 
 
 @pytest.mark.parametrize("edge", [1, 2, 3, 4, 16])
@@ -215,20 +207,6 @@ def test_debug_mode_fits_a_short_schedule():
     data = TrainingSamples([[latents(0)]], settings(overfit_batches=1), 20, global_batch=1)
     times = [int(data[step, 0, 0]["t"]) for step in range(16)]
     assert times[0] == 2 and times[-1] == 19
-
-
-def test_latent_voxels_outside_the_mask_are_added_when_they_count():
-    item = samples(1, outside_weight=0.1)[0, 0, 0]
-    assert torch.equal(item.pop("outside"), 1 - item["mask"]) and same(item, samples(1)[0, 0, 0])
-
-
-def test_samples_of_larger_weight_count_more():
-    prediction, target = torch.randn(3, 2, 3, 3, 3), torch.randn(3, 2, 3, 3, 3)
-    mask, weight = torch.ones(3, 1, 3, 3, 3), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
-    each = (prediction - target).square().mean(dim=(1, 2, 3, 4))
-    found = masked_loss(prediction, target, mask, weight)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx((each * weight).mean().item(), rel=1e-5)
 
 
 def test_the_loss_is_the_mean_over_samples_of_the_mean_over_the_mask():
