@@ -33,7 +33,7 @@ def outputs(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory) -> Path:
-    """Three synthetic patients with two masks each, 8 mm voxels (30 30 20), in the seed layout."""
+    """Three synthetic patients with two masks each, 8 mm voxels (30 30 20), in the training layout."""
     from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
 
     folder = tmp_path_factory.mktemp("cohort")

@@ -22,14 +22,14 @@ NO_MAP = "no {} map"  # the warning of a kind of map that a case lacks
 
 @dataclass(frozen=True)
 class Case:
-    """Hold one mask of one patient, and the paths of its files (None: there is no such file).
+    """Name the files of one scan and one mask, before they are read; `load_case` reads them into a `CaseData`.
 
-    `digests` are role -> sha256 of files that must not change any more.
+    A path is None where there is no such file. `digests` are role -> sha256 of files that must not change any more.
     """
 
     id: str
     patient: str
-    index: str  # "0000".."0002" in the seed layout, "" in the challenge's
+    index: str  # "0000", "0001", ... in the training layout, "" in the challenge layout
     t1n: Path | None
     t1n_voided: Path | None
     mask: Path
@@ -86,7 +86,9 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseData:
-    """Hold the checked content of a case: arrays (x, y, z) in the file's voxel order, images in source units.
+    """Hold the arrays of one scan and one mask in memory, read and checked by `load_case` from the files of a `Case`.
+
+    Every array is (x, y, z) in the file's voxel order; images are in source units.
 
     Attributes:
         source: the voided file (or the full image, if there is no voided one).

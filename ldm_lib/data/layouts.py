@@ -1,8 +1,9 @@
-"""Find the files of each case in a folder by their exact names, in the seed layout or the challenge's.
+"""Find the files of each case in a folder by their exact names, in the training layout or the challenge layout.
 
-Seed: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz` and so on, up to three masks of one
-patient. Challenge: `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz` and so on, one mask; the last three
-digits are a time point. Maps: `growth_model/<ID>.nii.gz`, `tissue_segmentation/<ID>.nii.gz` of the conditioning folder.
+Training layout: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz` and so on, several masks
+of one scan. Challenge layout: `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz` and so on, one mask; the last
+three digits are a time point. Maps: `growth_model/<ID>.nii.gz`, `tissue_segmentation/<ID>.nii.gz` of the folder
+`conditioning_data`.
 """
 
 import os
@@ -44,7 +45,7 @@ class _Files:
 
     @property
     def indices(self) -> list[str]:
-        """ "-0000" and so on, "" in the challenge's layout: of every mask, and every image without one."""
+        """List "-0000" and so on, "" in the challenge layout: of every mask, and every image without one."""
         return sorted({index for role, index in self.found if role in ("mask", "t1n-voided")})
 
 

@@ -4,7 +4,6 @@ Everything random is drawn in millimetres from (seed, patient): a patient is the
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -120,7 +119,7 @@ def _resample(field: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def write_patient(folder: str | Path, seed: int, patient: int, **patient_kwargs: Any) -> str:
-    """Make one patient (`make_patient`), write it below `folder` in the seed layout and return its id.
+    """Make one patient (`make_patient`), write it below `folder` in the training layout and return its id.
 
     Files are `data/<ID>/<ID>-t1n.nii.gz` and, for each mask k, `-t1n-voided-000k`, `-mask-000k`, `-mask-healthy-000k`,
     `-mask-unhealthy-000k`; `conditioning_data/{growth_model,tissue_segmentation}/<ID>.nii.gz`. On one
@@ -153,7 +152,6 @@ def make_synthetic_cohort(
     seed: int = 0,
     spacing_mm: float = 4.0,
     workers: int = 1,
-    on_patient: Callable[[str], None] | None = None,
     **patient_kwargs: Any,
 ) -> list[str]:
     """Write a cohort of synthetic patients and return their ids.
@@ -165,7 +163,6 @@ def make_synthetic_cohort(
         first: number of the first patient; see TRAINING_PATIENTS, DEMO_PATIENTS and TEST_PATIENTS.
         spacing_mm: isotropic voxel size; 1 is the BraTS grid of 240 x 240 x 155 voxels.
         workers: processes that make the patients; 1 makes them in this process. The files do not depend on it.
-        on_patient: called with each finished id, in order.
         patient_kwargs: `masks`, `deformation`, `domain_randomisation` and `tissue_map` of `make_patient`.
 
     Examples:
@@ -174,16 +171,15 @@ def make_synthetic_cohort(
         ...     make_synthetic_cohort(folder, 2, spacing_mm=8, masks=1)
         ['Synthetic_08000', 'Synthetic_08001']
     """
+    if min(n_patients, workers) < 1:
+        given = f"n_patients {n_patients}, workers {workers} given; allowed are 1 or more of each"
+        raise ConfigError(given, where="make_synthetic_cohort")
     make = partial(write_patient, folder, seed, spacing_mm=spacing_mm, **patient_kwargs)
-    patients, written = range(first, first + n_patients), []
+    patients = range(first, first + n_patients)
     process_kwargs = {"mp_context": get_context("spawn"), "initializer": die_with_parent, "initargs": (os.getpid(),)}
     pool = ProcessPoolExecutor(workers, **process_kwargs) if workers > 1 else None
     try:
-        for case in pool.map(make, patients) if pool else map(make, patients):
-            written.append(case)
-            if on_patient is not None:
-                on_patient(case)
+        return list(pool.map(make, patients) if pool else map(make, patients))
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-    return written

@@ -42,7 +42,7 @@ def save(path, voxels):
 
 @pytest.fixture
 def cases(tmp_path):
-    """Three small patients in the seed layout: folder and the files of each."""
+    """Three small patients in the training layout: folder and the files of each."""
     rng = np.random.default_rng(0)
     mask = np.zeros((24, 22, 20), np.uint8)
     mask[8:13, 8:13, 8:13] = 1

@@ -31,7 +31,7 @@ VOXELS = {
     "mask-unhealthy": UNHEALTHY.astype(np.uint8),
 }
 FIELD = "12x11x10 voxels of 1x1x1 mm are not BraTS's field of view of 240x240x155 mm: out of training domain"
-CHALLENGE, SEED = "BraTS-GLI-00007-001", "BraTS2021_00000"
+CHALLENGE, SEVERAL = "BraTS-GLI-00007-001", "BraTS2021_00000"
 
 
 def _write(folder, identity, roles=tuple(VOXELS), *, masks=("",)):
@@ -51,13 +51,13 @@ def _write_maps(conditioning, identity):
 
 @pytest.fixture
 def data(tmp_path):
-    """One patient of three masks in the seed layout, one in the challenge's, maps for both."""
+    """One patient of three masks in the training layout, one in the challenge layout, maps for both."""
     root = tmp_path / "data"
-    _write(root / SEED, SEED, masks=("-0000", "-0001", "-0002"))
+    _write(root / SEVERAL, SEVERAL, masks=("-0000", "-0001", "-0002"))
     folder = _write(root / CHALLENGE, CHALLENGE)
     write_map(folder / f"{CHALLENGE}-t1n.nii.gz", T1N + np.int16(1), LPS)  # or it were one patient under two names
     write_map(folder / f"{CHALLENGE}-t1n-voided.nii.gz", np.where(MASK, 0, T1N + np.int16(1)), LPS)
-    for identity in (SEED, CHALLENGE):
+    for identity in (SEVERAL, CHALLENGE):
         _write_maps(root / "conditioning_data", identity)
     return root
 
@@ -72,19 +72,19 @@ def _only(root):
 def test_both_layouts_are_found_with_every_file(data):
     cases, exclusions = survey_cases(data)
     assert exclusions == []
-    assert [c.key for c in cases] == [CHALLENGE, f"{SEED}-0000", f"{SEED}-0001", f"{SEED}-0002"]
-    assert [c.patient for c in cases] == ["BraTS-GLI-00007", SEED, SEED, SEED]
+    assert [c.key for c in cases] == [CHALLENGE, f"{SEVERAL}-0000", f"{SEVERAL}-0001", f"{SEVERAL}-0002"]
+    assert [c.patient for c in cases] == ["BraTS-GLI-00007", SEVERAL, SEVERAL, SEVERAL]
     assert cases[0].result_name == f"{CHALLENGE}-t1n-inference.nii.gz"
-    assert cases[2].result_name == f"{SEED}-t1n-inference-0001.nii.gz"
+    assert cases[2].result_name == f"{SEVERAL}-t1n-inference-0001.nii.gz"
     maps = data / "conditioning_data"
     assert cases[2].files() == {
-        "t1n": data / SEED / f"{SEED}-t1n.nii.gz",
-        "t1n_voided": data / SEED / f"{SEED}-t1n-voided-0001.nii.gz",
-        "mask": data / SEED / f"{SEED}-mask-0001.nii.gz",
-        "mask_healthy": data / SEED / f"{SEED}-mask-healthy-0001.nii.gz",
-        "mask_unhealthy": data / SEED / f"{SEED}-mask-unhealthy-0001.nii.gz",
-        "growth": maps / "growth_model" / f"{SEED}.nii.gz",
-        "tissue": maps / "tissue_segmentation" / f"{SEED}.nii.gz",
+        "t1n": data / SEVERAL / f"{SEVERAL}-t1n.nii.gz",
+        "t1n_voided": data / SEVERAL / f"{SEVERAL}-t1n-voided-0001.nii.gz",
+        "mask": data / SEVERAL / f"{SEVERAL}-mask-0001.nii.gz",
+        "mask_healthy": data / SEVERAL / f"{SEVERAL}-mask-healthy-0001.nii.gz",
+        "mask_unhealthy": data / SEVERAL / f"{SEVERAL}-mask-unhealthy-0001.nii.gz",
+        "growth": maps / "growth_model" / f"{SEVERAL}.nii.gz",
+        "tissue": maps / "tissue_segmentation" / f"{SEVERAL}.nii.gz",
     }
     assert cases[0].files()["mask_healthy"].name == f"{CHALLENGE}-mask-healthy.nii.gz"
 
@@ -213,39 +213,39 @@ def test_the_unhealthy_mask_is_never_taken_for_the_healthy_one(tmp_path):
 
 
 def test_names_in_progress_are_no_cases(tmp_path):
-    folder = _write(tmp_path / SEED, SEED, masks=("-0000",))
-    for name in (f"{SEED}-mask-0000.nii.gz", f"{SEED}-t1n-voided-0000.nii.gz"):
+    folder = _write(tmp_path / SEVERAL, SEVERAL, masks=("-0000",))
+    for name in (f"{SEVERAL}-mask-0000.nii.gz", f"{SEVERAL}-t1n-voided-0000.nii.gz"):
         for stray in (f"{name}.part", f"{name}.crdownload", f"._{name}", name.replace(".nii", " (1).nii")):
             shutil.copy(folder / name, folder / stray)
-    shutil.copy(folder / f"{SEED}-mask-0000.nii.gz", folder / f"{SEED}-mask-0001.nii.gz.part")
+    shutil.copy(folder / f"{SEVERAL}-mask-0000.nii.gz", folder / f"{SEVERAL}-mask-0001.nii.gz.part")
     (tmp_path / ".DS_Store").touch()
     (tmp_path / ".hidden").mkdir()
-    assert _only(tmp_path).key == f"{SEED}-0000"
+    assert _only(tmp_path).key == f"{SEVERAL}-0000"
 
 
 @pytest.mark.parametrize(
     ("roles", "key", "reason"),
     [
-        ((), SEED, "no mask file; present: nothing"),
-        (("t1n",), SEED, f"no mask file; present: {SEED}-t1n.nii.gz"),
-        (("mask",), f"{SEED}-0000", "neither t1n nor t1n-voided next to its mask"),
-        (("t1n", "t1n-voided"), f"{SEED}-0000", "no mask file next to its t1n-voided"),
+        ((), SEVERAL, "no mask file; present: nothing"),
+        (("t1n",), SEVERAL, f"no mask file; present: {SEVERAL}-t1n.nii.gz"),
+        (("mask",), f"{SEVERAL}-0000", "neither t1n nor t1n-voided next to its mask"),
+        (("t1n", "t1n-voided"), f"{SEVERAL}-0000", "no mask file next to its t1n-voided"),
     ],
 )
 def test_an_incomplete_case_is_excluded_with_its_reason(tmp_path, roles, key, reason):
     _write(tmp_path / CHALLENGE, CHALLENGE)
-    _write(tmp_path / SEED, SEED, roles, masks=("-0000",))
+    _write(tmp_path / SEVERAL, SEVERAL, roles, masks=("-0000",))
     cases, exclusions = survey_cases(tmp_path)
     assert [c.key for c in cases] == [CHALLENGE]
     (exclusion,) = exclusions
-    assert exclusion.case == key and exclusion.reason.startswith(f"{SEED}: {reason}. Fix: ")
+    assert exclusion.case == key and exclusion.reason.startswith(f"{SEVERAL}: {reason}. Fix: ")
 
 
 def test_a_voided_image_without_its_mask_is_excluded_and_the_others_stay(data):
-    (data / SEED / f"{SEED}-mask-0001.nii.gz").unlink()
+    (data / SEVERAL / f"{SEVERAL}-mask-0001.nii.gz").unlink()
     cases, exclusions = survey_cases(data)
     assert [c.index for c in cases] == ["", "0000", "0002"]
-    assert [e.case for e in exclusions] == [f"{SEED}-0001"]
+    assert [e.case for e in exclusions] == [f"{SEVERAL}-0001"]
 
 
 @pytest.mark.parametrize("name", ["a b", "é", "-x", "x\n", "p" * 129, "$(reboot)"])
@@ -259,8 +259,8 @@ def test_a_folder_name_that_is_no_patient_id_is_excluded(tmp_path, name):
 
 
 def test_files_of_another_id_are_no_case(tmp_path):
-    _write(tmp_path / CHALLENGE, SEED)
-    with pytest.raises(InputError, match=f"{CHALLENGE}: no mask file; present: {SEED}-mask-healthy"):
+    _write(tmp_path / CHALLENGE, SEVERAL)
+    with pytest.raises(InputError, match=f"{CHALLENGE}: no mask file; present: {SEVERAL}-mask-healthy"):
         find_cases(tmp_path)
 
 
@@ -271,9 +271,9 @@ def test_no_case_at_all_is_an_error_that_lists_what_is_there(tmp_path):
         (tmp_path / f"note{k}.txt").touch()
     with pytest.raises(InputError, match=r"looked for .*mask.*; present: note0\.txt, .*note4\.txt and 2 more\. Fix"):
         find_cases(tmp_path)
-    _write(tmp_path / SEED, SEED, ("mask",))
-    (tmp_path / SEED / f"{SEED}-mask.nii.gz").rename(tmp_path / SEED / f"{SEED}-mask.NII.GZ")
-    with pytest.raises(InputError, match=rf"; {SEED}: {SEED}: neither t1n nor t1n-voided next to its mask"):
+    _write(tmp_path / SEVERAL, SEVERAL, ("mask",))
+    (tmp_path / SEVERAL / f"{SEVERAL}-mask.nii.gz").rename(tmp_path / SEVERAL / f"{SEVERAL}-mask.NII.GZ")
+    with pytest.raises(InputError, match=rf"; {SEVERAL}: {SEVERAL}: neither t1n nor t1n-voided next to its mask"):
         find_cases(tmp_path)
     with pytest.raises(InputError, match=r"missing: no such folder"):
         find_cases(tmp_path / "missing")
@@ -281,18 +281,18 @@ def test_no_case_at_all_is_an_error_that_lists_what_is_there(tmp_path):
 
 def test_an_unreadable_folder_is_excluded(tmp_path, monkeypatch):
     _write(tmp_path / CHALLENGE, CHALLENGE)
-    (tmp_path / SEED).mkdir()
+    (tmp_path / SEVERAL).mkdir()
     list_folder = type(tmp_path).iterdir
 
     def forbid(path):
-        if path.name == SEED:
+        if path.name == SEVERAL:
             raise PermissionError(13, "Permission denied")
         return list_folder(path)
 
     monkeypatch.setattr(type(tmp_path), "iterdir", forbid)
     _, exclusions = survey_cases(tmp_path)
     reason = "cannot be listed (Permission denied). Fix: check the rights of its folder."
-    assert [(e.case, e.reason) for e in exclusions] == [(SEED, reason)]
+    assert [(e.case, e.reason) for e in exclusions] == [(SEVERAL, reason)]
 
 
 def test_maps_are_looked_for_inside_next_to_and_in_the_given_folder(data, tmp_path):
@@ -309,18 +309,18 @@ def test_maps_are_looked_for_inside_next_to_and_in_the_given_folder(data, tmp_pa
 
 
 def test_every_bad_case_is_reported_in_one_pass(data):
-    seed = data / SEED
-    (seed / f"{SEED}-mask-0000.nii.gz").write_bytes(b"")
-    (seed / f"{SEED}-t1n-voided-0001.nii.gz").unlink()
-    (seed / f"{SEED}-t1n-voided-0001.nii.gz").symlink_to("nowhere")
+    several = data / SEVERAL
+    (several / f"{SEVERAL}-mask-0000.nii.gz").write_bytes(b"")
+    (several / f"{SEVERAL}-t1n-voided-0001.nii.gz").unlink()
+    (several / f"{SEVERAL}-t1n-voided-0001.nii.gz").symlink_to("nowhere")
     (data / "empty").mkdir()
     rows = [row.as_dict() for row in audit(data)]
     assert [(row["case"], row["status"]) for row in rows] == [
         ("empty", "refused"),
         (CHALLENGE, "warning"),
-        (f"{SEED}-0000", "refused"),
-        (f"{SEED}-0001", "refused"),
-        (f"{SEED}-0002", "warning"),
+        (f"{SEVERAL}-0000", "refused"),
+        (f"{SEVERAL}-0001", "refused"),
+        (f"{SEVERAL}-0002", "warning"),
     ]
     assert "no mask file" in rows[0]["reason"]
     assert "empty (0 bytes)" in rows[2]["reason"]
@@ -411,13 +411,13 @@ def test_a_cohort_is_written_relative_to_a_relative_root(data, tmp_path, monkeyp
 def test_the_digest_of_a_data_folder_changes_with_any_byte_of_a_case(data):
     assert source_digests("") == {}
     before = source_digests(data)
-    (data / SEED / "notes.txt").write_text("not a case's file")
+    (data / SEVERAL / "notes.txt").write_text("not a case's file")
     assert source_digests(data) == before
-    write_map(data / "conditioning_data" / "growth_model" / f"{SEED}.nii.gz", GROWTH / 2, LPS)
+    write_map(data / "conditioning_data" / "growth_model" / f"{SEVERAL}.nii.gz", GROWTH / 2, LPS)
     changed = source_digests(data)
     assert changed != before
-    (data / SEED / f"{SEED}-mask-0001.nii.gz").unlink()
-    (data / SEED / f"{SEED}-mask-0001.nii.gz").symlink_to("nowhere")
+    (data / SEVERAL / f"{SEVERAL}-mask-0001.nii.gz").unlink()
+    (data / SEVERAL / f"{SEVERAL}-mask-0001.nii.gz").symlink_to("nowhere")
     assert source_digests(data) not in (before, changed), "a broken link is no reason to crash"
 
 

@@ -33,10 +33,8 @@ def patients():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cohort")
-    seen = []
-    kwargs = {"spacing_mm": SPACING_MM, "on_patient": seen.append}
-    names = [name for first in (0, 9001) for name in make_synthetic_cohort(folder, 1, first=first, **kwargs)]
-    assert names == seen == ["Synthetic_00000", "Synthetic_09001"]
+    names = [make_synthetic_cohort(folder, 1, first=first, spacing_mm=SPACING_MM) for first in (0, 9001)]
+    assert names == [["Synthetic_00000"], ["Synthetic_09001"]]
     return folder
 
 
@@ -189,3 +187,9 @@ def test_numbers_out_of_range_are_rejected(numbers):
     given = {"seed": 0, "patient": 0, "spacing_mm": 4.0, "masks": 1, **numbers}
     with pytest.raises(ConfigError, match=r"make_patient: seed .* given; allowed are 0 or more, and 0.5 to 12 mm"):
         make_patient(given.pop("seed"), given.pop("patient"), **given)
+
+
+@pytest.mark.parametrize("numbers", [{"n_patients": -1}, {"n_patients": 2, "workers": 0}])
+def test_a_cohort_has_at_least_one_patient_and_one_worker(tmp_path, numbers):
+    with pytest.raises(ConfigError, match=r"make_synthetic_cohort: n_patients .* given; allowed are 1 or more"):
+        make_synthetic_cohort(tmp_path, **numbers)
