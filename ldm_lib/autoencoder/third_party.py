@@ -4,7 +4,7 @@ weights (.pt .pth .ckpt .safetensors) and a JSON of the network's arguments => A
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -20,14 +20,7 @@ from ldm_lib.model_io import CONFIG, WEIGHTS
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors")
 BLOCKS = ("autoencoder_def", "autoencoder", "network_def")  # where the JSON of a MONAI bundle describes it
-PARTS = ("encoder", "decoder", "quant_conv_mu", "quant_conv_log_sigma", "post_quant_conv")
-OTHER_NETWORKS = {  # part of a tensor's name -> the network that has it
-    "embed.0.": "a diffusion model",  # "time_embed" in MONAI's, "embed" in ours
-    "initial_conv.": "a discriminator",
-    "quantizer.": "a VQ-VAE",
-    "submodule.": "a U-Net",
-    "latent_mean": "one of our model folders, whose config.json is not here",
-}
+PARTS = {"encoder", "decoder", "quant_conv_mu", "quant_conv_log_sigma", "post_quant_conv"}
 CORE, GENERATIVE = "MONAI core AutoencoderKL", "monai-generative AutoencoderKL"
 MAISI = "NVIDIA MAISI AutoencoderKlMaisi"
 # Names of monai-generative -> of MONAI core. The last layer of its attention, proj_attn, is left out, because its own
@@ -36,7 +29,7 @@ GENERATIVE_NAMES = (
     (re.compile(r"^(decoder\.blocks\.\d+)\.conv\.conv\."), r"\1.postconv.conv."),
     (re.compile(r"(blocks\.\d+)\.(to_[qkv]|proj_attn)\."), r"\1.attn.\2."),
 )
-UNUSED_ARGUMENTS = ("use_checkpoint", "use_checkpointing", "use_flash_attention", "print_info")  # change no number
+UNUSED_ARGUMENTS = ("class", "use_checkpoint", "use_checkpointing", "use_flash_attention", "print_info")
 # Half precision needs a GPU. Splits change no value where they divide the grid, and lose voxels where they do not.
 FOR_EVERY_GRID = {"norm_float16": False, "num_splits": 1}
 
@@ -72,7 +65,7 @@ def load_autoencoder(path: str | Path, *, spacing_mm: float) -> ImportedAutoenco
     file, description = _files(path)
     tensors, notes = _state_dict(file)
     kind = _kind(tensors, file)
-    network = _network_arguments(_described(description), kind, tensors, description)
+    network = _network_arguments(kind, tensors, description)
     try:
         autoencoder = Autoencoder(network=network, spacing_mm=spacing_mm)
     except model_io.UNBUILDABLE as error:
@@ -97,16 +90,15 @@ def core_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _files(path: Path) -> tuple[Path, Path]:
-    """Return the weights file and the JSON with it."""
+    """Return the weights file and the JSON with it: of the same name, or the only one in its folder."""
     if not path.exists():
         raise WeightsError("no such file or folder", where=path, fix="name a weights file, or a folder with one")
     inside = [p for p in path.glob("*") if p.suffix in ENDINGS] if path.is_dir() else [path]
     file = _only(inside, "weights file", where=path, fix=f"name the file itself; it ends in {', '.join(ENDINGS)}")
     same_name = file.with_suffix(".json")
-    if same_name.is_file():
-        return file, same_name
     fix = f"write the arguments of its class to {same_name.name} in the same folder"
-    return file, _only(file.parent.glob("*.json"), "JSON with it", where=file, fix=fix)
+    described = [same_name] if same_name.is_file() else file.parent.glob("*.json")
+    return file, _only(described, "JSON with it", where=file, fix=fix)
 
 
 def _only(paths: Iterable[Path], what: str, *, where: Path, fix: str) -> Path:
@@ -123,7 +115,7 @@ def _state_dict(file: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not _is_state_dict(content):
         inside = {k: v for k, v in content.items() if _is_state_dict(v)} if isinstance(content, dict) else {}
         if len(inside) != 1:
-            cause = f"is no state dict but a {type(content).__name__} with {_some(list(inside))} state dicts in it"
+            cause = f"is no state dict but a {type(content).__name__} with {len(inside)} state dicts in it"
             raise WeightsError(cause, where=file, fix=fix)
         ((name, content),) = inside.items()
         notes.append(f"found under {name!r}")
@@ -141,27 +133,33 @@ def _is_state_dict(content: Any) -> bool:
 
 def _kind(tensors: Mapping[str, Tensor], where: Path) -> str:
     """Recognise the class by the names of its tensors."""
-    unknown = [name for name in tensors if name.partition(".")[0] not in PARTS]
-    missing = [part for part in PARTS if not any(name.startswith(f"{part}.") for name in tensors)]
-    if missing:
-        marks = (what for mark, what in OTHER_NETWORKS.items() if any(mark in name for name in tensors))
-        cause = f"these are keys of {next(marks, 'another network')}, not of an autoencoder: "
-        cause += f"{_some(missing)} missing, {_some(unknown)} unknown"
+    if missing := sorted(PARTS - {name.partition(".")[0] for name in tensors}):
+        cause = f"these are no weights of an autoencoder: without {', '.join(missing)}, but with {next(iter(tensors))}"
         raise WeightsError(cause, where=where, fix="name the autoencoder's own weights")
     if "encoder.blocks.0.conv.conv.weight" in tensors:
         return MAISI
     return GENERATIVE if any(old.search(name) for old, _ in GENERATIVE_NAMES for name in tensors) else CORE
 
 
-def _described(path: Path) -> dict[str, Any]:
-    """Read the arguments of the network in a JSON, "_target_" among them."""
+def _network_arguments(kind: str, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Read every argument of the class that is to hold these tensors from its JSON; "class" names it."""
     content = model_io.read_json(path)
     block = next((content[name] for name in BLOCKS if isinstance(content.get(name), dict)), content)
-    given = {name: value for name, value in block.items() if name == "_target_" or not name.startswith("_")}
-    return {name: _literal(name, value, content, path) for name, value in given.items()}
+    given = {name: _literal(name, value, content, path) for name, value in block.items() if not name.startswith("_")}
+    name, width = ("AutoencoderKlMaisi", "num_channels") if kind == MAISI else ("AutoencoderKL", "channels")
+    defaults = {k: p.default for k, p in signature(NETWORKS[name]).parameters.items() if p.default is not p.empty}
+    network = {width if k in ("channels", "num_channels") else k: v for k, v in (defaults | given).items()}
+    network = {k: list(v) if isinstance(v, tuple) else v for k, v in network.items() if k not in UNUSED_ARGUMENTS}
+    shape = {k: network.get(k) for k in ("spatial_dims", "in_channels", "out_channels")}
+    if tuple(shape.values()) != (3, 1, 1):
+        cause = f"{', '.join(f'{k} = {v}' for k, v in shape.items())}, where 3, 1 and 1 are needed"
+        raise WeightsError(cause, where=path, fix="take an autoencoder of 3D images of one channel")
+    network["include_fc"] = any(".out_proj." in key for key in tensors)
+    return {"class": name} | network | (FOR_EVERY_GRID if kind == MAISI else {})
 
 
 def _literal(name: str, value: Any, content: Mapping[str, Any], where: Path) -> Any:
+    """Follow a reference of a MONAI bundle to a literal."""
     if isinstance(value, list):
         return [_literal(name, item, content, where) for item in value]
     found = content.get(value[1:], value) if isinstance(value, str) and value.startswith("@") else value
@@ -169,37 +167,6 @@ def _literal(name: str, value: Any, content: Mapping[str, Any], where: Path) -> 
         cause = f"{name} = {value!r} is, or refers to, an expression; none is evaluated"
         raise WeightsError(cause, where=where, fix=f"write the value of {name} in its place")
     return found
-
-
-def _network_arguments(block: dict[str, Any], kind: str, tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
-    """Return every argument of the class that is to hold these tensors, "class" among them."""
-    name, width = ("AutoencoderKlMaisi", "num_channels") if kind == MAISI else ("AutoencoderKL", "channels")
-    named = str(block.pop("_target_", block.pop("class", name))).rpartition(".")[2]
-    if named != name:
-        cause = f"describes {named}, but these are weights of {kind}"
-        raise WeightsError(cause, where=where, fix=f"give the JSON of the {name}")
-    source = NETWORKS[name]
-    if kind == GENERATIVE:
-        from generative.networks.nets import autoencoderkl
-
-        source = autoencoderkl.AutoencoderKL
-    # The signature of the class that wrote the weights knows the arguments that a JSON leaves out.
-    defaults = {k: p.default for k, p in signature(source).parameters.items() if p.default is not p.empty}
-    network = {width if k in ("channels", "num_channels") else k: v for k, v in (defaults | block).items()}
-    network = {k: list(v) if isinstance(v, tuple) else v for k, v in network.items() if k not in UNUSED_ARGUMENTS}
-    shape = {k: network.get(k) for k in ("spatial_dims", "in_channels", "out_channels")}
-    if tuple(shape.values()) != (3, 1, 1):
-        cause = f"{', '.join(f'{k} = {v}' for k, v in shape.items())}, where 3, 1 and 1 are needed"
-        raise WeightsError(cause, where=where, fix="take an autoencoder of 3D images of one channel")
-    if kind == GENERATIVE and network["use_convtranspose"]:
-        cause = "use_convtranspose: monai-generative's are 3 voxels wide and do not fit MONAI core's, which are 2"
-        raise WeightsError(cause, where=where, fix="take an autoencoder without transposed convolutions")
-    network["include_fc"] = any(".out_proj." in key for key in tensors)
-    return {"class": name} | network | (FOR_EVERY_GRID if kind == MAISI else {})
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} ({names[0]}{', ...' if len(names) > 1 else ''})" if names else "0"
 
 
 def _describe(kind: str, autoencoder: Autoencoder, notes: Iterable[str]) -> str:

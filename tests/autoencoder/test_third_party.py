@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
-from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator, UNet
+from monai.networks.nets import AutoencoderKL, UNet
 from safetensors.torch import save_file
 
 from ldm_lib.autoencoder.fitting import latent_statistics
@@ -19,7 +19,6 @@ from ldm_lib.autoencoder.third_party import core_names, load_autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.diffusion.latents import LatentSpec, encode_case
-from ldm_lib.diffusion.unet import ADM
 from ldm_lib.errors import WeightsError
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.geometry import block_mean
@@ -42,7 +41,7 @@ KINDS = {
     "core transposed": ("core", CORE | PLAIN | {"num_res_blocks": 2, "use_convtranspose": True}),
     "core with most left to its defaults": ("core", {"spatial_dims": 3, "channels": [4] * 4, "norm_num_groups": 2}),
     "generative": ("generative", OLD | PLAIN),
-    "generative attention": ("generative", OLD | ATTENTIVE | {"use_checkpointing": True}),
+    "generative attention": ("generative", OLD | ATTENTIVE | {"use_checkpointing": True, "use_flash_attention": False}),
     "generative with most left to its defaults": (
         "generative",
         {"spatial_dims": 3, "num_channels": [4] * 4, "norm_num_groups": 2},
@@ -145,13 +144,11 @@ def test_the_json_of_the_same_name_is_taken(tmp_path):
     assert furthest(network, load_autoencoder(folder, spacing_mm=1.0).autoencoder) < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "target"), [
-    ("core", "monai.networks.nets.AutoencoderKL"),
-    ("generative", "generative.networks.nets.AutoencoderKL"),
-    ("generative", "AutoencoderKL"),
-    ("maisi", "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi"),
+@pytest.mark.parametrize(("kind", "target", "block"), [
+    ("core", "monai.networks.nets.AutoencoderKL", "network_def"),
+    ("generative", "generative.networks.nets.AutoencoderKL", "autoencoder"),
+    ("maisi", "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi", "autoencoder_def"),
 ])  # fmt: skip
-@pytest.mark.parametrize("block", ["autoencoder_def", "network_def", "autoencoder"])
 def test_a_bundle_is_read_and_not_run(tmp_path, kind, target, block):
     network, arguments = original(kind)
     described = arguments | {"_target_": target, "_requires_": ["@load"], "in_channels": "@image_channels",
@@ -187,17 +184,10 @@ def test_conversion_equals_monais_where_monais_is_right(kind):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_flash_attention_of_the_old_class_needs_no_gpu(tmp_path):
-    network, arguments = original("generative attention")
-    lay(tmp_path, network.state_dict(), arguments | {"use_flash_attention": True})
-    found = load_autoencoder(tmp_path, spacing_mm=1.0)
-    assert furthest(network, found.autoencoder) < 1e-5
-
-
 def test_transposed_convolutions_of_the_old_class_do_not_fit_the_new(tmp_path):
     """3 voxels wide there, 2 here; MONAI's own conversion leaves them as they were initialised."""
     arguments = OLD | PLAIN | {"use_convtranspose": True}
-    rejected(lay(tmp_path, generative_class()(**arguments).state_dict(), arguments), "use_convtranspose")
+    rejected(lay(tmp_path, generative_class()(**arguments).state_dict(), arguments), "do not fit its config")
 
 
 # ---- MAISI
@@ -226,7 +216,7 @@ def test_maisi_runs_in_float32_and_says_so(tmp_path):
 # ---- the rest of the pipeline never knows
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "ours"])
+@pytest.mark.parametrize("kind", ["core", "generative", "maisi", "ours"])
 def test_notebooks_core_path(kind, tmp_path, cases, tiny_autoencoder_folder):
     found = load_autoencoder(tiny_autoencoder_folder if kind == "ours" else saved(tmp_path, kind), spacing_mm=8.0)
     autoencoder, seen = found.autoencoder, cases[: 4 if found.standardised else 2]  # ours has seen four
@@ -272,19 +262,14 @@ def test_places_without_one_model_are_rejected(tmp_path):
     rejected(folder, r"needs one weights file, has weights\.pt, weights\.pth")
 
 
-@pytest.mark.parametrize(("network", "whose"), [
-    (lambda: DiffusionModelUNet(3, 1, 1, channels=(4, 4), attention_levels=(False, False), norm_num_groups=2,
-                                num_res_blocks=1, num_head_channels=2), "a diffusion model"),
-    (lambda: UNet(3, 1, 1, channels=(4, 4, 4), strides=(2, 2)), "a U-Net"),
-    (lambda: PatchDiscriminator(3, 4, 1, num_layers_d=1), "a discriminator"),
-    (lambda: ADM(in_channels=2, out_channels=1, base_width=4, multipliers=(1,), attention_rates=()), "a diffusion"),
-    (lambda: torch.nn.Linear(2, 2), "another network"),
-    (lambda: Autoencoder(network={"class": "AutoencoderKL"} | CORE | PLAIN, spacing_mm=1.0), "our model folders"),
-], ids=["diffusion", "unet", "discriminator", "adm", "linear", "ours without its config"])  # fmt: skip
-def test_other_networks_are_rejected(tmp_path, network, whose):
-    tensors = network().state_dict()
-    folder = lay(tmp_path, tensors, original("core")[1])
-    rejected(folder, rf"keys of .*{whose}.*, not of an autoencoder: 5 \(encoder, \.\.\.\) missing, {len(tensors)} \(")
+@pytest.mark.parametrize("network", [
+    lambda: UNet(3, 1, 1, channels=(4, 4, 4), strides=(2, 2)),
+    lambda: torch.nn.Linear(2, 2),
+    lambda: Autoencoder(network={"class": "AutoencoderKL"} | CORE | PLAIN, spacing_mm=1.0),
+], ids=["unet", "linear", "ours without its config"])  # fmt: skip
+def test_other_networks_are_rejected(tmp_path, network):
+    folder = lay(tmp_path, network().state_dict(), original("core")[1])
+    rejected(folder, "no weights of an autoencoder: without decoder, encoder, .*, but with ")
 
 
 def test_our_denoiser_is_rejected(tmp_path, tiny_model_folder):
@@ -292,53 +277,31 @@ def test_our_denoiser_is_rejected(tmp_path, tiny_model_folder):
     rejected(tiny_model_folder / "model.safetensors", "kind 'adm'")
 
 
-def without(tensors):
-    return {name: value for name, value in tensors.items() if name != "post_quant_conv.conv.bias"}
+BIAS = "quant_conv_mu.conv.bias"
 
 
-def with_stranger(tensors):
-    return tensors | {"decoder.backdoor": torch.zeros(1)}
-
-
-def reshaped(tensors):
-    return tensors | {"quant_conv_mu.conv.bias": torch.zeros(7)}
-
-
-def with_nan(tensors):
-    return tensors | {"quant_conv_mu.conv.bias": torch.tensor([1.0, float("nan"), 0.0])}
-
-
-@pytest.mark.parametrize(("change", "reason"), [
-    (without, r"post_quant_conv\.conv\.bias is missing, needed is real \(\d+,\)"),
-    (with_stranger, r"decoder\.backdoor is real \(1,\), needed is none"),
-    (reshaped, r"quant_conv_mu\.conv\.bias is real \(7,\), needed is real \(3,\)"),
-    (with_nan, r"non-finite weights in quant_conv_mu\.conv\.bias"),
-    (lambda tensors: list(tensors.values()), "is no state dict but a list with 0 state dicts"),
-    (lambda tensors: {"epoch": 3}, "is no state dict but a dict with 0 state dicts"),
-    (lambda tensors: {}, "is no state dict but a dict with 0 state dicts"),
-    (lambda tensors: {"raw": tensors, "ema": tensors}, r"with 2 \(raw, \.\.\.\) state dicts"),
+@pytest.mark.parametrize(("kind", "change", "reason"), [
+    ("core", lambda w: {k: v for k, v in w.items() if k != BIAS}, r"conv\.bias is missing, needed is real \(3,\)"),
+    ("generative", lambda w: w | {"decoder.stranger": torch.zeros(1)}, r"stranger is real \(1,\), needed is none"),
+    ("maisi", lambda w: w | {BIAS: torch.zeros(7)}, r"conv\.bias is real \(7,\), needed is real \(4,\)"),
+    ("core", lambda w: w | {BIAS: torch.tensor([1.0, float("nan"), 0.0])}, rf"non-finite weights in {BIAS}"),
+    ("core", lambda w: list(w.values()), "is no state dict but a list with 0 state dicts"),
+    ("core", lambda w: {}, "is no state dict but a dict with 0 state dicts"),
+    ("core", lambda w: {"raw": w, "ema": w}, "is no state dict but a dict with 2 state dicts"),
 ])  # fmt: skip
-@pytest.mark.parametrize("kind", ["core", "generative", "maisi"])
 def test_wrong_tensors_are_rejected(tmp_path, kind, change, reason):
     network, arguments = original(kind)
-    reason = reason.replace("3", str(arguments["latent_channels"]))
     rejected(lay(tmp_path, change(dict(network.state_dict())), arguments), reason)
 
 
 @pytest.mark.parametrize(("kind", "change", "reason"), [
     ("core", {"num_res_blocks": [2, 2]}, r"is missing, needed is real .* and \d+ more"),
-    ("core", {"channels": [4, 16]}, r"is real .*, needed is real"),
     ("core", {"latent_channels": 4}, r"is real .*, needed is real"),
     ("core", {"channels": "4,8"}, "does not describe AutoencoderKL"),
-    ("core", {"norm_num_groups": 0}, "does not describe AutoencoderKL"),
     ("core", {"norm_num_groups": 3}, "does not describe AutoencoderKL: .*multiple of norm_num_groups"),
     ("core", {"learning_rate": 0.1}, "unexpected keyword argument 'learning_rate'"),
-    ("core", {"in_channels": 4}, "in_channels = 4, out_channels = 1, where 3, 1 and 1 are needed"),
     ("generative", {"out_channels": 2}, "out_channels = 2, where 3, 1 and 1 are needed"),
     ("maisi", {"spatial_dims": 2}, "spatial_dims = 2, .*where 3, 1 and 1 are needed"),
-    ("maisi", {"_target_": "monai.networks.nets.AutoencoderKL"}, "describes AutoencoderKL, but .* NVIDIA MAISI"),
-    ("generative", {"class": "AutoencoderKlMaisi"}, "describes AutoencoderKlMaisi, but .* monai-generative"),
-    ("core", {"_target_": "generative.networks.nets.VQVAE"}, "describes VQVAE"),
     ("core", {"latent_channels": "$1 + 2"}, r"latent_channels = '\$1 \+ 2' is, or refers to, an expression"),
     ("core", {"channels": [4, "@wide"]}, "channels = '@wide' is, or refers to, an expression"),
     ("core", {"latent_channels": "@a", "a": "@b", "b": 3}, "latent_channels = '@a' is, or refers to"),
@@ -350,9 +313,9 @@ def test_descriptions_that_do_not_fit_are_rejected(tmp_path, kind, change, reaso
 
 
 @pytest.mark.parametrize(("text", "reason"), [
-    ("{", "not readable as JSON"), ("\x00\xff", "not readable as JSON"), ("[" * 100000, "not readable as JSON"),
-    ("[1]", "holds no mapping but list"), ("null", "holds no mapping but NoneType"), ("{}", "spatial_dims = None"),
-], ids=["cut", "bytes", "deep", "list", "null", "empty"])  # fmt: skip
+    ("\x00\xff", "not readable as JSON"), ("[" * 100000, "not readable as JSON"),
+    ("[1]", "holds no mapping but list"), ("{}", "spatial_dims = None"),
+], ids=["bytes", "deep", "list", "empty"])  # fmt: skip
 def test_broken_json_is_rejected(tmp_path, text, reason):
     (saved(tmp_path) / "arguments.json").write_bytes(text.encode("latin-1"))
     rejected(tmp_path, reason)
@@ -398,7 +361,7 @@ def test_a_damaged_file_of_the_old_format_is_rejected(tmp_path):
     whole = file.read_bytes()
     assert furthest(network, load_autoencoder(tmp_path, spacing_mm=1.0).autoencoder) < 1e-5
     storage = re.search(rb"\d{12,}", whole).group()
-    for damaged in [whole[: len(whole) * k // 100] for k in range(100)] + [
+    for damaged in [whole[: len(whole) * k // 100] for k in range(0, 100, 10)] + [
         whole.replace(storage, b"?" + storage[1:], 1)
     ]:
         file.write_bytes(damaged)

@@ -17,7 +17,6 @@ ROOMS = ["", "anatomy", "plots", "data", "autoencoder", "diffusion", "inpainting
 # Third-party package -> where it may be imported.
 DOORS = {
     "monai": {"autoencoder/_monai"},
-    "generative": {"autoencoder/third_party"},
     "lightning": {"training/distributed"},
     "wandb": {"training/trackers"},
     "mlflow": {"training/trackers"},
