@@ -16,14 +16,12 @@ from typing import Any
 import torch
 
 from benchmarks.autoencoder import bench_autoencoders
-from benchmarks.case import PARTS, bench_case
+from benchmarks.case import bench_case
 from benchmarks.training import bench_training
 from ldm_lib.devices import pick_device, pick_precision, processor_name
 from ldm_lib.errors import LdmError
 from ldm_lib.experiment.run_folder import outputs_folder, provenance
 from ldm_lib.files import write_json
-from ldm_lib.plots.charts import bars
-from ldm_lib.plots.slices import InlineFigure
 from ldm_lib.progress import report
 
 FULL_GRID = (240, 240, 160)
@@ -38,7 +36,7 @@ def bench(
     spacing_mm: float = 1.0,
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure each part, and write the results as JSON, and as a picture next to it.
+    """Measure each part, and write the results as JSON.
 
     Args:
         output: JSON file: seconds and memory of all, and under "ratios" how many times faster this library is.
@@ -62,7 +60,6 @@ def bench(
         _add(found, "training", partial(bench_training, shape, encode_s=encode_s, changes=whole_latents))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, found)
-    picture(found).savefig(output.with_suffix(".png"), dpi=100)
     report("\n".join(f"{name} {value:.2f}" for name, value in found["ratios"].items()))
     return found
 
@@ -74,41 +71,6 @@ def _add(found: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]
     found["seconds"][name] = time.perf_counter() - started
     found["ratios"] |= part.pop("ratios")
     found |= part
-
-
-def picture(found: dict[str, Any]) -> InlineFigure:
-    """Plot the results as bars: seconds compared with this library's, and the fraction of the machine's rate."""
-    panels = _of_the_case(found["case"]) if "case" in found else {}
-    if "autoencoders" in found:
-        seconds = {name: row["encode_s"] + row["decode_s"] for name, row in found["autoencoders"].items()}
-        panels["encode and decode a volume, s"] = _relative_to_ours(seconds)
-    if "training" in found:
-        seconds = {name.replace("_", " "): row["s"] for name, row in found["training"].items()}
-        panels[f"a training step, s (batch of {found['batch_size']})"] = _relative_to_ours(seconds)
-        shares = {"ours, whole step": found["training"]["ours"]["share_of_matmul_rate"]}
-        shares |= {
-            f"{row['cells']} cells, width {row['width']}": row["share_of_matmul_rate"] for row in found["levels"]
-        }
-        percent = {name: (100 * share, f"{share:.0%}") for name, share in shares.items()}
-        panels[f"% of the matrix-product rate, {max(found['matmul_gflop_s']):.0f} GFLOP/s"] = percent
-    return bars(panels, title=f"{found['processor']}, {found['threads']} threads, precision {found['precision']}")
-
-
-def _of_the_case(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[float, str]]]:
-    common = rows["common_stack"]
-    note = f" ({common['steps_run']} of {common['steps']} steps run)" if common["extrapolated"] else ""
-    panels = {
-        unit: _relative_to_ours({"ours": rows["ours"][key], f"common stack{note}": common[key]}, sign)
-        for unit, key, sign in (("a case, file to file, s", "total_s", "s"), ("its memory, GB", "peak_memory_gb", "GB"))
-    }
-    parts = {part.removesuffix("_s"): rows["ours"][part] for part in PARTS}
-    total = sum(parts.values())
-    return panels | {"where our seconds go": {k: (s, f"{s:.2g} s, {s / total:.0%}") for k, s in parts.items()}}
-
-
-def _relative_to_ours(values: dict[str, float], unit: str = "s") -> dict[str, tuple[float, str]]:
-    ours_first = sorted(values, key=lambda name: name != "ours")
-    return {k: (values[k], f"{values[k]:.3g} {unit} = {values[k] / values['ours']:.2f} x ours") for k in ours_first}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

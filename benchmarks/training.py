@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.levels import level_rows
 from benchmarks.machine import matmul_rate
 from benchmarks.reference_models import standard_autoencoder, standard_denoiser
 from ldm_lib.autoencoder.training import build_autoencoder
@@ -92,7 +91,7 @@ def bench_training(
     encode_s: float | None = None,
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Time training steps of preset `full`, and each resolution level of its denoiser by itself.
+    """Time training steps of preset `full`.
 
     Args:
         shape: voxels of a volume, divisible by 8; a latent has an eighth of them along each axis.
@@ -100,7 +99,7 @@ def bench_training(
         changes: parameters that differ from preset `full`.
 
     Returns:
-        "training", rows of ours, the plain loop and encoding every step; "levels", rows; "matmul_gflop_s", before
+        "training", rows of ours, the plain loop and encoding every step; "matmul_gflop_s", before
         and after; "ratios"; "grid", "batch_size" and "batch_note", the reason for it.
     """
     device, grid = pick_device("auto"), [n // LATENT_VOXEL_VOX for n in shape]
@@ -110,17 +109,14 @@ def bench_training(
     batches = _batches(grid, config, model)
     rates = [matmul_rate(device, precision)]
     rows = _measure_in_turn(model, config, batches)
-    shown = denoiser_input(batches[0]["target"], batches[0], SPEC)
-    levels = level_rows(model.denoiser, shown, batches[0]["t"], precision)
     rates.append(matmul_rate(device, precision))
     if encode_s is None:
         encode_s = _encoding_seconds(shape, device)
     rows["encode_every_step"] = _with_encoding(rows["plain_loop"], encode_s, config.batch_size)
     rows["ours"]["gflop"] = config.batch_size * count_flops(model.denoiser, grid, backward=True) / 1e9
-    for row in [rows["ours"], *levels]:
-        row["share_of_matmul_rate"] = 1e9 * row["gflop"] / row["s"] / max(rates)
+    rows["ours"]["share_of_matmul_rate"] = 1e9 * rows["ours"]["gflop"] / rows["ours"]["s"] / max(rates)
     found = {"batch_size": config.batch_size, "batch_note": BATCH_NOTE[device.type], "grid": grid,
-             "matmul_gflop_s": [rate / 1e9 for rate in rates], "training": rows, "levels": levels}  # fmt: skip
+             "matmul_gflop_s": [rate / 1e9 for rate in rates], "training": rows}  # fmt: skip
     found["ratios"] = {
         "train_step_speedup_vs_plain_loop": rows["plain_loop"]["s"] / rows["ours"]["s"],
         "train_step_speedup_vs_encode_every_step": rows["encode_every_step"]["s"] / rows["ours"]["s"],
@@ -225,9 +221,6 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
 
 def _report(found: dict[str, Any]) -> None:
     report("matrix product, GFLOP/s before and after the steps: {:.0f}, {:.0f}".format(*found["matmul_gflop_s"]))
-    rows = {f"training, {name}": row for name, row in found["training"].items()}
-    for name, row in (rows | {f"level {row['level']}": row for row in found["levels"]}).items():
+    for name, row in found["training"].items():
         texts = {key: f"{value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()}
-        report(
-            f"{name}: " + ", ".join(f"{key} {text}" for key, text in texts.items() if key not in ("level", "sum_of"))
-        )
+        report(f"training, {name}: " + ", ".join(f"{key} {text}" for key, text in texts.items() if key != "sum_of"))

@@ -12,8 +12,16 @@ import numpy as np
 
 from ldm_lib.errors import InputError
 from ldm_lib.plots import figures
-from ldm_lib.plots.figures import Window
-from ldm_lib.plots.slices import InlineFigure, intensity_window
+from ldm_lib.plots.figures import BAR_INCHES, GROWTH_LINES, Window, draw_row, with_window
+from ldm_lib.plots.slices import (
+    PLANES,
+    InlineFigure,
+    colour_bar,
+    intensity_window,
+    single_plane,
+    slice_geometry,
+    three_planes,
+)
 
 if TYPE_CHECKING:
     from ldm_lib.plots.viewer import Explorer
@@ -45,7 +53,6 @@ def plot(
     *,
     centre_on: np.ndarray | None = None,
     window: Window = None,
-    margin_mm: float | None = None,
     title: str = "",
 ) -> InlineFigure:
     """Plot volumes of a case as rows and three planes through its mask as columns; a notebook displays the Figure.
@@ -55,7 +62,6 @@ def plot(
             Volumes named "std", "standard deviation", "growth" or "tissue" are no images: each has its own colours.
         centre_on: volume in whose largest voxel the planes meet; by default the centre of the mask.
         window: lowest and highest intensity; by default that of the first image.
-        margin_mm: crop to the bounding box of the mask and this margin.
 
     Examples:
         >>> figure = plot(case, {"voided": case.voided, "growth": case.growth})
@@ -64,77 +70,57 @@ def plot(
     """
     turned = _in_lps(case, volumes)
     maps = {name: turned.pop(name) for name in list(turned) if name in MAPS}
-    layout = _layout(case, centre_on, title)
-    return figures.planes(turned, maps=maps, window=window, margin_mm=margin_mm, **layout)
+    return figures.planes(turned, maps=maps, window=window, title=title or case.case.key, **_layout(case, centre_on))
 
 
-def plot_difference(
-    case: LoadedCase, prediction: np.ndarray, *, window: Window = None, margin_mm: float | None = None, title: str = ""
-) -> InlineFigure:
-    """Plot the ground truth of a case, a prediction, and their difference inside the mask.
+def plot_difference(case: LoadedCase, prediction: np.ndarray, *, title: str = "") -> InlineFigure:
+    """Plot the ground truth of a case, a prediction in its units, and their signed difference inside the mask.
 
-    Args:
-        prediction: in the image's units.
-        window, margin_mm: as in `plot`.
+    The colour scale of the error is symmetric, to the 99th percentile of its magnitude.
 
     Raises:
-        InputError: the case has no ground truth.
+        InputError: the case has no ground truth, or an empty mask.
 
     Examples:
         >>> figure = plot_difference(case, case.voided)
         >>> figure.axes[6].get_ylabel()
         'error'
     """
-    if case.target is None:
-        raise InputError("no ground truth to compare with", where=case.case.key, fix="give a case with a t1n file")
-    volumes = _in_lps(case, {"prediction": prediction, GROUND_TRUTH: case.target})
-    return figures.difference(*volumes.values(), window=window, margin_mm=margin_mm, **_layout(case, None, title))
+    if case.target is None or not np.any(case.mask):
+        cause = "has no ground truth, or an empty mask"
+        raise InputError(cause, where=case.case.key, fix="give a case with a t1n file and the mask that was inpainted")
+    volumes, layout = _in_lps(case, {GROUND_TRUTH: case.target, "prediction": prediction}), _layout(case)
+    target, predicted = volumes.values()
+    error = np.ma.masked_array(np.subtract(predicted, target, dtype=np.float64), layout["mask"] == 0)
+    limit = float(np.percentile(np.abs(error.compressed()), 99)) or 1.0
+    geometry = slice_geometry(volumes, **layout)
+    low, high = intensity_window(target)
+    rows, title = [*volumes, "error"], with_window(title or case.case.key, low, high)
+    figure, axes = three_planes(geometry, rows, title=title, bar=BAR_INCHES)
+    for row, volume in zip(axes, [target, predicted, target], strict=True):
+        draw_row(geometry, row, volume, vmin=low, vmax=high)
+    for ax, plane in zip(axes[2], PLANES, strict=True):
+        image = geometry.paint(ax, error, plane, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    bias, mae = error.mean(), np.abs(error).mean()
+    colour_bar(figure, image, axes[2], f"prediction - ground truth\nmean {bias:.3g}, absolute {mae:.3g}")
+    return figure
 
 
-def plot_overlay(
-    case: LoadedCase,
-    image: np.ndarray | None = None,
-    *,
-    tissue: np.ndarray | None = None,
-    growth: np.ndarray | None = None,
-    window: Window = None,
-    title: str = "",
-) -> InlineFigure:
-    """Plot the tissue labels of a case as colours and its tumour growth as contour lines on top of an image.
-
-    Args:
-        image: by default the ground truth, or the voided image without one.
-        tissue: labels 0 none, 1 CSF, 2 GM, 3 WM; by default those of the case, if it has any.
-        growth: concentration in [0, 1]; by default that of the case, if it has any.
-        window: as in `plot`.
+def plot_overlay(case: LoadedCase, *, title: str = "") -> InlineFigure:
+    """Plot the tissue labels of a case as colours and its tumour growth as contour lines on top of its image.
 
     Examples:
         >>> figure = plot_overlay(case)
         >>> [text.get_text() for text in figure.legends[0].get_texts()][:3]
         ['CSF', 'GM', 'WM']
     """
-    if image is None:
-        image = case.voided if case.target is None else case.target
-    maps = {"tissue": case.tissue if tissue is None else tissue, "growth": case.growth if growth is None else growth}
-    volumes = _in_lps(case, {"image": image} | {name: m for name, m in maps.items() if m is not None})
-    return figures.overlay(volumes.pop("image"), **volumes, window=window, **_layout(case, None, title))
+    volumes = {"image": case.voided if case.target is None else case.target}
+    volumes |= {name: getattr(case, name) for name in ("tissue", "growth") if getattr(case, name) is not None}
+    return figures.overlay(**_in_lps(case, volumes), title=title or case.case.key, **_layout(case))
 
 
-def plot_samples(
-    case: LoadedCase,
-    samples: Sequence[np.ndarray] | np.ndarray,
-    *,
-    plane: str = "axial",
-    window: Window = None,
-    margin_mm: float | None = None,
-    title: str = "",
-) -> InlineFigure:
-    """Plot one slice of the samples of a case, their mean, the ground truth and the standard deviation.
-
-    Args:
-        plane: "axial", "coronal" or "sagittal".
-        window: by default that of the ground truth, or of the first sample without one.
-        margin_mm: as in `plot`.
+def plot_samples(case: LoadedCase, samples: Sequence[np.ndarray] | np.ndarray, *, title: str = "") -> InlineFigure:
+    """Plot one axial slice of the samples of a case, their mean, the ground truth and the standard deviation.
 
     Examples:
         >>> figure = plot_samples(case, [case.voided, case.target])
@@ -143,9 +129,7 @@ def plot_samples(
     """
     volumes = {f"sample {k}": sample for k, sample in enumerate(samples)} | {"mean": np.mean(samples, axis=0)}
     volumes |= {} if case.target is None else {GROUND_TRUTH: case.target}
-    window = intensity_window(samples[0] if case.target is None else case.target, window)
-    std = np.std(samples, axis=0)
-    return plot_series(case, volumes, std=std, plane=plane, window=window, margin_mm=margin_mm, title=title)
+    return plot_series(case, volumes, std=np.std(samples, axis=0), title=title)
 
 
 def plot_series(
@@ -154,30 +138,34 @@ def plot_series(
     *,
     std: np.ndarray | None = None,
     growths: Mapping[str, np.ndarray] | None = None,
-    plane: str = "axial",
-    window: Window = None,
-    margin_mm: float | None = None,
     title: str = "",
 ) -> InlineFigure:
-    """Plot one slice of several volumes of a case side by side, such as sampling steps, epochs or tumour ages.
+    """Plot one axial slice of several volumes of a case side by side, such as sampling steps, epochs or tumour ages.
 
     Args:
-        volumes: by name; the window is by default that of the last one.
+        volumes: by name; all have the intensity window of the last one.
         std: a standard deviation, which becomes the last panel, in colours of its own.
         growths: name of the volume to its tumour cell concentration, drawn as contour lines; the slice then runs
             through the peak of the last one.
-        plane: "axial", "coronal" or "sagittal".
-        window, margin_mm: as in `plot`.
 
     Examples:
-        >>> figure = plot_series(case, {"step 1": case.voided, "step 2": case.target}, plane="coronal")
+        >>> figure = plot_series(case, {"step 1": case.voided, "step 2": case.target})
         >>> [axes.get_title() for axes in figure.axes]
         ['step 1', 'step 2']
     """
-    lines = [case.lps(growths[name]) if name in growths else None for name in volumes] if growths else None
-    layout = _layout(case, list(growths.values())[-1] if growths else None, title)
-    layout |= {"std": None if std is None else case.lps(std), "growths": lines, "plane": plane}
-    return figures.series(_in_lps(case, volumes), window=window, margin_mm=margin_mm, **layout)
+    growths, shown = growths or {}, _in_lps(case, volumes)
+    geometry = slice_geometry(shown, **_layout(case, list(growths.values())[-1] if growths else None))
+    low, high = intensity_window(list(shown.values())[-1])
+    names, bar = ([*shown], 0.0) if std is None else ([*shown, "standard deviation"], 0.25)
+    figure, axes = single_plane(geometry, names, title=with_window(title or case.case.key, low, high), bar=bar)
+    for ax, (name, volume) in zip(axes, shown.items(), strict=False):
+        geometry.draw(ax, volume, "axial", vmin=low, vmax=high)
+        if name in growths:
+            geometry.contour(ax, case.lps(growths[name]), "axial", GROWTH_LINES)
+    if std is not None:
+        image = geometry.draw(axes[-1], case.lps(std), "axial", cmap="magma", vmin=0)
+        colour_bar(figure, image, axes[-1], "", below=True)
+    return figure
 
 
 def view(
@@ -186,7 +174,6 @@ def view(
     *,
     along: str = "",
     centre_on: np.ndarray | None = None,
-    window: Window = None,
     interactive: bool | None = None,
     title: str = "",
 ) -> "Explorer":
@@ -195,9 +182,8 @@ def view(
     A notebook displays the Explorer; it has a `figure`, and a `widget` or None.
 
     Args:
-        volumes: as in `plot`; "growth" and "tissue" are scaled to the window of the images.
+        volumes, centre_on: as in `plot`; "growth" and "tissue" are scaled to the window of the images.
         along: quantity that the volumes are ordered by, such as "age": a slider selects the volume instead of a list.
-        centre_on, window: as in `plot`.
         interactive: make the sliders; by default only in a Jupyter kernel that is not headless.
 
     Examples:
@@ -209,8 +195,8 @@ def view(
 
     turned = _in_lps(case, volumes)
     turned |= {name: turned[name] * (case.scale / MAPS[name]) for name in turned if MAPS.get(name)}
-    layout = _layout(case, centre_on, title)
-    return explore(turned, along=along, window=window, interactive=interactive, **layout)
+    layout = _layout(case, centre_on)
+    return explore(turned, along=along, interactive=interactive, title=title or case.case.key, **layout)
 
 
 def _in_lps(case: LoadedCase, volumes: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -226,11 +212,10 @@ def _in_lps(case: LoadedCase, volumes: Mapping[str, np.ndarray] | None) -> dict[
     return {name: case.lps(np.asarray(volume)) for name, volume in volumes.items()}
 
 
-def _layout(case: LoadedCase, centre_on: np.ndarray | None, title: str) -> dict[str, Any]:
-    """Return the arguments that all figures share."""
+def _layout(case: LoadedCase, centre_on: np.ndarray | None = None) -> dict[str, Any]:
+    """Return the arguments of `slice_geometry`."""
     centre_vox = None
     if centre_on is not None and np.any(centre_on):
         peak = case.lps(np.asarray(centre_on))
         centre_vox = np.unravel_index(np.argmax(peak), peak.shape)
-    layout = {"spacing_mm": case.lps_spacing_mm, "mask": case.lps(case.mask)}
-    return layout | {"centre_vox": centre_vox, "title": title or case.case.key}
+    return {"spacing_mm": case.lps_spacing_mm, "mask": case.lps(case.mask), "centre_vox": centre_vox}

@@ -9,13 +9,7 @@ from ldm_lib.plots.slices import FONT, WIDTH, InlineFigure
 
 GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MAX_TICKS = 12  # a logarithmic axis with fewer values has a tick for each of them
-AXIS_LABELS = {
-    "ssim": "SSIM (higher is better)",
-    "psnr_01": "PSNR, dB (higher is better)",
-    "mse": "MSE (lower is better)",
-    "rmse": "RMSE (lower is better)",
-    "mae": "MAE (lower is better)",
-}
+AXIS_LABELS = {"ssim": "SSIM (higher is better)", "psnr_01": "PSNR, dB (higher is better)"}
 
 
 def curves(
@@ -47,7 +41,7 @@ def curves(
         ax.set_yscale("log" if set(names) & set(log) else "linear")
         ax.set_xscale("log" if x in log else "linear")
         ax.legend(fontsize=FONT, frameon=False)
-        _plain(ax)
+        plain_axes(ax)
     ticks = np.unique(np.asarray(table[x], float))
     if x in log and len(ticks) <= MAX_TICKS:
         axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -88,7 +82,7 @@ def histograms(
         ax.set_title(channel, fontsize=FONT + 1)
         ax.set_ylim(0, ax.get_ylim()[1] * (1.15 + 0.15 * len(values)))
         ax.legend(fontsize=8, frameon=False, loc="upper right")
-        _plain(ax)
+        plain_axes(ax)
     for ax in axes[len(channels) :]:
         ax.set_axis_off()
     figure.supxlabel(unit, fontsize=FONT + 0.5)
@@ -131,7 +125,7 @@ def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], 
             text = f"{mean:.3g}" if scored.size else ""
             ax.text(1.01, k, text, transform=ax.get_yaxis_transform(), fontsize=FONT, va="center")
         ax.set_xlabel(AXIS_LABELS.get(score, score), fontsize=FONT + 0.5)
-        _plain(ax)
+        plain_axes(ax)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
     figure.suptitle(f"{title}   dots: {len(set(case))} cases, bar: mean".strip(), fontsize=FONT + 2.5)
@@ -172,35 +166,13 @@ def interval_dots(
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(unit, fontsize=FONT + 0.5)
-    _plain(ax, named_rows=True)
+    plain_axes(ax, named_rows=True)
     ax.legend(fontsize=FONT, frameon=False, ncols=len(groups), loc="lower left", bbox_to_anchor=(-0.01, 1.0))
     figure.suptitle(title, fontsize=FONT + 2.5)
     return figure
 
 
-def bars(panels: Mapping[str, Mapping[str, tuple[float, str]]], *, title: str = "") -> InlineFigure:
-    """Plot a bar per name with its text next to it; one panel below the other, the first bar of each in colour.
-
-    `panels` are measured quantity with its unit -> name -> (value, text).
-    """
-    counts = [len(values) for values in panels.values()]
-    figure = InlineFigure(figsize=(WIDTH, 0.34 * sum(counts) + 0.55 * len(panels) + 0.5), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[n + 0.6 for n in counts])[:, 0]
-    for ax, (quantity, values) in zip(axes, panels.items(), strict=True):
-        lengths = [value for value, _ in values.values()]
-        ax.barh(range(len(values)), lengths, height=0.68, color=[GROUPS[0], *["0.72"] * (len(values) - 1)])
-        for k, (value, text) in enumerate(values.values()):
-            ax.text(value + 0.008 * max(lengths), k, text, fontsize=FONT, va="center")
-        ax.set_yticks(range(len(values)), values)
-        ax.set_ylim(len(values) - 0.4, -0.6)
-        ax.set_xlim(0, 1.24 * max(lengths))  # room for the text
-        ax.set_title(quantity, fontsize=FONT + 1, loc="left")
-        _plain(ax, named_rows=True)
-    figure.suptitle(title, fontsize=FONT + 2.5)
-    return figure
-
-
-def _plain(ax: Axes, *, named_rows: bool = False) -> None:
+def plain_axes(ax: Axes, *, named_rows: bool = False) -> None:
     """Draw a light grid and no box; rows that have names need neither lines nor ticks."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.92", lw=0.8)

@@ -13,7 +13,6 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ldm_lib.errors import InputError
 from ldm_lib.plots.slices import (
     FONT,
     PLANES,
@@ -21,7 +20,6 @@ from ldm_lib.plots.slices import (
     SliceGeometry,
     colour_bar,
     intensity_window,
-    single_plane,
     slice_geometry,
     three_planes,
 )
@@ -29,7 +27,6 @@ from ldm_lib.plots.slices import (
 TISSUES = {"CSF": "#0072B2", "GM": "#D55E00", "WM": "#F0E442"}  # Okabe and Ito: colour-blind safe
 # The threshold of growth, and where a tumour is visible in FLAIR and in T1c (Lipkova et al. 2019, IEEE TMI 38:1875).
 GROWTH_LINES = {0.2: "#F0E442", 0.25: "#E69F00", 0.675: "#D55E00"}
-CHANNELS = ("growth", "CSF", "GM", "WM")
 BAR_INCHES = 1.1  # width of a colour bar with its label
 Window = tuple[float, float] | None
 
@@ -42,7 +39,6 @@ def planes(
     mask: np.ndarray | None = None,
     centre_vox: Sequence[int] | None = None,
     window: Window = None,
-    margin_mm: float | None = None,
     title: str = "",
 ) -> InlineFigure:
     """Plot named volumes as rows and three planes as columns, with one intensity window for all.
@@ -56,27 +52,26 @@ def planes(
         centre_vox: voxel in which the planes meet; by default the centre of the mask's largest part, else the middle.
         window: lowest and highest intensity; by default 0 to the 99.5th percentile of the positive voxels of the
             first volume. The title states it.
-        margin_mm: crop to the bounding box of the mask and this margin; by default to all voxels that are not 0.
         title: usually the case id.
 
     Raises:
         InputError: the shapes differ, or the centre is outside the volume.
     """
     maps = maps or {}
-    geometry = slice_geometry({**volumes, **maps}, spacing_mm, mask=mask, centre_vox=centre_vox, margin_mm=margin_mm)
+    geometry = slice_geometry({**volumes, **maps}, spacing_mm, mask=mask, centre_vox=centre_vox)
     if volumes:
-        low, high = intensity_window(next(iter(volumes.values())), window)
-        title = _with_window(title, low, high)
+        low, high = window or intensity_window(next(iter(volumes.values())))
+        title = with_window(title, low, high)
     figure, axes = three_planes(geometry, [*volumes, *maps], title=title, bar=BAR_INCHES if maps else 0.0)
     for row, volume in zip(axes, volumes.values(), strict=False):
-        _draw_row(geometry, row, volume, vmin=low, vmax=high)
+        draw_row(geometry, row, volume, vmin=low, vmax=high)
     for row, volume in zip(axes[len(volumes) :], maps.values(), strict=True):
-        image = _draw_row(geometry, row, volume, vmin=0, vmax=float(np.max(volume)) or 1.0, cmap="viridis")
+        image = draw_row(geometry, row, volume, vmin=0, vmax=float(np.max(volume)) or 1.0, cmap="viridis")
         colour_bar(figure, image, row, "")
     return figure
 
 
-def _draw_row(geometry: SliceGeometry, row: Sequence[Axes], volume: np.ndarray, **style: Any) -> AxesImage:
+def draw_row(geometry: SliceGeometry, row: Sequence[Axes], volume: np.ndarray, **style: Any) -> AxesImage:
     """Draw a volume on its three planes, and return one of the images for a colour bar."""
     return [geometry.draw(ax, volume, plane, **style) for ax, plane in zip(row, PLANES, strict=True)][-1]
 
@@ -86,7 +81,6 @@ def overlay(
     *,
     tissue: np.ndarray | None = None,
     growth: np.ndarray | None = None,
-    window: Window = None,
     title: str = "",
     **placement: Any,
 ) -> InlineFigure:
@@ -103,9 +97,9 @@ def overlay(
     if placement.get("centre_vox") is None and placement.get("mask") is None and growth is not None and np.any(growth):
         placement["centre_vox"] = np.unravel_index(np.argmax(growth), growth.shape)
     geometry = slice_geometry(volumes, **placement)
-    low, high = intensity_window(image, window)
-    figure, axes = three_planes(geometry, [""], title=_with_window(title, low, high))
-    _draw_row(geometry, axes[0], image, vmin=low, vmax=high)
+    low, high = intensity_window(image)
+    figure, axes = three_planes(geometry, [""], title=with_window(title, low, high))
+    draw_row(geometry, axes[0], image, vmin=low, vmax=high)
     colours = {"cmap": ListedColormap(list(TISSUES.values())), "vmin": 1, "vmax": 3, "alpha": 0.5}
     for ax, plane in zip(axes[0], PLANES, strict=True):
         if tissue is not None:
@@ -119,97 +113,6 @@ def overlay(
     return figure
 
 
-def conditioning_channels(
-    conditioning: np.ndarray, mask_latent: np.ndarray | None = None, *, title: str = "", **placement: Any
-) -> InlineFigure:
-    """Plot the conditioning channels of the denoiser, one row per channel, at the latent resolution.
-
-    Args:
-        conditioning: (c, x, y, z) at latent resolution.
-        mask_latent: (x, y, z), the latent voxels to generate, outlined.
-        placement: `spacing_mm` and `centre_vox` of `planes`, of latent voxels.
-    """
-    channels = dict(zip(CHANNELS, conditioning, strict=True))
-    geometry = slice_geometry(channels, mask=mask_latent, **placement)
-    figure, axes = three_planes(geometry, list(channels), title=title, width=7.4, bar=0.9)
-    for row, (name, channel) in zip(axes, channels.items(), strict=True):
-        image = _draw_row(geometry, row, channel, vmin=0, vmax=max(1.0, float(np.max(channel))), cmap="viridis")
-        colour_bar(figure, image, row, "concentration" if name == "growth" else "tissue fraction")
-    return figure
-
-
-def difference(
-    prediction: np.ndarray,
-    target: np.ndarray,
-    mask: np.ndarray,
-    *,
-    window: Window = None,
-    title: str = "",
-    **placement: Any,
-) -> InlineFigure:
-    """Plot the ground truth, the prediction, and prediction minus ground truth inside the mask.
-
-    The error is in the units of the images; its colour scale is symmetric, to the 99th percentile of its magnitude.
-
-    Args:
-        placement: `spacing_mm`, `centre_vox` and `margin_mm` of `planes`.
-
-    Raises:
-        InputError: the mask is empty, or as `planes`.
-    """
-    inside = np.asarray(mask) != 0
-    if not inside.any():
-        raise InputError("the mask is empty, so there is no error to plot", fix="give the mask that was inpainted")
-    volumes = {"ground truth": target, "prediction": prediction}
-    geometry = slice_geometry(volumes, mask=mask, **placement)
-    error = np.subtract(prediction, target, dtype=np.float64)
-    limit = float(np.percentile(np.abs(error[inside]), 99)) or 1.0
-    low, high = intensity_window(target, window)
-    title = _with_window(title, low, high)
-    figure, axes = three_planes(geometry, [*volumes, "error"], title=title, bar=BAR_INCHES)
-    for row, volume in zip(axes, [target, prediction, target], strict=True):
-        _draw_row(geometry, row, volume, vmin=low, vmax=high)
-    shown = np.ma.masked_array(error, ~inside)
-    for ax, plane in zip(axes[2], PLANES, strict=True):
-        image = geometry.paint(ax, shown, plane, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    bias, mae = error[inside].mean(), np.abs(error[inside]).mean()
-    colour_bar(figure, image, axes[2], f"prediction - ground truth\nmean {bias:.3g}, absolute {mae:.3g}")
-    return figure
-
-
-def series(
-    volumes: Mapping[str, np.ndarray],
-    *,
-    std: np.ndarray | None = None,
-    growths: Sequence[np.ndarray | None] | None = None,
-    plane: str = "axial",
-    window: Window = None,
-    title: str = "",
-    **placement: Any,
-) -> InlineFigure:
-    """Plot one slice of several volumes side by side, such as samples, sampling steps, epochs or tumour ages.
-
-    Args:
-        volumes: name to (x, y, z); the window is by default that of the last one.
-        std: a standard deviation, which becomes the last panel, in colours of its own.
-        growths: a tumour cell concentration or None per volume, drawn as contour lines like those of `overlay`.
-        plane: "axial", "coronal" or "sagittal".
-        placement: `spacing_mm`, `mask`, `centre_vox` and `margin_mm` of `planes`.
-    """
-    geometry = slice_geometry(volumes, **placement)
-    low, high = intensity_window(list(volumes.values())[-1], window)
-    names, bar = [*volumes, *(() if std is None else ["standard deviation"])], 0.0 if std is None else 0.25
-    figure, axes = single_plane(geometry, plane, names, title=_with_window(title, low, high), bar=bar)
-    panels = zip(axes[: len(volumes)], volumes.values(), growths or [None] * len(volumes), strict=True)
-    for ax, volume, growth in panels:
-        geometry.draw(ax, volume, plane, vmin=low, vmax=high)
-        if growth is not None:
-            geometry.contour(ax, growth, plane, GROWTH_LINES)
-    if std is not None:
-        image = geometry.draw(axes[-1], std, plane, cmap="magma", vmin=0)
-        colour_bar(figure, image, axes[-1], "", below=True)
-    return figure
-
-
-def _with_window(title: str, low: float, high: float) -> str:
+def with_window(title: str, low: float, high: float) -> str:
+    """Return the title with the intensity window."""
     return f"{title}   window {low:.4g} to {high:.4g}".strip()

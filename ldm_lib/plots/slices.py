@@ -23,6 +23,7 @@ from ldm_lib.errors import InputError
 PLANES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # axes across, down and through
 ENDS = ("RL", "AP", "IS")  # directions at the low and at the high end of x, y, z
 FONT = 8.5
+MARGIN_MM = 6.0  # around the voxels that are not 0
 WIDTH = 9.6  # inches: the text width of a notebook at 100 dpi
 OUTLINE, CROSS, LETTER = "#00E5FF", "#9AA0A6", "#FFD54F"
 
@@ -120,9 +121,8 @@ def slice_geometry(
     *,
     mask: np.ndarray | None = None,
     centre_vox: Sequence[int] | None = None,
-    margin_mm: float | None = None,
 ) -> SliceGeometry:
-    """Choose the planes through the largest part of the mask, and the box that is shown; arguments of `figures.planes`.
+    """Choose the planes through the largest part of the mask, and show the box of all voxels that are not 0.
 
     Raises:
         InputError: the volumes are not three-dimensional or differ in shape, or the centre is outside the volume.
@@ -132,17 +132,19 @@ def slice_geometry(
     shape = next(iter(shapes.values()), ())
     if len(shape) != 3 or set(shapes.values()) != {shape}:
         raise InputError(f"volumes must be x y z of one shape, got {shapes}", fix="resample or crop them to one grid")
-    has_mask = mask is not None and np.any(mask)
     if centre_vox is None:
+        has_mask = mask is not None and np.any(mask)
         centre_vox = mask_centre(mask) if has_mask else np.asarray(shape) // 2
     centre_vox = tuple(int(c) for c in centre_vox)
     if any(not 0 <= c < n for c, n in zip(centre_vox, shape, strict=True)):
         raise InputError(f"centre_vox {centre_vox} lies outside shape {shape}", fix="give a voxel inside the volume")
     spacing = np.asarray(spacing_mm, float)
-    to_mask = has_mask and margin_mm is not None
-    shown = [mask] if to_mask else arrays.values()
-    shown = np.logical_or.reduce([np.asarray(array) != 0 for array in shown])
-    return SliceGeometry(shape, spacing, centre_vox, _box_mm(shown, spacing, margin_mm if to_mask else 6.0), mask)
+    corners = np.argwhere(np.logical_or.reduce([np.asarray(array) != 0 for array in arrays.values()]))
+    if not len(corners):
+        corners = np.array([[0, 0, 0], shape])
+    low, high = corners.min(0) * spacing - MARGIN_MM, (corners.max(0) + 1) * spacing + MARGIN_MM
+    box_mm = np.stack([np.maximum(low, 0), np.minimum(high, shape * spacing)], axis=1)
+    return SliceGeometry(shape, spacing, centre_vox, box_mm, mask)
 
 
 def mask_centre(mask: np.ndarray) -> np.ndarray:
@@ -155,24 +157,16 @@ def mask_centre(mask: np.ndarray) -> np.ndarray:
     return voxels[np.square(voxels - voxels.mean(0)).sum(1).argmin()]
 
 
-def _box_mm(shown: np.ndarray, spacing_mm: np.ndarray, margin_mm: float) -> np.ndarray:
-    """Return the box (3, 2) of the nonzero voxels with a margin, clipped to the volume."""
-    corners = np.argwhere(shown) if shown.any() else np.argwhere(np.ones_like(shown))
-    low = corners.min(0) * spacing_mm - margin_mm
-    high = (corners.max(0) + 1) * spacing_mm + margin_mm
-    return np.stack([np.maximum(low, 0), np.minimum(high, shown.shape * spacing_mm)], axis=1)
-
-
 def three_planes(
-    geometry: SliceGeometry, rows: Sequence[str], *, title: str = "", width: float = WIDTH, bar: float = 0.0
+    geometry: SliceGeometry, rows: Sequence[str], *, title: str = "", bar: float = 0.0
 ) -> tuple[InlineFigure, np.ndarray]:
     """Create empty axes, one row per name and one column per plane, all panels at one scale.
 
-    The figure is `width` inches wide, of which `bar` inches at the right are for a colour bar.
+    Of its width, `bar` inches at the right are for a colour bar.
     """
     sides = np.array([[np.ptp(geometry.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
-    height = sides[:, 1].max() * (width - 1.4 - bar) / sides[:, 0].sum() + 0.1
-    figure = InlineFigure(figsize=(width, height * len(rows) + 0.9))
+    height = sides[:, 1].max() * (WIDTH - 1.4 - bar) / sides[:, 0].sum() + 0.1
+    figure = InlineFigure(figsize=(WIDTH, height * len(rows) + 0.9))
     figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.04, w_pad=0.08, hspace=0.01, wspace=0.0))
     axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=sides[:, 0])
     for ax, plane in zip(axes[0], PLANES, strict=True):
@@ -188,13 +182,12 @@ def three_planes(
 
 
 def single_plane(
-    geometry: SliceGeometry, plane: str, names: Sequence[str], *, title: str = "", bar: float = 0.0
+    geometry: SliceGeometry, names: Sequence[str], *, title: str = "", bar: float = 0.0
 ) -> tuple[InlineFigure, list[Axes]]:
-    """Create empty axes for one slice of several volumes, five in a row, with `bar` inches for a colour bar below."""
+    """Create empty axes for an axial slice of several volumes, five a row, with `bar` inches for a colour bar below."""
     columns = min(5, len(names))
     rows = -(-len(names) // columns)
-    across, down, _ = PLANES[plane]
-    ratio = np.ptp(geometry.box_mm[down]) / np.ptp(geometry.box_mm[across])
+    ratio = np.ptp(geometry.box_mm[1]) / np.ptp(geometry.box_mm[0])
     height = rows * ((WIDTH - 0.7) / columns * ratio + 0.25) + 0.75 + bar
     figure = InlineFigure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -206,14 +199,12 @@ def single_plane(
         ax.set_xlabel("mm" if lowest else "", fontsize=FONT)
     for ax in axes[len(names) :]:
         ax.set_axis_off()
-    figure.suptitle(f"{title}   {geometry.position(plane)}".strip(), fontsize=FONT + 2.5)
+    figure.suptitle(f"{title}   {geometry.position('axial')}".strip(), fontsize=FONT + 2.5)
     return figure, list(axes[: len(names)])
 
 
-def intensity_window(volume: np.ndarray, window: tuple[float, float] | None = None) -> tuple[float, float]:
-    """Return the given window, or by default 0 to the 99.5th percentile of the positive voxels."""
-    if window is not None:
-        return window
+def intensity_window(volume: np.ndarray) -> tuple[float, float]:
+    """Return 0 and the 99.5th percentile of the positive voxels."""
     bright = np.asarray(volume)[np.asarray(volume) > 0]
     return 0.0, float(np.percentile(bright, 99.5)) if bright.size else 1.0
 

@@ -36,7 +36,6 @@ def explore(
     spacing_mm: Sequence[float],
     mask: np.ndarray | None = None,
     centre_vox: Sequence[int] | None = None,
-    window: tuple[float, float] | None = None,
     along: str = "",
     interactive: bool | None = None,
     title: str = "",
@@ -47,12 +46,12 @@ def explore(
     that no notebook stores a widget that nobody can use. `along` is described in `case_plots.view`.
     """
     centre_vox = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox).centre_vox
-    window = intensity_window(next(iter(volumes.values())), window)
+    window = intensity_window(next(iter(volumes.values())))
     draw = partial(planes, spacing_mm=spacing_mm, title=title)
     figure = draw(volumes, mask=mask, centre_vox=centre_vox, window=window)
-    if interactive is None:
-        interactive = is_interactive()
-    return Explorer(figure, _controls(volumes, mask, centre_vox, window, along, draw) if interactive else None)
+    if not (is_interactive() if interactive is None else interactive):
+        return Explorer(figure, None)
+    return Explorer(figure, _controls(volumes, mask, centre_vox, window, along, draw))
 
 
 def is_interactive() -> bool:

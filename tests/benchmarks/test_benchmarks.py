@@ -7,17 +7,14 @@ import torch
 
 from benchmarks import case as one_case
 from benchmarks import machine, training
-from benchmarks.__main__ import bench, main, picture
-from benchmarks.autoencoder import bench_autoencoders
+from benchmarks.__main__ import bench, main
 from benchmarks.case import PARTS
-from benchmarks.levels import level_rows
 from benchmarks.machine import matmul_rate
 from benchmarks.reference_models import ddim_steps, standard_denoiser
 from benchmarks.training import PlainLoop, random_latents
-from ldm_lib.devices import timed
 from ldm_lib.diffusion.latents import collate
 from ldm_lib.diffusion.schedule import noise_schedule
-from ldm_lib.diffusion.unet import ADM, count_flops, count_parameters
+from ldm_lib.diffusion.unet import count_flops, count_parameters
 from ldm_lib.errors import RunError
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.training.initialise import build_denoiser
@@ -43,7 +40,7 @@ def config(**changes):
 
 def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, shortened, capsys):
     found = bench(tmp_path / "new" / "bench.json", **TINY)
-    coders, steps, levels = found["autoencoders"], found["training"], found["levels"]
+    coders, steps = found["autoencoders"], found["training"]
     assert set(coders["ours"]) == set(coders["monai"]) == CODED
     assert min(*coders["ours"].values(), *coders["monai"].values()) > 0
     coding = {name: row["encode_s"] + row["decode_s"] for name, row in coders.items()}
@@ -62,8 +59,7 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, shortened,
     assert set(ours) > STEPPED and set(steps["plain_loop"]) == STEPPED
     for row in (ours, steps["plain_loop"]):
         assert row["steps"] == 3 and 0 < row["least_s"] <= row["s"] <= row["most_s"]
-    assert all(0 < row["share_of_matmul_rate"] < 1.2 for row in [ours, *levels])
-    assert sum(row["gflop"] for row in levels) == pytest.approx(ours["gflop"], rel=0.01)
+    assert 0 < ours["share_of_matmul_rate"] < 1.2
     written = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert written == json.loads(json.dumps(found)) and found["shape"] == [40, 32, 24] and found["grid"] == [5, 4, 3]
     for row in case.values():
@@ -73,7 +69,6 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, shortened,
     assert found["hole"]["box"] == found["hole"]["grid"] == [4, 4, 3] and found["hole"]["ml"] > 0
     assert set(found["seconds"]) == {"case", "training"} and "versions" in found["made_with"]
     assert found["processor"] and found["threads"] == torch.get_num_threads()
-    assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert all(f"{name} {value:.2f}" in printed for name, value in found["ratios"].items())
 
@@ -84,7 +79,6 @@ def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, shortened)
     assert "autoencoders" not in found and set(found["seconds"]) == {"training"}
     assert {name.split("_")[0] for name in found["ratios"]} == {"train"}
     assert found["training"]["encode_every_step"]["sum_of"]["encode_s"] > 0
-    assert len(picture(found).axes) == 2
 
 
 def test_the_command_line_names_part_and_file(tmp_path, monkeypatch):
@@ -93,13 +87,6 @@ def test_the_command_line_names_part_and_file(tmp_path, monkeypatch):
     assert main([]) == main(["--only", "case", "--full", "--output", str(tmp_path / "b.json")]) == 0
     assert calls[0][0].parts[-2:] == ("bench", "bench.json") and calls[0][1:] == (None, False)
     assert calls[1] == (tmp_path / "b.json", "case", True)
-
-
-def test_coding_alone_is_measured_of_both():
-    found = bench_autoencoders((40, 32, 24))
-    assert set(found["autoencoders"]["ours"]) == set(found["autoencoders"]["monai"]) == CODED
-    coding = {name: row["encode_s"] + row["decode_s"] for name, row in found["autoencoders"].items()}
-    assert found["ratios"] == {"encode_decode_speedup_vs_monai_fp32": coding["monai"] / coding["ours"]}
 
 
 @pytest.mark.parametrize("steps", [5, 50])
@@ -171,27 +158,9 @@ def test_the_plain_loop_overfits_a_batch():
     assert any(moved)
 
 
-@pytest.mark.parametrize("grid", [(5, 6, 3), pytest.param((8, 8, 4), marks=pytest.mark.slow)])
-def test_levels_are_all_of_a_step(grid):
-    network = ADM(in_channels=11, out_channels=6, base_width=32, attention_rates=(2, 4))
-    rows = level_rows(network, torch.randn(2, 11, *grid), torch.tensor([3, 700]), "32")
-    finest = [(n + 3) // 4 * 4 for n in grid]
-    assert [row["cells"] for row in rows] == [finest[0] * finest[1] * finest[2] // 8**k for k in range(3)]
-    assert [row["level"] for row in rows] == [0, 1, 2] and [row["width"] for row in rows] == [32, 64, 128]
-    whole = 2 * count_flops(network, grid, backward=True) / 1e9
-    assert sum(row["gflop"] for row in rows) == pytest.approx(whole, rel=0.01) and min(row["s"] for row in rows) > 0
-    assert all(p.grad is None for p in network.parameters())
-    assert not any(module._forward_hooks for module in network.modules())
-
-
 def test_the_rate_is_that_of_the_quickest_product(monkeypatch):
     assert matmul_rate(CPU, "32", repeats=1) > 0
     seconds = iter((0.5, 0.25, 1.0))
     monkeypatch.setattr(machine, "timed", lambda call, device: (next(seconds), call()))
     monkeypatch.setitem(machine.SQUARE, "cpu", 10)
     assert matmul_rate(CPU, "32", repeats=3) == 2 * 10**3 / 0.25
-
-
-def test_timed_returns_what_was_made():
-    seconds, made = timed(lambda: "made", CPU)
-    assert made == "made" and 0 <= seconds < 1

@@ -15,7 +15,7 @@ DRAW = {
     "plot": lambda case: case_plots.plot(case, {"voided": case.voided, "growth": case.growth}, centre_on=case.growth),
     "plot_difference": lambda case: case_plots.plot_difference(case, case.voided),
     "plot_overlay": case_plots.plot_overlay,
-    "plot_samples": lambda case: case_plots.plot_samples(case, [case.voided, case.target], margin_mm=30),
+    "plot_samples": lambda case: case_plots.plot_samples(case, [case.voided, case.target]),
     "plot_series": lambda case: case_plots.plot_series(
         case, {"no": case.voided, "old": case.target}, growths={"old": case.growth}
     ),
@@ -80,7 +80,7 @@ def test_growth_is_scaled_to_the_images_in_the_viewer_and_has_its_own_scale_in_a
 def test_errors_name_what_is_missing_or_has_another_shape(case):
     with pytest.raises(InputError, match=r"'mean' has shape \(2, 3, 4\), the case \(30, 30, 20\)"):
         case_plots.plot(case, {"mean": np.zeros((2, 3, 4))})
-    with pytest.raises(InputError, match="no ground truth to compare with"):
+    with pytest.raises(InputError, match="has no ground truth"):
         case_plots.plot_difference(replace(case, target=None), case.voided)
 
 

@@ -60,7 +60,7 @@ def test_a_power_law_is_a_straight_line_on_logarithmic_axes():
         np.testing.assert_allclose(np.diff(drawn[:, 1]) / np.diff(drawn[:, 0]), exponent)
 
 
-@pytest.mark.parametrize("count", [1, 7, 40])
+@pytest.mark.parametrize("count", [1, 7])
 def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_nan(count):
     values = np.linspace(10, 20, count)
     groups = {"one": [(v, v - 1, v + 2) for v in values], "mean": [(v + 1, np.nan, np.nan) for v in values]}
@@ -80,19 +80,4 @@ def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_nan(count):
     texts = [text.get_text() for text in ax.texts]
     assert texts == [f"{v:#.4g}" for v in [*values[finite], *(values + 1)[finite]]] + ["failed"]
     assert [label.get_text() for label in ax.get_yticklabels()] == names and ax.yaxis_inverted()
-    assert figure._repr_png_().startswith(b"\x89PNG")
-
-
-def test_bars_have_the_lengths_and_texts_given():
-    panels = {
-        "a step, s": {"proposed": (2.0, "2 s"), "plain loop": (3.0, "3 s, 1.5 x")},
-        "fraction": {"whole": (0.5, "50 %")},
-    }
-    figure = charts.bars(panels, title="a machine")
-    for ax, (quantity, values) in zip(figure.axes, panels.items(), strict=True):
-        assert ax.get_title(loc="left") == quantity and ax.yaxis_inverted()
-        assert [(bar.get_width(), text.get_text()) for bar, text in zip(ax.patches, ax.texts, strict=True)] == [
-            *values.values()
-        ]
-        assert [label.get_text() for label in ax.get_yticklabels()] == list(values)
     assert figure._repr_png_().startswith(b"\x89PNG")
