@@ -2,14 +2,15 @@
 
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from importlib import metadata
 
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.requirements import Requirement
 
+from ldm_lib.errors import LdmError
 from ldm_lib.experiment.run_folder import outputs_folder
+from ldm_lib.files import require_writable
 
 MIN_DISK_GB, MIN_MEMORY_GB = 5, 8
 FIX = "run `make setup`, or `pip install .` in the checkout"
@@ -25,60 +26,37 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Check Python, packages, kernel, device, outputs folder and memory."""
-    checks = {"Python": _python, "packages": _packages, "Jupyter kernel": _kernel, "device": _device,
-              "outputs folder": _outputs, "memory": _memory}  # fmt: skip
-    return [Finding(what, *check()) for what, check in checks.items()]
+    """Check packages, kernel, device, outputs folder and memory."""
+    from ldm_lib.devices import pick_device, pick_precision
 
-
-def _python() -> tuple[bool, str]:
-    return sys.version_info >= (3, 11), f"{sys.version.split()[0]} (3.11 or newer)"
+    kernel, device = "python3" in KernelSpecManager().find_kernel_specs(), pick_device()
+    compute = f"{device.type}, precision {pick_precision('auto', device)}, {os.cpu_count()} cores"
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return [
+        Finding("packages", *_packages()),
+        Finding("Jupyter kernel", kernel, "python3" if kernel else f"none: {FIX}"),
+        Finding("device", True, compute),
+        Finding("outputs folder", *_outputs()),
+        Finding("memory", memory_gb > MIN_MEMORY_GB, f"{memory_gb:.0f} GB (at least {MIN_MEMORY_GB})"),
+    ]
 
 
 def _packages() -> tuple[bool, str]:
     """Compare the installed packages with the versions that the metadata of this project require."""
-    try:
-        required = [Requirement(line) for line in metadata.requires("brain-mri-inpainting") or []]
-    except metadata.PackageNotFoundError:
-        return False, f"this project is not installed: {FIX}"
+    installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}
+    required = [Requirement(line) for line in metadata.requires("brain-mri-inpainting") or []]
     required = [package for package in required if not package.marker or package.marker.evaluate({"extra": ""})]
-    versions = {package: _version(package.name) for package in required}
+    versions = {package: installed.get(package.name.lower().replace("_", "-"), "") for package in required}
     wrong = [f"{p} (found {v or 'none'})" for p, v in versions.items() if not (v and v in p.specifier)]
-    return not wrong, f"{', '.join(wrong)}: {FIX}" if wrong else f"{len(versions)} present, torch {_version('torch')}"
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _kernel() -> tuple[bool, str]:
-    good = "python3" in KernelSpecManager().find_kernel_specs()
-    return good, "python3" if good else f"none: {FIX}"
-
-
-def _device() -> tuple[bool, str]:
-    from ldm_lib.devices import pick_device, pick_precision
-
-    device = pick_device()
-    return True, f"{device.type}, precision {pick_precision('auto', device)}, {os.cpu_count()} cores"
+    return not wrong, f"{', '.join(wrong)}: {FIX}" if wrong else f"{len(versions)} present"
 
 
 def _outputs() -> tuple[bool, str]:
     folder = outputs_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        return False, f"{folder} cannot be written ({error.strerror}): set LDM_OUTPUTS to another folder"
-    free = shutil.disk_usage(folder).free / 1e9
-    return free > MIN_DISK_GB, f"{folder}, {free:.0f} GB free (at least {MIN_DISK_GB})"
-
-
-def _memory() -> tuple[bool, str]:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return total > MIN_MEMORY_GB, f"{total:.0f} GB (at least {MIN_MEMORY_GB})"
+        require_writable(folder / "probe")
+    except (OSError, LdmError) as error:
+        return False, f"{folder} cannot be written ({error}): set LDM_OUTPUTS to another folder"
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    return free_gb > MIN_DISK_GB, f"{folder}, {free_gb:.0f} GB free (at least {MIN_DISK_GB})"

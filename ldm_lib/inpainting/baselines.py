@@ -36,9 +36,6 @@ def mirror_fill(voided: ArrayLike, mask: ArrayLike, *, lateral_axis: int) -> np.
     Args:
         lateral_axis: the array's left-right axis, 0 to 2; 0 for files in RAS or LPS order.
     """
-    if lateral_axis not in (0, 1, 2):
-        raise InputError(f"lateral_axis is {lateral_axis!r}; 0, 1 and 2 are allowed", where="mirror_fill",
-                         fix="give the array's left-right axis")  # fmt: skip
     known, mask = _known(voided, mask)
     if not mask.any():
         return known

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from ldm_lib.autoencoder.region_decoding import reconstruct
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.cohort import survey_cases
 from ldm_lib.data.layouts import require_outside
 from ldm_lib.data.model_grid import grid_case
-from ldm_lib.data.nifti import stem
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.data.volume import read_volume, write_like
 from ldm_lib.diffusion.samplers import check_sampler
@@ -32,7 +32,6 @@ from ldm_lib.locking import FolderLock
 
 RECORDS, TABLE = "filled", "results.csv"
 FILLED, FOUND, REFUSED = "filled", "found", "refused"
-NO_RECORD: dict[str, Any] = {"made_from": "", "outputs": {}, "row": {}}
 Row = dict[str, Any]
 _print = partial(print, flush=True)
 
@@ -95,11 +94,7 @@ def fill_cases(
     each: bool = True,
     say: Callable[[str], None] = _print,
 ) -> list[Row]:
-    """Inpaint each case that has no result yet; `say` receives a line for each, with the remaining time.
-
-    Args:
-        folder: takes the results and their records.
-        make_missing, each: as in `inpaint_folder`.
+    """Inpaint each case that has no result in a folder yet; `say` receives a line for each, with the remaining time.
 
     Returns:
         a row for each case, in order: "case", "status" (filled, found or refused), "result", "spread" (mean standard
@@ -142,6 +137,14 @@ def record_path(case: Case, folder: Path) -> Path:
     return folder / RECORDS / f"{case.key}.json"
 
 
+class Record(BaseModel):
+    """Hold what a result was made from, the digests of its files by name, and its row."""
+
+    made_from: str = ""
+    outputs: dict[str, str] = {}
+    row: dict[str, Any] = {}
+
+
 @dataclass(frozen=True)
 class Job:
     """Read, inpaint and write one case after the other."""
@@ -169,36 +172,31 @@ class Job:
             if "memory" not in str(error):
                 raise
             raise InputError("not enough memory", where=case.key, fix="take fewer samples") from error
-        for name in self._record(case)["outputs"]:  # of other settings: none may stay next to the new files
-            (self.folder / name).unlink(missing_ok=True)
+        for pattern in ("", "-std", "-nearest", "-sample-*"):  # of other settings: none may stay next to the new files
+            for path in self.folder.glob(case.result_name.replace(".nii.gz", f"{pattern}.nii.gz")):
+                if not path.is_dir():
+                    path.unlink()
         written = result.save(self.folder / case.result_name, samples=self.each)
         std = float(result.std[data.mask].mean() / data.scale)
         seconds = round(time.monotonic() - started, 2)
         row = _row(case.key, FILLED, result=written[0].name, spread=std, seconds=seconds)
-        outputs = {path.name: sha256(path) for path in written}
-        write_json(record_path(case, self.folder), {"made_from": made_from, "outputs": outputs, "row": row})
+        record = Record(made_from=made_from, outputs={path.name: sha256(path) for path in written}, row=row)
+        write_json(record_path(case, self.folder), record.model_dump())
         return row
 
     def _found(self, case: Case, made_from: str) -> Row | None:
         """Return the row of a result of the same files, weights and settings whose files are whole."""
-        record, folder = self._record(case), self.folder
-        if record["made_from"] != made_from or case.result_name not in record["outputs"]:
-            return None
-        if not all((folder / n).is_file() and sha256(folder / n) == d for n, d in record["outputs"].items()):
-            return None
-        numbers = {name: record["row"].get(name) for name in ("spread", "seconds")}
-        numbers = {name: value if isinstance(value, int | float) else None for name, value in numbers.items()}
-        return _row(case.key, FOUND, result=case.result_name, **numbers)
-
-    def _record(self, case: Case) -> dict[str, Any]:
-        """Return the record of a case, or `NO_RECORD` if it is missing, damaged or names files of another case."""
         try:
-            record, own = read_json(record_path(case, self.folder)), stem(Path(case.result_name))
-        except ValueError:
-            return NO_RECORD
-        whole = all(isinstance(record.get(name), type(value)) for name, value in NO_RECORD.items())
-        whole = whole and all(Path(n).name == n and n.startswith(own) for n in record["outputs"])
-        return record if whole else NO_RECORD
+            record = Record(**read_json(record_path(case, self.folder)))
+        except ValueError:  # missing or damaged
+            return None
+        if record.made_from != made_from or case.result_name not in record.outputs:
+            return None
+        paths = {self.folder / name: digest for name, digest in record.outputs.items()}
+        if not all(path.is_file() and sha256(path) == digest for path, digest in paths.items()):
+            return None
+        numbers = {name: record.row.get(name) for name in ("spread", "seconds")}
+        return _row(case.key, FOUND, result=case.result_name, **numbers)
 
     def _made_from(self, case: Case) -> str:
         names = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")

@@ -1,6 +1,5 @@
 """Hold the samples of one inpainted case, and write them in the scan's own grid, header and data type."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +13,6 @@ from ldm_lib.files import expand_path
 ENDINGS = (".nii", ".nii.gz")
 
 
-class Samples(Sequence[np.ndarray]):
-    """Give the samples of a result as volumes (x, y, z), each made when it is asked for."""
-
-    def __init__(self, result: "Inpainting") -> None:
-        self._result = result
-
-    def __len__(self) -> int:
-        return len(self._result.values)
-
-    def __getitem__(self, k: int) -> np.ndarray:
-        return self._result.pasted(self._result.values[k])
-
-
 @dataclass(frozen=True)
 class Inpainting:
     """Hold K inpainted volumes of one case; volumes are (x, y, z) in the file's voxel order and units.
@@ -38,7 +24,7 @@ class Inpainting:
     Examples:
         >>> import ldm_lib as ldm
         >>> case = ldm.load_case(ldm.find_cases(cohort)[0])
-        >>> result = ldm.Inpainter.load(model)(case, n_samples=2, steps=2)
+        >>> result = ldm.Inpainter.load(model)(case, n_samples=2, num_inference_steps=2)
         >>> bool((result.mean == case.voided)[~case.mask].all())  # known voxels are untouched
         True
         >>> len(result.samples), float(result.std[~case.mask].max())
@@ -51,9 +37,9 @@ class Inpainting:
     values: np.ndarray
 
     @property
-    def samples(self) -> Samples:
-        """Return the K samples, each equal to the voided image outside the mask."""
-        return Samples(self)
+    def samples(self) -> list[np.ndarray]:
+        """Return the K samples, each equal to the voided image outside the mask; every access makes them."""
+        return [self.pasted(values) for values in self.values]
 
     @property
     def mean(self) -> np.ndarray:
@@ -103,7 +89,7 @@ class Inpainting:
                 write_map(path, self.std, self.data.source.affine)
                 continue
             kind, _, k = name.partition("-")
-            volume = self.samples[int(k)] if kind == "sample" else self.medoid if kind == "nearest" else self.mean
+            volume = self.medoid if kind == "nearest" else self.pasted(self.values[int(k)]) if k else self.mean
             write_like(path, self.data.source, volume, self.data.mask)
         return list(paths.values())
 
