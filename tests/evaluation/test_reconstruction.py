@@ -1,4 +1,4 @@
-"""Laws of reconstruction: linear codes in closed form, boxes against whole volumes, coders that err on purpose."""
+"""Laws of reconstruction: the upper bound, and boxes against whole volumes."""
 
 from dataclasses import replace
 
@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lib.autoencoder.fitting import block_statistics, fit_linear_codec
+from ldm_lib.autoencoder.fitting import fit_linear_codec
 from ldm_lib.autoencoder.linear_codec import LinearCodec
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.autoencoder.region_decoding import decode_box, reconstruct
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.errors import InputError
-from ldm_lib.evaluation.image_quality import brain_scores
 from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
-from ldm_lib.evaluation.reconstruction import alignment, box_loss_db, by_tissue, crop_against_whole, upper_bound
-from ldm_lib.geometry import bounding_box
+from ldm_lib.evaluation.reconstruction import box_loss_db, by_tissue, upper_bound
 from ldm_lib.model_io import load_model
 
 HOW = {"device": torch.device("cpu"), "precision": "32"}
@@ -34,23 +32,8 @@ def linear_code(cases, latent_channels, factor):
     return code
 
 
-def against_whole(coder, image, edge):
-    return crop_against_whole(coder, image, reconstruct(coder, image, **HOW).volume, edge, **HOW)
-
-
 def box_loss(data, on_grid, coder, margin):
     return box_loss_db(data, coder, reconstruct(coder, on_grid.target, **HOW), margin, **HOW)
-
-
-class Erring:
-    """Returns what it was given, but for what `decode` does to it."""
-
-    def __init__(self, factor, decode=lambda volume: volume):
-        self.factor, self.decode = factor, decode
-
-    def encode(self, volume):
-        assert not any(n % self.factor for n in volume.shape[2:])
-        return volume
 
 
 def noise(*shape, seed=0):
@@ -88,14 +71,6 @@ def test_the_upper_bound_of_a_lossless_codec_is_the_target(data, on_grid):
     assert scores["psnr_01"] > 100
 
 
-def test_reconstruction_goes_through_the_latent(on_grid, tiny_autoencoder_folder):
-    autoencoder = load_model(tiny_autoencoder_folder, Autoencoder)
-    latent = torch.from_numpy(reconstruct(autoencoder, on_grid.target, **HOW).latent)[None]
-    with torch.inference_mode():
-        decoded = autoencoder.decode(latent)[0, 0].numpy()
-    assert np.array_equal(decoded, reconstruct(autoencoder, on_grid.target, **HOW).volume)
-
-
 def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
     filled, _ = upper_bound(data, reconstruct(fresh(), on_grid.target, **HOW).volume, 2)
     rows = by_tissue(data, filled)
@@ -104,96 +79,7 @@ def test_errors_by_tissue_need_a_tissue_map(data, on_grid):
     assert by_tissue(replace(data, tissue=None), filled) == []
 
 
-# ---- crops against whole volumes
-
-
-def test_a_code_of_single_blocks_does_not_see_where_it_is_cut(cases, on_grid):
-    coder = LinearCodec(3, 2).requires_grad_(False)
-    coder.fit(*block_statistics(cases[:1], 2))
-    found = against_whole(coder, on_grid.target, 8)
-    assert found["crop_psnr"] == pytest.approx(found["whole_psnr"], abs=1e-4)
-
-
-def test_crops_that_fill_the_volume_are_compared_in_closed_form():
-    """A coder that takes its input's mean away errs by that mean: the crop's or the whole's."""
-    image = np.kron(np.array([0.1, 0.3], np.float32), np.ones((16, 16, 8), np.float32))
-    found = against_whole(Erring(4, lambda volume: volume - volume.mean()), image, 10)  # 10 becomes 8
-    assert found["crop_psnr"] == pytest.approx(-10 * np.log10((0.1**2 + 0.3**2) / 2))
-    assert found["whole_psnr"] == pytest.approx(-10 * np.log10(0.2**2))
-
-
-def test_crops_meet_in_the_middle_of_the_brain_and_only_its_voxels_count():
-    image = np.zeros((32, 32, 32), np.float32)
-    image[4:12, 20:28, 8:16] = 0.5
-    seen = []
-    coder = Erring(4, lambda volume: seen.append(volume) or volume + 0.1 + 9 * (volume == 0))
-    found = against_whole(coder, image, 4)
-    assert [tuple(v.shape[2:]) for v in seen] == [(32, 32, 32)] + 8 * [(4, 4, 4)]
-    assert all(v.min() == 0.5 for v in seen[1:])
-    assert found == pytest.approx({"crop_psnr": 20, "whole_psnr": 20}, rel=1e-5)
-
-
-def test_a_crop_larger_than_the_volume_is_the_volume(on_grid):
-    found = against_whole(fresh(norm="group"), on_grid.target, 64)
-    whole = brain_scores(reconstruct(fresh(norm="group"), on_grid.target, **HOW).volume, on_grid.target)["psnr"]
-    assert found == pytest.approx({"crop_psnr": whole, "whole_psnr": whole}, rel=1e-5)
-
-
-def test_norms_of_the_whole_grid_code_a_crop_differently(on_grid):
-    found = against_whole(fresh(norm="group"), on_grid.target, 8)
-    assert abs(found["crop_psnr"] - found["whole_psnr"]) > 0.01
-
-
-# ---- alignment
-
-
-@pytest.mark.parametrize("factor", [1, 4, 8, 16])
-def test_what_is_returned_unchanged_is_aligned(factor):
-    rows = alignment(Erring(factor), noise(9, 7, 155), **HOW)
-    assert rows == [{"slices": n, "shift_vox": 0, "correlation": pytest.approx(1)} for n in (155, 156)]
-
-
-@pytest.mark.parametrize("shift", [-2, -1, 1, 2])
-def test_a_shifted_reconstruction_is_found(shift):
-    coder = Erring(8, lambda volume: volume.roll(shift, -1))
-    rows = alignment(coder, noise(8, 8, 40), (33, 40), **HOW)
-    assert [row["shift_vox"] for row in rows] == [shift, shift]
-
-
-@pytest.mark.parametrize(("given", "depths"), [(20, (155, 156)), (160, (155, 156)), (12, (11, 13))])
-def test_any_depth_is_cut_or_padded(given, depths):
-    rows = alignment(Erring(4), noise(5, 6, given), depths, **HOW)
-    assert [(row["slices"], row["shift_vox"]) for row in rows] == [(n, 0) for n in depths]
-    assert all(row["correlation"] == pytest.approx(1) for row in rows)
-
-
-def test_the_middle_of_a_deeper_volume_is_kept():
-    image = np.zeros((4, 4, 24), np.float32)
-    image[..., 10:14] = noise(4, 4, 4)
-    assert alignment(Erring(4), image, (9,), **HOW) == [{"slices": 9, "shift_vox": 0, "correlation": pytest.approx(1)}]
-
-
-def test_a_real_code_is_aligned_at_155_and_156_slices(cases, data):
-    coder = linear_code(cases[:2], 6, 4)
-    rows = alignment(coder, data.lps(data.target / data.scale).astype(np.float32), **HOW)
-    assert [(row["slices"], row["shift_vox"]) for row in rows] == [(155, 0), (156, 0)]
-    assert min(row["correlation"] for row in rows) > 0.8
-
-
 # ---- decoding a box
-
-
-def test_a_box_holds_its_latent_voxels_and_the_margin_only():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        marked, margin = rng.random((6, 9, 7)) < 0.02, int(rng.integers(4))
-        marked[tuple(rng.integers(0, marked.shape))] = True
-        grid = np.indices(marked.shape).reshape(3, -1).T
-        low, high = np.argwhere(marked).min(axis=0) - margin, np.argwhere(marked).max(axis=0) + margin
-        expected = ((grid >= low) & (grid <= high)).all(axis=1).reshape(marked.shape)
-        found = np.zeros(marked.shape, bool)
-        found[bounding_box(marked, margin)] = True
-        assert np.array_equal(found, expected)
 
 
 def test_an_empty_mask_has_no_box():
