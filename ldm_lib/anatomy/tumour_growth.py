@@ -16,6 +16,7 @@ from ldm_lib.anatomy.options import DEFAULT_RATES, GrowthRates
 from ldm_lib.anatomy.tissue import GM, WM
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.geometry import bounding_box
+from ldm_lib.progress import Progress
 
 GROWTH_THRESHOLD = 0.2  # concentration below which a voxel counts as healthy in the conditioning
 SEED_SIGMA_MM = 2.0  # standard deviation of the Gaussian that a tumour starts from
@@ -171,7 +172,9 @@ def _march(u: torch.Tensor, faces: list[torch.Tensor], rho: torch.Tensor, *, day
     step = days / max(steps, 1)
     faces, rho, u = [face * step for face in faces], rho * step, u.clone()
     change, fluxes = torch.empty_like(u), [torch.empty_like(face) for face in faces]
-    for _ in range(steps):
+    progress = Progress(steps, name="growth step", every_s=10.0)
+    for k in range(steps):
+        progress.update(k, f"day {k * step:.0f} of {days:.0f}")
         torch.addcmul(rho, rho, u, value=-1, out=change)
         change.mul_(u)
         for axis, face, flux in zip((-3, -2, -1), faces, fluxes, strict=True):

@@ -73,7 +73,7 @@ def inpaint(options: argparse.Namespace) -> int:
     from ldm_lib.inpainting.single_file import inpaint as inpaint_file
 
     settings = sampling.model_dump()
-    settings["steps"] = settings.pop("num_inference_steps")
+    settings["n_samples"] = settings.pop("samples")
     written = inpaint_file(
         options.t1n_voided,
         output=options.output,

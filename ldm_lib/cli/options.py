@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 from ldm_lib.anatomy.options import GrowthRates
 from ldm_lib.data.options import ReadOptions
@@ -142,10 +142,18 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
 }  # fmt: skip
 
 
+class Parser(argparse.ArgumentParser):
+    """Parse the command line; wrong usage is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end with status 2."""
+        self.exit(2, f"ERROR {message}. Fix: see `{self.prog} --help`.\n")
+
+
 def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     """Return the parser of the command line; the first line of a command's docstring is its help."""
     prog = "ldm" if Path(sys.argv[0]).name == "ldm" else "python -m ldm_lib"
-    parser = argparse.ArgumentParser(prog=prog, description="3D brain MRI inpainting by latent diffusion")
+    parser = Parser(prog=prog, description="3D brain MRI inpainting by latent diffusion")
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

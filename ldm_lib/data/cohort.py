@@ -14,7 +14,7 @@ from ldm_lib.data.layouts import Exclusion, list_cases, listing
 from ldm_lib.data.nifti import require_file
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.errors import InputError
-from ldm_lib.files import fingerprint, sha256
+from ldm_lib.files import expand_path, fingerprint, sha256
 
 log = logging.getLogger("ldm_lib")
 
@@ -56,8 +56,10 @@ def survey_cases(
     cases, exclusions = list_cases(data_dir, conditioning_dir)
     if not cases:
         reasons = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
+        of_one = any(expand_path(data_dir).glob("*-mask*.nii.gz"))
+        fix = "give the folder above this one, which is of one patient" if of_one else "see the layouts in docs/data.md"
         raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{reasons}",
-                         where=data_dir, fix="see the table of layouts in docs/data.md")  # fmt: skip
+                         where=data_dir, fix=fix)  # fmt: skip
     return [replace(case, read_options=read_options) for case in cases], exclusions
 
 

@@ -164,7 +164,7 @@ class LatentDiffusion:
         *,
         seed: int,
         sampler: str,
-        steps: int,
+        num_inference_steps: int,
         guidance: float = 1.0,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -196,7 +196,7 @@ class LatentDiffusion:
 
         with torch.inference_mode():
             return in_whole(SAMPLERS[sampler](
-                denoise, self.temperature * noise(-1)[box], self.schedule, steps=steps,
+                denoise, self.temperature * noise(-1)[box], self.schedule, steps=num_inference_steps,
                 noise=lambda step: noise(step)[box], keep=lambda z: keep_known(z, batch),
                 callback=report if callback else None,
             ))  # fmt: skip

@@ -91,11 +91,15 @@ def conditioned_path(results: Path, data: CaseData, variant: str) -> Path:
 def candidates(
     data: CaseData, results: Path, samples: int, *, baselines: bool = True, given: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Read the K results of a case, and compute the baselines: method -> volume (x, y, z) in the file's voxel order.
+    """Collect the volumes to score, by method: the results of stage 05, the upper bound and the baselines.
+
+    Volumes are (x, y, z) in the file's voxel order.
 
     Args:
-        given: tissue labels that came with the case, if it was inpainted with other labels: the methods that use them
-            are added, with names that say so.
+        samples: number K of samples; there is a medoid sample if it is above 1.
+        baselines: compute the baselines too.
+        given: second tissue map (x, y, z) to compare with `data.tissue`, which was made from the scan. It adds the
+            methods "sample, given tissue", if stage 05 made it, and "tissue paint, given tissue".
     """
     files = {
         SAMPLE: result_path(results, data, "sample-0000"),

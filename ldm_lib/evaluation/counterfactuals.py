@@ -67,7 +67,7 @@ def inpaint_variants(
 ) -> dict[str, np.ndarray]:
     """Draw one sample for each variant, all from the same noise: name -> (x, y, z) in the file's order and units.
 
-    `sampling` are seed, sampler and steps, as `Inpainter` takes them.
+    `sampling` are seed, sampler and num_inference_steps, as `Inpainter` takes them.
     """
     return {
         name: inpainter(data, latents=variant.latents, guidance=variant.guidance, **sampling).mean

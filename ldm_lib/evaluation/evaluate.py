@@ -33,10 +33,10 @@ def evaluate(
     inpainter: Inpainter,
     cases: Sequence[Case],
     *,
-    n_samples: int = 4,
+    n_samples: int = 16,
     seed: int = 0,
     sampler: str = DEFAULT_SAMPLER,
-    steps: int = DEFAULT_STEPS,
+    num_inference_steps: int = DEFAULT_STEPS,
     guidance: float = 1.0,
     tissue: str = "atlas",
     output: str | Path | None = None,
@@ -67,7 +67,7 @@ def evaluate(
         >>> import ldm_lib as ldm
         >>> inpainter = ldm.Inpainter.load(model)
         >>> cases, quiet = ldm.find_cases(cohort)[:1], {"say": lambda line: None}
-        >>> table = ldm.evaluate(inpainter, cases, n_samples=2, steps=1, tissue="given", **quiet)
+        >>> table = ldm.evaluate(inpainter, cases, n_samples=2, num_inference_steps=1, tissue="given", **quiet)
         >>> sorted(table["method"])[:4]
         ['harmonic', 'initial estimate', 'mean', 'mean of 2']
         >>> table.groupby("method")[["psnr", "ssim"]].mean().shape
@@ -76,9 +76,9 @@ def evaluate(
     if pictures < 0:
         raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")
     fixed = {"blend_mm": inpainter.blend_mm, "temperature": inpainter.model.temperature}
-    sampling = {"samples": n_samples, "seed": seed, "sampler": sampler, "guidance": guidance}
-    options = InpaintOptions.parse(fixed | sampling | {"num_inference_steps": steps})
-    check_sampler(sampler, steps, inpainter.model.schedule)
+    sampling = {"sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "guidance": guidance}
+    options = InpaintOptions.parse(fixed | sampling | {"samples": n_samples})
+    check_sampler(sampler, num_inference_steps, inpainter.model.schedule)
     cases = [case.with_maps(growth=None) for case in with_target(cases)]
     run = partial(_inpaint_and_score, inpainter, cases, options, atlas=tissue == "atlas", say=say)
     if output is None:

@@ -32,6 +32,6 @@ def sampler_rows(
     for data in cases:
         fill = partial(inpainter, data, latents=inpainter.encode(data), seed=seed, guidance=guidance)
         for sampler, n in product(samplers_for(inpainter.model.schedule), possible):
-            seconds, filled = timed(partial(fill, sampler=sampler, steps=n), inpainter.model.device)
+            seconds, filled = timed(partial(fill, sampler=sampler, num_inference_steps=n), inpainter.model.device)
             row = {"case": data.case.key, "sampler": sampler, "steps": n, "seconds": seconds}
             yield row | fidelity_row(data, filled.mean, requested=data, threshold=threshold)

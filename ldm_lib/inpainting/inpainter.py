@@ -44,7 +44,7 @@ class Inpainter:
         >>> import ldm_lib as ldm
         >>> inpainter = ldm.Inpainter.load(model)  # a folder; without one, the pretrained weights
         >>> case = ldm.load_case(ldm.find_cases(cohort)[0])
-        >>> result = inpainter(case, n_samples=2, seed=0, steps=2)
+        >>> result = inpainter(case, n_samples=2, seed=0, num_inference_steps=2)
         >>> result.mean.shape == case.voided.shape
         True
     """
@@ -79,7 +79,7 @@ class Inpainter:
         n_samples: int = 1,
         seed: int = 0,
         sampler: str = DEFAULT_SAMPLER,
-        steps: int = DEFAULT_STEPS,
+        num_inference_steps: int = DEFAULT_STEPS,
         guidance: float = 1.0,
         make_missing: bool | None = None,
         latents: Latents | None = None,
@@ -89,7 +89,7 @@ class Inpainter:
 
         Args:
             case: a case, or one that `load_case` has read; the latter takes the tissue map that is made for it.
-            steps: denoiser evaluations of a sample.
+            num_inference_steps: denoiser evaluations of a sample.
             guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
             make_missing: make the tissue map of a case that has none; None makes it if the model needs one. Maps are
                 kept in the user's cache (`inpainting.tissue_maps`).
@@ -102,9 +102,8 @@ class Inpainter:
         if not isinstance(case, Case | CaseData):
             given = f"needs a case, not {type(case).__name__}"
             raise InputError(given, where="Inpainter", fix="take one of find_cases(folder)")
-        sampling = {"sampler": sampler, "seed": seed, "guidance": guidance}
-        InpaintOptions.parse(sampling | {"samples": n_samples, "num_inference_steps": steps})
-        sampling |= {"steps": steps, "callback": callback}
+        sampling = {"sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "guidance": guidance}
+        InpaintOptions.parse(sampling | {"samples": n_samples})
         if isinstance(case, Case):
             data = self.prepare(load_case(case), make_missing=make_missing)
         else:
@@ -114,7 +113,7 @@ class Inpainter:
         names = [sample_name(data.case, k) for k in range(n_samples)]
         at_once = self.model.samples_at_once(latents) if n_samples > 1 else 1
         for start in range(0, n_samples, at_once):
-            drawn = self.model.sample(latents, names[start : start + at_once], **sampling)
+            drawn = self.model.sample(latents, names[start : start + at_once], callback=callback, **sampling)
             values += [self._values(latent, case_grid) for latent in drawn]
         return Inpainting(data, np.stack(values))
 

@@ -20,5 +20,5 @@ class InpaintOptions(SamplerOptions, DeviceOptions, SeedOptions):
     @property
     def sampling(self) -> dict[str, Any]:
         """Return the arguments of `Inpainter.__call__` that these options set."""
-        names = {"n_samples": "samples", "seed": "seed", "sampler": "sampler", "guidance": "guidance"}
-        return {name: getattr(self, own) for name, own in names.items()} | {"steps": self.num_inference_steps}
+        names = ("sampler", "num_inference_steps", "seed", "guidance")
+        return {"n_samples": self.samples} | {name: getattr(self, name) for name in names}

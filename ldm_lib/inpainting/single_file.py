@@ -23,11 +23,11 @@ def inpaint(
     make_missing: bool | None = None,
     model: str | Path | None = None,
     sampler: str = DEFAULT_SAMPLER,
-    steps: int = DEFAULT_STEPS,
+    num_inference_steps: int = DEFAULT_STEPS,
     guidance: float = 1.0,
     blend_mm: float = DEFAULT_BLEND_MM,
     temperature: float = 0.0,
-    samples: int = 1,
+    n_samples: int = 1,
     write_samples: bool = False,
     seed: int = 0,
     device: str = "auto",
@@ -47,7 +47,7 @@ def inpaint(
             (`inpainting.tissue_maps`); None makes it if the model needs one.
         model: model folder; None takes the pretrained weights. A file of other voxel sizes is resampled to the model's,
             and the inpainted voxels are resampled back.
-        steps: denoiser evaluations of a sample.
+        num_inference_steps: denoiser evaluations of a sample.
         guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
         temperature: scale of the initial noise; 0 takes the model's own.
@@ -58,17 +58,18 @@ def inpaint(
     Examples:
         >>> import ldm_lib as ldm
         >>> case = ldm.find_cases(cohort)[0]
-        >>> files = ldm.inpaint(case.t1n_voided, case.mask, folder / "inpainted.nii.gz", model=model, steps=2)
+        >>> output, few = folder / "inpainted.nii.gz", {"num_inference_steps": 2}
+        >>> files = ldm.inpaint(case.t1n_voided, case.mask, output, model=model, **few)
         >>> [path.name for path in files]
         ['inpainted.nii.gz']
     """
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, read_options=read_options)
     loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
-    sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": steps}
-    options = InpaintOptions.parse(sampling | loading | {"samples": samples})
-    results = result_paths(expand_path(output), samples, each=write_samples)
+    sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
+    options = InpaintOptions.parse(sampling | loading | {"samples": n_samples})
+    results = result_paths(expand_path(output), n_samples, each=write_samples)
     require_results_writable(results.values(), case.files().values())
     data, inpainter = load_case(case), Inpainter.load(model, **loading)
-    check_sampler(sampler, steps, inpainter.model.schedule)  # before a map is made
+    check_sampler(sampler, num_inference_steps, inpainter.model.schedule)  # before a map is made
     data = inpainter.prepare(data, make_missing=make_missing)
     return inpainter(data, make_missing=False, **options.sampling).save(results[""], samples=write_samples)

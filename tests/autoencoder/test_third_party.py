@@ -234,7 +234,7 @@ def test_notebooks_core_path(kind, tmp_path, cases, tiny_autoencoder_folder):
     small = {"base_width": 8, "multipliers": "1,2", "attention_rates": "2", "precision": "32", "device": "cpu"}
     model = new_model(tmp_path / "model", resolve("smoke", small)["04_training"], LatentSpec())
     data = load_case(cases[0])
-    filled = Inpainter(model)(data, steps=2).samples[0]
+    filled = Inpainter(model)(data, num_inference_steps=2).samples[0]
     assert np.array_equal(filled[~data.mask], data.voided[~data.mask])
     assert np.isfinite(filled).all() and filled.shape == data.mask.shape
 

@@ -164,15 +164,15 @@ def test_a_denoiser_of_no_residual_returns_the_initial_estimate(inpainter, cases
 
     silenced = replace(changed(inpainter, denoiser=silent), blend_mm=0.0)
     latents = silenced.encode(data)
-    drawn = silenced.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=3)[0]
+    drawn = silenced.model.sample(latents, ["a/0"], seed=0, sampler="ddim", num_inference_steps=3)[0]
     torch.testing.assert_close(drawn, latents["initial_estimate"], atol=1e-4, rtol=1e-4)
-    filled = silenced(data, steps=3).mean
+    filled = silenced(data, num_inference_steps=3).mean
     np.testing.assert_allclose(filled, silenced.decode(latents["initial_estimate"], data), atol=1e-3 * data.scale)
 
 
 def test_known_voxels_are_those_of_the_initial_estimate_whatever_is_sampled(inpainter, cases):
     latents = inpainter.encode(load_case(cases[0]))
-    drawn = inpainter.model.sample(latents, ["a/0"], seed=0, sampler="ddim", steps=2)[0]
+    drawn = inpainter.model.sample(latents, ["a/0"], seed=0, sampler="ddim", num_inference_steps=2)[0]
     known = (latents["mask"] == 0).expand_as(drawn)
     assert torch.equal(drawn[known], latents["initial_estimate"][known])
     assert (drawn - latents["initial_estimate"])[~known].abs().max() > 0.1

@@ -25,7 +25,7 @@ def model(tiny_model_folder):
 
 def samples(model, case):
     latents = encode_case(grid_case(case, 2), model.autoencoder, model.spec, device=torch.device("cpu"), precision="32")
-    return model.sample(latents, ["a"], seed=0, sampler="ddim", steps=2)
+    return model.sample(latents, ["a"], seed=0, sampler="ddim", num_inference_steps=2)
 
 
 def test_the_example_is_right():

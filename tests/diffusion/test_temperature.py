@@ -19,7 +19,7 @@ from ldm_lib.inpainting.folder import FILLED, FOUND, fill_cases
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.single_file import inpaint
 
-HOW = {"seed": 0, "steps": 4}
+HOW = {"seed": 0, "num_inference_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +118,13 @@ def test_one_that_is_out_of_range_is_rejected(cases, tiny_model_folder, tmp_path
 
 
 def test_a_file_is_filled_at_the_requested_temperature(cases, tiny_model_folder, inpainter, tmp_path):
-    case, how = cases[0], {"model": tiny_model_folder, "device": "cpu", "steps": 2}
+    case, how = cases[0], {"model": tiny_model_folder, "device": "cpu", "num_inference_steps": 2}
     inpaint(case.t1n_voided, case.mask, tmp_path / "out.nii.gz", temperature=0.4, **how)
     data = load_case(replace(case.to_inpaint(), growth=None, tissue=None))
-    expected = changed(inpainter, temperature=0.4)(data, steps=2)
+    expected = changed(inpainter, temperature=0.4)(data, num_inference_steps=2)
     mask, found = data.mask, read_volume(tmp_path / "out.nii.gz").voxels
     np.testing.assert_allclose(found[mask], expected.mean[mask], atol=0.51)  # int16
-    assert np.abs(inpainter(data, steps=2).mean - expected.mean).max() > 2
+    assert np.abs(inpainter(data, num_inference_steps=2).mean - expected.mean).max() > 2
 
 
 def test_another_temperature_is_another_result(inpainter, cases, tmp_path):

@@ -24,7 +24,7 @@ from ldm_lib.evaluation.counterfactuals import (
 )
 from ldm_lib.inpainting.inpainter import Inpainter
 
-HOW = {"seed": 0, "sampler": "ddim", "steps": 2}
+HOW = {"seed": 0, "sampler": "ddim", "num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")

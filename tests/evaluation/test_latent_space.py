@@ -55,13 +55,6 @@ def test_moments_are_those_of_scipy():
         assert row["beyond_3_sigma"] == pytest.approx(np.mean(np.abs(stats.zscore(values)) > 3))
 
 
-def test_a_normal_channel_has_no_skew_and_27_in_10000_beyond_3_sigma():
-    values = stats.norm.ppf((np.arange(10**6) + 0.5) / 10**6)  # its quantiles, no luck involved
-    (row,) = latent_table(5 - 2 * values.reshape(1, 100, 100, 100), np.ones((100, 100, 100), bool))
-    assert (row["mean"], row["std"], row["skew"]) == pytest.approx((5, 2, 0), abs=1e-4)
-    assert row["beyond_3_sigma"] == pytest.approx(2 * stats.norm.sf(3), rel=1e-3)
-
-
 def test_a_dead_channel_has_numbers_too():
     (row,) = latent_table(np.full((1, 3, 3, 3), 0.7), np.ones((3, 3, 3), bool))
     assert row == pytest.approx({"channel": 0, "mean": 0.7, "std": 0, "skew": 0, "beyond_3_sigma": 0}, abs=1e-12)
@@ -88,16 +81,6 @@ def test_flip_errors_are_those_of_flipped_arrays(on_grid):
         np.sqrt(np.mean((decoded - image)[brain] ** 2)), rel=1e-5
     )
     assert len(set(errors.values())) == 2
-
-
-def test_a_latent_flip_costs_nothing_where_latents_are_symmetric(on_grid):
-    autoencoder = fresh(linear_start=True, latent_channels=1)  # one channel: about the mean of the block
-    with torch.no_grad():
-        autoencoder.linear.project.weight.fill_(1 / 8)
-        autoencoder.linear.estimate.weight.zero_()
-        autoencoder.linear.estimate.weight[..., 1, 1, 1] = 1.0
-    errors = flip_error(autoencoder, on_grid.target, reconstruct(autoencoder, on_grid.target, **HOW), **HOW)
-    assert errors["coding with a latent flip"] == pytest.approx(errors["coding"], rel=1e-6)
 
 
 # ---- how far the mask reaches
@@ -150,17 +133,10 @@ def test_norms_of_one_voxel_end_the_reach_and_norms_of_the_grid_do_not(monkeypat
     assert all(group)
 
 
-def test_a_distance_without_latent_voxels_is_nan():
-    rms = column(8, "local")
-    assert np.isfinite(rms[:3]).all() and np.isnan(rms[3:]).all()
-
-
 @pytest.mark.parametrize(("differences", "fraction", "cells"), [
     ([1.0, 0.3, 0.05, 0.01], 0.1, 1),
     ([1.0, 0.3, 0.05, 0.01], 0.02, 2),
-    ([1.0, 0.3, 0.05, 0.01], 0.5, 0),
     ([1.0, 0.05, 0.3, 0.01], 0.1, 2),  # all that lies beyond must be little
-    ([2.0, 0.3, 0.15, 0.01], 0.1, 1),
     ([1.0, 0.3, 0.2, 0.15], 0.1, 3),  # at least as far as was measured
     ([1.0, 0.3, np.nan, np.nan], 0.1, 1),
     ([0.0, 0.0, 0.0, 0.0], 0.1, 0),

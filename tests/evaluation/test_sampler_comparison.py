@@ -25,7 +25,7 @@ def test_each_row_is_the_score_of_the_result(cases, inpainter):
     assert [(row["case"], row["sampler"], row["steps"]) for row in rows] == expected
     for row in rows[::5]:
         data = next(d for d in chosen if d.case.key == row["case"])
-        filled = inpainter(data, sampler=row["sampler"], steps=row["steps"], seed=3).mean
+        filled = inpainter(data, sampler=row["sampler"], num_inference_steps=row["steps"], seed=3).mean
         scores = brats_scores(filled, data.target, data.voided, data.scored)
         assert {name: row[name] for name in scores} == pytest.approx(scores)
         assert 0 < row["seconds"] < 60 and 0 <= row["dice mean"] <= 1

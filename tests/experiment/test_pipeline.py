@@ -181,7 +181,7 @@ def test_conditioned_on_no_growth_the_tumour_region_becomes_healthy_tissue(tmp_p
         data = load_case(case)
         place, known = data.mask & (data.growth >= 0.2), (data.voided != 0) & ~data.mask & (data.growth < 0.2)
         fills = inpaint_with_growths(
-            inpainter, data, {"healthy": 0 * data.growth, "tumour": data.growth}, seed=0, steps=10
+            inpainter, data, {"healthy": 0 * data.growth, "tumour": data.growth}, seed=0, num_inference_steps=10
         )
         for name, volume in fills.items():
             shifts[name].append(class_shift(volume, data.tissue, known, place))

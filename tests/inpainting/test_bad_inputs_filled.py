@@ -30,7 +30,7 @@ def fill(tiny_model_folder) -> Callable[[Place], nib.Nifti1Image]:
 
     def filled(place: Place) -> nib.Nifti1Image:
         output = place.root.parent / f"filled{''.join(place.P.suffixes[-2:]).lower()}"
-        ldm_lib.inpaint(place.P, place.K, output, model=tiny_model_folder, steps=2, device="cpu")
+        ldm_lib.inpaint(place.P, place.K, output, model=tiny_model_folder, num_inference_steps=2, device="cpu")
         return nib.load(output)
 
     return filled

@@ -56,10 +56,9 @@ def whole(inpainter, cases, tmp_path_factory):
     return fill_cases(inpainter, cases[:4], settings(), folder), folder
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_parts_of_a_cohort_give_the_bytes_of_the_whole(inpainter, cases, whole, tmp_path, world):
+def test_parts_of_a_cohort_give_the_bytes_of_the_whole(inpainter, cases, whole, tmp_path):
     rows, folder = whole
-    parts = [fill_cases(inpainter, cases[:4][rank::world], settings(), tmp_path) for rank in range(world)]
+    parts = [fill_cases(inpainter, cases[:4][rank::3], settings(), tmp_path) for rank in range(3)]
     assert volumes(tmp_path) == volumes(folder) and len(volumes(folder)) == 4 * 5
     assert sorted(row["case"] for part in parts for row in part) == sorted(row["case"] for row in rows)
 
@@ -79,7 +78,7 @@ def test_results_are_found_and_damaged_or_missing_ones_are_made_again(inpainter,
     assert volumes(tmp_path) == volumes(folder)
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"samples": 1}, {"num_inference_steps": 3}, {"sampler": "ddim"}])
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"sampler": "ddim"}])
 def test_other_settings_are_other_results(inpainter, cases, tmp_path, changes):
     fill_cases(inpainter, cases[:1], settings(), tmp_path)
     first = read_volume(tmp_path / cases[0].result_name).raw
@@ -110,29 +109,24 @@ def spoil(folder, case):
     path.write_bytes(path.read_bytes()[:50])
 
 
-@pytest.mark.parametrize(
-    ("spoil_mask", "message"),
-    [
-        (os.mkfifo, "not a regular file"),
-        (lambda path: path.symlink_to("/data/JOHN_DOE/m.nii.gz"), "broken link to m.nii.gz"),
-        (lambda path: path.mkdir(), "is a directory, not a NIfTI file"),
-    ],
-    ids=["pipe", "broken link", "folder"],
-)
-def test_what_is_not_a_file_is_rejected_without_waiting(inpainter, cohort, tmp_path, spoil_mask, message):
-    cases = [case.to_inpaint() for case in find_cases(cohort)[:2]]
-    cases[0].mask.unlink()
-    spoil_mask(cases[0].mask)
+def test_what_is_not_a_file_is_rejected_without_waiting(inpainter, cohort, tmp_path):
+    cases = [case.to_inpaint() for case in find_cases(cohort)[:4]]
+    spoilt = {
+        "not a regular file": os.mkfifo,
+        "broken link to m.nii.gz": lambda path: path.symlink_to("/data/JOHN_DOE/m.nii.gz"),
+        "is a directory, not a NIfTI file": lambda path: path.mkdir(),
+    }
+    for case, spoil_mask in zip(cases, spoilt.values(), strict=False):
+        case.mask.unlink()
+        spoil_mask(case.mask)
     rows = fill_cases(inpainter, cases, settings(samples=1), tmp_path / "out", **QUIET)
-    assert statuses(rows) == [REFUSED, FILLED]
-    assert rows[0]["reason"].startswith(f"{cases[0].id}/{cases[0].mask.name}: {message}"), (
-        "named from the data folder on"
-    )
+    assert statuses(rows) == [REFUSED] * 3 + [FILLED]
+    for case, row, message in zip(cases, rows, spoilt, strict=False):  # named from the data folder on
+        assert row["reason"].startswith(f"{case.id}/{case.mask.name}: {message}")
 
 
-@pytest.mark.parametrize("outputs", [{"../victim.nii.gz": "00"}, {"victim.nii.gz": "00"}, ["a"], {"a": 3}])
+@pytest.mark.parametrize("outputs", [{"../victim.nii.gz": "00"}, ["a"]])
 def test_a_record_never_has_another_file_removed(inpainter, cases, tmp_path, outputs):
-    """Whoever wrote it; one that names what is not the case's is as none."""
     victims = [tmp_path / "victim.nii.gz", tmp_path / "out" / "victim.nii.gz"]
     record = tmp_path / "out" / "filled" / f"{cases[0].key}.json"
     record.parent.mkdir(parents=True)
@@ -183,9 +177,10 @@ def test_a_folder_gives_the_results_of_its_files_one_by_one(cohort_folder, cases
     rows = inpaint_folder(cohort_folder, tmp_path / "out", config, model=tiny_model_folder, **QUIET)
     assert statuses(rows) == [FILLED] * 6
     for case in cases[::3]:
-        inpaint(case.t1n_voided, case.mask, tmp_path / "one.nii.gz", steps=2, model=tiny_model_folder, device="cpu",
-                growth=maps / "growth_model" / f"{case.id}.nii.gz",
-                tissue=maps / "tissue_segmentation" / f"{case.id}.nii.gz")  # fmt: skip
+        given = {"growth": maps / "growth_model" / f"{case.id}.nii.gz",
+                 "tissue": maps / "tissue_segmentation" / f"{case.id}.nii.gz"}  # fmt: skip
+        how = {"num_inference_steps": 2, "model": tiny_model_folder, "device": "cpu"}
+        inpaint(case.t1n_voided, case.mask, tmp_path / "one.nii.gz", **given, **how)
         assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "out" / case.result_name).read_bytes()
 
 
@@ -203,7 +198,7 @@ def test_a_killed_command_continues_and_ends_with_the_same_bytes(cohort_folder, 
     started = time.monotonic()
     work(undisturbed)
     seconds, rng, kills = time.monotonic() - started, np.random.default_rng(0), 0
-    for _ in range(8):
+    for _ in range(4):
         process = multiprocessing.get_context("fork").Process(target=work, args=(killed,))
         process.start()
         process.join(rng.uniform(0.1, 0.8) * seconds)
@@ -233,10 +228,9 @@ def test_two_processes_do_not_write_into_one_folder(cohort_folder, tiny_model_fo
     other.join()
 
 
-@pytest.mark.parametrize("inside", ["", "results"])
-def test_results_among_the_cases_are_rejected(cohort_folder, tiny_model_folder, inside):
+def test_results_among_the_cases_are_rejected(cohort_folder, tiny_model_folder):
     with pytest.raises(InputError, match=r"lies inside the folder of cases\. Fix: name one outside it"):
-        inpaint_folder(cohort_folder, cohort_folder / inside, SamplingConfig(), model=tiny_model_folder, **QUIET)
+        inpaint_folder(cohort_folder, cohort_folder / "results", SamplingConfig(), model=tiny_model_folder, **QUIET)
 
 
 def test_at_most_two_cases_are_in_memory_at_once(inpainter, cases, tmp_path, monkeypatch):
@@ -260,31 +254,12 @@ def test_at_most_two_cases_are_in_memory_at_once(inpainter, cases, tmp_path, mon
     assert max(most) == 2
 
 
-@pytest.mark.parametrize("content", ["garbage", "{}", "[1]", "[" * 100_000])
+@pytest.mark.parametrize("content", ["garbage", '{"outputs": 1}'])
 def test_a_damaged_record_is_ignored(inpainter, cases, tmp_path, content):
     fill_cases(inpainter, cases[:1], settings(), tmp_path)
     (tmp_path / "filled" / f"{cases[0].key}.json").write_text(content)
     assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
     assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FOUND]
-
-
-@pytest.mark.parametrize("row", [{}, {"case": "x\x1b[31m", "result": "/etc/passwd", "spread": "much", "seconds": []}])
-def test_a_row_of_a_found_result_takes_only_numbers_from_its_record(inpainter, cases, tmp_path, row):
-    fill_cases(inpainter, cases[:1], settings(), tmp_path)
-    record = tmp_path / "filled" / f"{cases[0].key}.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"row": row}))
-    (found,) = fill_cases(inpainter, cases[:1], settings(), tmp_path)
-    assert found == {"case": cases[0].key, "status": FOUND, "result": cases[0].result_name, "spread": None,
-                     "seconds": None, "reason": ""}  # fmt: skip
-
-
-def test_a_record_without_its_result_is_ignored(inpainter, cases, tmp_path):
-    fill_cases(inpainter, cases[:1], settings(), tmp_path)
-    record = tmp_path / "filled" / f"{cases[0].key}.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"outputs": {}}))
-    (tmp_path / cases[0].result_name).unlink()
-    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
-    assert (tmp_path / cases[0].result_name).exists()
 
 
 def test_a_pipe_in_place_of_a_record_or_a_result_is_not_waited_for(inpainter, cases, tmp_path):

@@ -15,7 +15,7 @@ from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.model_io import read_config
 from ldm_lib.training.export import export_model
 
-HOW = {"n_samples": 2, "steps": 3, "seed": 1}
+HOW = {"n_samples": 2, "num_inference_steps": 3, "seed": 1}
 
 
 @pytest.fixture

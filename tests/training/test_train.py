@@ -390,7 +390,7 @@ def test_the_averaged_weights_follow_their_recursion(study, tmp_path, monkeypatc
 
 def test_averaged_weights_are_used_without_dropout(study, tmp_path):
     trained = study.train(place(tmp_path), settings(max_epochs=1, dropout=0.5))
-    draws = [Inpainter(trained.model)(study.validation[0], steps=2).mean for _ in range(2)]
+    draws = [Inpainter(trained.model)(study.validation[0], num_inference_steps=2).mean for _ in range(2)]
     assert np.array_equal(*draws)
 
 
@@ -502,8 +502,8 @@ def test_concat_is_trained_saved_and_sampled(concat, cases, tmp_path):
     save(trained, concat, folder)
     loaded = LatentDiffusion.load(folder / "model", device="cpu", precision="32")
     assert loaded.spec.context == "concat"
-    ours = Inpainter(trained.model)(concat.validation[0], steps=2)
-    assert np.array_equal(ours.mean, Inpainter(loaded)(concat.validation[0], steps=2).mean)
+    ours = Inpainter(trained.model)(concat.validation[0], num_inference_steps=2)
+    assert np.array_equal(ours.mean, Inpainter(loaded)(concat.validation[0], num_inference_steps=2).mean)
 
 
 FLOW = {"prediction": "flow", "schedule": "flow"}
@@ -542,7 +542,7 @@ def test_validation_scores_the_averaged_weights_in_image_space(study, tmp_path, 
     folder, config = place(tmp_path), settings(max_epochs=2, seed=3)
     trained = study.train(folder, config)
     data, found = study.validation[0], rows(folder)[-1]
-    filled = Inpainter(trained.model)(data, seed=3, steps=config.num_inference_steps).mean
+    filled = Inpainter(trained.model)(data, seed=3, num_inference_steps=config.num_inference_steps).mean
     error = normalise(filled, data.scale) - normalise(data.target, data.scale)
     scores = brats_scores(filled, data.target, data.voided, data.healthy)
     assert float(found["val_loss"]) == pytest.approx(float(np.mean(error**2)), rel=1e-4)
@@ -613,7 +613,7 @@ def test_samples_are_written_as_volumes(study, tmp_path, cases):
     assert found == [f"samples/epoch_{e:03d}/{cases[4].id}_0000_{what}.nii.gz"
                      for e in (2, 4) for what in ("inpainted", "target")]  # fmt: skip
     last, source = read_volume(folder / found[2]), data.source
-    filled = Inpainter(trained.model)(data, steps=2).mean
+    filled = Inpainter(trained.model)(data, num_inference_steps=2).mean
     assert last.preamble == source.preamble and np.array_equal(last.raw[~data.mask], source.raw[~data.mask])
     assert np.array_equal(last.raw[data.mask], np.clip(np.rint(filled[data.mask]), -32768, 32767))
     assert np.array_equal(read_volume(folder / found[3]).raw, data.target)
@@ -650,9 +650,16 @@ def test_a_trained_model_inpaints_files(study, cases, tmp_path, objective):
     assert loaded.denoiser.folder_config["sha256"] == digest and loaded.prediction == objective["prediction"]
     assert torch.equal(loaded.schedule.alpha, trained.model.schedule.alpha)
     assert loaded.denoiser.folder_config["optimiser_steps"] == trained.step
-    ours = Inpainter(trained.model)(study.validation[0], steps=2)
-    assert np.array_equal(ours.mean, Inpainter(loaded)(study.validation[0], steps=2).mean)
-    inpaint(cases[4].t1n_voided, cases[4].mask, tmp_path / "o.nii.gz", model=folder / "model", steps=2, device="cpu")
+    ours = Inpainter(trained.model)(study.validation[0], num_inference_steps=2)
+    assert np.array_equal(ours.mean, Inpainter(loaded)(study.validation[0], num_inference_steps=2).mean)
+    inpaint(
+        cases[4].t1n_voided,
+        cases[4].mask,
+        tmp_path / "o.nii.gz",
+        model=folder / "model",
+        num_inference_steps=2,
+        device="cpu",
+    )
     assert read_volume(tmp_path / "o.nii.gz").shape == study.validation[0].source.shape
 
 
@@ -691,7 +698,7 @@ def test_one_case_can_be_overfitted(cases, tmp_path):
     trained = study.train(folder, config)
     losses = [float(row["train_loss"]) for row in epochs(folder)]
     assert np.mean(losses[-3:]) < 0.1 * losses[0], f"{losses[0]:.3f} to {losses[-1]:.3f}"
-    filled = Inpainter(trained.model)(data, n_samples=8, steps=config.num_inference_steps).mean
+    filled = Inpainter(trained.model)(data, n_samples=8, num_inference_steps=config.num_inference_steps).mean
     ours = brats_scores(filled, data.target, data.voided, data.healthy)["psnr_01"]
     rebuilt = reconstruct(autoencoder, grid_case(data, autoencoder.factor).target, **how).volume
     _, best = upper_bound(data, rebuilt, autoencoder.factor)

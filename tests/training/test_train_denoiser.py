@@ -32,7 +32,7 @@ def test_what_was_trained_is_saved_loaded_and_inpaints(trained, cases, tmp_path)
     model.save(tmp_path / "model")
     loaded, case = LatentDiffusion.load(tmp_path / "model", device="cpu"), load_case(cases[0])
     assert same(loaded, model)
-    results = [Inpainter(each)(case, seed=1, steps=2).mean for each in (model, loaded)]
+    results = [Inpainter(each)(case, seed=1, num_inference_steps=2).mean for each in (model, loaded)]
     np.testing.assert_array_equal(*results)
 
 
