@@ -69,7 +69,7 @@ def from_alias(text: str, run_folder: Path) -> Path:
                        fix=f"set {alias[1]} to the folder, or run 01_data_audit again with it")  # fmt: skip
     if not Path(root).exists():
         raise RunError(f"its folder ${alias[1]} does not exist any more", where=run_folder.name,
-                       fix=f"restore it, or `ldm run 01 --run {run_folder.name} --set data_dir=/new/folder`")  # fmt: skip
+                       fix=f"restore it, or `ldm run 01 --run {run_folder.name} --set data_dir=NEW`")  # fmt: skip
     return Path(root + text[alias.end() :])
 
 

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from ldm_lib.experiment.run_folder import changes, is_done
 from ldm_lib.experiment.stage import stage_inputs
 from ldm_lib.experiment.stages import StageConfig
-from ldm_lib.files import now
 from ldm_lib.locking import FolderLock
 
 # Folders next to a stage's that go with it. Latents are named after their inputs: those that do not fit are not used.
@@ -29,17 +28,15 @@ def reuse_stages(
     """
     lock, reused = FolderLock(run_folder), {}
     try:
-        for stage in stages:
+        for stage in (name for name in stages if not (run_folder / name / "done.json").exists()):
             folder = run_folder / stage
-            if (folder / "done.json").exists():
-                continue
-            inputs = {} if folder.exists() else stage_inputs(stage, configs[stage], run_folder)
-            fitting = (run for run in sources if _copy_stage(run / stage, folder, configs[stage], inputs))
-            if folder.exists() or not (source := next(fitting, None)):
+            if folder.exists():
+                break
+            inputs = stage_inputs(stage, configs[stage], run_folder)
+            source = next((run for run in sources if _copy_stage(run / stage, folder, configs[stage], inputs)), None)
+            if not source:
                 break
             reused[stage] = source.name
-            with (run_folder / "log.txt").open("a") as stream:
-                stream.write(f"{now()} INFO {stage} reused from {source.name}\n")
     finally:
         lock.release()
     return reused

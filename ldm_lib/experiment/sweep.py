@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm_lib.errors import ConfigError, LdmError
-from ldm_lib.experiment.path_aliases import ALIASES, hide_paths_in
+from ldm_lib.experiment.path_aliases import hide_paths_in
 from ldm_lib.experiment.run_folder import outputs_folder
 from ldm_lib.experiment.stage_reuse import reuse_stages
 from ldm_lib.experiment.sweep_file import Sweep, SweepRun
-from ldm_lib.experiment.sweep_table import ENDED, last_line, log_path, results, sweep_folder
-from ldm_lib.files import replacing
+from ldm_lib.experiment.sweep_table import ENDED, last_line, log_path, sweep_folder
 
 COMMAND = (sys.executable, "-m", "ldm_lib", "run")
 POLL_S = 0.2
@@ -43,21 +42,14 @@ def run_sweep(sweep: Sweep, *, jobs: int, only: int | None, progress: Callable[[
         raise ConfigError(f"--only {only}: the runs are 0 to {len(sweep.runs) - 1}", fix="see --count for their number")
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least 1", fix="write for example --jobs 2")
-    folder = sweep_folder(sweep.name)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    text = sweep.text
-    for name, value in (pair for run in sweep.runs for pair in run.values.items() if pair[0] in ALIASES):
-        text = text.replace(str(value), f"${ALIASES[name]}")
-    with replacing(folder / "grid.yaml") as partial:
-        partial.write_text(text)
+    (sweep_folder(sweep.name) / "logs").mkdir(parents=True, exist_ok=True)
     chosen = range(len(sweep.runs)) if only is None else [only]
     return _run_all(sweep, list(chosen), min(jobs, len(chosen)), progress)
 
 
 def _run_all(sweep: Sweep, waiting: list[int], jobs: int, progress: Callable[[str], None]) -> dict[str, str]:
-    done = {row["run"] for row in results(sweep) if row["state"] == "done"}
     active: list[_Active] = []
-    failed, durations = {}, []
+    failed = {}
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
@@ -68,10 +60,8 @@ def _run_all(sweep: Sweep, waiting: list[int], jobs: int, progress: Callable[[st
                 seconds = time.monotonic() - ended.started
                 if reason := _finish(ended):
                     failed[ended.run.name] = reason
-                if ended.run.name not in done:  # a run that was done before does not predict the others' duration
-                    durations.append(seconds)
-                left = _time_left(len(waiting) + len(active), durations, jobs)
-                progress(f"{ended.label}: {reason or 'done'} after {seconds:.0f} s; {left}")
+                left = len(waiting) + len(active)
+                progress(f"{ended.label}: {reason or 'done'} after {seconds:.0f} s; {left} left")
             time.sleep(POLL_S if active else 0)
     finally:
         _stop([one.process for one in active])
@@ -101,12 +91,13 @@ def _start(sweep: Sweep, index: int, jobs: int) -> _Active:
 
 def _finish(ended: _Active) -> str:
     """Complete a run's log, and return why it failed; empty if it did not."""
-    message = last_line(ended.log, "ERROR ") or last_line(ended.log)
-    status = f"{ENDED}{ended.process.returncode}"
-    with ended.log.open("a") as stream:
-        stream.write(f"{status}\n")
+    reason = ""
+    if status := ended.process.returncode:
+        reason = f"{ENDED}{status} ({last_line(ended.log, 'ERROR ') or last_line(ended.log)})"
+        with ended.log.open("a") as stream:
+            stream.write(f"{reason}\n")
     hide_paths_in(ended.log, outputs_folder() / ended.run.name)
-    return "" if ended.process.returncode == 0 else f"{status} ({message})"
+    return reason
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -119,10 +110,3 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _time_left(count: int, durations: Sequence[float], jobs: int) -> str:
-    if not (count and durations):
-        return f"{count} left"
-    minutes = count * sum(durations) / len(durations) / min(jobs, count) / 60
-    return f"{count} left, about {minutes:.0f} min" if minutes >= 1 else f"{count} left, less than a minute"

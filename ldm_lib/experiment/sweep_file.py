@@ -63,13 +63,12 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Hold a sweep as its file describes it; `text` is the file, `varying` the parameters in order of appearance."""
+    """Hold a sweep as its file describes it; `varying` are the parameters in order of appearance."""
 
     name: str
     preset: str
     stages: tuple[str, ...]
     runs: tuple[SweepRun, ...]
-    text: str
 
     @property
     def varying(self) -> tuple[str, ...]:
@@ -78,47 +77,36 @@ class Sweep:
 
 def read_sweep(path: str | Path) -> Sweep:
     """Read a sweep's file and resolve every run of it; reject what is invalid."""
-    text = _text(expand_path(path))
     try:
-        file = SweepFile.parse(_content(text))
+        file = SweepFile.parse(_content(expand_path(path)))
         stages = sorted({stage_name(stage) for stage in file.stages})
         runs = [_run(file, own) for own in _combinations(file)]
         names = [run.name for run in runs]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"two runs have the same name {twice[0]!r}", fix="remove one, or vary another value")
-        return Sweep(file.name, file.preset, tuple(stages or STAGES), tuple(runs), text)
+        return Sweep(file.name, file.preset, tuple(stages or STAGES), tuple(runs))
     except ConfigError as error:
         place = f"{path}, {error.where}" if error.where else path
         raise ConfigError(error.cause, where=place, fix=error.fix) from error
 
 
-def _text(path: Path) -> str:
-    fix = "name a sweep file"
+def _content(path: Path) -> dict[str, Any]:
+    """Return mappings, lists and text; what could cost far more than the file's size is rejected."""
     try:
-        if path.exists() and not path.is_file():
-            raise InputError("is not a file", where=path, fix=fix)
-        with path.open("rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
-        text = content.decode()
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=path, fix=fix) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not text in UTF-8 (byte {error.start})", where=path, fix=fix) from error
-    if len(content) > MOST_BYTES:
-        raise InputError(f"is larger than {MOST_BYTES} bytes", where=path, fix="split it into several sweeps")
-    return text
-
-
-def _content(text: str) -> dict[str, Any]:
-    """Return mappings, lists and text; what could cost far more than the file's size is rejected while it is parsed."""
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError("is not a file", where=path, fix="name a sweep file")
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"is larger than {MOST_BYTES} bytes", fix="split it into several sweeps")
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):  # the time it takes grows with the square of the depth
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 raise ConfigError(f"aliases and nesting deeper than {DEEPEST} are not allowed", fix=SweepFile.hint)
         content = yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=path, fix="name a sweep file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"is not valid YAML ({' '.join(str(error).split())})", fix=SweepFile.hint) from error
     if not isinstance(content, dict):
         raise ConfigError("is not a mapping", fix="write `parameter: value` lines, see docs/sweep.yaml")

@@ -1,13 +1,11 @@
 """Summarise the runs of a sweep that are done in one table, one row a run, and one figure."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.evaluation.case_scores import SAMPLE, mean_of
-from ldm_lib.evaluation.metrics import bootstrap_by_patient
 from ldm_lib.experiment.run_folder import outputs_folder, read_record, tracked
 from ldm_lib.experiment.stages import STAGES
 from ldm_lib.experiment.sweep_file import Sweep, SweepRun
@@ -15,12 +13,13 @@ from ldm_lib.files import markdown, replacing, write_csv
 
 EVALUATION = list(STAGES)[-1]
 SCORES = {"PSNR": "psnr_01", "SSIM": "ssim", "MSE": "mse"}
-LOW, HIGH = " low", " high"
-ENDED = "ended with status "  # the last line of a run's log, written when it ended by itself
+PARTS = {"": "mean", " low": "low", " high": "high"}  # what ends a column's name -> what it holds
+LAST = ("patients", "masks", "seconds", "state")
+ENDED = "ended with status "  # how the last line of a failed run's log begins
 
 
 def sweep_folder(name: str) -> Path:
-    """Return the folder in which a sweep keeps a copy of its file, its logs, table and figure."""
+    """Return the folder in which a sweep keeps its logs, table and figure."""
     return outputs_folder() / "sweeps" / name
 
 
@@ -42,10 +41,9 @@ def write_results(sweep: Sweep) -> str:
     """Write table.csv, table.md and figure.png into the sweep's folder, and return the table as Markdown."""
     rows, folder = results(sweep), sweep_folder(sweep.name)
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "table.csv", rows)
-    columns = dict.fromkeys(name for row in rows for name in row if not name.endswith((LOW, HIGH)))
-    columns = sorted(columns, key=lambda name: name in ("patients", "masks", "seconds", "state"))
-    table = markdown([columns, *([_text(row, name) for name in columns] for row in rows)])
+    names = [name for name in write_csv(folder / "table.csv", rows) if not name.endswith((" low", " high"))]
+    names = sorted(names, key=LAST.__contains__)
+    table = markdown([names, *([_text(row, name) for name in names] for row in rows)])
     with replacing(folder / "table.md") as partial:
         partial.write_text(f"{table}\n")
     if figure := _figure(sweep, rows):
@@ -72,24 +70,23 @@ def _row(sweep: Sweep, run: SweepRun) -> dict[str, Any]:
     elif done:
         summary = read_record(folders[-1] / "summary.json")
         row |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    status = last_line(log_path(sweep, run)).removeprefix(ENDED)
-    failed = status.lstrip("-").isdecimal() and int(status) != 0
+    failed = last_line(log_path(sweep, run)).startswith(ENDED)
     seconds = round(sum(record["seconds"] for record in records), 1)
     return row | {"seconds": seconds, "state": "done" if done else "failed" if failed else "missing"}
 
 
 def _scores(folder: Path, sweep: Sweep, run: SweepRun) -> dict[str, Any]:
-    with (folder / "metrics.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    found: dict[str, Any] = {}
+    import pandas
+
+    from ldm_lib.evaluation.summary import summarise
+
+    table = pandas.read_csv(folder / "metrics.csv", dtype={"patient": str}, float_precision="round_trip")
+    found, row = summarise(table, list(SCORES.values())), {}
     for label, method in zip(_labels(sweep), (SAMPLE, mean_of(run.value("samples"))), strict=True):
-        own = [row for row in rows if row["method"] == method]
         for score, column in SCORES.items():
-            values = bootstrap_by_patient([float(row[column]) for row in own], [row["patient"] for row in own])
-            name = f"{label}: {score}"
-            found |= {name: values["mean"], name + LOW: values["low"], name + HIGH: values["high"]}
-        found |= {"patients": values["patients"], "masks": values["masks"]}
-    return found
+            row |= {f"{label}: {score}{end}": found.loc[method, (column, part)] for end, part in PARTS.items()}
+    own = table[table["method"] == SAMPLE]
+    return row | {"patients": own["patient"].nunique(), "masks": len(own)}
 
 
 def _labels(sweep: Sweep) -> tuple[str, str]:
@@ -100,29 +97,25 @@ def _labels(sweep: Sweep) -> tuple[str, str]:
 
 def _text(row: Mapping[str, Any], name: str) -> str:
     """Return a value as text, its interval behind it in brackets."""
-    value = row.get(name, "")
+    value, low, high = (row.get(name + end, "") for end in PARTS)
     text = f"{value:.4g}" if isinstance(value, float) and name != "seconds" else str(value)
-    low, high = (row.get(name + end, math.nan) for end in (LOW, HIGH))
-    return text if math.isnan(low + high) else f"{text} [{low:.4g}, {high:.4g}]"
+    has_interval = isinstance(low, float) and not math.isnan(low)  # a single patient has none
+    return f"{text} [{low:.4g}, {high:.4g}]" if has_interval else text
 
 
 def _figure(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw PSNR of each run, or the scores with PSNR in their name; return None if no run has any."""
+    """Draw the PSNR of each run with its interval; return None if no run has any."""
     from ldm_lib.plots.charts import interval_dots
 
-    names = sorted({name for row in rows for name in row} - {"run", *sweep.varying})
-    columns, title = {label: f"{label}: PSNR" for label in _labels(sweep) if f"{label}: PSNR" in names}, ""
-    if columns:
-        several = max(row.get("patients", 0) for row in rows) > 1
-        title = f": {'mean over patients, bar: 95 % bootstrap interval by patient' if several else 'one patient'}"
-    elif not (columns := {name: name for name in names if "psnr" in name}):
+    if not any("patients" in row for row in rows):
         return None
     groups = {
-        label: [[row.get(name + end, math.nan) for end in ("", LOW, HIGH)] for row in rows]
-        for label, name in columns.items()
+        label: [[row.get(f"{label}: PSNR{end}", math.nan) for end in PARTS] for row in rows] for label in _labels(sweep)
     }
-    labels = [run.name.removeprefix(f"{sweep.name}-")[:48] for run in sweep.runs]
-    notes = [str(row["state"]) for row in rows]
     return interval_dots(
-        groups, names=labels, unit="PSNR, dB (higher is better)", notes=notes, title=sweep.name + title
+        groups,
+        names=[run.name.removeprefix(f"{sweep.name}-")[:48] for run in sweep.runs],
+        unit="PSNR, dB (higher is better)",
+        notes=[row["state"] for row in rows],
+        title=f"{sweep.name}: mean over patients, bar: 95 % bootstrap interval by patient",
     )
