@@ -1,5 +1,8 @@
 """Define the errors that users can fix: one line each, with place, cause, numbers and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def printable(text: str) -> str:
     """Return the text in one line, with control and unencodable characters escaped."""
@@ -30,6 +33,16 @@ class LdmError(Exception):
         place = f"{self.where}: " if self.where else ""
         fix = f" Fix: {_sentence(self.fix)}" if self.fix else ""
         return printable(f"{place}{_sentence(self.cause)}{fix}")
+
+
+@contextmanager
+def located(where: object) -> Iterator[None]:
+    """Give errors that are raised within this context, and name no place yet, a place."""
+    try:
+        yield
+    except LdmError as error:
+        error.where = error.where or str(where)
+        raise
 
 
 def _sentence(text: str) -> str:

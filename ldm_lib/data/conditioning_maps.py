@@ -19,7 +19,7 @@ from ldm_lib.data.case import TISSUE_LABELS, Case, CaseData, case_of_files, load
 from ldm_lib.data.layouts import CONDITIONING_FOLDERS
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, shrink_mm
 from ldm_lib.data.masks import read_labels, read_mask
-from ldm_lib.data.nifti import require_results_writable, require_volume_writable, stem
+from ldm_lib.data.nifti import require_results_writable, stem
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, now, read_json, sha256, write_json
@@ -254,7 +254,7 @@ class _Recipe:
     ) -> ConditioningMap:
         """Write the map, unless making it failed, and then its record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        require_volume_writable(self.path)
+        require_results_writable([self.path])
         if voxels is None:
             self.path.unlink(missing_ok=True)
         else:

@@ -25,7 +25,7 @@ from ldm_lib.data.nifti import (
     write_bytes,
 )
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.errors import InputError
+from ldm_lib.errors import InputError, located
 
 GRID_TOLERANCE_MM = 1e-3
 SPIKE = 10.0  # times the scale; the brightest voxel of real brains is at 1.2 to 1.7 times it
@@ -84,61 +84,61 @@ def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> 
         InputError: the file is missing, unreadable, damaged, not a 3D scalar NIfTI, has no usable orientation,
             or holds a voxel that is not finite or that float32 cannot represent.
     """
-    path = Path(path)
-    header, content = read_bytes(path)
-    shape, dtype = header_shape(header, path), header_dtype(header, path)
-    affine = header_affine(header, path, read_options.assume_orientation)
-    warnings = header_warnings(header, affine, path)
-    if not (header["sform_code"] or header["qform_code"]):
-        warnings.append(f"states no orientation: {read_options.assume_orientation} assumed")
-    offset, n_bytes = voxel_offset(header, content, path, warnings), math.prod(shape) * dtype.itemsize
-    held = len(content) - offset
-    if held < n_bytes:
-        raise InputError(f"expected {n_bytes} bytes of voxels, got {held}", where=path, fix=AGAIN)
-    if held > n_bytes:
-        warnings.append(f"{held - n_bytes} bytes after the last voxel are ignored")
-    slope, intercept = _scaling(header, path, warnings)
-    raw = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
-    raw.flags.writeable = False
-    _require_exact(raw, path)
-    preamble = scrubbed(header) if read_options.scrub_header else bytes(content[:offset])
-    return _finite(Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings)), read_options)
+    path, warnings = Path(path), []
+    with located(path):
+        header, content = read_bytes(path)
+        shape, dtype = header_shape(header), header_dtype(header)
+        affine = header_affine(header, read_options.assume_orientation)
+        warnings += header_warnings(header, affine)
+        if not (header["sform_code"] or header["qform_code"]):
+            warnings.append(f"states no orientation: {read_options.assume_orientation} assumed")
+        offset, n_bytes = voxel_offset(header, content, warnings), math.prod(shape) * dtype.itemsize
+        held = len(content) - offset
+        if held < n_bytes:
+            raise InputError(f"expected {n_bytes} bytes of voxels, got {held}", fix=AGAIN)
+        if held > n_bytes:
+            warnings.append(f"{held - n_bytes} bytes after the last voxel are ignored")
+        slope, intercept = _scaling(header, warnings)
+        raw = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
+        raw.flags.writeable = False
+        _require_exact(raw)
+        preamble = scrubbed(header) if read_options.scrub_header else bytes(content[:offset])
+        return _finite(Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings)), read_options)
 
 
-def _scaling(header: nib.Nifti1Header, path: Path, warnings: list[str]) -> tuple[float, float]:
+def _scaling(header: nib.Nifti1Header, warnings: list[str]) -> tuple[float, float]:
     """Return slope and intercept; a slope of 0 or one that is not finite means 1 and 0."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not math.isfinite(slope):
         warnings += [f"scl_slope {slope} read as 1"] if slope else []
         return 1.0, 0.0
     if not math.isfinite(intercept) or abs(slope) < 1e-30:
-        raise InputError(f"scl_slope {slope:g}, scl_inter {intercept:g}: not a usable range", where=path, fix=AGAIN)
+        raise InputError(f"scl_slope {slope:g}, scl_inter {intercept:g}: not a usable range", fix=AGAIN)
     return slope, intercept
 
 
-def _require_exact(raw: np.ndarray, path: Path) -> None:
+def _require_exact(raw: np.ndarray) -> None:
     """Raise InputError if float32, in which all is computed, cannot represent stored integers exactly."""
     if raw.dtype.kind not in "iu" or raw.dtype.itemsize < 4 or (abs(int(raw.min())) | int(raw.max())) <= 1 << 24:
         return
     with np.errstate(invalid="ignore"):  # beyond the integer type comes back as another number
         rounded = raw.astype(np.float32).astype(raw.dtype)
     if lost := int(np.count_nonzero(rounded != raw)):
-        raise InputError(f"{lost} voxels of type {raw.dtype} do not fit float32, up to {raw.max()}", where=path,
-                         fix="store intensities below 16777216, or as float32")  # fmt: skip
+        cause = f"{lost} voxels of type {raw.dtype} do not fit float32, up to {raw.max()}"
+        raise InputError(cause, fix="store intensities below 16777216, or as float32")
 
 
 def _finite(volume: Volume, read_options: ReadOptions) -> Volume:
     """Return the volume, if all its voxels are finite or may be read as 0."""
     bad = ~np.isfinite(volume.voxels)
-    count = int(np.count_nonzero(bad))
-    if not count:
+    if not (count := int(np.count_nonzero(bad))):
         return volume
-    missing = int(np.isnan(volume.voxels).sum())
-    if read_options.nan_as_zero and missing == count:
-        return replace(volume, nan_as_zero=True, warnings=(*volume.warnings, f"{missing} NaN voxels read as 0"))
+    only_nan = count == int(np.isnan(volume.voxels).sum())
+    if read_options.nan_as_zero and only_nan:
+        return replace(volume, nan_as_zero=True, warnings=(*volume.warnings, f"{count} NaN voxels read as 0"))
     first = tuple(int(i) for i in np.argwhere(bad)[0])
-    fix = "set the background to 0" + (", or let NaN be read as 0 with --nan-as-zero" if missing == count else "")
-    raise InputError(f"{count} voxels are not finite (in float32), the first at {first}", where=volume.path, fix=fix)
+    fix = "set the background to 0" + (", or let NaN be read as 0 with --nan-as-zero" if only_nan else "")
+    raise InputError(f"{count} voxels are not finite (in float32), the first at {first}", fix=fix)
 
 
 def read_image(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
