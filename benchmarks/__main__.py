@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.autoencoder import bench_autoencoders
 from benchmarks.case import bench_case
+from benchmarks.machine import processor_name
 from benchmarks.training import bench_training
-from ldm_lib.devices import pick_device, pick_precision, processor_name
+from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.errors import LdmError
 from ldm_lib.experiment.run_folder import outputs_folder, provenance
 from ldm_lib.files import write_json

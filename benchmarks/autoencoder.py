@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.machine import peak_memory, reset_peak_memory
 from benchmarks.reference_models import standard_autoencoder
 from ldm_lib.autoencoder.training import build_autoencoder
-from ldm_lib.devices import autocast, peak_memory, pick_device, pick_precision, reset_peak_memory, timed
+from ldm_lib.devices import autocast, pick_device, pick_precision, timed
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.progress import report
 

@@ -22,13 +22,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.autoencoder import time_codec
-from benchmarks.machine import matmul_rate
+from benchmarks.machine import matmul_rate, peak_memory, reset_peak_memory
 from benchmarks.reference_models import ddim_steps, standard_autoencoder, standard_denoiser
 from ldm_lib.autoencoder.training import build_autoencoder
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
-from ldm_lib.devices import peak_memory, pick_device, pick_precision, reset_peak_memory, timed
+from ldm_lib.devices import pick_device, pick_precision, timed
 from ldm_lib.diffusion.latents import LatentSpec, input_channels
 from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.diffusion.unet import count_flops

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.machine import matmul_rate
+from benchmarks.machine import matmul_rate, peak_memory, reset_peak_memory
 from benchmarks.reference_models import standard_autoencoder, standard_denoiser
 from ldm_lib.autoencoder.training import build_autoencoder
-from ldm_lib.devices import peak_memory, pick_device, pick_precision, reset_peak_memory, timed
+from ldm_lib.devices import pick_device, pick_precision, timed
 from ldm_lib.diffusion.latents import Latents, LatentSpec, collate, denoiser_input, input_channels, on_device
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.schedule import NoiseSchedule, noise_schedule

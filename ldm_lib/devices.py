@@ -1,10 +1,7 @@
-"""Choose the device and precision of a network, and measure time and memory."""
+"""Choose the device and precision of a network, and measure time."""
 
 import contextlib
 import os
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,16 +61,6 @@ def total_memory(device: torch.device) -> int:
     return min(installed, int(limit)) if limit.isdecimal() else installed
 
 
-def processor_name(device: torch.device) -> str:
-    """Return the model name of the processor that computes, or the machine's architecture if it is unknown."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where `platform` knows no name
-    pairs = (line.partition(":") for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else []))
-    names = (value.strip() for key, _, value in pairs if key.strip() == "model name")
-    return next(names, "") or platform.processor() or platform.machine()
-
-
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Call a function and return the seconds until its result has been computed, and the result."""
     started = time.perf_counter()
@@ -81,16 +68,3 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started, result
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Reset a GPU's record of peak memory; the peak of a process on a CPU cannot be reset."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated on a GPU, or resident of this process since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm_lib.devices import autocast, pick_device, pick_precision, processor_name
+from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -54,9 +54,3 @@ def test_autocast_changes_products_only(precision, dtype):
         assert (a @ a).dtype == dtype
         assert (a + a).dtype == torch.float32
     assert (a @ a).dtype == torch.float32
-
-
-def test_the_processor_is_named(monkeypatch):
-    assert processor_name(CPU).strip()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert processor_name(CUDA) == "a GPU"
