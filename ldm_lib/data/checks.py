@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
 from ldm_lib.data.volume import Volume
 from ldm_lib.errors import InputError
@@ -13,7 +12,6 @@ LARGEST_BRAIN_L = 2.5  # with its CSF; real ones measured 1.2 and 1.6, heads wit
 BRATS_MM = (240, 240, 155)  # field of view along the axes of LPS
 LARGEST_ANISOTROPY = 1.5  # longest over shortest edge of a voxel
 LARGEST_MASK = 0.5  # fraction of the head; the challenge's largest masks cover a fifth
-CENTRED = 0.1  # fraction of negative voxels above which intensities have been centred
 
 
 def require_in_brain(
@@ -26,8 +24,12 @@ def require_in_brain(
     if (fraction := mask.sum() / (mask.sum() + np.count_nonzero(voided))) > LARGEST_MASK:
         warnings.append(f"the mask covers {fraction:.0%} of the head: little context is left to inpaint it from")
     box = bounding_box(mask, 1)
-    around = ndimage.binary_dilation(mask[box]) & ~mask[box]
-    if not (voided[box][around] > 0).any():
+    around = np.zeros_like(mask[box])  # the faces' neighbours, by numpy because scipy.ndimage takes 0.4 s to load
+    for axis in range(3):
+        inside, neighbours = np.moveaxis(mask[box], axis, 0), np.moveaxis(around, axis, 0)
+        neighbours[1:] |= inside[:-1]
+        neighbours[:-1] |= inside[1:]
+    if not (voided[box][around & ~mask[box]] > 0).any():
         warnings.append(f"0 % of the voxels around the mask ({int(mask.sum())} voxels) lie in the brain")
 
 
@@ -46,8 +48,6 @@ def image_warnings(voided: np.ndarray, source: Volume) -> list[str]:
     if litres > LARGEST_BRAIN_L:
         warnings.append(f"{litres:.1f} litres are not 0, more than a brain: not skull-stripped, out of training domain")
     if negative := int(np.count_nonzero(voided < 0)):
-        fraction = negative / max(np.count_nonzero(voided), 1)
-        text = f"{negative} negative voxels, down to {voided.min():g}; read as 0"
-        advice = f" although they are {fraction:.0%} of the head: give intensities from before centring, or air as 0"
-        warnings.append(text + (advice if fraction > CENTRED else ""))
+        fraction = negative / np.count_nonzero(voided)
+        warnings.append(f"{negative} negative voxels ({fraction:.0%} of the head), down to {voided.min():g}; read as 0")
     return warnings

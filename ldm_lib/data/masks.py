@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
 from ldm_lib.data.nifti import corner_distance_mm
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
@@ -117,6 +116,8 @@ def _resampled_to(volume: Volume, like: Volume, *, order: int, warnings: list[st
     """Return a map's voxels on the grid of `like`, by both affines; 0 outside the map."""
     found, voxels = volume.named_warnings, volume.voxels
     if volume.shape != like.shape or corner_distance_mm(volume.shape, volume.affine, like.affine) > GRID_TOLERANCE_MM:
+        from scipy import ndimage  # it takes 0.4 s to load, and few maps need it
+
         to_map = np.linalg.solve(volume.affine, like.affine)
         options = {"output_shape": like.shape, "mode": "constant", "prefilter": False}
         covered = ndimage.affine_transform(np.ones(volume.shape, np.float32), to_map, order=0, **options).mean()
