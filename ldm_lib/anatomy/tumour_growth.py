@@ -84,20 +84,11 @@ def seed_voxel(tissue: np.ndarray, affine: np.ndarray, seed_mm: Sequence[float])
     position = np.linalg.solve(affine, [*seed_mm, 1.0])[:3]
     voxel = tuple(int(i) for i in np.rint(position))
     allowed = (tissue == WM) | (tissue == GM)
-    if not allowed.any():
-        raise InputError("no white or grey matter to grow in", where="tissue", fix="give another tissue map")
     if min(voxel) >= 0 and (np.array(voxel) < tissue.shape).all() and allowed[voxel]:
         return voxel
-    candidates = np.argwhere(allowed)
-    squared_mm = np.square((candidates - position) * np.linalg.norm(affine[:3, :3], axis=0)).sum(1)
-    nearest_mm = affine[:3] @ [*candidates[squared_mm.argmin()], 1]
-    raise InputError(
-        "({:g}, {:g}, {:g}) mm".format(*seed_mm) +
-        f" is voxel {voxel} of {tissue.shape}, outside white and grey matter; "
-        f"the nearest voxel of these is {np.linalg.norm(nearest_mm - seed_mm):.1f} mm away, at "
-        f"({', '.join(f'{v:.1f}' for v in nearest_mm)})",
-        where="seed", fix="give x,y,z in mm of the file's world (right, anterior, superior)",
-    )  # fmt: skip
+    at = ", ".join(f"{value:g}" for value in seed_mm)
+    raise InputError(f"({at}) mm is voxel {voxel} of {tissue.shape}, outside white and grey matter", where="seed",
+                     fix="give x,y,z in mm of the file's world (right, anterior, superior)")  # fmt: skip
 
 
 def random_tumour(

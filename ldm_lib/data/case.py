@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import EllipsisType
 
 import numpy as np
 
@@ -119,33 +118,30 @@ class CaseData:
         """(4, 4) voxel indices to millimetres, RAS+ world."""
         return self.source.affine
 
-    def with_maps(
-        self, *, growth: np.ndarray | EllipsisType | None = ..., tissue: np.ndarray | EllipsisType | None = ...
-    ) -> "CaseData":
+    def with_maps(self, **maps: np.ndarray | None) -> "CaseData":
         """Return the case with other conditioning maps on its grid; a map that is not named stays.
 
         Args:
-            growth: (x, y, z), tumour-cell concentration in [0, 1]; None: no tumour.
-            tissue: (x, y, z), labels 0 none, 1 CSF, 2 GM, 3 WM; None: no map.
+            maps: `growth` (x, y, z) in [0, 1], and `tissue` (x, y, z) with labels 0 none, 1 CSF, 2 GM, 3 WM; None
+                removes one.
 
         Raises:
             InputError: a map of another shape, or with other values.
         """
-        maps = {kind: given for kind, given in (("growth", growth), ("tissue", tissue)) if given is not ...}
         warnings = [text for text in self.warnings if text not in [NO_MAP.format(kind) for kind in maps]]
         for kind, given in maps.items():
-            maps[kind] = None if given is None else self._checked_map(kind, np.asarray(given))
-            warnings += [NO_MAP.format(kind)] if given is None else []
+            if given is None:
+                warnings.append(NO_MAP.format(kind))
+                continue
+            where = f"{kind} map of {self.case.key}"
+            if given.shape != self.mask.shape:
+                raise InputError(f"shape {given.shape}, but the case has {self.mask.shape}", where=where,
+                                 fix="resample it to the case's grid")  # fmt: skip
+            if kind == "growth":
+                maps[kind] = require_concentration(given, where).astype(np.float32)
+            else:
+                maps[kind] = require_labels(given, TISSUE_LABELS, where).astype(np.uint8)
         return replace(self, **maps, warnings=tuple(warnings))
-
-    def _checked_map(self, kind: str, given: np.ndarray) -> np.ndarray:
-        where = f"{kind} map of {self.case.key}"
-        if given.shape != self.mask.shape:
-            raise InputError(f"shape {given.shape}, but the case has {self.mask.shape}", where=where,
-                             fix="resample it to the case's grid")  # fmt: skip
-        if kind == "growth":
-            return require_concentration(given, where).astype(np.float32)
-        return require_labels(given, TISSUE_LABELS, where).astype(np.uint8)
 
     def frame(self, multiple: int) -> Frame:
         """Return the transform from this file's voxel order to the model's grid and back."""

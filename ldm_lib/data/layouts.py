@@ -67,22 +67,11 @@ def list_cases(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple
         found, excluded = _cases_of(folder, maps, inside)
         cases += found
         exclusions += excluded
-    if cases:
-        cases[0] = replace(cases[0], notes=(*cases[0].notes, *_ignored(root, conditioning)))
-    return cases, exclusions
-
-
-def _ignored(root: Path, conditioning: Path | None) -> list[str]:
-    """Return a warning for each kind of file that belongs to no case but may be intended to."""
     loose = [path.name for path in root.iterdir() if _ROLE.search(path.name) and not path.is_dir()]
-    notes = [f"ignored, not in a folder of a case: {_first(loose)}"] if loose else []
-    for folder in [conditioning / name for name in CONDITIONING_FOLDERS.values()] if conditioning else []:
-        if not folder.is_dir() and os.path.lexists(folder):
-            notes.append(f"ignored, not a folder: {folder.name}")
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        if unfinished := [name for name in names if _LEFTOVER.fullmatch(name) and not name.startswith(".")]:
-            notes.append(f"ignored in {folder.name}, unfinished or a second copy: {_first(unfinished)}")
-    return notes
+    if cases and loose:
+        note = f"ignored, not in a folder of a case: {_first(loose)}"
+        cases[0] = replace(cases[0], notes=(*cases[0].notes, note))
+    return cases, exclusions
 
 
 def require_outside(output: Path, data_dir: str | Path) -> None:
