@@ -1,15 +1,17 @@
-"""Each row of the catalogue through the audit and through the command line, and what is accepted read right.
+"""Each row of the catalogue through the command line, in one pass over all of them, and what is accepted read right.
 
-Every bad case lies next to a good one, which must be reported as if it were alone.
+The bad cases lie next to good ones, which must be reported as if they were alone.
 """
 
+import io
 import json
 import os
 import re
+import signal
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +22,16 @@ from bad_places import COMPLETE, WORD, Place
 from bad_volumes import BRAIN_VOXEL
 
 from ldm_lib.__main__ import main
-from ldm_lib.data.case import CaseData, case_of_files, load_case
-from ldm_lib.data.cohort import AuditRow, audit
+from ldm_lib.data.case import Case, case_of_files, load_case
+from ldm_lib.data.cohort import audit, find_cases
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.errors import InputError
 from ldm_lib.options import safe_name
 
-NEIGHBOUR, CASE = "BraTS-GLI-00009-000", "BraTS-GLI-00001-000"
+NEIGHBOURS, CASE = {False: "BraTS-GLI-00008-000", True: "BraTS-GLI-00009-000"}, "BraTS-GLI-00001-000"
 NOBODY = 65534
 LINE = re.compile(r"\[(\d+)/(\d+)\] (OK|WARNING|ERROR) +(\S.*?)(?:: (.*))?")
+EVERY = [name for name, row in ROWS.items() if not row.needs_user]
 
 pytestmark = pytest.mark.usefixtures("outputs")
 
@@ -43,22 +46,31 @@ class Validation:
     everything: str
 
 
-@pytest.fixture
-def validate(tmp_path, capsys):
+def validated(root: Path, json_file: Path, *words: str) -> Validation:
     """Run the command on a folder; everything but the last line must be a line about a case."""
-
-    def run(root: Path, *words: str, json_file: Path = tmp_path / "findings.json") -> Validation:
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
         status = main(["validate", str(root), "--json", str(json_file), *words])
-        out, err = capsys.readouterr()
-        matches = [LINE.fullmatch(line) for line in out.splitlines()[:-1]]
-        assert all(matches), out
-        assert [m.group(1, 2) for m in matches] == [(str(k), str(len(matches))) for k in range(1, len(matches) + 1)]
-        lines = {m.group(4): (m.group(3), m.group(5) or "") for m in matches}
-        rows = {row["case"]: row for row in json.loads(json_file.read_text())}
-        assert rows.keys() == lines.keys() and len(lines) == len(matches)
-        return Validation(status, lines, rows, out + err + json_file.read_text())
+    matches = [LINE.fullmatch(line) for line in printed.getvalue().splitlines()[:-1]]
+    assert all(matches), printed.getvalue()
+    assert [m.group(1, 2) for m in matches] == [(str(k), str(len(matches))) for k in range(1, len(matches) + 1)]
+    lines = {m.group(4): (m.group(3), m.group(5) or "") for m in matches}
+    rows = {row["case"]: row for row in json.loads(json_file.read_text())}
+    assert rows.keys() == lines.keys() and len(lines) == len(matches)
+    return Validation(status, lines, rows, printed.getvalue() + json_file.read_text())
 
-    return run
+
+@pytest.fixture(scope="module")
+def pass_over_all(tmp_path_factory) -> tuple[dict[str, Place], Validation]:
+    """Every row's case and two good ones in one folder, and what one run of the command says of them."""
+    folder = tmp_path_factory.mktemp("catalogue")
+    root, before = folder / "data", signal.getsignal(signal.SIGTERM)
+    for complete, identity in NEIGHBOURS.items():
+        Place(root, identity, complete=complete)
+    places = {name: spoilt(name, root, f"BraTS-GLI-{k:05d}-000") for k, name in enumerate(EVERY, start=10)}
+    found = validated(root, folder / "findings.json")
+    signal.signal(signal.SIGTERM, before)
+    return places, found
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +83,6 @@ def usual(tmp_path_factory) -> dict[bool, set[str]]:
         (row,) = audit(root)
         reported[complete] = set(row.reason.split("; "))
     return reported
-
-
-def unusual(reason: str, usual: set[str]) -> str:
-    """A reason without what is reported of a good case too."""
-    return "; ".join(part for part in reason.split("; ") if part not in usual)
 
 
 @contextmanager
@@ -94,67 +101,20 @@ def as_a_user() -> Iterator[None]:
         os.seteuid(0)
 
 
-@pytest.fixture
-def spacious(tmp_path) -> Iterator[Path]:
-    """A folder that any user may enter."""
-    before = os.umask(0o022)  # the command line has set another
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
-        yield Path(folder)
-    os.umask(before)
-
-
-def other_than_the_neighbour(names):
-    (name,) = (name for name in names if name != NEIGHBOUR)
-    return name
-
-
-def require_reported(name: str, status: str, reason: str, usual: set[str]) -> None:
-    """The row's status and text; a good case's status is "ok", whatever maps it lacks."""
-    row, reported = ROWS[name], unusual(reason, usual)
-    effective = "ok" if status == "warning" and not reported else status
-    assert effective in row.statuses, f"{status}: {reason}"
+def require_reported(name: str, place: Place, found: Validation, usual: set[str]) -> None:
+    """Line and JSON say what the row must, agree with each other, and reveal nothing private."""
+    row, key = ROWS[name], place.id if place.id in found.rows else repr(place.id)
+    (word, text), status = found.lines[key], found.rows[key]["status"]
+    assert found.rows[key]["reason"] == text and WORD[status] == word
+    reported = "; ".join(part for part in text.split("; ") if part not in usual)
+    effective = "ok" if status == "warning" and not reported else status  # a good case may lack maps
+    assert effective in row.statuses, f"{status}: {text}"
     if effective != "ok":
-        assert re.search(row.says, reported, re.DOTALL), reason
-    assert not row.secret or row.secret not in reason
-
-
-EVERY = [name for name, row in ROWS.items() if not row.needs_user]
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_the_audit_does_what_the_row_says(name, tmp_path, usual):
-    row, root = ROWS[name], tmp_path / "data"
-    Place(root, NEIGHBOUR, complete=row.complete)
-    spoilt(name, root, CASE)
-    found = {row.key: row for row in audit(root)}
-    one = found[other_than_the_neighbour(found)]
-    require_reported(name, one.status, one.reason, usual[row.complete])
-    assert set(found[NEIGHBOUR].reason.split("; ")) == usual[row.complete]
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_the_command_line_does_what_the_row_says(name, tmp_path, usual, validate):
-    row, root = ROWS[name], tmp_path / "data"
-    Place(root, NEIGHBOUR, complete=row.complete)
-    require_command(name, spoilt(name, root, CASE), validate(root), usual[row.complete])
-
-
-def require_command(name: str, place: Place, found: Validation, usual: set[str]) -> None:
-    """Line, JSON and exit status agree with the row and with each other, and reveal nothing private."""
-    key = other_than_the_neighbour(found.lines)
-    word, text = found.lines[key]
-    assert found.rows[key]["reason"] == text and WORD[found.rows[key]["status"]] == word
-    require_reported(name, found.rows[key]["status"], text, usual)
-    assert found.exit == (word == "ERROR")
-    assert str(place.root) not in found.everything, "an absolute path"
-    assert "Traceback" not in found.everything
-    assert not ROWS[name].secret or ROWS[name].secret not in found.everything
+        assert re.search(row.says, reported, re.DOTALL), text
+    assert not row.secret or row.secret not in found.everything
     assert word != "ERROR" or re.search(r"[^.]\. Fix: \S.*[.?]$", text), text
     if word == "ERROR" and _is_safe(place.id):
         assert re.match(rf"{re.escape(place.id)}(/\S+)?: ", text), f"not relative to the data folder: {text}"
-    assert found.rows[NEIGHBOUR]["status"] != "refused"
-    assert set(found.lines[NEIGHBOUR][1].split("; ")) == usual
 
 
 def _is_safe(identity: str) -> bool:
@@ -164,46 +124,53 @@ def _is_safe(identity: str) -> bool:
         return False
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_the_command_line_does_what_the_row_says(name, pass_over_all, usual):
+    places, found = pass_over_all
+    require_reported(name, places[name], found, usual[ROWS[name].complete])
+
+
+def test_every_bad_case_of_the_catalogue_is_reported_in_one_pass(pass_over_all, usual):
+    places, found = pass_over_all
+    assert found.exit == 1 and len(found.lines) == len(EVERY) + len(NEIGHBOURS)
+    root = places[EVERY[0]].root
+    assert str(root) not in found.everything and "Traceback" not in found.everything
+    for complete, identity in NEIGHBOURS.items():
+        assert set(found.lines[identity][1].split("; ")) == usual[complete]
+
+
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.needs_user])
-def test_files_that_this_user_may_not_read_are_rejected(name, spacious, validate, usual):
-    root = spacious / "data"
-    Place(root, NEIGHBOUR)
-    place = spoilt(name, root, CASE)
-    with as_a_user():
-        found = validate(root, json_file=spacious / "findings.json")
-    require_command(name, place, found, usual[False])
-
-
-def test_every_bad_case_of_the_catalogue_is_reported_in_one_pass(tmp_path, usual, validate):
-    root = tmp_path / "data"
-    places = {f"BraTS-GLI-{k:05d}-000": (name, spoilt(name, root, f"BraTS-GLI-{k:05d}-000"))
-              for k, name in enumerate(EVERY, start=10)}  # fmt: skip
-    found = validate(root)
-    assert found.exit == 1 and len(found.lines) == len(EVERY)
-    for identity, (name, place) in places.items():
-        if place.id == identity:  # those renamed are reported under another key
-            row = found.rows[identity]
-            require_reported(name, row["status"], row["reason"], usual[ROWS[name].complete])
+def test_files_that_this_user_may_not_read_are_rejected(name, usual):
+    before = os.umask(0o022)  # the command line has set another
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        root = Path(folder) / "data"
+        Place(root, NEIGHBOURS[False])
+        place = spoilt(name, root, CASE)
+        with as_a_user():
+            found = validated(root, Path(folder) / "findings.json")
+        os.umask(before)
+    assert found.exit == 1
+    require_reported(name, place, found, usual[False])
 
 
 @pytest.mark.parametrize("role", COMPLETE)
-def test_every_file_of_a_case_passes_the_same_validation(role, tmp_path, validate):
+def test_every_file_of_a_case_passes_the_same_validation(role, tmp_path):
     place = Place(tmp_path / "data", CASE, complete=True)
     path = place.paths[role]
     path.write_bytes(path.read_bytes()[:-8])
-    word, text = validate(place.root).lines[CASE]
-    assert word == "ERROR" and re.match(rf"{CASE}/{re.escape(path.name)}: gzip ends early", text)
+    (row,) = audit(place.root)
+    assert row.status == "refused" and re.match(rf"{CASE}/{re.escape(path.name)}: gzip ends early", row.reason)
 
 
 # ---- the same case, accepted by an option
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.options])
-def test_a_rejected_case_is_accepted_with_the_option_for_it(name, tmp_path, validate):
-    Place(tmp_path / "data", NEIGHBOUR)
+def test_a_rejected_case_is_accepted_with_the_option_for_it(name, tmp_path):
+    Place(tmp_path / "data", NEIGHBOURS[False])
     spoilt(name, tmp_path / "data", CASE)
-    assert validate(tmp_path / "data").exit == 1
-    found = validate(tmp_path / "data", *ROWS[name].options)
+    found = validated(tmp_path / "data", tmp_path / "findings.json", *ROWS[name].options)
     assert found.exit == 0 and found.lines[CASE][0] in ("OK", "WARNING")
 
 
@@ -222,21 +189,21 @@ def test_an_option_without_meaning_is_rejected(tmp_path, words, capsys):
 # ---- a case that is not rejected is read correctly
 
 
-def loaded(place: Place) -> CaseData:
-    return load_case(next(row.case for row in audit(place.root)))
+@pytest.fixture(scope="module")
+def found_cases(pass_over_all) -> dict[str, Case]:
+    """The cases of the catalogue by id, as they are found in the folder of all of them."""
+    places, _ = pass_over_all
+    return {case.id: case for case in find_cases(places[EVERY[0]].root)}
 
 
-NOT_ALWAYS_REJECTED = [name for name in EVERY if ROWS[name].must != "reject"]
-
-
-@pytest.mark.parametrize("name", NOT_ALWAYS_REJECTED)
-def test_a_case_that_is_not_rejected_is_read_correctly(name, tmp_path):
-    place = spoilt(name, tmp_path / "data", CASE)
-    (row,) = audit(place.root) if _is_safe(place.id) else [AuditRow("", "refused", "", None, {})]
-    if row.status == "refused":
+@pytest.mark.parametrize("name", [name for name in EVERY if ROWS[name].must != "reject"])
+def test_a_case_that_is_not_rejected_is_read_correctly(name, pass_over_all, found_cases):
+    places, found = pass_over_all
+    place = places[name]
+    if not _is_safe(place.id) or found.rows[place.id]["status"] == "refused":
         assert "reject" in ROWS[name].must
         return
-    data = load_case(row.case)
+    data = load_case(found_cases[place.id])
     np.testing.assert_array_equal(data.source.voxels, place.x.astype(np.float32))
     np.testing.assert_array_equal(data.mask, place.m > 0)
     np.testing.assert_allclose(data.source.affine, place.A, atol=1e-4)
@@ -261,7 +228,8 @@ def test_inpainting_is_warned_about_the_image_and_the_mask_alone(name, tmp_path)
 
 def test_an_outlier_is_not_seen(tmp_path):
     """The network sees the median of the neighbours in its place, and a scale that does not know it."""
-    clean, data = loaded(Place(tmp_path / "clean", CASE)), loaded(spoilt("one outlier 1e30", tmp_path / "data", CASE))
+    places = Place(tmp_path / "clean", CASE), spoilt("one outlier 1e30", tmp_path / "data", CASE)
+    clean, data = (load_case(case_of_files(place.P, place.K)) for place in places)
     assert data.scale == pytest.approx(clean.scale, rel=0.01)
     seen, expected = grid_case(data, 1).voided, grid_case(clean, 1).voided
     elsewhere = np.ones(seen.shape, bool)
