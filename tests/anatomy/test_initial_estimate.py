@@ -69,15 +69,12 @@ def test_an_empty_mask_and_a_mask_of_the_whole_volume(mask):
 
 
 def test_the_tissue_map_improves_on_harmonic_inpainting():
-    patient = make_patient(0, 3, spacing_mm=4.0, masks=2)
+    patient = make_patient(0, 3, spacing_mm=4.0, masks=1)
     image = patient.t1n / np.percentile(patient.t1n[patient.t1n > 0], 99.5)
-    for healthy, _ in patient.masks:
-        estimate, harmonic = (
-            initial_estimate(image, healthy, patient.tissue, spacing_mm=4.0),
-            harmonic_fill(image, healthy),
-        )
-        errors = [float(np.square(filled - image)[healthy].mean()) for filled in (estimate, harmonic)]
-        assert errors[0] < 0.8 * errors[1], errors
+    ((healthy, _),) = patient.masks
+    both = initial_estimate(image, healthy, patient.tissue, spacing_mm=4.0), harmonic_fill(image, healthy)
+    errors = [float(np.square(filled - image)[healthy].mean()) for filled in both]
+    assert errors[0] < 0.8 * errors[1], errors
 
 
 def test_examples_run():

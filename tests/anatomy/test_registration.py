@@ -41,39 +41,28 @@ def tissue_dice(fractions, brain, truth):
     return np.array([dice(found == k, truth == k) for k in (1, 2, 3)])
 
 
-# ---- nothing under the mask is read
+# ---- nothing under the mask is read, and any order of voxels will do
 
 
-@pytest.mark.parametrize("under", ["void", "noise", "NaN"])
-def test_voxels_under_the_mask_change_nothing(patient, fit, fast_registration, under):
+def test_voxels_under_the_mask_change_nothing_and_the_input_is_not_changed(patient, fit, fast_registration):
     image, affine, mask = patient
     image = image.copy()
-    image[mask] = {"void": 0, "noise": np.random.default_rng(0).uniform(-9, 9, mask.sum())}.get(under, np.nan)
+    image[mask] = np.where(np.arange(mask.sum()) % 2, np.nan, np.random.default_rng(0).uniform(-9, 9, mask.sum()))
+    given = image.copy(), affine.copy(), mask.copy()
     with fast_registration():
-        again = register(image, affine, mask)
+        again = register(*given)
     for field in ("forward", "backward", "prealign"):
         np.testing.assert_array_equal(getattr(again.mapping, field), getattr(fit.mapping, field))
     assert (again.brain_dice, again.correlation) == (fit.brain_dice, fit.correlation)
-
-
-def test_the_input_is_not_changed(patient, fast_registration):
-    before = [array.copy() for array in patient]
-    with fast_registration():
-        register(*patient)
-    for array, kept in zip(patient, before, strict=True):
+    for array, kept in zip(given, (image, affine, mask), strict=True):
         np.testing.assert_array_equal(array, kept)
 
 
-# ---- any order of voxels
-
-
-@pytest.mark.parametrize("orientation", ["RAS", "SLA"])
-def test_the_order_of_the_voxels_does_not_matter(patient, fit, fast_registration, orientation):
+def test_the_order_of_the_voxels_does_not_matter(patient, fit, fast_registration):
     image, affine, mask = patient
-    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("LPS", orientation)))
-    back = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, (orientation, "LPS")))
+    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("LPS", "SLA")))
+    back = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("SLA", "LPS")))
     turned = nib.Nifti1Image(image, affine).as_reoriented(turn)
-    assert "".join(nib.aff2axcodes(turned.affine)) == orientation != "".join(nib.aff2axcodes(affine))
     with fast_registration():
         other = register(np.asarray(turned.dataobj), turned.affine, nib.orientations.apply_orientation(mask, turn) > 0)
     fractions, brain = (
@@ -126,28 +115,24 @@ def test_resampling_is_linear_and_several_volumes_equal_each(fit):
 # ---- failures are found
 
 
-def failed(image, affine, mask):
-    found = register(image, affine, mask)
-    assert found.failure == (
-        f"brains overlap by Dice {found.brain_dice:.3f} (at least 0.9), "
-        f"intensities correlate by {found.correlation:.2f} (at least 0.5)"
-    )
-    return found
-
-
-def test_a_head_turned_upside_down_by_its_affine_fails(patient):
+def test_a_head_turned_upside_down_by_its_affine_fails(patient, fast_registration):
     image, affine, mask = patient
     centre = affine @ [*((np.array(image.shape) - 1) / 2), 1]
     turn = np.diag([1.0, -1, -1, 1])
     turn[:3, 3] = centre[:3] - turn[:3, :3] @ centre[:3]
-    assert failed(image, turn @ affine, mask).correlation < MIN_CORRELATION
+    with fast_registration():
+        found = register(image, turn @ affine, mask)
+    assert found.correlation < MIN_CORRELATION and found.failure == (
+        f"brains overlap by Dice {found.brain_dice:.3f} (at least 0.9), "
+        f"intensities correlate by {found.correlation:.2f} (at least 0.5)"
+    )
 
 
 def test_noise_in_the_shape_of_a_brain_fails(patient):
     image, affine, mask = patient
     noise = np.where(image > 0, np.random.default_rng(0).uniform(0.2, 1, image.shape), 0)
-    found = failed(noise, affine, mask)
-    assert found.brain_dice > MIN_DICE and found.correlation < MIN_CORRELATION
+    found = register(noise, affine, mask)
+    assert found.failure and found.brain_dice > MIN_DICE and found.correlation < MIN_CORRELATION
 
 
 @pytest.mark.parametrize("wrong", ["brain_dice", "correlation"])

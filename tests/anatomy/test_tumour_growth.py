@@ -189,14 +189,12 @@ def test_a_segmentation_is_a_start_too():
     assert (later >= 0.2).sum() > segmentation.sum()
 
 
-@pytest.mark.parametrize(("seed_mm", "match"), [
-    ((10, -20, 80), r"\(10, -20, 80\) mm is voxel \(13, 13, 38\) of \(27, 27, 27\), outside .* 28\.0 mm away, at \(10"),
-    ((10, -20, 55), r"is voxel \(13, 13, 2[56]\) of .*the nearest voxel of these is [23]\.\d mm away, at \("),
-])  # fmt: skip
-def test_a_seed_outside_the_tissue_is_rejected_and_the_nearest_voxel_is_named(seed_mm, match):
+def test_a_seed_outside_the_tissue_is_rejected():
     tissue, affine = ball(27, 24, 2.0)
-    with pytest.raises(InputError, match=match):
-        seed_voxel(tissue, affine, seed_mm)
+    with pytest.raises(
+        InputError, match=r"\(10, -20, 80\) mm is voxel \(13, 13, 38\) of \(27, 27, 27\), outside white"
+    ):
+        seed_voxel(tissue, affine, (10, -20, 80))
     assert seed_voxel(tissue, affine, SEED_MM) == (13, 13, 13)
 
 

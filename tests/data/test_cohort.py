@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_lib.data.case import Case, case_of_files, load_case
+from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import audit, find_cases, source_digests, split_patients, survey_cases, with_target
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
@@ -138,8 +138,7 @@ def _with_negative():
 
 ODD = {
     "t1n": (T1N + np.eye(12, 11, dtype=np.int16)[:, :, None] * ~MASK, "voxels outside the mask differ between t1n"),
-    "t1n-voided": (_with_negative(), "3 negative voxels, down to -40; read as 0"),
-    "mask": (MASK.astype(np.uint8) * 255, f"{CHALLENGE}-mask.nii.gz: 255 read as 1"),
+    "t1n-voided": (_with_negative(), "3 negative voxels (0% of the head), down to -40; read as 0"),
 }
 
 
@@ -151,7 +150,7 @@ def test_what_is_odd_but_usable_is_a_warning(tmp_path, role):
     assert text in "; ".join(load_case(_only(tmp_path)).warnings)
 
 
-@pytest.mark.parametrize("role", ["t1n", "mask", "mask-healthy"])
+@pytest.mark.parametrize("role", ["t1n", "mask-healthy"])
 def test_stray_bytes_are_reported_for_every_file(tmp_path, role):
     path = _write(tmp_path / CHALLENGE, CHALLENGE) / f"{CHALLENGE}-{role}.nii.gz"
     path.write_bytes(path.read_bytes() + gzip.compress(b"tail"))
@@ -162,22 +161,8 @@ CONTRADICTIONS = {
     "healthy outside the mask": ("mask-healthy", np.roll(HEALTHY, 1, 0), r"9 voxels of mask-healthy lie outside"),
     "both": ("mask-unhealthy", MASK, r"27 voxels are both healthy and unhealthy"),
     "not all": ("mask-healthy", HEALTHY & (np.arange(10) > 2), r"9 voxels differ between the mask and healthy \+ unh"),
-    "empty mask": ("mask", MASK & False, r"the mask is empty \(0 of 1320 voxels\)"),
     "mask of everything": ("mask", MASK | True, r"1266 of 1320 voxels under the mask were not void: it shows the gr"),
-    "another shape": ("t1n", T1N[:-1], r"shape \(11, 11, 10\), but .*-t1n-voided\.nii\.gz has \(12, 11, 10\)"),
-    "no contrast": ("t1n-voided", MASK * 0, r"the image is empty"),
 }
-
-
-@pytest.mark.parametrize(("spacing_mm", "warned"), [(4.0, False), (8.0, True)])
-def test_a_head_with_its_skull_is_warned_of(tmp_path, spacing_mm, warned):
-    """The same voxels, 0.9 litres of them or 7.1: no brain is as large."""
-    affine, head, mask = np.diag([spacing_mm] * 3 + [1]), np.full((24, 24, 24), 100, np.int16), np.zeros((24, 24, 24))
-    head[0, 0, 0], mask[9:12, 9:12, 9:12] = 900, 1
-    for name, volume in (("t1n-voided", head * (mask == 0)), ("mask", mask)):
-        write_map(tmp_path / f"head-{name}.nii.gz", volume.astype(np.int16), affine)
-    warnings = load_case(case_of_files(tmp_path / "head-t1n-voided.nii.gz", tmp_path / "head-mask.nii.gz")).warnings
-    assert any("7.1 litres are not 0, more than a brain: not skull-stripped" in line for line in warnings) == warned
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
@@ -187,21 +172,6 @@ def test_files_that_contradict_each_other_are_rejected(tmp_path, name):
     write_map(folder / f"{CHALLENGE}-{role}.nii.gz", voxels.astype(np.int16), LPS)
     with pytest.raises(InputError, match=f"{CHALLENGE}.*{match}"):
         load_case(_only(tmp_path))
-
-
-def test_maps_are_rejected_out_of_range_and_resampled_from_another_grid(data):
-    case = find_cases(data)[0]
-    write_map(case.growth, GROWTH * 2, LPS)
-    with pytest.raises(InputError, match=r"values from 0 to 1\.4, must lie in \[0, 1\]"):
-        load_case(case)
-    write_map(case.growth, GROWTH, LPS)
-    write_map(case.tissue, TISSUE + np.uint8(1), LPS)
-    with pytest.raises(InputError, match=r"labels 4 \(\d+ voxels\) are not among \(0, 1, 2, 3\)"):
-        load_case(case)
-    shifted = LPS.copy()
-    shifted[0, 3] = 1
-    write_map(case.tissue, TISSUE, shifted)
-    assert any("resampled from its grid" in warning for warning in load_case(case).warnings)
 
 
 def test_the_unhealthy_mask_is_never_taken_for_the_healthy_one(tmp_path):
@@ -258,25 +228,15 @@ def test_a_folder_name_that_is_no_patient_id_is_excluded(tmp_path, name):
     assert exclusions[0].reason.startswith("folder name is not a patient id: letters, digits")
 
 
-def test_files_of_another_id_are_no_case(tmp_path):
-    _write(tmp_path / CHALLENGE, SEVERAL)
-    with pytest.raises(InputError, match=f"{CHALLENGE}: no mask file; present: {SEVERAL}-mask-healthy"):
-        find_cases(tmp_path)
-
-
 def test_no_case_at_all_is_an_error_that_lists_what_is_there(tmp_path):
-    with pytest.raises(InputError, match=r"found 0 cases; present: nothing\."):
-        find_cases(tmp_path)
     for k in range(7):
         (tmp_path / f"note{k}.txt").touch()
-    with pytest.raises(InputError, match=r"looked for .*mask.*; present: note0\.txt, .*note4\.txt and 2 more\. Fix"):
+    with pytest.raises(InputError, match=r"found 0 cases; present: note0\.txt, .*note4\.txt and 2 more\. Fix"):
         find_cases(tmp_path)
     _write(tmp_path / SEVERAL, SEVERAL, ("mask",))
     (tmp_path / SEVERAL / f"{SEVERAL}-mask.nii.gz").rename(tmp_path / SEVERAL / f"{SEVERAL}-mask.NII.GZ")
     with pytest.raises(InputError, match=rf"; {SEVERAL}: {SEVERAL}: neither t1n nor t1n-voided next to its mask"):
         find_cases(tmp_path)
-    with pytest.raises(InputError, match=r"missing: no such folder"):
-        find_cases(tmp_path / "missing")
 
 
 def test_an_unreadable_folder_is_excluded(tmp_path, monkeypatch):
@@ -332,13 +292,6 @@ def test_every_bad_case_is_reported_in_one_pass(data):
     }  # fmt: skip
 
 
-def test_a_missing_map_is_a_warning_of_the_audit(data):
-    shutil.rmtree(data / "conditioning_data" / "growth_model")
-    rows = list(audit(data))
-    assert {row.status for row in rows} == {"warning"}
-    assert {row.reason for row in rows} == {f"no growth map; {FIELD}"}
-
-
 def test_the_split_depends_on_ids_and_seed_alone():
     patients = [f"p{k:03d}" for k in range(50)]
     split = split_patients(patients, seed=3, validation_fraction=0.2)
@@ -349,14 +302,10 @@ def test_the_split_depends_on_ids_and_seed_alone():
     assert split_patients(patients, seed=4, validation_fraction=0.2) != split
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.5, 2), (0.99, 2)])
-def test_neither_side_of_a_split_is_empty(fraction, count):
-    split = split_patients(["a", "b", "c"], seed=0, validation_fraction=fraction)
-    assert len(split["validation"]) == count
-    assert len(split["train"]) == 3 - count
-
-
-def test_one_patient_cannot_be_split():
+def test_neither_side_of_a_split_is_empty():
+    for fraction, count in ((0.01, 1), (0.5, 2), (0.99, 2)):
+        split = split_patients(["a", "b", "c"], seed=0, validation_fraction=fraction)
+        assert (len(split["train"]), len(split["validation"])) == (3 - count, count)
     with pytest.raises(InputError, match="1 patient, need at least 2"):
         split_patients(["a", "a"], seed=0, validation_fraction=0.5)
 
@@ -445,7 +394,6 @@ def test_other_maps_are_checked_and_replace_those_of_a_case(cases):
     ("kind", "change", "match"),
     [
         ("growth", lambda a: a[1:], r"growth map of \S+: shape \(29, 30, 20\), but the case has \(30, 30, 20\)"),
-        ("growth", lambda a: a + 2.0, r"values from 2 to \S+, must lie in \[0, 1\]"),
         ("growth", lambda a: a * np.nan, r"values from nan to nan, must lie in \[0, 1\]"),
         ("tissue", lambda a: a * 0 + 7, r"tissue map of \S+: labels 7 \(\d+ voxels\) are not among \(0, 1, 2, 3\)"),
     ],

@@ -166,7 +166,7 @@ def test_a_patient_that_is_whole_is_not_made_again(quick, tmp_path):
     assert quick == [1, 1]
 
 
-@pytest.mark.parametrize("files", range(7))
+@pytest.mark.parametrize("files", [0, 3, 6])
 def test_a_patient_cut_off_after_any_file_is_made_again_and_comes_out_the_same(quick, tmp_path, monkeypatch, files):
     write_patient(tmp_path / "whole", 0, 1)
     write, left = module.write_map, iter(range(files))

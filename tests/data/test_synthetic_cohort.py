@@ -1,8 +1,5 @@
 """Laws of the synthetic cohort, on coarse grids so that they run in seconds."""
 
-import hashlib
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -27,14 +24,13 @@ SPACING_MM = 4.0
 
 @pytest.fixture(scope="module")
 def patients():
-    return [make_patient(0, patient, spacing_mm=SPACING_MM) for patient in range(3)]
+    return [make_patient(0, patient, spacing_mm=SPACING_MM) for patient in range(2)]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cohort")
-    names = [make_synthetic_cohort(folder, 1, first=first, spacing_mm=SPACING_MM) for first in (0, 9001)]
-    assert names == [["Synthetic_00000"], ["Synthetic_09001"]]
+    assert make_synthetic_cohort(folder, 1, first=0, spacing_mm=SPACING_MM) == ["Synthetic_00000"]
     return folder
 
 
@@ -48,20 +44,19 @@ def _dice(a, b):
 
 
 def test_seed_and_patient_decide(patients):
-    again, other = make_patient(0, 1, spacing_mm=SPACING_MM), make_patient(1, 1, spacing_mm=SPACING_MM)
+    again, other = (make_patient(seed, 1, spacing_mm=SPACING_MM, masks=1) for seed in (0, 1))
     np.testing.assert_array_equal(again.t1n, patients[1].t1n)
     np.testing.assert_array_equal(again.growth, patients[1].growth)
-    np.testing.assert_array_equal(again.masks[2][0], patients[1].masks[2][0])
+    np.testing.assert_array_equal(again.masks[0][0], patients[1].masks[0][0])
     assert _dice(other.segmentation, again.segmentation) < 0.9
 
 
 def test_patients_differ_in_shape_contrast_and_tumour(patients):
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        one, two = patients[a], patients[b]
-        assert 0.5 < _dice(one.t1n > 0, two.t1n > 0) < 0.97
-        assert _dice(one.tissue == 3, two.tissue == 3) < 0.85
-        assert _dice(one.segmentation, two.segmentation) < 0.5
-    assert len({patient.t1n.max() for patient in patients}) == 3
+    one, two = patients
+    assert 0.5 < _dice(one.t1n > 0, two.t1n > 0) < 0.97
+    assert _dice(one.tissue == 3, two.tissue == 3) < 0.85
+    assert _dice(one.segmentation, two.segmentation) < 0.5
+    assert one.t1n.max() != two.t1n.max()
 
 
 @pytest.mark.slow
@@ -134,7 +129,7 @@ def test_masks_follow_the_rules_of_the_challenge(patients):
 
 def test_written_files_are_brats_files(written):
     files = sorted(written.rglob("*.nii.gz"))
-    assert len(files) == 2 * (1 + 3 * 4 + 2)
+    assert len(files) == 1 + 3 * 4 + 2
     for path in files:
         image = nib.load(path)
         assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
@@ -158,21 +153,23 @@ def test_voided_is_zero_under_the_mask_and_equal_outside(written):
         assert t1n[mask > 0].any()
 
 
-def test_the_cohort_finds_its_patients(written):
+def test_the_cohort_finds_its_patients(written, patients):
     cases, exclusions = survey_cases(written / "data", written / "conditioning_data")
     assert [case.key for case in cases][:2] == ["Synthetic_00000-0000", "Synthetic_00000-0001"]
-    assert (len(cases), exclusions) == (6, [])
-    loaded, made = load_case(cases[0]), make_patient(0, 0, spacing_mm=SPACING_MM)
+    assert (len(cases), exclusions) == (3, [])
+    loaded, made = load_case(cases[0]), patients[0]
     assert loaded.warnings == ()
     np.testing.assert_array_equal(loaded.growth, made.growth)
     np.testing.assert_array_equal(loaded.tissue, made.tissue)
 
 
-def test_equal_numbers_give_equal_bytes(written, tmp_path):
-    write_patient(tmp_path, 0, 9001, spacing_mm=SPACING_MM)
-    for path in sorted(p for p in tmp_path.rglob("*") if p.is_file()):
-        twin: Path = written / path.relative_to(tmp_path)
-        assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(twin.read_bytes()).digest()
+def test_equal_numbers_give_equal_bytes(written, patients, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "make_patient", lambda *_, **__: patients[0])  # made a second time
+    write_patient(tmp_path, 0, 0)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 15
+    for path in files:
+        assert path.read_bytes() == (written / path.relative_to(tmp_path)).read_bytes()
 
 
 def test_ranges_of_patients_never_meet():
