@@ -23,8 +23,7 @@ from ldm_lib.geometry import Padding
 from ldm_lib.model_io import load_model, save_model
 
 NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlMaisi}
-NORMS = ("local", "group")
-LEARNED = ("both", "decoder", "none")
+CHOICES = {"input_transform": tuple(TRANSFORMS), "norm": ("local", "group"), "learned": ("both", "decoder", "none")}
 LEAST_MM, MOST_MM = 0.1, 100.0  # edge of a voxel
 
 
@@ -82,19 +81,17 @@ class Autoencoder(nn.Module):
         channels: Sequence[int],
         latent_channels: int,
         blocks: int,
-        spacing_mm: float,
         input_transform: str = "plain",
-        norm: str = "local",
-        linear_start: bool = True,
-        learned: str = "both",
+        **options: Any,
     ) -> "Autoencoder":
-        """Build an AutoencoderKL without attention.
+        """Build an AutoencoderKL without attention, with local norms and a linear codec unless requested otherwise.
 
         Args:
             channels: width of each level; each level but the last halves every axis.
             blocks: residual blocks per level.
+            options: other arguments of the class.
         """
-        options = {"input_transform": input_transform, "norm": norm, "linear_start": linear_start, "learned": learned}
+        options = {"input_transform": input_transform, "norm": "local", "linear_start": True} | options
         bands = TRANSFORMS[input_transform].channels
         network = {
             "class": "AutoencoderKL", "spatial_dims": 3, "in_channels": bands, "out_channels": bands,
@@ -103,7 +100,7 @@ class Autoencoder(nn.Module):
             "norm_num_groups": math.gcd(8, *channels), "with_encoder_nonlocal_attn": False,
             "with_decoder_nonlocal_attn": False,
         }  # fmt: skip
-        return cls(network=network, spacing_mm=spacing_mm, **options)
+        return cls(network=network, **options)
 
     @classmethod
     def load(cls, folder: str | Path | None = None, *, device: str = "auto") -> "Autoencoder":
@@ -244,12 +241,9 @@ def _require_known(config: Mapping[str, Any]) -> None:
     if config["input_transform"] == "half":
         raise WeightsError("input_transform 'half' was removed in version 0.8", where="autoencoder",
                            fix="use version 0.7, or train again with plain or haar")  # fmt: skip
-    known = {"input_transform": TRANSFORMS, "norm": NORMS, "learned": LEARNED}
-    wrong = [f"{name} {config[name]!r}" for name, choices in known.items() if config[name] not in choices]
-    if (name := config["network"].get("class")) not in NETWORKS:
-        wrong.append(f"class {name!r}")
-    if not LEAST_MM <= config["spacing_mm"] <= MOST_MM:
-        wrong.append(f"voxels of {config['spacing_mm']:g} mm")
+    wrong = [f"{name} {config[name]!r}" for name, choices in CHOICES.items() if config[name] not in choices]
+    wrong += [] if (name := config["network"].get("class")) in NETWORKS else [f"class {name!r}"]
+    wrong += [] if LEAST_MM <= config["spacing_mm"] <= MOST_MM else [f"voxels of {config['spacing_mm']:g} mm"]
     if config["learned"] != "both" and not config["linear_start"]:
         wrong.append(f"learned {config['learned']!r} without linear_start")
     if wrong:

@@ -30,6 +30,7 @@ from ldm_lib.errors import TrainingError
 from ldm_lib.files import replacing
 from ldm_lib.model_io import read_checkpoint
 from ldm_lib.options import integers
+from ldm_lib.progress import Progress
 
 log = logging.getLogger("ldm_lib")
 
@@ -162,12 +163,10 @@ def load_or_train(
         weights: model folder or file; empty trains on the cases.
         cases: training cases, by which latents of other projects' weights are standardised.
     """
-    spacing_mm = load_case(cases[0]).source.spacing_mm[0]
     if not weights:
-        autoencoder = build_autoencoder(options, spacing_mm=spacing_mm)
-        fit_autoencoder(autoencoder, cases, options, folder=folder, device=device, precision=precision)
-        return autoencoder, "trained here"
-    imported = load_autoencoder(weights, spacing_mm=spacing_mm)
+        trained = train_autoencoder(cases, options, folder=folder, device=device.type, precision=precision)
+        return trained, "trained here"
+    imported = load_autoencoder(weights, spacing_mm=load_case(cases[0]).source.spacing_mm[0])
     autoencoder = imported.autoencoder.to(device)
     if not imported.standardised:
         autoencoder.standardise(*latent_statistics(autoencoder, cases, device=device, precision=precision))
@@ -209,18 +208,17 @@ def _take_steps(
         history = training.resume(checkpoint)
         log.info("autoencoder training resumed after step %d", len(history))
     loader, saved = CropLoader(cases, training.config, training.autoencoder.factor), time.monotonic()
+    progress = Progress(steps, done=len(history), name="autoencoder step")
     for step in range(len(history), steps):
         started, rate = time.monotonic(), training.schedule.get_last_lr()[0]
         terms = training.step(step, *loader.batch(step))
         seconds = time.monotonic() - started
         history.append({"step": step, "learning_rate": rate, "seconds": seconds, **terms})
-        if time.monotonic() - saved > CHECKPOINT_EVERY_S or step + 1 == steps:
-            if checkpoint:
-                checkpoint.parent.mkdir(parents=True, exist_ok=True)
-                training.save(checkpoint, history)
+        progress.update(step + 1, f"L1 {terms['l1']:.4f}")
+        if checkpoint and (time.monotonic() - saved > CHECKPOINT_EVERY_S or step + 1 == steps):
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            training.save(checkpoint, history)
             saved = time.monotonic()
-            left = (steps - step - 1) * float(np.median([row["seconds"] for row in history[-50:]]))
-            log.info("autoencoder step %d/%d: L1 %.4f; %.0f min left", step + 1, steps, terms["l1"], left / 60)
     training.autoencoder.load_state_dict(training.ema.module.state_dict())
     return history
 

@@ -3,17 +3,15 @@
     <scan>-<variant>-<key>.safetensors holds all masks of a scan in one variant, by the name of the case:
     <case>/voided, target (c x y z), mask_fraction (1 x y z), conditioning (4 x y z) float16; mask, loss (1 x y z) bool
 
-The full image is encoded for every mask, because intensities are divided by a percentile of the voided image.
-Conditioning that all masks of an entry share is stored once, without the name of a case. float16 keeps 11 binary
-digits: the relative error of a standardised latent is at most 5e-4. The key covers everything an entry was made from,
-and an entry contains the digest of its own tensors.
+The full image is encoded for every mask, because intensities are divided by a percentile of the voided image. float16
+keeps 11 binary digits: the relative error of a standardised latent is at most 5e-4. The key covers everything an entry
+was made from, and an entry contains the digest of its own tensors.
 """
 
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +35,7 @@ from ldm_lib.progress import Progress
 
 log = logging.getLogger("ldm_lib")
 
-CODE_VERSION = 3  # raise it when what is encoded or stored changes
+CODE_VERSION = 4  # raise it when what is encoded or stored changes
 MASKS = ("mask", "loss")
 LOCKS = ".locks"  # subfolder: one empty file for each entry that was encoded
 CASES_IN_MEMORY = 3  # the masks of one scan, loaded once for all its variants
@@ -61,9 +59,8 @@ class CachedCase(Sequence[Latents]):
         path = self.paths[variant]
         try:
             with safe_open(path, "pt") as stream:
-                parts = [(name, *name.rpartition("/")[::2]) for name in stream.keys()]  # noqa: SIM118
-                own = {short: name for name, of, short in parts if of in ("", self.case.key)}
-                return {short: stream.get_tensor(name).float() for short, name in own.items()}
+                own = [name for name in stream.keys() if name.startswith(f"{self.case.key}/")]  # noqa: SIM118
+                return {name.rpartition("/")[2]: stream.get_tensor(name).float() for name in own}
         except (SafetensorError, OSError) as error:
             raise RunError(f"cannot be read ({error})", where=path, fix="run the stage again") from error
 
@@ -77,16 +74,11 @@ class _Entry:
     cases: tuple[Case, ...]
     variant: int
 
-    @property
-    def volumes(self) -> int:
-        """Count the images to encode: the voided one of each case, and the full one if there is one."""
-        return sum(1 + (case.t1n is not None) for case in self.cases)
-
 
 class LatentCache:
     """Encode cases into a folder that belongs to one run; several processes may do so at once.
 
-    `costs` of the last call of `encode`: patients, masks, variants, MB per patient, and the time per volume.
+    `costs` of the last call of `encode`: patients, masks, variants, MB per patient, and the files encoded now.
     """
 
     def __init__(
@@ -131,12 +123,18 @@ class LatentCache:
         by_scan = {name: self._entries(name, tuple(scan), variants) for name, scan in scans.items()}
         entries = [entry for scan in by_scan.values() for entry in scan]
         stale = self._remove_stale(entries)
-        flaws = {entry: flaw for entry in entries if (flaw := _flaw(entry))}
-        damaged = {entry.path.name: flaw for entry, flaw in flaws.items() if flaw != "missing"}
-        for name, flaw in damaged.items():
-            log.warning("%s is %s; encoded again", name, flaw)
-        seconds = self._encode_entries(list(flaws))
-        self.costs = _costs(cases, entries, seconds) | {"replaced": stale + len(damaged)}
+        damaged = [entry for entry in entries if entry.path.exists() and not _is_intact(entry)]
+        for entry in damaged:
+            log.warning("%s is damaged; encoded again", entry.path.name)
+        patients = len({case.patient for case in cases}) or 1
+        self.costs = {
+            "patients": patients,
+            "masks": len(cases),
+            "variants": variants,
+            "encoded now": self._encode_entries([e for e in entries if e in damaged or not e.path.exists()]),
+            "replaced": stale + len(damaged),
+            "MB per patient": sum(entry.path.stat().st_size for entry in entries) / 1e6 / patients,
+        }
         return [CachedCase(case, tuple(entry.path for entry in by_scan[case.id])) for case in cases]
 
     def _entries(self, name: str, scan: tuple[Case, ...], variants: int) -> list[_Entry]:
@@ -164,27 +162,26 @@ class LatentCache:
             log.warning("%d stale cached files (other sources, weights or settings) removed; encoded again", len(stale))
         return len(stale)
 
-    def _encode_entries(self, missing: Sequence[_Entry]) -> dict[_Entry, float]:
-        """Encode entries, or wait for the process that does; return the seconds of each, 0 for another process's."""
-        if not missing:
-            return {}
+    def _encode_entries(self, missing: Sequence[_Entry]) -> int:
+        """Encode entries, or wait for the process that does; return how many were encoded by this one."""
         load = lru_cache(CASES_IN_MEMORY)(lambda case: grid_case(load_case(case), self.autoencoder.factor))
-        seconds, total = {}, sum(entry.volumes for entry in missing)
-        progress = Progress(total, name="encoding volume")
+        done, encoded, progress = set(), 0, Progress(len(missing), name="encoding scan")
         (self.folder / LOCKS).mkdir(exist_ok=True)
         for wait in (False, True):
-            for entry in [entry for entry in missing if entry not in seconds]:
+            for entry in [entry for entry in missing if entry.path not in done]:
                 try:
                     with FileLock(self.folder / LOCKS / entry.path.stem, timeout=-1 if wait else 0):
-                        seconds[entry] = self._encode_entry(entry, load) if _flaw(entry) else 0.0
+                        if not _is_intact(entry):
+                            self._encode_entry(entry, load)
+                            encoded += 1
                 except Timeout:  # another process encodes it: it is waited for at the end
                     continue
-                done = sum(entry.volumes for entry in seconds)
-                progress.update(done, entry.path.name, now=done == total)
-        return seconds
+                done.add(entry.path)
+                progress.update(len(done), entry.path.name, now=len(done) == len(missing))
+        return encoded
 
-    def _encode_entry(self, entry: _Entry, load: Callable[[Case], GridCase]) -> float:
-        started, latents = time.monotonic(), {}
+    def _encode_entry(self, entry: _Entry, load: Callable[[Case], GridCase]) -> None:
+        latents = {}
         for case in entry.cases:
             plain = load(case)
             if entry.variant:
@@ -195,7 +192,6 @@ class LatentCache:
         tensors = _pack(latents)
         with replacing(entry.path) as partial:
             save_file(tensors, partial, {"digest": _digest(entry.key, tensors)})
-        return time.monotonic() - started
 
 
 def _pack(cases: dict[str, Latents]) -> dict[str, Tensor]:
@@ -206,24 +202,18 @@ def _pack(cases: dict[str, Latents]) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             fix = "use precision 32, or another autoencoder"
             raise InputError("not finite as latents in float16", where=name, fix=fix)
-    maps = [tensors[f"{key}/conditioning"] for key in cases]
-    if all(torch.equal(other, maps[0]) for other in maps):
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("/conditioning")}
-        tensors["conditioning"] = maps[0]
     return tensors
 
 
-def _flaw(entry: _Entry) -> str:
-    """Say why an entry cannot be used; empty if it can."""
-    if not entry.path.exists():
-        return "missing"
+def _is_intact(entry: _Entry) -> bool:
+    """Return whether an entry is there, and holds what was written."""
     try:
         with safe_open(entry.path, "pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
             recorded = (stream.metadata() or {}).get("digest")
-    except (SafetensorError, OSError) as error:
-        return f"damaged ({error})"
-    return "" if recorded == _digest(entry.key, tensors) else "not what was written"
+    except (SafetensorError, OSError):
+        return False
+    return recorded == _digest(entry.key, tensors)
 
 
 def _digest(key: str, tensors: dict[str, Tensor]) -> str:
@@ -232,19 +222,3 @@ def _digest(key: str, tensors: dict[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensors[name].dtype), list(tensors[name].shape)]).encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _costs(cases: Sequence[Case], entries: Sequence[_Entry], seconds: Mapping[_Entry, float]) -> dict[str, Any]:
-    """Summarise patients, masks and variants, their size on disk, and the seconds from files to entries made now."""
-    patients = len({case.patient for case in cases}) or 1
-    encoded = sum(entry.volumes for entry, each_s in seconds.items() if each_s)
-    volume_s = sum(seconds.values()) / encoded if encoded else None
-    return {
-        "patients": patients,
-        "masks": len(cases),
-        "variants": len({entry.variant for entry in entries}),
-        "MB per patient": sum(entry.path.stat().st_size for entry in entries) / 1e6 / patients,
-        "encoded now": encoded,
-        "s per volume": volume_s or "all cached",
-        "s per patient": volume_s * sum(entry.volumes for entry in entries) / patients if volume_s else "all cached",
-    }

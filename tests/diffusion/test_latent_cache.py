@@ -78,23 +78,15 @@ def test_one_file_holds_all_masks_of_a_scan_in_one_variant(sources, autoencoder,
     found = {path.name.rpartition("-")[0]: load_file(path) for path in entries(tmp_path / "c")}
     first, second = sources[0].id, sources[2].id
     assert sorted(found) == [f"{first}-0", f"{first}-1", f"{second}-0", f"{second}-1"]
-    own = ("mask", "loss", "mask_fraction", "target", "voided")
-    names = {f"{case.key}/{name}" for case in sources[:2] for name in own}
-    assert found[f"{first}-0"].keys() == names | {"conditioning"}  # the same for all masks, so kept once
-    assert found[f"{first}-1"].keys() == names | {f"{case.key}/conditioning" for case in sources[:2]}
+    own = ("mask", "loss", "mask_fraction", "target", "voided", "conditioning")
+    assert (
+        found[f"{first}-0"].keys() == found[f"{first}-1"].keys() == {f"{c.key}/{n}" for c in sources[:2] for n in own}
+    )
     for name, tensor in found[f"{first}-1"].items():
         assert tensor.dtype == (torch.bool if name.rpartition("/")[2] in MASKS else torch.float16), name
-
-
-def test_an_entry_takes_the_bytes_of_its_numbers_and_little_more(sources, autoencoder, tmp_path):
-    made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
-    made.encode(sources, variants=2)
-    latent_voxels = 15 * 15 * 10
-    plain, augmented = (2 * (2 * 3 * 2 + 2 + 2 * 1) + maps * 4 * 2 for maps in (1, 2))  # per latent voxel, two masks
     for path in entries(tmp_path / "c"):
-        content = latent_voxels * (plain if "-0-" in path.name[len(sources[0].id) :] else augmented)
+        content = 15 * 15 * 10 * 2 * (2 * (3 + 3 + 4 + 1) + 1 + 1)  # latent voxels, masks, bytes
         assert content < path.stat().st_size < content + 2000
-    assert made.costs["MB per patient"] == pytest.approx(sum(p.stat().st_size for p in entries(tmp_path / "c")) / 2e6)
 
 
 def test_the_full_image_changes_with_the_scale_of_its_mask(sources, autoencoder, tmp_path):
@@ -109,10 +101,10 @@ def test_the_full_image_changes_with_the_scale_of_its_mask(sources, autoencoder,
 
 
 def test_a_case_is_encoded_alike_whatever_other_masks_there_are(sources, autoencoder, tmp_path):
-    options = {"variants": 3, "augmentation": CHANGE}
-    together = filled(tmp_path / "c", autoencoder, cases=sources, **options)
+    options = {"variants": 2, "augmentation": CHANGE}
+    together = filled(tmp_path / "c", autoencoder, cases=sources[:2], **options)
     alone = filled(tmp_path / "d", autoencoder, cases=sources[1:2], **options)
-    assert all(same(a, b) for a, b in zip(together[3:6], alone, strict=True))
+    assert all(same(a, b) for a, b in zip(together[2:], alone, strict=True))
 
 
 def test_only_the_first_variant_is_not_augmented_and_every_mask_has_its_own(sources, autoencoder, tmp_path):
@@ -124,11 +116,11 @@ def test_only_the_first_variant_is_not_augmented_and_every_mask_has_its_own(sour
             return super().__call__(case, rng, spacing_mm=spacing_mm)
 
     change = Watched(rotation_degrees=8.0, intensity_shift=0.1)
-    variants = filled(tmp_path / "c", autoencoder, cases=sources[:2], variants=4, augmentation=change)[:4]
+    variants = filled(tmp_path / "c", autoencoder, cases=sources[:2], variants=3, augmentation=change)[:3]
     assert same(variants[0], filled(tmp_path / "d", autoencoder, cases=sources[:2])[0])
     targets = [latents["target"] for latents in variants]
     assert not any(torch.equal(a, b) for k, a in enumerate(targets) for b in targets[:k])
-    assert len(drawn) == len(set(drawn)) == 2 * 3  # masks, augmented variants
+    assert len(drawn) == len(set(drawn)) == 2 * 2  # masks, augmented variants
 
 
 def test_latents_that_float16_cannot_hold_are_rejected(sources, autoencoder, tmp_path):
@@ -158,37 +150,25 @@ def test_a_handle_reads_when_asked_and_holds_nothing(sources, autoencoder, tmp_p
         handles[0][0]
 
 
-def test_handles_come_in_the_order_of_the_cases(sources, autoencoder, tmp_path):
-    mixed = [sources[k] for k in (3, 0, 2, 1)]
-    handles = cache(tmp_path / "c", autoencoder).encode(mixed)
-    assert [handle.case.key for handle in handles] == [case.key for case in mixed]
-    assert all(torch.equal(h[0]["mask"], encoded(h.case, autoencoder)["mask"]) for h in handles)
-    assert same(filled(tmp_path / "c", autoencoder, cases=sources)[1], handles[3][0])
-    assert autoencoder.calls == 8 + 8  # one of each pair to compare with; the order of cases does not matter
-
-
 # ---- never encoded twice, never stale
 
 
 def test_what_did_not_change_is_not_encoded_again(sources, autoencoder, tmp_path):
-    options = {"cases": sources, "augmentation": CHANGE}
+    options = {"cases": sources[:2], "augmentation": CHANGE}
     first = filled(tmp_path / "c", autoencoder, variants=2, **options)
-    assert autoencoder.calls == 4 * 2 * 2  # cases, variants, voided and target
+    assert autoencoder.calls == 2 * 2 * 2  # cases, variants, voided and target
     again = filled(tmp_path / "c", autoencoder, variants=2, **options)
-    assert autoencoder.calls == 16
+    assert autoencoder.calls == 8
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     filled(tmp_path / "c", autoencoder, variants=3, **options)
-    assert autoencoder.calls == 16 + 8  # the third variant alone
+    assert autoencoder.calls == 8 + 4  # the third variant alone
     filled(tmp_path / "c", autoencoder, variants=1, **options)
-    assert autoencoder.calls == 24 and len(entries(tmp_path / "c")) == 6  # fewer variants throw none away
+    assert autoencoder.calls == 12 and len(entries(tmp_path / "c")) == 3  # fewer variants throw none away
 
 
 @pytest.mark.parametrize("change", [
     {"weights": "other"},
     {"settings": LatentSpec(mask_dilation=0)},
-    {"settings": LatentSpec(growth_threshold=0.3)},
-    {"settings": LatentSpec(pooling="nearest")},
-    {"settings": LatentSpec(context="concat")},
     {"precision": "bf16"},
     {"build": {"input_transform": "haar"}},
     {"code": 77},
@@ -222,13 +202,13 @@ def test_other_augmentation_is_encoded_again_and_only_it(sources, autoencoder, t
 
 def test_stale_entries_of_other_scans_and_variants_stay(sources, autoencoder, tmp_path, caplog):
     """One warning per call, with the number; files of other scans and variants stay."""
-    filled(tmp_path / "c", autoencoder, cases=sources, variants=3, augmentation=CHANGE)
+    filled(tmp_path / "c", autoencoder, cases=sources[1:3], variants=2, augmentation=CHANGE)
     before = set(entries(tmp_path / "c"))
-    filled(tmp_path / "c", autoencoder, "other", cases=sources[:2], variants=2, augmentation=CHANGE)
+    filled(tmp_path / "c", autoencoder, "other", cases=sources[1:2])
     gone = {path.name.rpartition("-")[0] for path in before - set(entries(tmp_path / "c"))}
-    assert gone == {f"{sources[0].id}-0", f"{sources[0].id}-1"} and len(entries(tmp_path / "c")) == 6
+    assert gone == {f"{sources[0].id}-0"} and len(entries(tmp_path / "c")) == 4
     (warning,) = warnings_of(caplog)
-    assert "2 stale" in warning
+    assert "1 stale" in warning
 
 
 @pytest.mark.parametrize("role", ["t1n", "t1n_voided", "growth", "tissue", "mask", "mask_unhealthy"])
@@ -251,13 +231,6 @@ def test_other_source_bytes_are_encoded_again(sources, autoencoder, tmp_path, ro
     assert same(with_change[0], filled(tmp_path / "d", autoencoder, cases=[case])[0])
 
 
-def test_a_map_that_went_missing_is_noticed(sources, autoencoder, tmp_path):
-    known = filled(tmp_path / "c", autoencoder, cases=sources[:1])[0]
-    unknown = filled(tmp_path / "c", autoencoder, cases=[replace(sources[0], growth=None)])[0]
-    assert known["conditioning"][0].any() and not unknown["conditioning"][0].any()
-    assert unknown["loss"].sum() < known["loss"].sum()  # unhealthy latent voxels of unknown growth leave the loss
-
-
 # ---- never damaged
 
 
@@ -272,7 +245,7 @@ def assert_replaced(sources, autoencoder, folder, before, caplog):
     assert autoencoder.calls == 8 and len(entries(folder)) == 1
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.005, 0.01, 0.3, 0.9, 0.99999])
+@pytest.mark.parametrize("fraction", [0.0, 0.005, 0.3, 0.99999])
 def test_a_flipped_bit_is_found_and_replaced(sources, autoencoder, tmp_path, fraction, caplog):
     before = filled(tmp_path / "c", autoencoder, cases=sources[:2])
     (path,) = entries(tmp_path / "c")
@@ -282,27 +255,19 @@ def test_a_flipped_bit_is_found_and_replaced(sources, autoencoder, tmp_path, fra
     assert_replaced(sources, autoencoder, tmp_path / "c", before, caplog)
 
 
-@pytest.mark.parametrize("length", [0, 7, 100, -1])
-def test_a_cut_entry_is_found_and_replaced(sources, autoencoder, tmp_path, length, caplog):
-    before = filled(tmp_path / "c", autoencoder, cases=sources[:2])
-    (path,) = entries(tmp_path / "c")
-    path.write_bytes(path.read_bytes()[:length])
-    assert_replaced(sources, autoencoder, tmp_path / "c", before, caplog)
-
-
-@pytest.mark.parametrize("what", ["noise", "another file", "another entry"])
+@pytest.mark.parametrize("what", ["cut", "empty", "another file", "another entry"])
 def test_what_is_not_this_entry_is_found_and_replaced(
     sources, autoencoder, tiny_autoencoder_folder, tmp_path, what, caplog
 ):
     before = filled(tmp_path / "c", autoencoder, cases=sources[:2])
     (path,) = entries(tmp_path / "c")
-    if what == "noise":
-        path.write_bytes(np.random.default_rng(0).bytes(50_000))
-    elif what == "another file":
+    if what == "another file":
         save_file({"w": torch.zeros(3, dtype=torch.bfloat16), "n": torch.tensor(1)}, path)
-    else:  # sound in itself, and of other weights
+    elif what == "another entry":  # sound in itself, and of other weights
         filled(tmp_path / "d", Counting(tiny_autoencoder_folder), "o", cases=sources[:2])
         shutil.copy(entries(tmp_path / "d")[0], path)
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if what == "cut" else b"")
     assert_replaced(sources, autoencoder, tmp_path / "c", before, caplog)
 
 
@@ -338,7 +303,7 @@ def test_two_processes_share_the_work(sources, autoencoder, tiny_autoencoder_fol
     assert heard.get(timeout=60) == "began"
     autoencoder.seconds = 0.08
     handles = cache(tmp_path / "c", autoencoder, augmentation=CHANGE).encode(sources, variants=2)
-    assert "encoding volume 16/16" in capsys.readouterr().out  # what the other one encoded included
+    assert "encoding scan 4/4" in capsys.readouterr().out  # what the other one encoded included
     while (theirs := heard.get(timeout=60)) == "began":
         pass
     process.join(timeout=60)
@@ -391,27 +356,12 @@ def test_what_another_process_replaces_meanwhile_is_not_made_again(sources, auto
 # ---- what is reported
 
 
-def test_progress_is_reported_for_what_is_encoded_only(sources, autoencoder, tmp_path, capsys):
+def test_progress_and_costs_are_of_what_is_encoded_now(sources, autoencoder, tmp_path, capsys):
     made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
-    made.encode(sources[:2])
-    assert "encoding volume 4/4: " in capsys.readouterr().out
-    made.encode(sources, variants=2)
-    assert "encoding volume 12/12: " in capsys.readouterr().out  # what is missing, not all
-    made.encode(sources, variants=2)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_costs_are_those_of_the_last_call(sources, autoencoder, tmp_path):
-    autoencoder.seconds = 0.05
-    made = cache(tmp_path / "c", autoencoder, augmentation=CHANGE)
-    made.encode(sources[:2])
-    plain = made.costs
-    made.encode(sources[:3], variants=2)
-    both = made.costs
-    assert [plain[name] for name in ("patients", "masks", "variants", "encoded now")] == [1, 2, 1, 4]
-    assert [both[name] for name in ("patients", "masks", "variants", "encoded now")] == [2, 3, 2, 8]
-    assert 0.05 < both["s per volume"] < 0.5
-    assert both["s per patient"] == pytest.approx(both["s per volume"] * 3 * 2 * 2 / 2)
-    made.encode(sources[:3], variants=2)
-    assert made.costs["s per volume"] == made.costs["s per patient"] == "all cached"
-    assert made.costs["MB per patient"] == both["MB per patient"]
+    for variants, cases, encoded in ((1, sources[:2], 1), (2, sources[:3], 3), (2, sources[:3], 0)):
+        made.encode(cases, variants=variants)
+        size = sum(p.stat().st_size for p in entries(tmp_path / "c")) / 1e6
+        patients = 1 if len(cases) == 2 else 2
+        assert made.costs == {"patients": patients, "masks": len(cases), "variants": variants, "encoded now": encoded,
+                              "replaced": 0, "MB per patient": pytest.approx(size / patients)}  # fmt: skip
+        assert (f"encoding scan {encoded}/{encoded}: " in capsys.readouterr().out) is bool(encoded)
