@@ -68,15 +68,10 @@ def guess(autoencoder, case):
 def test_a_case_is_its_initial_estimate_and_the_residual(autoencoder, case, truth, guess):
     latents = encode_case(case, autoencoder, PLAIN, **HOW)
     assert torch.equal(latents["initial_estimate"], guess) and torch.equal(latents["target"], truth - guess)
+    scaled = encode_case(case, autoencoder, SCALED, **HOW)["target"]
+    torch.testing.assert_close(scaled, (truth - guess) / torch.tensor(STD).view(3, 1, 1, 1))
     assert latents["voided"].shape == guess.shape and not latents["voided"].any()
     assert (truth - guess).abs().max() > 0.1, "or there were nothing to generate"
-
-
-def test_the_residual_is_divided_by_its_standard_deviation(autoencoder, case, truth, guess):
-    latents = encode_case(case, autoencoder, SCALED, **HOW)
-    for channel, std in enumerate(STD):
-        torch.testing.assert_close(latents["target"][channel], (truth - guess)[channel] / std)
-    assert torch.equal(latents["initial_estimate"], guess)
 
 
 @pytest.mark.parametrize("settings", [PLAIN, SCALED])
@@ -87,10 +82,6 @@ def test_what_was_made_of_the_truth_gives_it_back(autoencoder, case, truth, sett
     found = add_initial_estimate(two, latents, settings)
     assert torch.equal(found[0], add_initial_estimate(latents["target"], latents, settings))
     assert torch.equal(found[1], latents["initial_estimate"]), "a residual of 0 is the initial estimate"
-
-
-def test_without_initial_estimates_what_is_sampled_is_the_latent(truth):
-    assert add_initial_estimate(truth, {}, LatentSpec()) is truth
 
 
 @pytest.mark.parametrize("hidden", [0.0, 7.0, np.nan])
@@ -129,21 +120,6 @@ def test_it_is_the_root_of_the_mean_square_over_the_latent_voxels_that_are_gener
     assert found.model_copy(update={"residual_std": ()}) == settings and lacks[0].shape[1] != lacks[1].shape[1]
 
 
-def test_the_targets_of_what_was_measured_have_a_mean_square_of_1(autoencoder, cases):
-    data = load_case(cases[0])
-    settings = measure_residual_std(PLAIN, [data], autoencoder)
-    latents = encode_case(grid_case(data, 2), autoencoder, settings, **HOW)
-    square = latents["target"][:, latents["loss"][0] > 0].square().mean(dim=1)
-    torch.testing.assert_close(square, torch.ones(3), atol=1e-4, rtol=0)
-
-
-def test_no_more_cases_are_measured_than_are_enough(autoencoder, cases, monkeypatch):
-    monkeypatch.setattr("ldm_lib.diffusion.latents.RESIDUAL_CASES", 1)
-    seen = []
-    found = measure_residual_std(PLAIN, (seen.append(case) or load_case(case) for case in cases), autoencoder)
-    assert seen == cases[:1] and found == measure_residual_std(PLAIN, [load_case(cases[0])], autoencoder)
-
-
 # ---- the model
 
 
@@ -178,13 +154,8 @@ def test_known_voxels_are_those_of_the_initial_estimate_whatever_is_sampled(inpa
     assert (drawn - latents["initial_estimate"])[~known].abs().max() > 0.1
 
 
-def test_a_model_states_the_standard_deviation_of_its_residuals(inpainter):
-    assert inpainter.model.spec.residual_std == STD
-
-
 @pytest.mark.parametrize("std", [
-    [1.0], [1.0] * 4, [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("inf"), 1.0], [1.0, float("nan"), 1.0],
-    ["much", 1.0, 1.0], "111", [10**400, 1.0, 1.0], 1.0, None, [[1.0]] * 3,
+    [1.0], [1.0, 0.0, 1.0], [1.0, float("nan"), 1.0], ["much", 1.0, 1.0], "111", [10**400, 1.0, 1.0], None,
 ], ids=lambda std: str(std)[:20])  # fmt: skip
 def test_a_scale_that_cannot_be_is_rejected(tiny_initial_estimate_folder, tmp_path, std):
     folder = shutil.copytree(tiny_initial_estimate_folder, tmp_path / "model")

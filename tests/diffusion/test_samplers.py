@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from ldm_lib.diffusion import samplers
 from ldm_lib.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, midpoint, samplers_for
-from ldm_lib.diffusion.schedule import noise_schedule, spaced_timesteps
+from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.errors import ConfigError
 
 MEAN, STD = 0.7, 0.5
@@ -73,19 +72,18 @@ def gain(sampler, steps):
         (dpm_solver_pp_2m, 50, 0.005),
         (ddim, 20, 0.14),  # of first order: it cannot do better in 20 steps
         (ddim, 250, 0.02),
-        (ddim, 1000, 0.005),
     ],
 )
 def test_deterministic_samplers_return_the_gaussian(sampler, steps, bound):
     assert gain(sampler, steps) == pytest.approx(STD, rel=bound)
-    x = standard(1, 1, 28, 28, 28)
+    x = standard(1, 1, 20, 20, 20)
     x = (x - x.mean()) / x.std()
     y = run(sampler, gaussian, x, steps)
     assert y.mean().item() == pytest.approx(MEAN, rel=0.02)
     assert y.std().item() == pytest.approx(STD, rel=bound)
 
 
-@pytest.mark.parametrize(("steps", "bound"), [(20, 0.05), (50, 0.04), (250, 0.02), (1000, 0.02)])
+@pytest.mark.parametrize(("steps", "bound"), [(20, 0.05), (250, 0.02)])
 def test_ancestral_sampling_returns_the_gaussian(steps, bound):
     x = standard(1, 1, 28, 28, 28)
     y = run(ddpm, gaussian, x, steps)
@@ -99,17 +97,40 @@ def test_the_error_falls_with_the_order_of_the_solver(sampler, order):
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
 
 
-@every_sampler
-@pytest.mark.parametrize("steps", [1, 2, 17, 1000])
-def test_a_denoiser_that_knows_the_truth_gets_it_back(sampler, steps):
+EVERY = [(SCHEDULE, name) for name in samplers_for(SCHEDULE)] + [(FLOW, name) for name in samplers_for(FLOW)]
+on_both = pytest.mark.parametrize(("schedule", "name"), EVERY, ids=[f"{s.is_flow}-{n}" for s, n in EVERY])
+
+
+@on_both
+@pytest.mark.parametrize("steps", [1, 2, 17])
+def test_a_denoiser_that_knows_the_truth_gets_it_back(schedule, name, steps):
     truth, x = 3 * standard(2, 1, 3, 4, 5, seed=1), standard(2, 1, 3, 4, 5)
 
     def omniscient(x, t):
-        alpha, sigma = alpha_sigma(t, x)
-        return (x - alpha * truth) / sigma
+        alpha, sigma = schedule.alpha_sigma(t, x)
+        return truth, (x - alpha * truth) / sigma
 
-    y = run(sampler, omniscient, x, steps)
+    y = SAMPLERS[name](omniscient, x, schedule, steps=steps, noise=fresh(x))
     torch.testing.assert_close(y, truth, rtol=0, atol=1e-9)
+
+
+@on_both
+def test_known_latent_voxels_are_clean_at_every_step_and_every_timestep_is_visited_once(schedule, name):
+    x, known, seen, states = standard(2, 1, 4, 3, 3), 5 + standard(2, 1, 4, 3, 3, seed=2), [], []
+    masked = torch.zeros_like(x, dtype=torch.bool)
+    masked[:, :, 1:3] = True
+
+    def watched(x, t):
+        seen.append((int(t[0]), x[~masked]))
+        return torch.tanh(x), x
+
+    keep = lambda z: torch.where(masked, z, known)  # noqa: E731
+    y = SAMPLERS[name](watched, x, schedule, steps=9, noise=fresh(x), keep=keep, callback=states.append)
+    times = [t for t, _ in seen]
+    assert len(set(times)) == 9 and times == sorted(times, reverse=True) and times[0] == 999
+    assert all(torch.equal(voxels, known[~masked]) for _, voxels in seen)
+    assert all(torch.equal(s["x0"][~masked], known[~masked]) for s in states)
+    assert torch.equal(y[~masked], known[~masked]) and not torch.isclose(y[masked], known[masked]).any()
 
 
 def test_ddim_at_full_length_is_equation_12_step_by_step():
@@ -129,69 +150,6 @@ def test_ddpm_at_full_length_is_algorithm_2_step_by_step():
         y = (y - betas[t] / (1 - (SCHEDULE.alpha**2)[t]).sqrt() * epsilon) / (1 - betas[t]).sqrt()
         y = y + betas[t].sqrt() * fresh(x)(i) if t else y
     torch.testing.assert_close(run(ddpm, bent, x, 1000), y, rtol=1e-7, atol=1e-7)
-
-
-def test_the_first_order_of_dpm_solver_is_ddim(monkeypatch):
-    x = standard(2, 1, 3, 2, 2)
-    times = torch.tensor([999, 300])
-    monkeypatch.setattr(samplers, "spaced_timesteps", lambda *_: times)
-    torch.testing.assert_close(run(dpm_solver_pp_2m, bent, x, 2), run(ddim, bent, x, 2))
-
-
-def test_dpm_solver_extrapolates_x0_to_the_middle_of_uneven_steps(monkeypatch):
-    times, states = torch.tensor([999, 700, 200]), []
-    monkeypatch.setattr(samplers, "spaced_timesteps", lambda *_: times)
-    run(dpm_solver_pp_2m, bent, standard(1, 1, 3, 2, 2), 3, callback=states.append)
-    lambdas = SCHEDULE.log_snr(times) / 2
-    (h1, h2), (first, second) = lambdas.diff(), (s["x0"] for s in states[:2])
-    middle = second + (second - first) / h1 * (h2 / 2)
-    (_, alpha), (sigma, next_sigma) = (rate.flatten() for rate in alpha_sigma(times[1:], middle))
-    expected = next_sigma / sigma * states[1]["x"] + alpha * (1 - torch.exp(-h2)) * middle
-    torch.testing.assert_close(states[2]["x"], expected)
-
-
-def test_dpm_solver_is_spaced_in_log_snr_and_the_others_in_t():
-    for sampler, spacing in [(ddpm, "uniform"), (ddim, "uniform"), (dpm_solver_pp_2m, "log_snr")]:
-        states = []
-        run(sampler, bent, standard(1, 1, 2, 2, 2), 9, callback=states.append)
-        assert [s["t"] for s in states] == spaced_timesteps(SCHEDULE, 9, spacing).tolist()
-
-
-@every_sampler
-def test_known_latent_voxels_are_clean_for_the_denoiser_at_every_step_and_in_the_result(sampler):
-    x, known = standard(2, 1, 4, 3, 3), 5 + standard(2, 1, 4, 3, 3, seed=2)
-    masked = torch.zeros_like(x, dtype=torch.bool)
-    masked[:, :, 1:3] = True
-    seen, states = [], []
-
-    def keep(x):
-        return torch.where(masked, x, known)
-
-    def watched(x, t):
-        seen.append(x[~masked])
-        return bent(x, t)
-
-    y = run(sampler, watched, x, 11, keep=keep, callback=states.append)
-    assert len(seen) == 11
-    assert all(torch.equal(voxels, known[~masked]) for voxels in seen)
-    assert all(torch.equal(s["x0"][~masked], known[~masked]) for s in states)
-    assert torch.equal(y[~masked], known[~masked])
-    assert not torch.isclose(y[masked], known[masked]).any()
-
-
-@every_sampler
-def test_a_batch_equals_its_elements(sampler):
-    x = standard(3, 2, 3, 2, 4)
-    together = run(sampler, bent, x, 12)
-    for i in range(3):
-        alone = sampler(
-            denoiser_of(bent),
-            x[i : i + 1],
-            SCHEDULE,
-            steps=12,
-            noise=lambda step, i=i: fresh(x)(step)[i : i + 1],
-        )
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
 
 
 @every_sampler
@@ -223,19 +181,11 @@ def test_only_ancestral_sampling_asks_for_noise_once_a_step_but_the_last():
 def test_precision_of_x_decides_the_result_and_never_the_tables(sampler):
     before, x = SCHEDULE.alpha.clone(), standard(1, 1, 3, 3, 3, dtype=torch.float32)
     exact = sampler(denoiser_of(gaussian), x.double(), SCHEDULE, steps=20, noise=lambda i: fresh(x)(i).double())
-    for dtype, tolerance in [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.4)]:
+    for dtype, tolerance in [(torch.float32, 1e-4), (torch.float16, 0.05)]:
         y = sampler(denoiser_of(gaussian), x.to(dtype), SCHEDULE, steps=20, noise=lambda i, d=dtype: fresh(x)(i).to(d))
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=tolerance)
     assert torch.equal(SCHEDULE.alpha, before)
-
-
-@every_sampler
-def test_a_half_precision_denoiser_does_not_lower_the_arithmetic(sampler):
-    x = standard(1, 1, 2, 2, 2, dtype=torch.float32)
-    y = run(sampler, lambda x, t: gaussian(x, t).bfloat16(), x, 5)
-    assert y.dtype == torch.float32
-    assert torch.equal(y, run(sampler, lambda x, t: gaussian(x, t).bfloat16().float(), x, 5))
 
 
 # ---- rectified flow
@@ -272,38 +222,6 @@ def test_ddim_on_a_flow_is_eulers_method():
     x = standard(2, 1, 3, 2, 2)
     found = [sampler(flow_gaussian, x, FLOW, steps=7, noise=fresh(x)) for sampler in (ddim, euler)]
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 10, 1000])
-@pytest.mark.parametrize("name", samplers_for(FLOW))
-def test_on_a_flow_a_denoiser_that_knows_the_truth_gets_it_back(name, steps):
-    truth, x = 3 * standard(2, 1, 3, 4, 5, seed=1), standard(2, 1, 3, 4, 5)
-
-    def omniscient(x, t):
-        alpha, sigma = FLOW.alpha_sigma(t, x)
-        return truth, (x - alpha * truth) / sigma
-
-    y = SAMPLERS[name](omniscient, x, FLOW, steps=steps, noise=fresh(x))
-    torch.testing.assert_close(y, truth, rtol=0, atol=1e-9)
-
-
-def test_every_evaluation_on_a_flow_is_at_a_timestep_of_its_own_with_known_latent_voxels_clean():
-    x, known, seen = standard(1, 1, 4, 3, 3), 5 + standard(1, 1, 4, 3, 3, seed=2), []
-    masked = torch.zeros_like(x, dtype=torch.bool)
-    masked[:, :, 1:3] = True
-
-    def watched(x, t):
-        seen.append((int(t), x[~masked]))
-        return flow_gaussian(x, t)
-
-    for name in samplers_for(FLOW):
-        seen.clear()
-        keep = lambda z: torch.where(masked, z, known)  # noqa: E731
-        y = SAMPLERS[name](watched, x, FLOW, steps=9, noise=fresh(x), keep=keep)
-        times = [t for t, _ in seen]
-        assert len(set(times)) == 9 and times == sorted(times, reverse=True) and times[0] == 999
-        assert all(torch.equal(voxels, known[~masked]) for _, voxels in seen)
-        assert torch.equal(y[~masked], known[~masked])
 
 
 @pytest.mark.parametrize(("name", "schedule", "said"), [

@@ -18,7 +18,7 @@ from ldm_lib.diffusion.parameterisation import to_x0_and_noise
 from ldm_lib.diffusion.samplers import SAMPLERS
 from ldm_lib.diffusion.schedule import noise_schedule, spaced_timesteps
 
-STEPS = pytest.mark.parametrize("steps", [4, 10, 20, 50])
+STEPS = pytest.mark.parametrize("steps", [4, 20])
 KINDS = {"noise": "epsilon", "velocity": "v_prediction", "x0": "sample"}
 LINEAR, FLOW = noise_schedule(), noise_schedule("flow")
 FLOAT32 = 2e-5
@@ -102,9 +102,8 @@ def test_euler(steps):
     require_equal(ours("euler", FLOW, "flow", steps), theirs(scheduler), FLOAT32)
 
 
-@pytest.mark.parametrize("steps", [4, 10, 50, 1000])
-@pytest.mark.parametrize("prediction", KINDS)
-def test_ddpm_up_to_its_last_step(steps, prediction, monkeypatch):
+@pytest.mark.parametrize(("prediction", "steps"), [(kind, 10) for kind in KINDS] + [("velocity", 1000)])
+def test_ddpm_up_to_its_last_step(prediction, steps, monkeypatch):
     """Theirs adds noise in the last of few steps, whose mean is clean already; of all 1000 the last is the same too."""
     scheduler = with_our_tables(DDPMScheduler(
         beta_start=1e-4, beta_end=0.02, clip_sample=False, variance_type="fixed_large",

@@ -42,13 +42,7 @@ def test_an_untrained_network_predicts_exactly_zero():
     assert not network(latents(5, 7, 3), torch.tensor([0, 999])).any()
 
 
-def test_an_untrained_block_or_attention_is_the_identity():
-    x, embedding = latents(4, 3, 2, channels=8), torch.randn(2, 16)
-    assert torch.equal(ResidualBlock(8, 8, 16)(x, embedding), x)
-    assert torch.equal(Attention(8, 4)(x), x)
-
-
-@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (8, 4, 12), (30, 30, 20)])
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (8, 4, 12)])
 def test_any_latent_shape_comes_back(shape):
     y = awake()(latents(*shape, batch=1), torch.tensor([10]))
     assert y.shape == (1, 3, *shape)
@@ -60,17 +54,6 @@ def test_padding_is_zeros_and_is_undone_at_its_offset():
     x = latents(6, 5, 7)
     whole = network(F.pad(x, (0, 1, 1, 2, 1, 1)), t)
     assert torch.equal(network(x, t), whole[:, :, 1:7, 1:6, 0:7])
-
-
-def test_each_level_halves_and_each_way_up_doubles_all_three_axes():
-    network, sizes = awake(attention_rates=()), []
-    for stage in [*network.down, network.middle, *network.up]:
-        stage.register_forward_hook(lambda *args: sizes.append(tuple(args[2].shape[2:])))
-    network(latents(12, 8, 20), torch.tensor([0, 1]))
-    rate1, rate2, rate4 = (12, 8, 20), (6, 4, 10), (3, 2, 5)
-    down = [rate1, rate1, rate2, rate2, rate2, rate4, rate4, rate4]
-    up = [rate4, rate4, rate2, rate2, rate2, rate1, rate1, rate1, rate1]
-    assert sizes == [*down, rate4, *up]
 
 
 @pytest.mark.parametrize("rates", [(), (4,), (2, 4), (1,)])
@@ -85,7 +68,7 @@ def test_attention_acts_only_at_the_rates_asked_for(rates):
     assert counts == {rate: 5 * (rate in rates) + (rate == 4) for rate in (1, 2, 4)}
 
 
-@pytest.mark.parametrize(("channels", "heads"), [(512, 8), (128, 2), (64, 1), (24, 1)])
+@pytest.mark.parametrize(("channels", "heads"), [(512, 8), (24, 1)])
 def test_heads_have_64_channels(channels, heads):
     assert Attention(channels, 64).heads == heads
 
@@ -113,18 +96,6 @@ def test_the_timestep_acts_and_only_by_the_scale_and_shift():
     assert torch.equal(network(x, torch.tensor([3, 3])), network(x, torch.tensor([900, 900])))
 
 
-def test_scale_minus_one_and_shift_zero_null_the_second_branch():
-    torch.manual_seed(2)
-    block = ResidualBlock(8, 12, 16)
-    nn.init.normal_(block.conv2.weight)
-    nn.init.zeros_(block.scale_shift.weight)
-    x, embedding = latents(4, 4, 4, channels=8), torch.randn(2, 16)
-    assert not torch.allclose(block(x, embedding), block.skip(x))
-    with torch.no_grad():
-        block.scale_shift.bias.copy_(torch.tensor([-1.0] * 12 + [0.0] * 12))
-    assert torch.equal(block(x, embedding), block.skip(x))
-
-
 def test_timestep_embedding_is_cosines_and_sines():
     t = torch.tensor([0, 1, 999])
     embedding = timestep_embedding(t, 6)
@@ -142,28 +113,17 @@ def test_a_batch_equals_its_elements():
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [(1, 2, 0), (0, 2, 1)])
-def test_all_axes_are_treated_alike(order):
-    """Turning the input and every kernel turns the output."""
+@pytest.mark.parametrize("turn", [
+    lambda x: x.permute(0, 1, 3, 4, 2), lambda x: x.permute(0, 1, 2, 4, 3), lambda x: x.flip(2, 3, 4),
+], ids=["rotated", "swapped", "mirrored"])  # fmt: skip
+def test_all_axes_and_directions_are_treated_alike(turn):
+    """Turning the input and every kernel turns the output: nothing is shifted on the way."""
     network, x, t = awake(), latents(8, 4, 12), torch.tensor([5, 600])
-    axes = (0, 1, *[axis + 2 for axis in order])
-    expected = network(x, t).permute(axes)
-    turn_kernels(network, lambda kernel: kernel.permute(axes))
-    torch.testing.assert_close(network(x.permute(axes), t), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_both_directions_of_an_axis_are_treated_alike():
-    """Mirroring the input and every kernel mirrors the output: nothing is shifted on the way."""
-    network, x, t = awake(), latents(8, 6, 12), torch.tensor([5, 600])
-    expected = network(x, t).flip(2, 3, 4)
-    turn_kernels(network, lambda kernel: kernel.flip(2, 3, 4))
-    torch.testing.assert_close(network(x.flip(2, 3, 4), t), expected, rtol=1e-4, atol=1e-4)
-
-
-def turn_kernels(network, turn):
+    expected = turn(network(x, t))
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
             module.weight = nn.Parameter(turn(module.weight.detach()).contiguous())
+    torch.testing.assert_close(network(turn(x), t), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_output_sees_the_whole_input():
@@ -200,13 +160,7 @@ def test_norms_stay_in_float32_under_autocast(monkeypatch):
     assert (y - exact).std() < 0.1 * exact.std()
 
 
-def test_a_norm_of_small_half_values_does_not_lose_them():
-    x = (1e-3 * latents(4, 4, 4, channels=8) + 1).bfloat16()
-    expected = F.group_norm(x.double(), 2).to(torch.bfloat16)
-    assert torch.equal(Norm(8)(x), expected)
-
-
-@pytest.mark.parametrize(("channels", "groups"), [(128, 32), (512, 32), (384, 32), (64, 16), (24, 6), (10, 2), (7, 1)])
+@pytest.mark.parametrize(("channels", "groups"), [(512, 32), (64, 16), (10, 2), (7, 1)])
 def test_norms_have_at_most_32_groups_of_at_least_four_channels(channels, groups):
     assert Norm(channels).num_groups == groups
 
@@ -218,21 +172,6 @@ def test_config_rebuilds_the_same_network():
     assert twin.load_state_dict(network.state_dict()).missing_keys == []
     x, t = latents(4, 5, 6), torch.tensor([4, 40])
     assert torch.equal(twin(x, t), network(x, t))
-
-
-def test_dropout_acts_in_training_only():
-    network, x, t = awake(dropout=0.5), latents(4, 4, 4), torch.tensor([4, 40])
-    assert torch.equal(network(x, t), network(x, t))
-    network.train()
-    assert not torch.equal(network(x, t), network(x, t))
-
-
-def test_memory_format_changes_nothing_but_rounding():
-    network, x, t = awake(), latents(8, 8, 4), torch.tensor([4, 40])
-    expected = network(x, t)
-    network.to(memory_format=torch.channels_last_3d)
-    got = network(x.contiguous(memory_format=torch.channels_last_3d), t)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_flops_equal_those_of_every_layer_that_ran():
@@ -263,34 +202,14 @@ def test_the_full_size_is_counted_without_being_built():
     assert count_flops(full, (30, 30, 20)) == pytest.approx(0.684e12, rel=1e-3)
 
 
-def test_a_backward_is_twice_a_forward_less_the_gradients_of_what_was_given():
-    network = ADM(in_channels=5, out_channels=2, base_width=8, multipliers=(1, 2), attention_rates=(2,))
-    voxels = 8 * 4 * 4
-    given = 2 * 27 * 5 * 8 * voxels + 2 * 8 * 32  # of the first convolution, and of the first layer of the embedding
-    forward = count_flops(network, (8, 4, 4))
-    assert count_flops(network, (8, 4, 4), backward=True) == 3 * forward - given
-
-
-def test_frozen_parameters_are_not_counted():
-    layer = nn.Linear(3, 4)
-    layer.bias.requires_grad_(False)
-    assert count_parameters(layer) == 12
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"in_channels": 0}, "in_channels: 0 given, 1 or more allowed"),
-        ({"out_channels": 0}, "out_channels: 0 given"),
         ({"base_width": 9}, "base_width: 9 given, even numbers"),
         ({"multipliers": ()}, r"multipliers: \[\] given"),
-        ({"multipliers": (1, 0)}, r"multipliers: \[1, 0\] given"),
         ({"blocks_per_level": 0}, "blocks_per_level: 0 given"),
-        ({"attention_rates": (3,)}, r"attention_rates: \[3\] given, some of \[1, 2, 4\] allowed"),
-        ({"attention_rates": (8,)}, r"attention_rates: \[8\] given, some of \[1, 2, 4\] allowed"),
-        ({"head_channels": 0}, "head_channels: 0 given"),
+        ({"conditioning": (3, 6)}, "conditioning: .* given, none, or start and stop within 5 channels allowed"),
         ({"head_channels": 10}, r"head_channels: 10 given, .*widths \[32, 32\]"),
-        ({"dropout": 1.0}, "dropout: 1.0 given"),
     ],
 )
 def test_options_no_network_can_have_are_rejected(options, said):
@@ -298,16 +217,11 @@ def test_options_no_network_can_have_are_rejected(options, said):
         ADM(**{**SMALL, **options})
 
 
-def test_wrong_channels_are_rejected_with_the_numbers():
-    with pytest.raises(ConfigError, match=r"shape \(2, 4, 4, 4, 4\) given, \(b, 5, x, y, z\)"):
-        awake()(latents(4, 4, 4, channels=4), torch.tensor([0, 1]))
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 1), (2, 4, 4), (5, 5, 4)])
+@pytest.mark.parametrize("shape", [(2, 2, 1), (2, 4, 4)])
 def test_gradients_of_tiny_latents_do_not_read_unwritten_memory(shape):
     """In bfloat16 torch's own convolution fails this in most of the trials when the first axis has two voxels."""
     network = awake(in_channels=4, out_channels=2, base_width=16, multipliers=(1, 2), attention_rates=())
-    for _ in range(10):
+    for _ in range(5):
         litter = [torch.full((size,), torch.nan) for size in (1000, 5000, 10000, 70000, 100000)]
         del litter
         network.zero_grad()
@@ -318,11 +232,6 @@ def test_gradients_of_tiny_latents_do_not_read_unwritten_memory(shape):
 
 
 GUIDED = {"in_channels": 9, "conditioning": (3, 7)}
-
-
-def test_conditioning_all_samples_is_the_default():
-    network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
-    assert torch.equal(network(x, t, torch.ones(2)), network(x, t))
 
 
 def test_unconditional_samples_do_not_see_the_conditioning_and_it_is_not_zeros():
@@ -341,6 +250,7 @@ def test_unconditional_samples_do_not_see_the_conditioning_and_it_is_not_zeros()
 def test_a_batch_may_be_conditioned_in_part():
     network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
     mixed = network(x, t, torch.tensor([1.0, 0.0]))
+    assert torch.equal(network(x, t, torch.ones(2)), network(x, t))
     torch.testing.assert_close(mixed[:1], network(x, t)[:1])
     torch.testing.assert_close(mixed[1:], network(x, t, torch.zeros(2))[1:])
 
@@ -358,9 +268,3 @@ def test_a_network_trained_with_conditioning_only_rejects_unconditional_samples(
     assert not network.supports_unconditional
     with pytest.raises(ConfigError, match="ADM: it was trained with conditioning only"):
         network(latents(4, 4, 4), torch.tensor([0, 1]), torch.zeros(2))
-
-
-@pytest.mark.parametrize("wrong", [(3, 3), (-1, 2), (3, 6), (1,)])
-def test_conditioning_lies_within_the_channels(wrong):
-    with pytest.raises(ConfigError, match=r"conditioning: .* given, none, or start and stop within 5 channels allowed"):
-        ADM(**SMALL, conditioning=wrong)

@@ -8,9 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from ldm_lib.experiment.presets import resolve
-from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples, crop_around_mask
+from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples
 from ldm_lib.training.objective import masked_loss
-from ldm_lib.training.options import TrainerOptions
 
 STEPS = 1000
 
@@ -53,19 +52,13 @@ def test_an_item_is_a_function_of_seed_step_and_index():
 
 def test_t_is_uniform_over_the_schedule_and_the_noise_standard():
     data = samples(1)
-    drawn = [data[0, position, 0] for position in range(2000)]
+    drawn = [data[0, position, 0] for position in range(1000)]
     t = torch.stack([item["t"] for item in drawn])
     assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < STEPS
     quarters = torch.histc(t.float(), bins=4, min=0, max=STEPS)
-    assert (quarters - 500).abs().max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
+    assert (quarters - 250).abs().max() < 5 * (1000 * 0.25 * 0.75) ** 0.5
     noise = torch.stack([item["noise"] for item in drawn])
-    assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
-
-
-def test_every_variant_is_used():
-    data = samples(1, variants=3)
-    seen = {int(data[0, position, 0]["target"][0, 0, 0, 0]) // 10000 for position in range(50)}
-    assert seen == {0, 1, 2}
+    assert noise.mean().abs() < 0.015 and abs(noise.std() - 1) < 0.015
 
 
 def test_a_sample_reads_one_encoding_and_none_is_read_before():
@@ -93,17 +86,6 @@ def test_a_sample_reads_one_encoding_and_none_is_read_before():
     assert sorted(k for k, _ in read) == [0, 1, 2, 3]
 
 
-def test_without_latent_changes_the_latents_are_the_cached_ones():
-    item = samples(1)[4, 2, 0]
-    assert same({name: item[name] for name in latents(0)}, latents(0))
-
-
-def test_a_latent_flip_flips_everything_left_and_right():
-    item, plain = samples(1, latent_flip_probability=1.0)[0, 0, 0], latents(0)
-    assert all(torch.equal(item[name], plain[name].flip(1)) for name in plain)
-    assert torch.equal(item["noise"], samples(1)[0, 0, 0]["noise"])  # noise has no left and right
-
-
 def test_a_flip_turns_the_signs_of_latents_and_of_nothing_else():
     """What is even stays, what is odd changes its sign; masks, shares and conditioning are neither."""
     signs = torch.tensor([1.0, -1.0])
@@ -117,7 +99,7 @@ def test_a_flip_turns_the_signs_of_latents_and_of_nothing_else():
     assert same({name: still[name] for name in many}, many), "what is not flipped keeps its signs"
 
 
-@pytest.mark.parametrize("edge", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("edge", [1, 3, 16])
 def test_a_crop_holds_a_part_of_the_mask_and_keeps_tensors_together(edge):
     data = samples(1, latent_crop=edge)
     corners = set()
@@ -130,15 +112,8 @@ def test_a_crop_holds_a_part_of_the_mask_and_keeps_tensors_together(edge):
     assert len(corners) > 1 or edge == 16
 
 
-def test_cropping_changes_none_of_its_inputs():
-    sample = latents(0)
-    crop_around_mask(sample, 2, np.random.default_rng(0))
-    assert same(sample, latents(0))
-
-
 @pytest.mark.parametrize(("count", "batch", "accumulate", "world", "steps"), [
-    (4, 2, 1, 1, 2), (5, 2, 1, 1, 3), (5, 2, 3, 1, 1), (1, 2, 2, 1, 1), (7, 3, 2, 1, 2), (7, 1, 1, 4, 2),
-    (9, 2, 2, 2, 2),
+    (4, 2, 1, 1, 2), (5, 2, 3, 1, 1), (1, 2, 2, 1, 1), (7, 1, 1, 4, 2), (9, 2, 2, 2, 2),
 ])  # fmt: skip
 def test_an_epoch_uses_every_case_and_wraps_to_full_batches(count, batch, accumulate, world, steps):
     plan = BatchPlan(count, settings(batch_size=batch, accumulate_grad_batches=accumulate), world=world)
@@ -152,7 +127,7 @@ def test_an_epoch_uses_every_case_and_wraps_to_full_batches(count, batch, accumu
         assert [index for _, index, _ in seen] == list(range(plan.global_batch)) * steps
 
 
-@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 4), (2, 2), (4, 1), (2, 1)])
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 2), (4, 1)])
 def test_processes_and_accumulation_split_one_global_batch(world, accumulate):
     """Whoever does it, in however many pieces: together the samples of a step, each once, as for one process."""
     batch = 8 // (world * accumulate)
@@ -168,12 +143,6 @@ def test_processes_and_accumulation_split_one_global_batch(world, accumulate):
     assert later[0][0] == plans[0].batches(3)[0]
 
 
-def test_a_plan_needs_no_more_options_than_those_of_the_optimisation():
-    plan = BatchPlan(5, TrainerOptions(batch_size=4))
-    assert "wandb_mode" not in TrainerOptions.model_fields
-    assert plan.steps_per_epoch == 2 and len(plan.sample_indices(0)) == 4
-
-
 def test_the_order_is_a_function_of_seed_and_epoch():
     plan, other = BatchPlan(50, settings(batch_size=50)), BatchPlan(50, settings(batch_size=50, seed=1))
     first, second = ([case for *_, case in plan.sample_indices(step)] for step in (0, 1))
@@ -181,7 +150,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert [case for *_, case in other.sample_indices(0)] != first
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_debug_mode_repeats_sixteen_pairs_per_case(count):
     changes = {"overfit_batches": 1, "latent_flip_probability": 0.5, "latent_crop": 3, "batch_size": 1}
     data, plan = samples(count, **changes), BatchPlan(count, settings(**changes))
@@ -201,12 +170,6 @@ def test_debug_mode_repeats_sixteen_pairs_per_case(count):
         assert len(set(times)) == 16 and times[0] == 100 and times[-1] == 999
         assert len({item["noise"].sum().item() for item in own}) == 16
     assert len({item["noise"].sum().item() for item in epochs[0]}) == 16 * count
-
-
-def test_debug_mode_fits_a_short_schedule():
-    data = TrainingSamples([[latents(0)]], settings(overfit_batches=1), 20, global_batch=1)
-    times = [int(data[step, 0, 0]["t"]) for step in range(16)]
-    assert times[0] == 2 and times[-1] == 19
 
 
 def test_the_loss_is_the_mean_over_samples_of_the_mean_over_the_mask():
@@ -239,14 +202,6 @@ def test_the_loss_is_computed_in_float32():
     noise = torch.zeros(1, 1, 16, 16, 16, dtype=torch.float16)
     loss = masked_loss(noise + 100, noise, torch.ones(1, 1, 16, 16, 16))  # the sum overflows float16
     assert loss.dtype == torch.float32 and loss == 10000
-
-
-def test_accumulated_batches_average_samples_equally():
-    predicted, noise = torch.randn(4, 2, 3, 3, 3), torch.randn(4, 2, 3, 3, 3)
-    mask = (torch.rand(4, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.7).float()
-    whole = masked_loss(predicted, noise, mask)
-    halves = [masked_loss(predicted[part], noise[part], mask[part]) for part in (slice(2), slice(2, 4))]
-    assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-5)
 
 
 def test_conditioning_is_dropped_with_the_requested_probability_and_changes_no_other_draw():
