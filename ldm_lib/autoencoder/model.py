@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_lib.autoencoder._monai import AutoencoderKL, AutoencoderKlMaisi
 from ldm_lib.autoencoder.input_transforms import TRANSFORMS
 from ldm_lib.autoencoder.linear_codec import QUIET_LOG_VARIANCE, LinearCodec, per_channel
 from ldm_lib.devices import pick_device
@@ -22,7 +21,7 @@ from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED
 from ldm_lib.geometry import Padding
 from ldm_lib.model_io import load_model, save_model
 
-NETWORKS = {"AutoencoderKL": AutoencoderKL, "AutoencoderKlMaisi": AutoencoderKlMaisi}
+NETWORKS = ("AutoencoderKL", "AutoencoderKlMaisi")
 CHOICES = {"input_transform": tuple(TRANSFORMS), "norm": ("local", "group"), "learned": ("both", "decoder", "none")}
 LEAST_MM, MOST_MM = 0.1, 100.0  # edge of a voxel
 
@@ -123,7 +122,7 @@ class Autoencoder(nn.Module):
 
     def _build_network(self) -> nn.Module:
         arguments = dict(self.config["network"])
-        network = NETWORKS[arguments.pop("class")](**arguments)
+        network = network_class(arguments.pop("class"))(**arguments)
         if self.config["norm"] == "local":
             for parent in list(network.modules()):
                 for name, child in parent.named_children():
@@ -234,6 +233,13 @@ class LocalNorm(nn.Module):
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
     """Return KL(N(mean, std^2) || N(0, 1)), the mean over latent elements (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + std.square() - 2 * std.log() - 1).mean()
+
+
+def network_class(name: str) -> type[nn.Module]:
+    """Import a network of MONAI by its name; only when it is needed, since MONAI takes seconds to import."""
+    from ldm_lib.autoencoder import _monai
+
+    return getattr(_monai, name)
 
 
 def _require_known(config: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_lib import model_io
-from ldm_lib.autoencoder.model import NETWORKS, Autoencoder
+from ldm_lib.autoencoder.model import Autoencoder, network_class
 from ldm_lib.errors import WeightsError
 from ldm_lib.files import expand_path, sha256
 from ldm_lib.model_io import CONFIG, WEIGHTS
@@ -147,7 +147,7 @@ def _network_arguments(kind: str, tensors: Mapping[str, Tensor], path: Path) -> 
     block = next((content[name] for name in BLOCKS if isinstance(content.get(name), dict)), content)
     given = {name: _literal(name, value, content, path) for name, value in block.items() if not name.startswith("_")}
     name, width = ("AutoencoderKlMaisi", "num_channels") if kind == MAISI else ("AutoencoderKL", "channels")
-    defaults = {k: p.default for k, p in signature(NETWORKS[name]).parameters.items() if p.default is not p.empty}
+    defaults = {k: p.default for k, p in signature(network_class(name)).parameters.items() if p.default is not p.empty}
     network = {width if k in ("channels", "num_channels") else k: v for k, v in (defaults | given).items()}
     network = {k: list(v) if isinstance(v, tuple) else v for k, v in network.items() if k not in UNUSED_ARGUMENTS}
     shape = {k: network.get(k) for k in ("spatial_dims", "in_channels", "out_channels")}

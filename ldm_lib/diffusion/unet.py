@@ -60,8 +60,8 @@ class ADM(nn.Module):
         self.norm = Norm(base_width)
         self.head = zero(conv(base_width, out_channels))
         if conditioning:
-            self.null_conditioning = nn.Parameter(torch.randn(conditioning[1] - conditioning[0]))
-            self.unconditional_embedding = nn.Parameter(0.02 * torch.randn(embedding))
+            self.null_conditioning = _random_parameter(conditioning[1] - conditioning[0], 1.0)
+            self.unconditional_embedding = _random_parameter(embedding, 0.02)
 
     @property
     def supports_unconditional(self) -> bool:
@@ -184,3 +184,9 @@ def _check(config: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{config[name]} given, {allowed} allowed", where=f"ADM, {name}", fix="see `ldm params 04`"
             )
+
+
+def _random_parameter(length: int, std: float) -> nn.Parameter:
+    """Draw a normal vector, but on the meta device, where a draw would import torch._dynamo for two seconds."""
+    values = torch.empty(length)
+    return nn.Parameter(values if values.is_meta else values.normal_().mul_(std))

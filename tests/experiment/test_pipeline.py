@@ -35,7 +35,7 @@ METHODS = {
     "initial estimate",
 }
 METHODS |= {"sample, given tissue", "tissue paint, given tissue"}
-REAL = Path(os.environ.get("LDM_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
+REAL = Path(os.environ.get("LDM_REAL_DATA", "no real patients"))
 pytestmark = pytest.mark.pipeline
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real patients: name their folder in LDM_REAL_DATA")
 

@@ -1,6 +1,8 @@
 """The pretrained weights: as their config says, small, and better than the baselines."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,13 @@ def test_all_of_it_is_below_64_mb_and_in_half_precision():
     assert sum(path.stat().st_size for path in files) < 64e6
     for folder in (PRETRAINED, PRETRAINED / AUTOENCODER_FOLDER):
         assert {t.dtype for t in read_tensors(folder / WEIGHTS).values()} == {torch.float16}
+
+
+def test_loading_it_imports_no_network_of_monai_and_no_compiler():
+    """Each would take seconds, and the pretrained model uses neither."""
+    script = "import sys, ldm_lib as ldm; ldm.Inpainter.load(); print({'monai', 'torch._dynamo'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_the_networks_are_small(pretrained):
