@@ -147,6 +147,10 @@ def _network_arguments(kind: str, tensors: Mapping[str, Tensor], path: Path) -> 
     block = next((content[name] for name in BLOCKS if isinstance(content.get(name), dict)), content)
     given = {name: _literal(name, value, content, path) for name, value in block.items() if not name.startswith("_")}
     name, width = ("AutoencoderKlMaisi", "num_channels") if kind == MAISI else ("AutoencoderKL", "channels")
+    named = str(block.get("_target_", block.get("class", name))).rpartition(".")[2]  # compared, never imported
+    if named != name:
+        cause = f"describes {named}, but these are weights of {kind}"
+        raise WeightsError(cause, where=path, fix=f"give the JSON of the {name}")
     defaults = {k: p.default for k, p in signature(network_class(name)).parameters.items() if p.default is not p.empty}
     network = {width if k in ("channels", "num_channels") else k: v for k, v in (defaults | given).items()}
     network = {k: list(v) if isinstance(v, tuple) else v for k, v in network.items() if k not in UNUSED_ARGUMENTS}

@@ -62,13 +62,13 @@ class ModelSettings(ScheduleOptions):
     box_margin: Count | None = None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], autoencoder: Autoencoder) -> "ModelSettings":
-        """Read the settings from the config.json of a denoiser and of its autoencoder."""
+    def of(cls, config: Mapping[str, Any], autoencoder: Autoencoder, *, where: Path) -> "ModelSettings":
+        """Read the settings from the config.json of a denoiser and of its autoencoder, in the folder `where`."""
         values = dict(config["schedule"])
         for name, default in REMOVED.items():
             if (value := values.pop(name, default)) != default:
                 raise WeightsError(f"was trained with {name} = {value!r}, which was removed in version 0.8",
-                                   where="noise schedule", fix="use version 0.7, or train again")  # fmt: skip
+                                   where=where, fix="use version 0.7, or train again")  # fmt: skip
         values["diffusion_steps"] = values.pop("steps")
         values |= {name: config[name] for name in ("latent_crop", "temperature") if name in config}
         margin = autoencoder.folder_config.get("box_margin")
@@ -127,7 +127,7 @@ class LatentDiffusion:
         autoencoder = load_model(folder / AUTOENCODER_FOLDER, Autoencoder)
         try:
             spec = _read_spec(denoiser.folder_config)
-            settings = ModelSettings.of(denoiser.folder_config, autoencoder)
+            settings = ModelSettings.of(denoiser.folder_config, autoencoder, where=folder)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
             cause = error.cause if isinstance(error, ConfigError) else error
             raise WeightsError(f"its config does not say how it was trained ({cause})", where=folder,

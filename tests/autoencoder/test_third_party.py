@@ -276,6 +276,8 @@ def test_wrong_tensors_are_rejected(tmp_path, kind, change, reason):
     ("core", {"learning_rate": 0.1}, "unexpected keyword argument 'learning_rate'"),
     ("generative", {"out_channels": 2}, "out_channels = 2, where 3, 1 and 1 are needed"),
     ("maisi", {"spatial_dims": 2}, "spatial_dims = 2, .*where 3, 1 and 1 are needed"),
+    ("maisi", {"_target_": "monai.networks.nets.AutoencoderKL"}, "describes AutoencoderKL, but .* NVIDIA MAISI"),
+    ("generative", {"class": "AutoencoderKlMaisi"}, "describes AutoencoderKlMaisi, but .* monai-generative"),
     ("core", {"latent_channels": "$1 + 2"}, r"latent_channels = '\$1 \+ 2' is, or refers to, an expression"),
     ("core", {"channels": [4, "@wide"]}, "channels = '@wide' is, or refers to, an expression"),
     ("core", {"latent_channels": "@a", "a": "@b", "b": 3}, "latent_channels = '@a' is, or refers to"),
