@@ -19,7 +19,6 @@ STOPPED = InterruptionError("stopped", fix="give the same command again: finishe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; an error that users can fix is printed as one line."""
     os.umask(0o077)  # files made from patients' data belong to their owner alone; kernels and processes inherit this
-    signal.signal(signal.SIGTERM, _stop)
     words = joined(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(COMMANDS)
     for name in words[:1]:
@@ -27,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"no command {name!r}: {RENAMED_COMMANDS[name]}")
     options = parser.parse_args(words)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         return options.command(options)
     except InterruptionError as error:
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"ERROR {_readable(error)}", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return 1
 
 

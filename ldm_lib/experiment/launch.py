@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 
 from ldm_lib.data.case import load_case
-from ldm_lib.data.cohort import with_target
-from ldm_lib.diffusion.latents import LatentSpec
 from ldm_lib.errors import InterruptionError, LdmError, TrainingError
-from ldm_lib.experiment.cohort_file import read_cohort
 from ldm_lib.experiment.run_folder import SHARED_OUT, outputs_folder, read_record, require_done
-from ldm_lib.experiment.stage import open_stage
+from ldm_lib.experiment.stage import Stage, open_stage
 from ldm_lib.experiment.stages import AuditConfig, SamplingConfig, TrainingConfig
 from ldm_lib.files import write_json
 from ldm_lib.inpainting.folder import fill_cases, require_all, require_recorded
@@ -77,20 +74,16 @@ TRAINING, SAMPLING = "04_training", "05_sampling"
 def train_run(name: str) -> None:
     """Train stage 04 of a run, with the parameters in its config.json; the stage's notebook finishes it afterwards."""
     run_folder = outputs_folder() / name
-    for stage in ("01_data_audit", "02_autoencoder_check", "03_conditioning"):
-        require_done(run_folder, stage)
+    require_done(run_folder, "03_conditioning")
     values = read_record(run_folder / "config.json")[TRAINING]
     config = TrainingConfig.parse(values | {"run": name, "devices": world_size()})
     folder = run_folder / TRAINING
     if (folder / "done.json").exists() and not (config.overwrite or config.allow_change):
         print(f"{name}/{TRAINING}: already complete")
         return
-    if is_first():
-        open_stage(TRAINING, config.model_dump())
-    prepared, autoencoder = run_folder / "03_conditioning", run_folder / "02_autoencoder_check" / "model"
-    spec = LatentSpec.parse(read_record(prepared / "settings.json"))
-    training, validation = map(with_target, read_cohort(prepared / "cohort.json", run_folder))
-    model = new_model(autoencoder, config, spec)
+    stage = open_stage(TRAINING, config.model_dump()) if is_first() else Stage(TRAINING, config, folder, {})
+    training, validation = stage.cases("03_conditioning", with_target=True)
+    model = new_model(stage.previous("02_autoencoder_check") / "model", config, stage.latent_spec())
     cached, watched, _ = encode(latent_cache(model, config, run_folder), training, validation, config)
     variants = {entry.case.key: entry for entry in cached}
     trainer = train(
@@ -104,23 +97,24 @@ def train_run(name: str) -> None:
 def inpaint_run(name: str) -> None:
     """Inpaint this process's part of the cases of stage 05, with the parameters in the run's config.json."""
     run_folder = outputs_folder() / name
-    model, prepared = require_done(run_folder, "04_training") / "model", require_done(run_folder, "03_conditioning")
+    model = require_done(run_folder, TRAINING) / "model"
     config = SamplingConfig.parse(read_record(run_folder / "config.json")[SAMPLING] | {"run": name})
+    stage = Stage(SAMPLING, config, run_folder / SAMPLING, {})
     if world_size() > 1:
         torch.distributed.init_process_group("gloo")
     if is_first():
         open_stage(SAMPLING, config.model_dump())
     if world_size() > 1:
         torch.distributed.barrier()  # starting the stage may have cleared the folder
-    cases = read_cohort(prepared / "cohort.json", run_folder)[1][: config.max_cases or None]
+    cases = stage.cases("03_conditioning")[1][: config.max_cases or None]
     inpainter = Inpainter.for_sampling(model, config)
-    rows = fill_cases(inpainter, cases[global_rank() :: world_size()], config, run_folder / SAMPLING)
+    rows = fill_cases(inpainter, cases[global_rank() :: world_size()], config, stage.folder)
     if world_size() > 1:
         torch.distributed.barrier()
     require_all(rows)
-    require_recorded(cases, run_folder / SAMPLING)
+    require_recorded(cases, stage.folder)
     if is_first():
-        write_json(run_folder / SAMPLING / SHARED_OUT, {"processes": world_size()})
+        write_json(stage.folder / SHARED_OUT, {"processes": world_size()})
 
 
 WORK: dict[str, Callable[[str], None]] = {"04": train_run, "05": inpaint_run}

@@ -11,7 +11,6 @@ import nbformat
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors.sanitize import SanitizeHTML
 
-from ldm_lib.errors import RunError
 from ldm_lib.files import replacing
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -44,7 +43,7 @@ th, td {{ padding: .3em .8em; text-align: left; vertical-align: top; border-bott
 <body>
 <h1>{title}</h1>
 <table>
-<tr><th>stage</th><th>status</th><th>seconds</th><th>acceptance checks</th></tr>
+<tr><th>stage</th><th>seconds</th><th>acceptance checks</th></tr>
 {rows}
 </table>
 </body>
@@ -59,11 +58,7 @@ def write_report(notebook_path: str | Path, html_path: str | Path, *, title: str
     Scripts, styles, forms, frames and event handlers in markdown or outputs are removed or shown as text, and the
     page's content security policy forbids them in addition.
     """
-    notebook_path = Path(notebook_path)
-    try:
-        notebook = nbformat.read(notebook_path, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError) as error:
-        raise RunError(f"is not a readable notebook ({error})", where=notebook_path, fix="run the stage") from error
+    notebook = nbformat.read(notebook_path, as_version=4)
     notebook.metadata = {"title": title}
     heading = "figure"  # the heading above a picture is its alternative text; other metadata are dropped
     for cell in notebook.cells:
@@ -78,10 +73,10 @@ def write_report(notebook_path: str | Path, html_path: str | Path, *, title: str
     return _write(Path(html_path), exporter.from_notebook_node(notebook)[0])
 
 
-def write_index(run_folder: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write index.html of a run: the `stage`, `status`, `seconds` and `checks` of each row, and links to reports."""
+def write_index(run_folder: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
+    """Write index.html of a run: the `stage`, `seconds` and `checks` of each record, and links to reports."""
     run_folder = Path(run_folder)
-    lines = "\n".join(_stage_row(run_folder, row) for row in rows)
+    lines = "\n".join(_stage_row(run_folder, record) for record in records)
     return _write(run_folder / "index.html", INDEX.format(title=f"Run {html.escape(run_folder.name)}", rows=lines))
 
 
@@ -94,24 +89,19 @@ def sanitise(element: object) -> str:
 
 def _write(path: Path, page: str) -> Path:
     page = page.replace("<head>", f'<head>\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">', 1)
-    try:
-        with replacing(path) as partial:
-            partial.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot be written ({error.strerror})", where=path, fix="check space and rights") from error
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 
-def _stage_row(run_folder: Path, row: Mapping[str, Any]) -> str:
-    stage, seconds = str(row["stage"]), row.get("seconds")
+def _stage_row(run_folder: Path, record: Mapping[str, Any]) -> str:
+    stage = str(record["stage"])
     name = html.escape(stage)
     if (run_folder / stage / "report.html").exists():
         name = f'<a href="{quote(stage)}/report.html">{name}</a>'
     checks = ""
-    for check in row.get("checks") or ():
+    for check in record["checks"]:
         word, style = ("passed", "passed") if check["passed"] else ("FAILED", "failed")
         about = f"{word}: {html.escape(str(check['check']))} ({html.escape(str(check['found']))})"
         checks += f'<li class="{style}">{about}</li>'
-    duration = "" if seconds is None else f"{float(seconds):.0f}"
-    columns = (name, html.escape(str(row["status"])), duration, f"<ul>{checks}</ul>")
-    return f"<tr>{''.join(f'<td>{column}</td>' for column in columns)}</tr>"
+    return f"<tr><td>{name}</td><td>{record['seconds']:.0f}</td><td><ul>{checks}</ul></td></tr>"

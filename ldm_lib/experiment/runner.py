@@ -106,8 +106,7 @@ def run_stages(
                 progress(f"{stage}: done already, skipped")
         from ldm_lib.experiment.report import write_index
 
-        done = [read_record(path) for path in sorted(folder.glob("*/done.json"))]
-        write_index(folder, [{"status": "done", **record} for record in done])
+        write_index(folder, map(read_record, sorted(folder.glob("*/done.json"))))
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -6,7 +6,6 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ldm_lib.errors import RunError
 from ldm_lib.experiment import report
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -103,36 +102,16 @@ def test_text_tables_code_and_pictures_survive(tmp_path):
     )
 
 
-def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
-    write(tmp_path, new_markdown_cell("old"))
-
-    def fail(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.replace", fail)
-    with pytest.raises(RunError, match=r"report.html: cannot be written \(No space left"):
-        write(tmp_path, new_markdown_cell("new"))
-    assert "old" in (tmp_path / "report.html").read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notebook.ipynb", "report.html"]
-
-
-def test_a_file_that_is_not_a_notebook_is_rejected(tmp_path):
-    (tmp_path / "broken.ipynb").write_text("{")
-    for name in ("absent.ipynb", "broken.ipynb"):
-        with pytest.raises(RunError, match=rf"{name}: is not a readable notebook"):
-            report.write_report(tmp_path / name, tmp_path / "report.html", title="")
-
-
 def test_the_index_lists_each_stage_and_links_existing_reports(tmp_path):
     (tmp_path / "01_data_audit").mkdir()
     (tmp_path / "01_data_audit" / "report.html").write_text("")
     check = {"check": "cases < 3", "passed": False, "found": "<script>alert(1)</script>", "required": True}
     rows = [
-        {"stage": "01_data_audit", "status": "done", "seconds": 12.4, "checks": [check]},
-        {"stage": "02_autoencoder_check", "status": "<b>failed</b>", "seconds": None},
+        {"stage": "01_data_audit", "seconds": 12.4, "checks": [check]},
+        {"stage": "<b>", "seconds": 1, "checks": []},
     ]
     text = report.write_index(tmp_path, rows).read_text()
     elements = Elements(text).found
     assert [attrs["href"] for tag, attrs in elements if tag == "a"] == ["01_data_audit/report.html"]
     assert not {tag for tag, _ in elements} & {"script", "b"}
-    assert "FAILED: cases &lt; 3 (&lt;script&gt;" in text and "<td>12</td>" in text and "&lt;b&gt;failed" in text
+    assert "FAILED: cases &lt; 3 (&lt;script&gt;" in text and "<td>12</td>" in text and "&lt;b&gt;" in text

@@ -114,21 +114,6 @@ def test_memory_is_in_megabytes_on_every_system(monkeypatch):
     assert run_folder.peak_memory_mb() == pytest.approx(here / 1024, abs=2)
 
 
-def test_an_input_that_is_gone_is_a_difference(outputs):
-    folder = done(AUDIT, inputs={"data": "abc"})
-    assert changes(folder, config(AUDIT), {}) == ["input data changed"]
-
-
-def test_a_rejected_stage_releases_the_run(outputs):
-    done(AUDIT)
-    with pytest.raises(RunError, match="other settings"):
-        open_stage(AUDIT, {"seed": 1})
-    script = (
-        "import sys; from pathlib import Path; from ldm_lib.locking import FolderLock; FolderLock(Path(sys.argv[1]))"
-    )
-    subprocess.run([sys.executable, "-c", script, str(outputs / "lab")], check=True)
-
-
 def test_overwrite_replaces_the_whole_stage(outputs):
     folder = done(AUDIT)
     stage = open_stage(AUDIT, {"seed": 1, "overwrite": True})
@@ -203,14 +188,6 @@ def test_an_earlier_stage_must_be_done(outputs):
         open_stage(CONDITIONING, {})
 
 
-def test_previous_is_the_folder_of_a_done_stage(outputs):
-    folder = done(AUDIT)
-    stage = open_stage(AUTOENCODER, {})
-    assert stage.previous(AUDIT) == folder
-    with pytest.raises(RunError, match=f"lab/{CONDITIONING}: is not done"):
-        stage.previous(CONDITIONING)
-
-
 def test_a_changed_earlier_stage_is_noticed_later(outputs):
     done(AUDIT)
     folder = done(AUTOENCODER)
@@ -248,15 +225,7 @@ def test_notebook_and_report_may_change_without_undoing_a_stage(outputs):
 
 
 @pytest.mark.parametrize("name", ["done.json", "parameters.json"])
-def test_a_damaged_record_is_rejected_by_name(outputs, name):
-    folder = done(AUDIT)
-    (folder / name).write_text((folder / name).read_text()[:20])
-    with pytest.raises(RunError, match=rf"{name}: is damaged .* Fix: remove its folder"):
-        is_done(folder, config(AUDIT), {})
-
-
-@pytest.mark.parametrize("name", ["done.json", "parameters.json"])
-@pytest.mark.parametrize("content", ["[]", "{}", "null", "5", "[" * 100_000, '{"parameters": [], "outputs": []}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"parameters": [], "outputs": []}'])
 def test_a_record_of_another_form_is_rejected_by_name(outputs, name, content):
     folder = done(AUDIT)
     (folder / name).write_text(content)
@@ -264,28 +233,24 @@ def test_a_record_of_another_form_is_rejected_by_name(outputs, name, content):
         is_done(folder, config(AUDIT), {})
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "5", "[" * 100_000])
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000])
 def test_damaged_path_aliases_are_ignored(tmp_path, content):
     (tmp_path / path_aliases.FILE).write_text(content)
     assert path_aliases.known_paths(tmp_path) == {}
 
 
-def test_a_failed_required_check_keeps_the_stage_from_finishing(outputs):
-    stage = open_stage(AUDIT, {})
-    stage.check("nice to have", False, 1, required=False)
-    stage.check("cases found", False, 0)
-    with pytest.raises(RunError, match=f"{AUDIT}: not accepted: cases found .0.. Fix: see"):
-        stage.close({"cases": 0})
-    assert not (stage.folder / "done.json").exists()
-    assert read(stage.folder / "summary.json") == {"cases": 0}
-
-
-def test_a_failed_optional_check_does_not(outputs):
+def test_only_a_failed_required_check_keeps_the_stage_from_finishing(outputs):
     stage = open_stage(AUDIT, {})
     stage.check("nice to have", False, 1, required=False)
     table = stage.close({})
     assert (stage.folder / "done.json").exists()
     assert table.to_dict("records") == [{"check": "nice to have", "passed": False, "found": "1", "required": False}]
+    stage = open_stage(AUDIT, {})
+    stage.check("cases found", False, 0)
+    with pytest.raises(RunError, match=f"{AUDIT}: not accepted: cases found .0.. Fix: see"):
+        stage.close({"cases": 0})
+    assert not (stage.folder / "done.json").exists()
+    assert read(stage.folder / "summary.json") == {"cases": 0}
 
 
 def test_done_is_written_last(outputs, monkeypatch):
@@ -304,22 +269,6 @@ def test_done_is_written_last(outputs, monkeypatch):
     assert not (stage.folder / "done.json").exists()
 
 
-def test_no_partial_file_is_left(outputs):
-    done(AUDIT)
-    run_folder.write_provenance(outputs / "lab", preset="smoke", configs=resolve(), command=[])
-    names = {path.name for path in (outputs / "lab").rglob("*") if path.is_file()}
-    assert names == {
-        ".lock",
-        "log.txt",
-        "parameters.json",
-        "result.txt",
-        "summary.json",
-        "done.json",
-        "run.json",
-        "config.json",
-    }
-
-
 def test_under_a_runner_a_finished_stage_is_pending(outputs, monkeypatch):
     monkeypatch.setenv(OWNER_VARIABLE, str(os.getpid()))
     lock = FolderLock(outputs / "lab")
@@ -327,13 +276,6 @@ def test_under_a_runner_a_finished_stage_is_pending(outputs, monkeypatch):
     assert (folder / "pending.json").exists() and not (folder / "done.json").exists()
     assert not is_done(folder, config(AUDIT), {})
     assert lock.path in FolderLock._held, "the runner releases the lock"
-
-
-def test_finishing_releases_the_run(outputs):
-    stage = open_stage(AUDIT, {})
-    assert (outputs / "lab" / ".lock") in FolderLock._held
-    stage.close({})
-    assert (outputs / "lab" / ".lock") not in FolderLock._held
 
 
 def test_run_json_records_code_versions_machine_and_command(outputs):
@@ -362,13 +304,6 @@ def test_a_figure_is_saved_and_displayed_from_disk(outputs):
     plt.close(figure)
     content = (stage.folder / "figures" / "empty.png").read_bytes()
     assert content.startswith(b"\x89PNG") and picture._repr_png_() == content
-
-
-def test_a_table_is_kept_with_every_column_in_order_of_appearance(outputs):
-    stage = open_stage(AUDIT, {})
-    table = stage.table([{"case": "a, b", "psnr": 1.5}, {"case": 'q"', "ssim": 0.5}], "scores")
-    assert list(table.columns) == ["case", "psnr", "ssim"]
-    pd.testing.assert_frame_equal(pd.read_csv(stage.folder / "scores.csv"), table)
 
 
 def test_the_log_of_a_run_is_its_own(outputs):
