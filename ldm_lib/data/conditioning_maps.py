@@ -76,6 +76,48 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return record if {"made_by", "sha256"} <= set(record) else None
 
 
+def _claim(
+    method: str, sources: dict[str, Path], settings: dict[str, Any], **volumes: np.ndarray | None
+) -> dict[str, Any]:
+    """Describe what decides a map, the part of its record that must be equal for the map to be used again.
+
+    Args:
+        sources: role -> source file.
+        volumes: arrays that have no file of their own.
+    """
+    digests = {role: sha256(path) for role, path in sources.items()}
+    for role, volume in volumes.items():
+        if volume is not None:
+            digests[role] = hashlib.sha256(np.ascontiguousarray(volume).tobytes()).hexdigest()
+    return {"made_by": f"{method}, version {CODE_VERSION}", "from": digests, "settings": settings}
+
+
+def _found(path: Path, claim: dict[str, Any]) -> ConditioningMap | None:
+    """Return the map that exists, if it was made from all this and is undamaged."""
+    record = _read_record(path)
+    if not record or any(record.get(name) != value for name, value in claim.items()):
+        return None
+    undamaged = path.is_file() and record["sha256"] == sha256(path)
+    return ConditioningMap(path, record, made_now=False) if undamaged or record.get("refused") else None
+
+
+def _keep(
+    path: Path, claim: dict[str, Any], voxels: np.ndarray | None, found: dict[str, float], affine: np.ndarray,
+    failure: str = "",
+) -> ConditioningMap:  # fmt: skip
+    """Write the map, unless making it failed, and then its record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require_results_writable([path])
+    if voxels is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_map(path, voxels, affine)
+    digest = sha256(path) if voxels is not None else ""
+    record = claim | {"found": found, "refused": failure, "sha256": digest, "made": now()}
+    write_json(_record_path(path), record)
+    return ConditioningMap(path, record, made_now=True)
+
+
 def make_tissue_map(
     data: CaseData, path: str | Path, *, lesion: np.ndarray | None = None, refine: str = "mixture"
 ) -> ConditioningMap:
@@ -86,17 +128,17 @@ def make_tissue_map(
     from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
 
     sources = {"scan": data.case.t1n_voided or data.case.t1n, "mask": data.case.mask}
-    recipe = _Recipe(Path(path), "MNI152 by registration", sources, {"refine": refine}, {"lesion": lesion})
-    if found := recipe.found():
+    path, claim = Path(path), _claim("MNI152 by registration", sources, {"refine": refine}, lesion=lesion)
+    if found := _found(path, claim):
         return found
     try:
         made = tissue_from_scan(data.voided / data.scale, data.affine, data.mask, lesion=lesion, refine=refine)
     except InputError as error:
-        return recipe.keep(None, {}, data.affine, failure=str(error))
+        return _keep(path, claim, None, {}, data.affine, failure=str(error))
     fit = made.registration
     figures = {"brain_dice": fit.brain_dice, "correlation": fit.correlation, "seconds": fit.seconds}
     voxels = None if fit.failure else made.labels
-    return replace(recipe.keep(voxels, figures, data.affine, failure=fit.failure), registration=fit)
+    return replace(_keep(path, claim, voxels, figures, data.affine, failure=fit.failure), registration=fit)
 
 
 def make_growth_map(
@@ -125,13 +167,13 @@ def make_growth_map(
                              fix="give a seed point or a segmentation")  # fmt: skip
         segmentation = shrink_mm(data.unhealthy, UNHEALTHY_MARGIN_MM, data.source.spacing_mm)
     settings = rates.model_dump() | {"days": days, "seed_mm": None if seed_mm is None else [float(v) for v in seed_mm]}
-    recipe = _Recipe(Path(path), "Fisher-Kolmogorov", {}, settings, {"segmentation": segmentation, "tissue": labels})
-    if found := recipe.found():
+    path, claim = Path(path), _claim("Fisher-Kolmogorov", {}, settings, segmentation=segmentation, tissue=labels)
+    if found := _found(path, claim):
         return found
     growth = grow_tumour(labels, data.affine, days, seed_mm=seed_mm, segmentation=segmentation, rates=rates)
     voxel_ml = float(np.prod(data.source.spacing_mm)) / 1000
     figures = {"visible_ml": float((growth >= GROWTH_THRESHOLD).sum() * voxel_ml), "highest": float(growth.max())}
-    return recipe.keep(growth, figures, data.affine)
+    return _keep(path, claim, growth, figures, data.affine)
 
 
 def add_conditioning_maps(
@@ -148,7 +190,7 @@ def add_conditioning_maps(
         refine: as in `tissue_from_scan`.
 
     Returns:
-        The case with these maps, and a record of each. A map that could not be made leaves the case without one.
+        The case with these maps, and a record of each; without a map that could not be made.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -221,45 +263,3 @@ def make_conditioning_maps(
         start |= {"segmentation": segmentation, "days": days, "rates": rates}
         made.append(make_growth_map(data, labels, growth, **start))
     return made
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """Describe what decides a map: source files by role, settings, and volumes without files of their own."""
-
-    path: Path
-    method: str
-    sources: dict[str, Path]
-    settings: dict[str, Any]
-    volumes: dict[str, np.ndarray | None]
-
-    @property
-    def claim(self) -> dict[str, Any]:
-        """The part of the record that must be equal for a map to be used again."""
-        files = {role: sha256(path) for role, path in self.sources.items()}
-        arrays = {role: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest()
-                  for role, v in self.volumes.items() if v is not None}  # fmt: skip
-        return {"made_by": f"{self.method}, version {CODE_VERSION}", "from": files | arrays, "settings": self.settings}
-
-    def found(self) -> ConditioningMap | None:
-        """Return the map that exists, if it was made from all this and is undamaged."""
-        record = _read_record(self.path)
-        if not record or any(record.get(name) != value for name, value in self.claim.items()):
-            return None
-        undamaged = self.path.is_file() and record.get("sha256") == sha256(self.path)
-        return ConditioningMap(self.path, record, made_now=False) if undamaged or record.get("refused") else None
-
-    def keep(
-        self, voxels: np.ndarray | None, found: dict[str, float], affine: np.ndarray, failure: str = ""
-    ) -> ConditioningMap:
-        """Write the map, unless making it failed, and then its record."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        require_results_writable([self.path])
-        if voxels is None:
-            self.path.unlink(missing_ok=True)
-        else:
-            write_map(self.path, voxels, affine)
-        digest = sha256(self.path) if voxels is not None else ""
-        record = self.claim | {"found": found, "refused": failure, "sha256": digest, "made": now()}
-        write_json(_record_path(self.path), record)
-        return ConditioningMap(self.path, record, made_now=True)

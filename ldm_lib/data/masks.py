@@ -29,16 +29,15 @@ def read_mask(
     """
     volume = read_volume(path, read_options.model_copy(update={"nan_as_zero": False}))
     require_same_grid(volume, like)
-    found, voxels = volume.named_warnings, volume.voxels
+    warnings, voxels = [] if warnings is None else warnings, volume.voxels
+    warnings += volume.named_warnings
     if read_options.labels:
         mask, labels = np.isin(voxels, read_options.labels), ", ".join(map(str, read_options.labels))
-        found.append(f"{volume.path.name}: the labels {labels} are the mask")
+        warnings.append(f"{volume.path.name}: the labels {labels} are the mask")
     else:
         mask = voxels == 1
         if np.count_nonzero(voxels) != np.count_nonzero(mask):
-            mask = _as_binary(volume, found)
-    if warnings is not None:
-        warnings += found
+            mask = _as_binary(volume, warnings)
     if not mask.any() and not allow_empty:
         fix = "mark the voxels to inpaint with 1"
         if read_options.labels and voxels.any():
@@ -114,7 +113,8 @@ def require_concentration(values: np.ndarray, where: object) -> np.ndarray:
 
 def _resampled_to(volume: Volume, like: Volume, *, order: int, warnings: list[str] | None) -> np.ndarray:
     """Return a map's voxels on the grid of `like`, by both affines; 0 outside the map."""
-    found, voxels = volume.named_warnings, volume.voxels
+    warnings, voxels = [] if warnings is None else warnings, volume.voxels
+    warnings += volume.named_warnings
     if volume.shape != like.shape or corner_distance_mm(volume.shape, volume.affine, like.affine) > GRID_TOLERANCE_MM:
         from scipy import ndimage  # it takes 0.4 s to load, and few maps need it
 
@@ -128,8 +128,6 @@ def _resampled_to(volume: Volume, like: Volume, *, order: int, warnings: list[st
                              where=volume.path, fix="check the map's affine, or register it first")  # fmt: skip
         voxels = ndimage.affine_transform(voxels, to_map, order=order, **options)
         name = "/".join(volume.path.parts[-2:])  # the maps of a case differ only in their folder
-        found.append(f"{name}: resampled from its grid {volume.shape} {volume.orientation} to the image's by its "
+        warnings.append(f"{name}: resampled from its grid {volume.shape} {volume.orientation} to the image's by its "
                      f"affine; it covers {covered:.0%} of the image")  # fmt: skip
-    if warnings is not None:
-        warnings += found
     return voxels
