@@ -127,11 +127,6 @@ def test_the_step_is_stable_for_the_roughest_start(spacing_mm):
     assert limit == pytest.approx(1 / (2 * 0.3 * np.sum(1 / np.broadcast_to(spacing_mm, 3) ** 2)))
 
 
-def test_no_days_change_nothing():
-    start = np.random.default_rng(0).random((3, 3, 3), np.float32)
-    np.testing.assert_array_equal(grow(np.ones_like(start), 0 * start, start, days=0), start)
-
-
 def test_threshold_keeps_what_reaches_it():
     growth = np.array([0.0, 0.1999, 0.2, 0.7], np.float32)
     np.testing.assert_array_equal(threshold_growth(growth), np.array([0, 0, 0.2, 0.7], np.float32))

@@ -117,7 +117,7 @@ def _with_fields(size: int, changes: list[tuple[str, int | None, object]], order
     return fields.tobytes() + bytes(4) + VOXELS.astype(f"{order}i2").tobytes(order="F")
 
 
-@often_and_more(200, 5_000)
+@often_and_more(100, 5_000)
 def test_any_header(folder, examples):
     def law(header, order, pack):
         size, changes = header
@@ -129,20 +129,6 @@ def test_any_header(folder, examples):
     hold(law, examples, st.one_of(_headers(size) for size in KINDS), st.sampled_from("<>"), st.booleans())
 
 
-@often_and_more(100, 5_000)
-def test_any_header_from_its_first_byte_to_its_last(folder, examples):
-    """Nothing but the bytes by which a reader knows the kind of file is as it should be."""
-
-    def law(size, noise):
-        content = bytearray(noise.ljust(size, b"\0")[:size] + PLAIN[size][size:])
-        magic = slice(344, 348) if size == 348 else slice(4, 12)
-        content[:4], content[magic] = PLAIN[size][:4], PLAIN[size][magic]
-        volume = passed(folder / "a.nii", bytes(content))
-        assert volume is None or volume.shape in claimed_shapes(bytes(content))
-
-    hold(law, examples, st.sampled_from(sorted(KINDS)), st.binary(max_size=540))
-
-
 # ---- any shape, any amount of data
 
 AXIS = st.integers(0, 9) | st.sampled_from([-1, 100, 1290, 32767])
@@ -151,7 +137,7 @@ DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 7
           32: "c8", 128: "V3", 1536: "f16"}  # fmt: skip
 
 
-@often_and_more(200, 5_000)
+@often_and_more(100, 5_000)
 def test_any_shape_with_any_amount_of_data(folder, examples):
     def law(axes, code, surplus, pack):
         item, claimed = np.dtype(DTYPES[code]).itemsize, math.prod(max(n, 0) for n in axes)
@@ -188,7 +174,7 @@ def _damaged(content: bytes, flips: list[tuple[float, int]], cut: float, tail: b
     return bytes(spoiled[: int(cut * len(content))]) + tail
 
 
-@often_and_more(150, 3_000)
+@often_and_more(80, 3_000)
 def test_a_damaged_packed_file_is_rejected_or_whole(folder, examples):
     """What gzip's checksum passes is what was packed, whatever happened to the bytes around it."""
     stored = {level: gzip.compress(PLAIN[348], level, mtime=0) for level in (0, 1, 9)}
@@ -200,7 +186,7 @@ def test_a_damaged_packed_file_is_rejected_or_whole(folder, examples):
     hold(law, examples, st.sampled_from(sorted(stored)), FLIPS, CUT, TAIL)
 
 
-@often_and_more(150, 3_000)
+@often_and_more(80, 3_000)
 def test_a_damaged_plain_file_is_rejected_or_of_its_claimed_shape(folder, examples):
     def law(size, flips, cut, tail):
         content = _damaged(PLAIN[size], flips, cut, tail)

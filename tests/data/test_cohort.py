@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,24 +129,11 @@ def test_what_lies_under_the_mask_is_not_looked_at(tmp_path):
     assert f"{MASK.sum()} of {MASK.sum()} voxels under the mask were not void; voided here" in after.warnings
 
 
-def _with_negative():
-    voxels = np.where(MASK, 0, T1N)
-    voxels[0, 0, :3] = -40, -2, -1
-    return voxels
-
-
-ODD = {
-    "t1n": (T1N + np.eye(12, 11, dtype=np.int16)[:, :, None] * ~MASK, "voxels outside the mask differ between t1n"),
-    "t1n-voided": (_with_negative(), "3 negative voxels (0% of the head), down to -40; read as 0"),
-}
-
-
-@pytest.mark.parametrize("role", ODD)
-def test_what_is_odd_but_usable_is_a_warning(tmp_path, role):
-    voxels, text = ODD[role]
+def test_images_that_differ_outside_the_mask_are_a_warning(tmp_path):
     folder = _write(tmp_path / CHALLENGE, CHALLENGE)
-    write_map(folder / f"{CHALLENGE}-{role}.nii.gz", voxels.astype(np.int16), LPS)
-    assert text in "; ".join(load_case(_only(tmp_path)).warnings)
+    other = T1N + np.eye(12, 11, dtype=np.int16)[:, :, None] * ~MASK
+    write_map(folder / f"{CHALLENGE}-t1n.nii.gz", other.astype(np.int16), LPS)
+    assert "voxels outside the mask differ between t1n" in "; ".join(load_case(_only(tmp_path)).warnings)
 
 
 @pytest.mark.parametrize("role", ["t1n", "mask-healthy"])
@@ -182,17 +168,6 @@ def test_the_unhealthy_mask_is_never_taken_for_the_healthy_one(tmp_path):
     assert load_case(case).healthy is None
 
 
-def test_names_in_progress_are_no_cases(tmp_path):
-    folder = _write(tmp_path / SEVERAL, SEVERAL, masks=("-0000",))
-    for name in (f"{SEVERAL}-mask-0000.nii.gz", f"{SEVERAL}-t1n-voided-0000.nii.gz"):
-        for stray in (f"{name}.part", f"{name}.crdownload", f"._{name}", name.replace(".nii", " (1).nii")):
-            shutil.copy(folder / name, folder / stray)
-    shutil.copy(folder / f"{SEVERAL}-mask-0000.nii.gz", folder / f"{SEVERAL}-mask-0001.nii.gz.part")
-    (tmp_path / ".DS_Store").touch()
-    (tmp_path / ".hidden").mkdir()
-    assert _only(tmp_path).key == f"{SEVERAL}-0000"
-
-
 @pytest.mark.parametrize(
     ("roles", "key", "reason"),
     [
@@ -211,14 +186,7 @@ def test_an_incomplete_case_is_excluded_with_its_reason(tmp_path, roles, key, re
     assert exclusion.case == key and exclusion.reason.startswith(f"{SEVERAL}: {reason}. Fix: ")
 
 
-def test_a_voided_image_without_its_mask_is_excluded_and_the_others_stay(data):
-    (data / SEVERAL / f"{SEVERAL}-mask-0001.nii.gz").unlink()
-    cases, exclusions = survey_cases(data)
-    assert [c.index for c in cases] == ["", "0000", "0002"]
-    assert [e.case for e in exclusions] == [f"{SEVERAL}-0001"]
-
-
-@pytest.mark.parametrize("name", ["a b", "é", "-x", "x\n", "p" * 129, "$(reboot)"])
+@pytest.mark.parametrize("name", ["a b", "x\n", "p" * 129, "$(reboot)"])
 def test_a_folder_name_that_is_no_patient_id_is_excluded(tmp_path, name):
     _write(tmp_path / CHALLENGE, CHALLENGE)
     _write(tmp_path / name, "a")
@@ -268,23 +236,10 @@ def test_maps_are_looked_for_inside_next_to_and_in_the_given_folder(data, tmp_pa
         find_cases(data, data / "absent")
 
 
-def test_every_bad_case_is_reported_in_one_pass(data):
-    several = data / SEVERAL
-    (several / f"{SEVERAL}-mask-0000.nii.gz").write_bytes(b"")
-    (several / f"{SEVERAL}-t1n-voided-0001.nii.gz").unlink()
-    (several / f"{SEVERAL}-t1n-voided-0001.nii.gz").symlink_to("nowhere")
+def test_a_row_of_the_audit_says_what_was_read(data):
     (data / "empty").mkdir()
     rows = [row.as_dict() for row in audit(data)]
-    assert [(row["case"], row["status"]) for row in rows] == [
-        ("empty", "refused"),
-        (CHALLENGE, "warning"),
-        (f"{SEVERAL}-0000", "refused"),
-        (f"{SEVERAL}-0001", "refused"),
-        (f"{SEVERAL}-0002", "warning"),
-    ]
-    assert "no mask file" in rows[0]["reason"]
-    assert "empty (0 bytes)" in rows[2]["reason"]
-    assert "broken link to nowhere" in rows[3]["reason"]
+    assert [row["status"] for row in rows] == ["refused", *["warning"] * 4] and "no mask file" in rows[0]["reason"]
     assert rows[1] == {
         "case": CHALLENGE, "status": "warning", "patient": "BraTS-GLI-00007", "shape": "12x11x10", "spacing_mm": 1.0,
         "orientation": "LPS", "dtype": "int16", "scale": rows[1]["scale"], "mask_ml": 0.1, "healthy_ml": 0.0,

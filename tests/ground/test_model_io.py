@@ -236,13 +236,13 @@ def test_a_checkpoint_is_read_and_never_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"half", None], ids=["empty", "text", "cut"])
-def test_a_damaged_checkpoint_is_rejected(tmp_path, content):
+def test_a_damaged_checkpoint_is_rejected(tmp_path):
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {"w": torch.arange(1000)}}, path)
-    path.write_bytes(path.read_bytes()[:-300] if content is None else content)
-    with pytest.raises(WeightsError, match=r"(damaged|unsafe checkpoint), "):
-        read_checkpoint(path)
+    for content in (b"", b"half", path.read_bytes()[:-300]):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"(damaged|unsafe checkpoint), "):
+            read_checkpoint(path)
 
 
 def test_a_model_and_another_autoencoder_do_not_go_together(tiny_model_folder, tmp_path):
