@@ -125,7 +125,8 @@ TWO = {"batch_size": 2, "devices": 2}
 
 def pair():
     """One process, two, and two of which one dies, before the same command goes on."""
-    found = {"one": ends(spawn(lambda _: train("one"))), "two": ends(spawn(lambda _: train("two", **TWO), 2))}
+    both = spawn(lambda _: train("one")), spawn(lambda _: train("two", **TWO), 2)  # at the same time
+    found = {"one": ends(both[0]), "two": ends(both[1])}
 
     def dies(rank):
         if rank == 1:
