@@ -22,16 +22,15 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.autoencoder import time_codec
-from benchmarks.machine import matmul_rate, peak_memory, reset_peak_memory
+from benchmarks.machine import peak_memory, reset_peak_memory
 from benchmarks.reference_models import ddim_steps, standard_autoencoder, standard_denoiser
 from ldm_lib.autoencoder.training import build_autoencoder
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
-from ldm_lib.devices import pick_device, pick_precision, timed
+from ldm_lib.devices import pick_device, timed
 from ldm_lib.diffusion.latents import LatentSpec, input_channels
 from ldm_lib.diffusion.schedule import noise_schedule
-from ldm_lib.diffusion.unet import count_flops
 from ldm_lib.errors import RunError
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.stages import TrainingConfig
@@ -44,7 +43,6 @@ from ldm_lib.training.initialise import build_denoiser
 
 COMMON_STEPS, STEPS_RUN = 50, 3
 PARTS = ("read_s", "encode_s", "steps_s", "decode_s", "write_s")
-GPU_TARGET_S = 1.0  # of a case after loading
 SPEC, FACTOR = LatentSpec(), 8
 ROW = "row.json"
 Row = dict[str, Any]
@@ -91,7 +89,6 @@ def ours(request: Row) -> Row:
     """Inpaint the case as `inpaint` does; then encode and decode the whole volume, for comparison."""
     folder, device = Path(request["folder"]), pick_device("auto")
     reset_peak_memory(device)
-    rates = [matmul_rate(device, pick_precision("auto", device))]
     load_s, inpainter = timed(lambda: Inpainter.load(folder / "model"), device)
     marks: list[float] = []
     read_s, data = timed(lambda: load_case(_case(folder)), device)
@@ -108,11 +105,7 @@ def ours(request: Row) -> Row:
     litre = float(np.prod(data.source.spacing_mm)) / 1000
     size = {"ml": float(data.mask.sum()) * litre, "cells": int(latents["mask"].sum()), "box": box,
             "grid": list(latents["mask"].shape[1:])}  # fmt: skip
-    rates.append(matmul_rate(device, inpainter.model.precision))
-    flops = count_flops(inpainter.model.denoiser, box)
-    share = DEFAULT_STEPS * flops / steps_s / max(rates)
-    row |= {"precision": inpainter.model.precision, "gflop_a_step": flops / 1e9, "share_of_matmul_rate": share,
-            "hole": size, "matmul_gflop_s": [r / 1e9 for r in rates]}  # fmt: skip
+    row |= {"precision": inpainter.model.precision, "hole": size}
     autoencoder = inpainter.model.autoencoder
     volume = torch.rand(1, 1, *(n * FACTOR for n in size["grid"]), generator=torch.Generator().manual_seed(0))
     return row | {
@@ -168,10 +161,8 @@ def _run_in_process(request: Row) -> Row:
 
 def _row(parts: dict[str, float], load_s: float, device: torch.device, denoiser: torch.nn.Module, steps: int) -> Row:
     total, size = sum(parts.values()), sum(p.numel() for p in denoiser.parameters())
-    row = {"total_s": total, **parts, "load_s": load_s, "total_with_load_s": total + load_s, "steps": steps,
-           "peak_memory_gb": peak_memory(device) / 1e9, "parameters": size}  # fmt: skip
-    on_gpu = {"gpu_target_s": GPU_TARGET_S, "share_of_target": total / GPU_TARGET_S}
-    return row | (on_gpu if device.type == "cuda" else {})
+    return {"total_s": total, **parts, "load_s": load_s, "total_with_load_s": total + load_s, "steps": steps,
+            "peak_memory_gb": peak_memory(device) / 1e9, "parameters": size}  # fmt: skip
 
 
 def _settings(request: Row) -> TrainingConfig:

@@ -1,7 +1,5 @@
 """Measure how fast a training step is: ours and a plain loop around MONAI's network, on the same latents.
 
-    share of the matrix-product rate = FLOPs of forward and backward / seconds of the whole step / rate
-
 Both take their steps in turn in one process, so that other work on the machine slows both.
 """
 
@@ -17,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.machine import matmul_rate, peak_memory, reset_peak_memory
+from benchmarks.machine import peak_memory, reset_peak_memory
 from benchmarks.reference_models import standard_autoencoder, standard_denoiser
 from ldm_lib.autoencoder.training import build_autoencoder
 from ldm_lib.devices import pick_device, pick_precision, timed
 from ldm_lib.diffusion.latents import Latents, LatentSpec, collate, denoiser_input, input_channels, on_device
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.schedule import NoiseSchedule, noise_schedule
-from ldm_lib.diffusion.unet import count_flops, count_parameters
+from ldm_lib.diffusion.unet import count_parameters
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.stages import TrainingConfig
 from ldm_lib.options import integers
@@ -99,28 +97,23 @@ def bench_training(
         changes: parameters that differ from preset `full`.
 
     Returns:
-        "training", rows of ours, the plain loop and encoding every step; "matmul_gflop_s", before
-        and after; "ratios"; "grid", "batch_size" and "batch_note", the reason for it.
+        "training", rows of ours, the plain loop and encoding every step; "ratios"; "grid", "batch_size" and
+        "batch_note", the reason for it.
     """
     device, grid = pick_device("auto"), [n // LATENT_VOXEL_VOX for n in shape]
     config = resolve("full", {"batch_size": BATCH_SIZE[device.type], **(changes or {})})["04_training"]
     precision = pick_precision(config.precision, device)
     model = _model(config, device, precision)
     batches = _batches(grid, config, model)
-    rates = [matmul_rate(device, precision)]
     rows = _measure_in_turn(model, config, batches)
-    rates.append(matmul_rate(device, precision))
     if encode_s is None:
         encode_s = _encoding_seconds(shape, device)
     rows["encode_every_step"] = _with_encoding(rows["plain_loop"], encode_s, config.batch_size)
-    rows["ours"]["gflop"] = config.batch_size * count_flops(model.denoiser, grid, backward=True) / 1e9
-    rows["ours"]["share_of_matmul_rate"] = 1e9 * rows["ours"]["gflop"] / rows["ours"]["s"] / max(rates)
-    found = {"batch_size": config.batch_size, "batch_note": BATCH_NOTE[device.type], "grid": grid,
-             "matmul_gflop_s": [rate / 1e9 for rate in rates], "training": rows}  # fmt: skip
+    note = BATCH_NOTE[device.type]
+    found = {"batch_size": config.batch_size, "batch_note": note, "grid": grid, "training": rows}
     found["ratios"] = {
         "train_step_speedup_vs_plain_loop": rows["plain_loop"]["s"] / rows["ours"]["s"],
         "train_step_speedup_vs_encode_every_step": rows["encode_every_step"]["s"] / rows["ours"]["s"],
-        "train_step_share_of_matmul_rate": rows["ours"]["share_of_matmul_rate"],
     }
     _report(found)
     return found
@@ -220,7 +213,6 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
 
 
 def _report(found: dict[str, Any]) -> None:
-    report("matrix product, GFLOP/s before and after the steps: {:.0f}, {:.0f}".format(*found["matmul_gflop_s"]))
     for name, row in found["training"].items():
         texts = {key: f"{value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()}
         report(f"training, {name}: " + ", ".join(f"{key} {text}" for key, text in texts.items() if key != "sum_of"))

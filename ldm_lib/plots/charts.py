@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from ldm_lib.plots.slices import FONT, WIDTH, InlineFigure
 
 GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MAX_TICKS = 12  # a logarithmic axis with fewer values has a tick for each of them
 AXIS_LABELS = {"ssim": "SSIM (higher is better)", "psnr_01": "PSNR, dB (higher is better)"}
 
 
@@ -41,11 +40,7 @@ def curves(
         ax.set_yscale("log" if set(names) & set(log) else "linear")
         ax.set_xscale("log" if x in log else "linear")
         ax.legend(fontsize=FONT, frameon=False)
-        plain_axes(ax)
-    ticks = np.unique(np.asarray(table[x], float))
-    if x in log and len(ticks) <= MAX_TICKS:
-        axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes[-1].minorticks_off()
+        _plain(ax)
     axes[-1].set_xlabel(x, fontsize=FONT + 0.5)
     figure.suptitle(title, fontsize=FONT + 2.5)
     return figure
@@ -82,7 +77,7 @@ def histograms(
         ax.set_title(channel, fontsize=FONT + 1)
         ax.set_ylim(0, ax.get_ylim()[1] * (1.15 + 0.15 * len(values)))
         ax.legend(fontsize=8, frameon=False, loc="upper right")
-        plain_axes(ax)
+        _plain(ax)
     for ax in axes[len(channels) :]:
         ax.set_axis_off()
     figure.supxlabel(unit, fontsize=FONT + 0.5)
@@ -125,7 +120,7 @@ def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], 
             text = f"{mean:.3g}" if scored.size else ""
             ax.text(1.01, k, text, transform=ax.get_yaxis_transform(), fontsize=FONT, va="center")
         ax.set_xlabel(AXIS_LABELS.get(score, score), fontsize=FONT + 0.5)
-        plain_axes(ax)
+        _plain(ax)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
     figure.suptitle(f"{title}   dots: {len(set(case))} cases, bar: mean".strip(), fontsize=FONT + 2.5)
@@ -148,36 +143,28 @@ def interval_dots(
         notes: texts of rows that have no value.
     """
     figure = InlineFigure(figsize=(WIDTH, max(0.34 * len(names), 0.6) + 1.5), layout="constrained")
-    ax, step = figure.subplots(), 0.3 if len(groups) > 1 else 0.0
+    ax, rows, step = figure.subplots(), np.arange(len(names)), 0.3 if len(groups) > 1 else 0.0
+    values = {group: np.asarray(found, float).reshape(-1, 3) for group, found in groups.items()}
     for k, (group, colour) in enumerate(zip(groups, GROUPS, strict=False)):
-        values, low, high = np.asarray(groups[group], float).reshape(-1, 3).T
-        height = np.arange(len(names)) + step * (k - (len(groups) - 1) / 2)
+        value, low, high = values[group].T
+        height = rows + step * (k - (len(groups) - 1) / 2)
         ax.hlines(height, low, high, color=colour, lw=2.2, alpha=0.45, zorder=2)
-        ax.scatter(values, height, s=26, color=colour, lw=0, zorder=3, label=group)
-        for row in np.flatnonzero(np.isfinite(values)):
-            ax.text(1.065 + 0.065 * k, row, f"{values[row]:#.4g}", transform=ax.get_yaxis_transform(), color=colour,
-                    fontsize=FONT, ha="right", va="center")  # fmt: skip
-    has_value = np.isfinite(np.array([groups[group] for group in groups], float)[:, :, 0]).any(axis=0)
-    for row, note in enumerate(notes):
-        if not has_value[row]:
-            ax.text(0.01, row, note, transform=ax.get_yaxis_transform(), color="0.5", fontsize=FONT, va="center")
-    for row in range(1, len(names), 2):
-        ax.axhspan(row - 0.5, row + 0.5, color="0.965", lw=0, zorder=0)
-    ax.set_yticks(range(len(names)), names)
+        ax.scatter(value, height, s=26, color=colour, lw=0, zorder=3, label=group)
+    has_value = np.isfinite(np.stack(list(values.values()))[..., 0]).any(axis=0)
+    for row in rows[~has_value] if notes else ():
+        ax.text(0.01, row, notes[row], transform=ax.get_yaxis_transform(), color="0.5", fontsize=FONT, va="center")
+    ax.set_yticks(rows, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(unit, fontsize=FONT + 0.5)
-    plain_axes(ax, named_rows=True)
+    _plain(ax)
     ax.legend(fontsize=FONT, frameon=False, ncols=len(groups), loc="lower left", bbox_to_anchor=(-0.01, 1.0))
     figure.suptitle(title, fontsize=FONT + 2.5)
     return figure
 
 
-def plain_axes(ax: Axes, *, named_rows: bool = False) -> None:
-    """Draw a light grid and no box; rows that have names need neither lines nor ticks."""
+def _plain(ax: Axes) -> None:
+    """Draw a light grid and no box."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.92", lw=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=FONT, which="both")
-    if named_rows:
-        ax.grid(visible=False, axis="y")
-        ax.tick_params(axis="y", length=0)

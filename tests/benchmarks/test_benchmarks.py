@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from benchmarks import case as one_case
-from benchmarks import machine, training
+from benchmarks import training
 from benchmarks.__main__ import bench, main
 from benchmarks.case import PARTS
-from benchmarks.machine import matmul_rate
 from benchmarks.reference_models import ddim_steps, standard_denoiser
 from benchmarks.training import PlainLoop, random_latents
 from ldm_lib.diffusion.latents import collate
@@ -31,7 +30,6 @@ STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
 def shortened(monkeypatch):
     monkeypatch.setattr(training, "ROUNDS", (3, 3))
     monkeypatch.setattr(one_case, "_run_in_process", lambda request: one_case.CONTESTANTS[request["who"]](request))
-    monkeypatch.setitem(machine.SQUARE, "cpu", 512)
 
 
 def config(**changes):
@@ -47,19 +45,17 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, shortened,
     case, memory = found["case"], {name: row["peak_memory_gb"] for name, row in found["case"].items()}
     s = {name: row["s"] for name, row in steps.items()}
     encoded = s["plain_loop"] + 2 * found["batch_size"] * coders["monai"]["encode_s"]
-    best, ours = max(found["matmul_gflop_s"]), steps["ours"]
+    ours = steps["ours"]
     assert found["ratios"] == pytest.approx({
         "encode_decode_speedup_vs_monai_fp32": coding["monai"] / coding["ours"],
         "case_speedup_vs_common_stack": case["common_stack"]["total_s"] / case["ours"]["total_s"],
         "case_memory_reduction_vs_common_stack": memory["common_stack"] / memory["ours"],
         "train_step_speedup_vs_plain_loop": s["plain_loop"] / s["ours"],
         "train_step_speedup_vs_encode_every_step": encoded / s["ours"],
-        "train_step_share_of_matmul_rate": ours["gflop"] / s["ours"] / best,
     })  # fmt: skip
-    assert set(ours) > STEPPED and set(steps["plain_loop"]) == STEPPED
+    assert set(ours) == set(steps["plain_loop"]) == STEPPED
     for row in (ours, steps["plain_loop"]):
         assert row["steps"] == 3 and 0 < row["least_s"] <= row["s"] <= row["most_s"]
-    assert 0 < ours["share_of_matmul_rate"] < 1.2
     written = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert written == json.loads(json.dumps(found)) and found["shape"] == [40, 32, 24] and found["grid"] == [5, 4, 3]
     for row in case.values():
@@ -156,11 +152,3 @@ def test_the_plain_loop_overfits_a_batch():
     assert losses[-1] < 0.6 * losses[0]
     moved = [not torch.equal(a, b) for a, b in zip(loop.average.parameters(), network.parameters(), strict=True)]
     assert any(moved)
-
-
-def test_the_rate_is_that_of_the_quickest_product(monkeypatch):
-    assert matmul_rate(CPU, "32", repeats=1) > 0
-    seconds = iter((0.5, 0.25, 1.0))
-    monkeypatch.setattr(machine, "timed", lambda call, device: (next(seconds), call()))
-    monkeypatch.setitem(machine.SQUARE, "cpu", 10)
-    assert matmul_rate(CPU, "32", repeats=3) == 2 * 10**3 / 0.25

@@ -77,7 +77,6 @@ def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_nan(count):
         assert np.array_equal(shown[finite, 0], expected[finite]) and np.isnan(shown[-1, 0])
         assert np.array_equal(np.rint(shown[finite, 1]), np.arange(count)[finite]), "in the row of the run"
     assert not any(map(len, no_bars.get_segments()))
-    texts = [text.get_text() for text in ax.texts]
-    assert texts == [f"{v:#.4g}" for v in [*values[finite], *(values + 1)[finite]]] + ["failed"]
+    assert [text.get_text() for text in ax.texts] == ["failed"]
     assert [label.get_text() for label in ax.get_yticklabels()] == names and ax.yaxis_inverted()
     assert figure._repr_png_().startswith(b"\x89PNG")
