@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ldm_lib.errors import InputError
-
 
 def ranks(samples: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Return the rank of the ground truth (n,) among K samples (K, n): the number of samples below it, 0 to K.
@@ -20,8 +18,6 @@ def ranks(samples: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> np.ndarra
 
     Source: Hamill 2001 (Monthly Weather Review 129, 550), section 2.
     """
-    if samples.ndim != 2 or samples.shape[1:] != truth.shape:
-        raise InputError(f"samples {samples.shape} and ground truth {truth.shape} given, (K, n) and (n,) allowed")
     below, equal = (samples < truth).sum(axis=0), (samples == truth).sum(axis=0)
     return below + np.random.default_rng(seed).integers(0, equal + 1)
 

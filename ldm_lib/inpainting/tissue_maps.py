@@ -1,7 +1,8 @@
 """Make the tissue map that a model needs from the scan, and keep it in the user's cache.
 
 Maps are `tissue_maps/<key>.nii.gz` in $LDM_CACHE, else in `ldm_lib` of the platform's cache folder. The key is a digest
-of the voxels, mask, affine and settings that decide the map, so that a scan is registered once.
+of the voxels, mask, affine and settings that decide the map, so that a scan is registered once. A map of
+a whole head at 1 mm takes about 0.3 MB.
 """
 
 import hashlib
@@ -24,7 +25,6 @@ from ldm_lib.files import expand_path, fingerprint, require_writable
 log = logging.getLogger("ldm_lib")
 
 CACHE_VARIABLE = "LDM_CACHE"
-MOST_MAPS = 1000  # a map of a whole head at 1 mm takes about 0.3 MB; the least recently used ones are removed
 
 
 def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
@@ -33,8 +33,6 @@ def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
     with _map_folder() as (folder, kept):
         made = make_tissue_map(data, folder / f"{_key(data, refine)}.nii.gz", refine=refine)
         labels = None if made.failure else read_labels(made.path, data.source, TISSUE_LABELS)
-        if kept:
-            _remove_oldest(folder, made.path)
     if labels is None:
         log.warning("%s: no tissue map: %s; inpainted without", where, made.failure)
         return data
@@ -78,17 +76,3 @@ def _key(data: CaseData, refine: str) -> str:
     arrays = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in (data.voided, data.mask)]
     affine = np.asarray(data.source.affine).tolist()
     return fingerprint({"arrays": arrays, "affine": affine, "scale": data.scale, "refine": refine})[:32]
-
-
-def _remove_oldest(folder: Path, used: Path) -> None:
-    """Bound the cache: mark a map as used, and remove those that were used least recently."""
-    try:
-        for path in (used, used.with_name(used.name.replace(".nii.gz", ".json"))):
-            if path.exists():
-                os.utime(path)
-        records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        for record in records[:-MOST_MAPS]:
-            record.with_suffix(".nii.gz").unlink(missing_ok=True)
-            record.unlink(missing_ok=True)
-    except OSError as error:  # another process removes them too
-        log.info("tissue maps in %s: %s", folder, error)

