@@ -331,7 +331,7 @@ def test_prior_makes_both_maps_and_then_finds_them(scan, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("seed", "message"), [
-    ("0,0,500", r"ERROR seed: \(0, 0, 500\) mm is voxel .* mm away, at \(.* Fix: give x,y,z in mm"),
+    ("0,0,500", r"ERROR seed: \(0, 0, 500\) mm is voxel .*, outside white and grey matter\. Fix: give x,y,z in mm"),
     ("nan,0,0", r"ERROR --seed-mm nan,0,0: not three numbers\. Fix: write for example"),
     ("1,2", r"ERROR --seed-mm 1,2: not three numbers\. Fix: write for example"),
 ])  # fmt: skip
