@@ -31,7 +31,6 @@ RENAMED = {
     "schedule_shift": "it was removed: it did not improve results, see docs/ablations.md",
     "zero_terminal_snr": "it was removed: it did not improve results, see docs/ablations.md",
     "min_snr_gamma": "it was removed: it made results worse, see docs/ablations.md",
-    "outside_weight": "it was removed: the loss is over the mask alone",
     "latent_noise": "it was removed: known latents are as they were encoded",
     "strategy": "it was removed: training on several devices always uses DDP",
 }

@@ -109,6 +109,8 @@ class TrainingSamples(Dataset):
             t = torch.linspace(self.steps // 10, self.steps - 1, DEBUG_PAIRS).round().long()[pair]
             draw = torch.Generator().manual_seed(pair * len(self.variants) + case)
         noise = torch.randn(sample["target"].shape, generator=draw)
+        if self.config.outside_weight:
+            sample["outside"] = 1 - sample["mask"]
         if self.config.conditioning_dropout:
             conditioned = self.config.overfit_batches or rng.random() >= self.config.conditioning_dropout
             sample["conditioned"] = torch.tensor(float(bool(conditioned)))

@@ -14,11 +14,20 @@ from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.parameterisation import prediction_target, to_x0_and_noise
 
 
-def training_loss(network: nn.Module, batch: Latents, model: LatentDiffusion) -> Tensor:
-    """Return the masked error of what the network predicts."""
+def training_loss(network: nn.Module, batch: Latents, model: LatentDiffusion, outside_weight: float = 0.0) -> Tensor:
+    """Return the masked error of what the network predicts, and a weighted one of the known latent voxels.
+
+    Known latent voxels are clean in x_t, so that they were made of (z_voided, no noise): that pair gives their
+    prediction target.
+    """
+    kind, schedule, t = model.prediction, model.schedule, batch["t"]
     _, prediction = _predict(network, batch, model)
-    target = prediction_target(model.prediction, model.schedule, batch["target"], batch["noise"], batch["t"])
-    return masked_loss(prediction, target, batch["loss"])
+    target = prediction_target(kind, schedule, batch["target"], batch["noise"], t)
+    loss = masked_loss(prediction, target, batch["loss"])
+    if outside_weight:
+        known = prediction_target(kind, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
+        loss = loss + outside_weight * masked_loss(prediction, known, batch["outside"])
+    return loss
 
 
 def noise_loss(network: nn.Module, batch: Latents, model: LatentDiffusion) -> Tensor:

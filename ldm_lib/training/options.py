@@ -75,6 +75,7 @@ class LossOptions(Options):
     conditioning_dropout: Fraction = Field(
         0.1, description="probability of dropping the conditioning, for classifier-free guidance"
     )
+    outside_weight: Fraction = Field(0.0, description="loss weight of latent voxels outside the mask")
 
 
 class LatentSampleOptions(Options):

@@ -80,7 +80,7 @@ class Trainer:
                 seed = np.random.SeedSequence([self.config.seed, self.step, index]).generate_state(1)[0]
                 torch.manual_seed(int(seed))
             with self.processes.accumulating(self.network, k < last):
-                loss = training_loss(self.network, batch, self._initial) / len(batches)
+                loss = training_loss(self.network, batch, self._initial, self.config.outside_weight) / len(batches)
                 self.processes.fabric.backward(loss)
             self.sums[:2] += loss.detach().double()
             self._note_bad(loss.detach())

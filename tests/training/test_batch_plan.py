@@ -190,6 +190,11 @@ def test_the_loss_ignores_latent_voxels_outside_the_mask_and_their_gradient():
     assert torch.equal((predicted.grad != 0).any(1, keepdim=True).float(), mask)
 
 
+def test_latent_voxels_outside_the_mask_are_added_when_they_count():
+    item = samples(1, outside_weight=0.1)[0, 0, 0]
+    assert torch.equal(item.pop("outside"), 1 - item["mask"]) and same(item, samples(1)[0, 0, 0])
+
+
 def test_a_sample_with_an_empty_mask_adds_nothing():
     predicted, noise = torch.ones(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2)
     mask = torch.ones(2, 1, 2, 2, 2)

@@ -156,7 +156,7 @@ def interrupt(monkeypatch, step):
     ({"accumulate_grad_batches": 2, "latent_flip_probability": 0.5, "checkpoint_every": 1}, 3),
     ({"dropout": 0.3, "val_every": 1, "max_epochs": 3} | TWO_LEVELS, 3),
     ({"overfit_batches": 1, "log_every": 3, "max_epochs": 2, "checkpoint_every": 2}, 5),
-    ({"prediction": "flow", "schedule": "flow", "checkpoint_every": 3}, 4),
+    ({"prediction": "flow", "schedule": "flow", "outside_weight": 0.1, "checkpoint_every": 3}, 4),
 ], ids=["plain", "rarely saved", "accumulate", "dropout", "debug", "flow"])  # fmt: skip
 def test_a_resumed_training_equals_the_uninterrupted_one(study, tmp_path, monkeypatch, changes, step):
     monkeypatch.setattr(batch_plan, "DEBUG_PAIRS", 4)
@@ -466,7 +466,7 @@ TRAINED = [pytest.param(o, marks=[pytest.mark.slow] * (o["prediction"] in ("nois
 def batch_at(study, t):
     (sample,) = next(iter(study.variants.values()))
     noise = torch.randn(sample["target"].shape, generator=torch.Generator().manual_seed(4))
-    return collate([sample | {"t": torch.tensor(t), "noise": noise}])
+    return collate([sample | {"t": torch.tensor(t), "noise": noise, "outside": 1 - sample["mask"]}])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
@@ -483,6 +483,18 @@ def test_the_loss_is_that_of_what_is_predicted(study, objective):
     as_noise = noisy / model.schedule.sigma[600] if silent is None else silent * noisy
     error = (as_noise - batch["noise"])[mask].square().mean().item()
     assert noise_loss(model.denoiser, batch, model).item() == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["prediction"])
+def test_known_latent_voxels_have_the_target_of_clean_latents_without_noise(study, objective):
+    config = settings(**objective)
+    model, batch = study.model(config), batch_at(study, 600)
+    alone = training_loss(model.denoiser, batch, model)
+    factor = {"noise": 0.0, "x0": 1.0, "velocity": float(model.schedule.sigma[600]), "flow": 1.0}[config.prediction]
+    outside = batch["outside"].expand_as(batch["voided"]) > 0
+    added = 0.25 * (factor * batch["voided"][outside]).square().mean()
+    found = training_loss(model.denoiser, batch, model, outside_weight=0.25)
+    assert found.item() == pytest.approx(float(alone + added), rel=1e-5)
 
 
 # ---- validation, early stopping, checkpoints and samples
