@@ -105,7 +105,7 @@ docs: .venv/ready ## build the documentation into site/; warnings are errors
 	@.venv/bin/mkdocs --version >/dev/null 2>&1 || $(PIP_INSTALL) --editable '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 exec .venv/bin/mkdocs build --strict --quiet
 
-mlflow: .venv/ready ## browse tracked metrics on 127.0.0.1:5000
+mlflow: .venv/ready ## browse tracked metrics and images on 127.0.0.1:5000
 	@umask 077; MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \
 	  --backend-store-uri "sqlite:///$$PWD/outputs/mlflow.db" --serve-artifacts --artifacts-destination "$$PWD/outputs/mlflow"
 

@@ -210,10 +210,25 @@ def header_warnings(header: nib.Nifti1Header, affine: np.ndarray) -> list[str]:
         warnings.append(f"bitpix {int(header['bitpix'])} contradicts the datatype {header.get_data_dtype()}")
     if not np.allclose(pixdim, spacing_mm, rtol=1e-3):
         warnings.append(f"pixdim {stated} contradicts the affine's {used} mm, which are used")
+    if header["sform_code"] and header["qform_code"]:
+        warnings += _qform_warnings(header, affine)
     texts = {name: header[name].tobytes().rstrip(b"\0 ") for name in FREE_TEXT if name in header}
     if found := [name for name, text in texts.items() if text and not _SOFTWARE.fullmatch(text)]:
         warnings.append(_free_text(", ".join(found)))
     return warnings
+
+
+def _qform_warnings(header: nib.Nifti1Header, sform: np.ndarray) -> list[str]:
+    """Compare both orientations of a file: programs that read the qform may show it elsewhere, or mirrored."""
+    try:
+        qform = header.get_qform()
+    except ValueError:
+        return ["qform quaternion invalid; the sform is used"]
+    apart_mm = corner_distance_mm(header["dim"][1:4], sform, qform)
+    mirrored = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
+    if mirrored or (header["sform_code"] == header["qform_code"] and not apart_mm <= 1):
+        return [f"sform and qform lie {apart_mm:.0f} mm apart{', mirrored' if mirrored else ''}; the sform is used"]
+    return []
 
 
 def corner_distance_mm(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from ldm_lib.training import checkpoints
 from ldm_lib.training.batch_plan import TrainingSamples
 from ldm_lib.training.step import EPOCH, INTERVAL, NORM, Trainer
 from ldm_lib.training.trackers import Trackers
-from ldm_lib.training.validation import BY_LEVEL, Validation, mean_of_cases
+from ldm_lib.training.validation import BY_LEVEL, Validation, mean_of_cases, panel_path
 
 BEST_KEPT = 2
 
@@ -109,6 +109,8 @@ class TrainingLoop:
             self._keep_best(row["val_loss"])
         if due or trainer.complete:
             self._save()
+        if due and self.trackers:
+            self.trackers.panel(panel_path(self.folder, trainer.epoch), trainer.step)
         self._report(row, now=due)
         self._logged += time.monotonic() - started  # samples_per_s measures steps only
 

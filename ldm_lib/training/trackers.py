@@ -65,10 +65,10 @@ def logged_parameters(config: TrainingOptions) -> dict[str, Any]:
 
 
 class Wandb:
-    """Hold a run of Weights & Biases in `folder`/wandb."""
+    """Hold a run of Weights & Biases in `folder`/wandb; pictures stay in offline runs: nothing uploads one."""
 
     def __init__(self, config: TrainingOptions, folder: Path, mode: str) -> None:
-        self._folder = folder
+        self._folder, self._offline = folder, mode == "offline"
         os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "WANDB_NOTEBOOK_NAME": "."}
         import wandb
 
@@ -77,6 +77,7 @@ class Wandb:
             reinit="create_new", disable_code=True, disable_git=True, save_code=False, x_disable_meta=True,
             x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
         )  # fmt: skip
+        self._image = wandb.Image
         self._run = wandb.init(
             project=PROJECT, name=folder.parent.name, config=logged_parameters(config), settings=private
         )
@@ -84,6 +85,11 @@ class Wandb:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics; wandb merges those of one step."""
         self._run.log(dict(metrics), step=step)
+
+    def panel(self, path: Path, step: int) -> None:
+        """Log a picture, in an offline run."""
+        if self._offline:
+            self._run.log({"panel": self._image(str(path))}, step=step)
 
     def close(self, *, failed: bool) -> None:
         """End the run, and remove wandb's debug logs, which hold absolute paths and the login."""
@@ -97,10 +103,10 @@ class Wandb:
 
 
 class MLflow:
-    """Hold a run in the sqlite store of all runs, `outputs`/mlflow.db."""
+    """Hold a run in the sqlite store of all runs, `outputs`/mlflow.db; pictures are in `outputs`/mlflow."""
 
     def __init__(self, config: TrainingOptions, folder: Path) -> None:
-        outputs = folder.parents[1]
+        self._outputs = outputs = folder.parents[1]
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         from mlflow import MlflowClient, entities
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -123,6 +129,12 @@ class MLflow:
         rows = [self._metric(name, float(value), now_ms, step) for name, value in metrics.items()]
         self._client.log_batch(self._run, metrics=rows, synchronous=True)
 
+    def panel(self, path: Path, step: int) -> None:
+        """Copy a picture to where `make mlflow` serves it; the client would need that server to be running."""
+        folder = self._outputs / "mlflow" / self._run / "artifacts" / "panels"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / f"{step}.png")
+
     def close(self, *, failed: bool) -> None:
         """End the run."""
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
@@ -139,13 +151,19 @@ class Trackers:
         """Log metrics by name as plain numbers at an optimiser step; steps never decrease."""
         plain = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         self.table.log(plain, step)
-        for name, tracker in list(self._running.items()):
-            self._safely(name, tracker.log, plain, step)
+        self._each("log", plain, step)
+
+    def panel(self, path: Path, step: int) -> None:
+        """Log a small PNG of one fixed case."""
+        self._each("panel", path, step)
 
     def close(self, *, failed: bool) -> None:
         """End the runs."""
+        self._each("close", failed=failed)
+
+    def _each(self, method: str, *arguments: Any, **options: Any) -> None:
         for name, tracker in list(self._running.items()):
-            self._safely(name, tracker.close, failed=failed)
+            self._safely(name, getattr(tracker, method), *arguments, **options)
 
     def _safely(self, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a tracker; if it fails, warn and disable it: a training never ends with a tracker."""

@@ -79,9 +79,14 @@ class Validation:
         views = {"voided": data.voided, f"epoch {epoch}": inpainted, "target": data.target}
         views = {name: data.lps(view) for name, view in views.items()}
         figure = planes(views, spacing_mm=data.lps_spacing_mm, mask=data.lps(data.mask), title=f"epoch {epoch}")
-        path = self.folder / "panels" / f"epoch_{epoch:03d}.png"
+        path = panel_path(self.folder, epoch)
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=PANEL_DPI, facecolor=figure.get_facecolor())
+
+
+def panel_path(folder: Path, epoch: int) -> Path:
+    """Return the path of the picture of the first case after an epoch."""
+    return folder / "panels" / f"epoch_{epoch:03d}.png"
 
 
 def mean_of_cases(rows: dict[int, dict[str, float]]) -> dict[str, float]:

@@ -133,6 +133,26 @@ def test_a_header_extension_is_kept_and_its_size_not_believed(tmp_path):
             read_volume(path)
 
 
+@pytest.mark.parametrize(
+    ("qfac", "quaternion", "offset", "expected"),
+    [
+        (-1.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), "mirrored; the sform is used"),
+        (1.0, (0.0, 0.0, 1.0), (10.0, 0.0, 0.0), "sform and qform lie 10 mm apart; the sform is used"),
+        (1.0, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), "qform quaternion invalid; the sform is used"),
+    ],
+)
+def test_a_qform_that_contradicts_the_sform_is_reported(tmp_path, qfac, quaternion, offset, expected):
+    """The qform is mirrored, ten millimetres away, or impossible; the sform is what is used."""
+    content = bytearray(_image(VOXELS))
+    struct.pack_into("<f", content, 76, qfac)
+    struct.pack_into("<h", content, 252, 2)  # qform_code
+    struct.pack_into("<6f", content, 256, *quaternion, *offset)
+    (tmp_path / "a.nii").write_bytes(content)
+    volume = read_volume(tmp_path / "a.nii")
+    np.testing.assert_array_equal(volume.affine, LPS)
+    assert any(expected in warning for warning in volume.warnings), volume.warnings
+
+
 def test_what_is_no_file_is_rejected_without_waiting(tmp_path):
     (tmp_path / "folder.nii.gz").mkdir()
     (tmp_path / "loop.nii.gz").symlink_to("loop.nii.gz")

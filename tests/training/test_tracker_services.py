@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 from listening import LOOPBACK, addresses
+from PIL import Image
 
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.stages import TrainingConfig
-from ldm_lib.training.trackers import ANONYMOUS, LOGGED_TEXTS, PROJECT, logged_parameters, trackers
+from ldm_lib.training.trackers import ANONYMOUS, LOGGED_TEXTS, PROJECT, Wandb, logged_parameters, trackers
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
@@ -84,12 +85,20 @@ def test_every_text_among_the_parameters_was_looked_at():
     assert "data_dir" not in logged_parameters(Careless())
 
 
-def test_both_hold_the_metrics_and_parameters_of_a_run_of_its_own(tmp_path, caplog):
+@pytest.fixture
+def panel(tmp_path):
+    """A small picture."""
+    Image.new("L", (48, 32), 99).save(tmp_path / "panel.png")
+    return tmp_path / "panel.png"
+
+
+def test_both_hold_metrics_parameters_and_pictures_of_a_run_of_its_own(tmp_path, panel, caplog):
     folder, config = place(tmp_path), settings(wandb_mode="offline", use_mlflow=True)
     for run in (1, 2):  # a second training in the same process is a run of its own
         found = track(config, folder)
         found.log({"val_loss": 0.0625 * run, "epoch": 0}, 3)
         found.log({"train_loss": 1 / 3}, 3)
+        found.panel(panel, 3)
         found.log({"train_loss": float("nan")}, 7)
         found.close(failed=run == 2)
     assert not caplog.records
@@ -98,18 +107,28 @@ def test_both_hold_the_metrics_and_parameters_of_a_run_of_its_own(tmp_path, capl
     for run, path in enumerate(kept, start=1):
         rows = history(path)
         assert rows[3]["val_loss"] == 0.0625 * run and rows[3]["train_loss"] == 1 / 3 and list(rows) == [3, 7]
+        assert (path.parent / "files" / rows[3]["panel.path"]).read_bytes() == panel.read_bytes()
         begun = next(record.run for record in records(path) if record.WhichOneof("record_type") == "run")
         logged = {item.key: item.value_json for item in begun.config.update}
         assert (begun.project, begun.display_name, begun.host) == (PROJECT, "tracked", "")
         assert logged["base_width"] == "16" and logged["run"] == '"tracked"'
     assert not list(folder.glob("wandb/**/*.log"))
     outputs = tmp_path / "outputs"
-    runs = query(outputs, "select name, status, user_id from runs order by start_time")
-    assert runs == [("tracked", "FINISHED", "unknown"), ("tracked", "FAILED", "unknown")]
+    runs = query(outputs, "select name, status, user_id, artifact_uri from runs order by start_time")
+    assert [run[:3] for run in runs] == [("tracked", "FINISHED", "unknown"), ("tracked", "FAILED", "unknown")]
+    for *_, address in runs:
+        shown = outputs / "mlflow" / address.removeprefix("mlflow-artifacts:/") / "panels" / "3.png"
+        assert shown.read_bytes() == panel.read_bytes()
     values = sorted(query(outputs, "select value, step from metrics where key = 'val_loss'"))
     assert values == [(0.0625, 3), (0.125, 3)]
     assert dict(query(outputs, "select key, value from params"))["base_width"] == "16"
     assert dict(query(outputs, "select key, value from tags")) == ANONYMOUS | {"mlflow.runName": "tracked"}
+
+
+def test_pictures_are_never_given_to_wandb_online(tmp_path, panel):
+    online = Wandb.__new__(Wandb)  # without a run: it would raise if it tried
+    online._offline = False
+    online.panel(panel, 3)
 
 
 CANARIES = {

@@ -359,9 +359,9 @@ def test_a_loss_that_is_not_finite_names_its_step_and_cases_and_is_never_saved(s
     """The check comes every few steps only, since it waits for a GPU; what it says is exact all the same."""
     loss, bad = trainer.training_loss, 3
 
-    def spoiled(network, batch, model):
+    def spoiled(network, batch, model, outside_weight):
         spoiled.calls += 1
-        return loss(network, batch, model) * (math.nan if spoiled.calls == bad else 1)
+        return loss(network, batch, model, outside_weight) * (math.nan if spoiled.calls == bad else 1)
 
     spoiled.calls = 0
     monkeypatch.setattr(trainer, "training_loss", spoiled)
