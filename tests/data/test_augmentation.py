@@ -160,3 +160,11 @@ def test_a_case_is_never_changed_in_place(case):
     before = GridCase(**{name: getattr(case, name).copy() for name in NAMES})
     ALL(case, np.random.default_rng(1), spacing_mm=2.0)
     _same(case, before)
+
+
+def test_a_rotation_back_is_nearly_the_case_itself(case):
+    smooth = np.exp(-(((np.indices((SIZE,) * 3) - 12) / 6.0) ** 2).sum(0)).astype(np.float32)
+    given = replace(case, target=smooth, voided=np.where(case.mask, np.float32(0), smooth))
+    back = rotate(rotate(given, np.array([0, 0, 9.0])), np.array([0, 0, -9.0]))
+    np.testing.assert_allclose(back.target, given.target, atol=0.03)
+    assert (back.mask != given.mask).mean() < 0.01

@@ -220,3 +220,11 @@ def test_nothing_is_written_next_to_the_data(tmp_path):
 
 def _listing(root: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [root, *root.rglob("*")]}
+
+
+# ---- more laws
+
+
+def test_a_case_alone_is_a_cohort(tmp_path, capsys):
+    Place(tmp_path, FIRST, complete=True)
+    assert main(["validate", str(tmp_path)]) == 0

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -132,10 +133,30 @@ def test_the_command_line_does_what_the_row_says(name, pass_over_all, usual):
 def test_every_bad_case_of_the_catalogue_is_reported_in_one_pass(pass_over_all, usual):
     places, found = pass_over_all
     assert found.exit == 1 and len(found.lines) == len(EVERY) + len(NEIGHBOURS)
+    keys = {name: place.id if place.id in found.lines else repr(place.id) for name, place in places.items()}
+    assert len({*keys.values(), *NEIGHBOURS.values()}) == len(found.lines), "each row has a line of its own"
+    words = {name: found.lines[key][0] for name, key in keys.items()}
+    assert [n for n in EVERY if "reject" not in ROWS[n].must and words[n] == "ERROR"] == []
+    assert [n for n in EVERY if ROWS[n].must == "reject" and words[n] != "ERROR"] == []
+    rejected = sum(word == "ERROR" for word, _ in found.lines.values())
+    assert rejected == list(words.values()).count("ERROR") and f", {rejected} rejected\n" in found.everything
     root = places[EVERY[0]].root
     assert str(root) not in found.everything and "Traceback" not in found.everything
     for complete, identity in NEIGHBOURS.items():
         assert set(found.lines[identity][1].split("; ")) == usual[complete]
+
+
+def test_the_exit_status_of_what_is_accepted_is_0_and_of_each_bad_case_1(tmp_path, monkeypatch):
+    """One pass over all that must be accepted; each of the others in a folder of its own."""
+    accepted = [name for name in EVERY if "reject" not in ROWS[name].must]
+    for k, name in enumerate(accepted, start=10):
+        spoilt(name, tmp_path / "accepted", f"BraTS-GLI-{k:05d}-000")
+    assert validated(tmp_path / "accepted", tmp_path / "findings.json").exit == 0
+    for k, name in enumerate(name for name in EVERY if ROWS[name].must == "reject"):
+        place = spoilt(name, tmp_path / f"{k}", CASE)
+        with redirect_stdout(io.StringIO()) as printed, redirect_stderr(printed):
+            status = main(["validate", str(place.root)])
+        assert (name, status) == (name, 1) and "ERROR " in printed.getvalue(), printed.getvalue()
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.needs_user])
@@ -238,3 +259,17 @@ def test_an_outlier_is_not_seen(tmp_path):
     neighbours = np.delete(around.ravel(), around.size // 2)
     assert seen[BRAIN_VOXEL] == pytest.approx(np.median(neighbours), rel=0.1)
     assert data.source.voxels[BRAIN_VOXEL] == np.float32(1e30)
+
+
+# ---- more laws
+
+
+@pytest.mark.parametrize("name", ["claims 32767^3 voxels", "claims 1290^3 voxels", "extension claims 2 GB"])
+def test_memory_is_flat_whatever_a_file_claims(name, tmp_path):
+    place = spoilt(name, tmp_path / "data", CASE)
+    tracemalloc.start()
+    try:
+        (row,) = audit(place.root)
+        assert row.status == "refused" and tracemalloc.get_traced_memory()[1] < 16e6
+    finally:
+        tracemalloc.stop()

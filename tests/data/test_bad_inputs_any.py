@@ -203,3 +203,20 @@ def test_any_bytes_at_all(folder, examples):
 
     hold(law, examples, st.binary(max_size=2000) | st.binary(max_size=400).map(lambda b: b"\x1f\x8b\x08\0" + b),
          st.sampled_from(["a.nii.gz", "a.nii"]))  # fmt: skip
+
+
+# ---- more laws
+
+
+@often_and_more(50, 5_000)
+def test_any_header_from_its_first_byte_to_its_last(folder, examples):
+    """Nothing but the bytes by which a reader knows the kind of file is as it should be."""
+
+    def law(size, noise):
+        content = bytearray(noise.ljust(size, b"\0")[:size] + PLAIN[size][size:])
+        magic = slice(344, 348) if size == 348 else slice(4, 12)
+        content[:4], content[magic] = PLAIN[size][:4], PLAIN[size][magic]
+        volume = passed(folder / "a.nii", bytes(content))
+        assert volume is None or volume.shape in claimed_shapes(bytes(content))
+
+    hold(law, examples, st.sampled_from(sorted(KINDS)), st.binary(max_size=540))

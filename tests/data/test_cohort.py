@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,3 +358,37 @@ def test_maps_of_another_shape_or_range_are_rejected(cases, kind, change, match)
     data = load_case(cases[0])
     with pytest.raises(InputError, match=match):
         data.with_maps(**{kind: change(getattr(data, kind))})
+
+
+def test_maps_are_rejected_out_of_range_and_resampled_from_another_grid(data):
+    case = find_cases(data)[0]
+    write_map(case.growth, GROWTH * 2, LPS)
+    with pytest.raises(InputError, match=r"values from 0 to 1\.4, must lie in \[0, 1\]"):
+        load_case(case)
+    write_map(case.growth, GROWTH, LPS)
+    write_map(case.tissue, TISSUE + np.uint8(1), LPS)
+    with pytest.raises(InputError, match=r"labels 4 \(\d+ voxels\) are not among \(0, 1, 2, 3\)"):
+        load_case(case)
+    shifted = LPS.copy()
+    shifted[0, 3] = 1
+    write_map(case.tissue, TISSUE, shifted)
+    assert any("resampled from its grid" in warning for warning in load_case(case).warnings)
+
+
+def test_a_voided_image_without_its_mask_is_excluded_and_the_others_stay(data):
+    (data / SEVERAL / f"{SEVERAL}-mask-0001.nii.gz").unlink()
+    cases, exclusions = survey_cases(data)
+    assert [c.index for c in cases] == ["", "0000", "0002"]
+    assert [e.case for e in exclusions] == [f"{SEVERAL}-0001"]
+
+
+def test_a_missing_map_is_a_warning_of_the_audit(data):
+    shutil.rmtree(data / "conditioning_data" / "growth_model")
+    rows = list(audit(data))
+    assert {row.status for row in rows} == {"warning"}
+    assert {row.reason for row in rows} == {f"no growth map; {FIELD}"}
+
+
+def test_one_patient_cannot_be_split():
+    with pytest.raises(InputError, match="1 patient, need at least 2"):
+        split_patients(["a", "a"], seed=0, validation_fraction=0.5)
