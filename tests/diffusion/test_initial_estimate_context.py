@@ -165,3 +165,29 @@ def test_a_scale_that_cannot_be_is_rejected(tiny_initial_estimate_folder, tmp_pa
     with pytest.raises(WeightsError, match=r"does not say how it was trained .*Fix: copy") as error:
         Inpainter.load(folder, device="cpu")
     assert "\n" not in str(error.value)
+
+
+# ---- more laws
+
+
+def test_without_initial_estimates_what_is_sampled_is_the_latent(truth):
+    assert add_initial_estimate(truth, {}, LatentSpec()) is truth
+
+
+def test_the_targets_of_what_was_measured_have_a_mean_square_of_1(autoencoder, cases):
+    data = load_case(cases[0])
+    settings = measure_residual_std(PLAIN, [data], autoencoder)
+    latents = encode_case(grid_case(data, 2), autoencoder, settings, **HOW)
+    square = latents["target"][:, latents["loss"][0] > 0].square().mean(dim=1)
+    torch.testing.assert_close(square, torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_no_more_cases_are_measured_than_are_enough(autoencoder, cases, monkeypatch):
+    monkeypatch.setattr("ldm_lib.diffusion.latents.RESIDUAL_CASES", 1)
+    seen = []
+    found = measure_residual_std(PLAIN, (seen.append(case) or load_case(case) for case in cases), autoencoder)
+    assert seen == cases[:1] and found == measure_residual_std(PLAIN, [load_case(cases[0])], autoencoder)
+
+
+def test_a_model_states_the_standard_deviation_of_its_residuals(inpainter):
+    assert inpainter.model.spec.residual_std == STD

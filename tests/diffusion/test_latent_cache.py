@@ -365,3 +365,30 @@ def test_progress_and_costs_are_of_what_is_encoded_now(sources, autoencoder, tmp
         assert made.costs == {"patients": patients, "masks": len(cases), "variants": variants, "encoded now": encoded,
                               "replaced": 0, "MB per patient": pytest.approx(size / patients)}  # fmt: skip
         assert (f"encoding scan {encoded}/{encoded}: " in capsys.readouterr().out) is bool(encoded)
+
+
+# ---- more laws
+
+
+def test_handles_come_in_the_order_of_the_cases(sources, autoencoder, tmp_path):
+    mixed = [sources[k] for k in (3, 0, 2, 1)]
+    handles = cache(tmp_path / "c", autoencoder).encode(mixed)
+    assert [handle.case.key for handle in handles] == [case.key for case in mixed]
+    assert all(torch.equal(h[0]["mask"], encoded(h.case, autoencoder)["mask"]) for h in handles)
+    assert same(filled(tmp_path / "c", autoencoder, cases=sources)[1], handles[3][0])
+    assert autoencoder.calls == 8 + 8  # one of each pair to compare with; the order of cases does not matter
+
+
+def test_a_map_that_went_missing_is_noticed(sources, autoencoder, tmp_path):
+    known = filled(tmp_path / "c", autoencoder, cases=sources[:1])[0]
+    unknown = filled(tmp_path / "c", autoencoder, cases=[replace(sources[0], growth=None)])[0]
+    assert known["conditioning"][0].any() and not unknown["conditioning"][0].any()
+    assert unknown["loss"].sum() < known["loss"].sum()  # unhealthy latent voxels of unknown growth leave the loss
+
+
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_cut_entry_is_found_and_replaced(sources, autoencoder, tmp_path, length, caplog):
+    before = filled(tmp_path / "c", autoencoder, cases=sources[:2])
+    (path,) = entries(tmp_path / "c")
+    path.write_bytes(path.read_bytes()[:length])
+    assert_replaced(sources, autoencoder, tmp_path / "c", before, caplog)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from ldm_lib.diffusion import samplers
 from ldm_lib.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, midpoint, samplers_for
-from ldm_lib.diffusion.schedule import noise_schedule
+from ldm_lib.diffusion.schedule import noise_schedule, spaced_timesteps
 from ldm_lib.errors import ConfigError
 
 MEAN, STD = 0.7, 0.5
@@ -232,3 +233,55 @@ def test_a_sampler_of_the_other_path_is_rejected(name, schedule, said):
     x = standard(1, 1, 2, 2, 2)
     with pytest.raises(ConfigError, match=said):
         SAMPLERS[name](flow_gaussian, x, schedule, steps=2, noise=fresh(x))
+
+
+# ---- more laws
+
+
+@every_sampler
+def test_a_batch_equals_its_elements(sampler):
+    x = standard(3, 2, 3, 2, 4)
+    together = run(sampler, bent, x, 12)
+    for i in range(3):
+        alone = sampler(
+            denoiser_of(bent),
+            x[i : i + 1],
+            SCHEDULE,
+            steps=12,
+            noise=lambda step, i=i: fresh(x)(step)[i : i + 1],
+        )
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_the_first_order_of_dpm_solver_is_ddim(monkeypatch):
+    x = standard(2, 1, 3, 2, 2)
+    times = torch.tensor([999, 300])
+    monkeypatch.setattr(samplers, "spaced_timesteps", lambda *_: times)
+    torch.testing.assert_close(run(dpm_solver_pp_2m, bent, x, 2), run(ddim, bent, x, 2))
+
+
+def test_dpm_solver_extrapolates_x0_to_the_middle_of_uneven_steps(monkeypatch):
+    times, states = torch.tensor([999, 700, 200]), []
+    monkeypatch.setattr(samplers, "spaced_timesteps", lambda *_: times)
+    run(dpm_solver_pp_2m, bent, standard(1, 1, 3, 2, 2), 3, callback=states.append)
+    lambdas = SCHEDULE.log_snr(times) / 2
+    (h1, h2), (first, second) = lambdas.diff(), (s["x0"] for s in states[:2])
+    middle = second + (second - first) / h1 * (h2 / 2)
+    (_, alpha), (sigma, next_sigma) = (rate.flatten() for rate in alpha_sigma(times[1:], middle))
+    expected = next_sigma / sigma * states[1]["x"] + alpha * (1 - torch.exp(-h2)) * middle
+    torch.testing.assert_close(states[2]["x"], expected)
+
+
+def test_dpm_solver_is_spaced_in_log_snr_and_the_others_in_t():
+    for sampler, spacing in [(ddpm, "uniform"), (ddim, "uniform"), (dpm_solver_pp_2m, "log_snr")]:
+        states = []
+        run(sampler, bent, standard(1, 1, 2, 2, 2), 9, callback=states.append)
+        assert [s["t"] for s in states] == spaced_timesteps(SCHEDULE, 9, spacing).tolist()
+
+
+@every_sampler
+def test_a_half_precision_denoiser_does_not_lower_the_arithmetic(sampler):
+    x = standard(1, 1, 2, 2, 2, dtype=torch.float32)
+    y = run(sampler, lambda x, t: gaussian(x, t).bfloat16(), x, 5)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, run(sampler, lambda x, t: gaussian(x, t).bfloat16().float(), x, 5))

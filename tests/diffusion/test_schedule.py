@@ -143,3 +143,17 @@ def test_a_silent_end_is_visited_first_and_the_rest_lies_even_in_log_snr(trained
         log_snr = schedule.log_snr(spaced_timesteps(schedule, 12, "log_snr")[1:])
         gaps = log_snr.diff()
         assert log_snr[0].item() == pytest.approx(-10, abs=0.6) and gaps.std() < 0.25 * gaps.mean().abs()
+
+
+def test_each_sample_has_its_own_timestep(schedule):
+    x0, noise, t = noisy_case()
+    together = schedule.add_noise(x0, noise, t)
+    for i in range(len(t)):
+        alone = schedule.add_noise(x0[i : i + 1], noise[i : i + 1], t[i : i + 1])
+        assert torch.equal(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("steps", [7, 20, 50, 333])
+def test_uniform_gaps_are_equal_up_to_rounding_down_to_the_clean_end(schedule, steps):
+    gaps = torch.cat([spaced_timesteps(schedule, steps), torch.tensor([-1])]).diff()
+    assert gaps.max() - gaps.min() <= 1

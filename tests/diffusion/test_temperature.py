@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from models import changed
 
 from ldm_lib.data.case import load_case
+from ldm_lib.data.volume import read_volume
+from ldm_lib.diffusion.samplers import samplers_for
+from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.errors import ConfigError, WeightsError
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.inpainting.folder import FILLED, FOUND, fill_cases
@@ -112,3 +117,23 @@ def test_another_temperature_is_another_result(inpainter, cases, tmp_path):
         assert [row["status"] for row in fill_cases(at, [case], config, tmp_path, say=lambda line: None)] == [status]
         made.append((tmp_path / case.result_name).read_bytes())
     assert made[0] != made[1] == made[2]
+
+
+# ---- more laws
+
+
+@pytest.mark.parametrize("sampler", samplers_for(noise_schedule()))
+def test_known_voxels_do_not_depend_on_it(inpainter, encoded, sampler):
+    found = changed(inpainter, temperature=0.3).model.sample(encoded, ["a/0"], sampler=sampler, **HOW)[0]
+    known = (encoded["mask"] == 0).expand_as(found)
+    assert torch.equal(found[known], encoded["voided"][known])
+
+
+def test_a_file_is_filled_at_the_requested_temperature(cases, tiny_model_folder, inpainter, tmp_path):
+    case, how = cases[0], {"model": tiny_model_folder, "device": "cpu", "num_inference_steps": 2}
+    inpaint(case.t1n_voided, case.mask, tmp_path / "out.nii.gz", temperature=0.4, **how)
+    data = load_case(replace(case.to_inpaint(), growth=None, tissue=None))
+    expected = changed(inpainter, temperature=0.4)(data, num_inference_steps=2)
+    mask, found = data.mask, read_volume(tmp_path / "out.nii.gz").voxels
+    np.testing.assert_allclose(found[mask], expected.mean[mask], atol=0.51)  # int16
+    assert np.abs(inpainter(data, num_inference_steps=2).mean - expected.mean).max() > 2

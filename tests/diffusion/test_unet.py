@@ -268,3 +268,72 @@ def test_a_network_trained_with_conditioning_only_rejects_unconditional_samples(
     assert not network.supports_unconditional
     with pytest.raises(ConfigError, match="ADM: it was trained with conditioning only"):
         network(latents(4, 4, 4), torch.tensor([0, 1]), torch.zeros(2))
+
+
+def test_an_untrained_block_or_attention_is_the_identity():
+    x, embedding = latents(4, 3, 2, channels=8), torch.randn(2, 16)
+    assert torch.equal(ResidualBlock(8, 8, 16)(x, embedding), x)
+    assert torch.equal(Attention(8, 4)(x), x)
+
+
+def test_each_level_halves_and_each_way_up_doubles_all_three_axes():
+    network, sizes = awake(attention_rates=()), []
+    for stage in [*network.down, network.middle, *network.up]:
+        stage.register_forward_hook(lambda *args: sizes.append(tuple(args[2].shape[2:])))
+    network(latents(12, 8, 20), torch.tensor([0, 1]))
+    rate1, rate2, rate4 = (12, 8, 20), (6, 4, 10), (3, 2, 5)
+    down = [rate1, rate1, rate2, rate2, rate2, rate4, rate4, rate4]
+    up = [rate4, rate4, rate2, rate2, rate2, rate1, rate1, rate1, rate1]
+    assert sizes == [*down, rate4, *up]
+
+
+def test_scale_minus_one_and_shift_zero_null_the_second_branch():
+    torch.manual_seed(2)
+    block = ResidualBlock(8, 12, 16)
+    nn.init.normal_(block.conv2.weight)
+    nn.init.zeros_(block.scale_shift.weight)
+    x, embedding = latents(4, 4, 4, channels=8), torch.randn(2, 16)
+    assert not torch.allclose(block(x, embedding), block.skip(x))
+    with torch.no_grad():
+        block.scale_shift.bias.copy_(torch.tensor([-1.0] * 12 + [0.0] * 12))
+    assert torch.equal(block(x, embedding), block.skip(x))
+
+
+def test_a_norm_of_small_half_values_does_not_lose_them():
+    x = (1e-3 * latents(4, 4, 4, channels=8) + 1).bfloat16()
+    expected = F.group_norm(x.double(), 2).to(torch.bfloat16)
+    assert torch.equal(Norm(8)(x), expected)
+
+
+def test_dropout_acts_in_training_only():
+    network, x, t = awake(dropout=0.5), latents(4, 4, 4), torch.tensor([4, 40])
+    assert torch.equal(network(x, t), network(x, t))
+    network.train()
+    assert not torch.equal(network(x, t), network(x, t))
+
+
+def test_memory_format_changes_nothing_but_rounding():
+    network, x, t = awake(), latents(8, 8, 4), torch.tensor([4, 40])
+    expected = network(x, t)
+    network.to(memory_format=torch.channels_last_3d)
+    got = network(x.contiguous(memory_format=torch.channels_last_3d), t)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backward_is_twice_a_forward_less_the_gradients_of_what_was_given():
+    network = ADM(in_channels=5, out_channels=2, base_width=8, multipliers=(1, 2), attention_rates=(2,))
+    voxels = 8 * 4 * 4
+    given = 2 * 27 * 5 * 8 * voxels + 2 * 8 * 32  # of the first convolution, and of the first layer of the embedding
+    forward = count_flops(network, (8, 4, 4))
+    assert count_flops(network, (8, 4, 4), backward=True) == 3 * forward - given
+
+
+def test_frozen_parameters_are_not_counted():
+    layer = nn.Linear(3, 4)
+    layer.bias.requires_grad_(False)
+    assert count_parameters(layer) == 12
+
+
+def test_conditioning_all_samples_is_the_default():
+    network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
+    assert torch.equal(network(x, t, torch.ones(2)), network(x, t))
