@@ -5,7 +5,7 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
-from dipy.align.imwarp import DiffeomorphicMap
+from dipy.align.imwarp import DiffeomorphicMap, SymmetricDiffeomorphicRegistration
 from dipy.align.metrics import CCMetric
 from scipy import ndimage
 
@@ -216,3 +216,16 @@ def test_the_mask_is_warped_with_the_image(mask):
     metric.use_static_image_dynamics(static, map_)
     factors = stepped(metric, static, moving)[0]
     np.testing.assert_array_equal((factors == 0).all(-1), np.roll(mask, -2, axis=0) > 0)
+
+
+# ---- more laws
+
+
+def test_without_a_mask_the_registration_is_dipys():
+    static, moving = textured(0, (24, 24, 24)), textured(1, (24, 24, 24))
+    maps = [
+        SymmetricDiffeomorphicRegistration(metric, level_iters=[2, 2]).optimize(static, moving)
+        for metric in (MaskedCorrelation(np.zeros(static.shape, np.float32)), CCMetric(3, radius=4))
+    ]
+    np.testing.assert_array_equal(maps[0].forward, maps[1].forward)
+    assert np.abs(maps[1].forward).max() > 0.1

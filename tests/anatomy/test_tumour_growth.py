@@ -232,3 +232,8 @@ def test_rates_out_of_range_are_rejected_by_name(wrong):
 def test_examples_run():
     found = doctest.testmod(tumour_growth)
     assert found.attempted and not found.failed
+
+
+def test_no_days_change_nothing():
+    start = np.random.default_rng(0).random((3, 3, 3), np.float32)
+    np.testing.assert_array_equal(grow(np.ones_like(start), 0 * start, start, days=0), start)

@@ -13,6 +13,7 @@ from ldm_lib.autoencoder.fitting import (
     fit_linear_codec,
     fit_linear_parts,
     latent_statistics,
+    linear_baselines,
 )
 from ldm_lib.autoencoder.linear_codec import LinearCodec
 from ldm_lib.autoencoder.model import QUIET_LOG_VARIANCE, Autoencoder
@@ -180,3 +181,34 @@ def test_no_latent_voxel_in_the_brain_is_an_error(monkeypatch, cases):
     monkeypatch.setattr(fitting, "block_mean", lambda image, factor: np.zeros([n // factor for n in image.shape]))
     with pytest.raises(TrainingError, match="no latent voxel lies mostly in the brain"):
         latent_statistics(fresh().freeze(), cases[:1], **HOW)
+
+
+# ---- more laws
+
+
+def test_what_is_lost_is_the_second_moment_of_the_axes_left_out(cases):
+    """Eckart-Young on the blocks it was fitted on, and their mirror images."""
+    codec, image = fitted(cases[:1], alone=True), image_of(cases[0])
+    blocks = with_mirror_images(blocks_of(cases[:1]))
+    moments = np.linalg.eigvalsh(blocks.T @ blocks / len(blocks))
+    with torch.inference_mode():
+        errors = [codec.decode(codec.encode(side)) - side for side in (image, image.flip(2))]
+    lost = sum(float(error.square().sum()) for error in errors) / len(blocks)
+    assert lost == pytest.approx(moments[:5].sum(), rel=1e-3)
+
+
+def test_more_channels_than_voxels_of_a_block_still_rebuild_it(cases):
+    image = image_of(cases[0])
+    power = float(image[image > 0].square().mean())
+    for alone in (True, False):
+        assert mean_square(fitted(cases[:1], 10, alone=alone), image) < 0.05**2 * power
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_baselines_are_the_autoencoders_own_codec_or_one_that_is_fitted(cases, own):
+    autoencoder, image = fresh(linear_start=own), image_of(cases[4])
+    if own:
+        fit_linear_parts(autoencoder, cases[:4])
+    bounds = linear_baselines(autoencoder, [] if own else cases[:4])
+    for name, oracle in (("linear", fitted(cases[:4])), ("pca", fitted(cases[:4], alone=True))):
+        assert mean_square(bounds[name], image) == pytest.approx(mean_square(oracle, image), rel=1e-4)

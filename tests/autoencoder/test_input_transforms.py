@@ -53,3 +53,9 @@ def test_fitted_sub_bands_have_unit_variance():
 def test_parameters_know_every_transform_and_its_factor():
     assert {name: cls.factor for name, cls in TRANSFORMS.items()} == TRANSFORM_FACTORS
     assert list(TRANSFORMS) == list(get_args(AutoencoderConfig.model_fields["input_transform"].annotation))
+
+
+def test_the_inverse_is_exact_under_autocast():
+    transform, image = Haar(), volume(8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(transform.synthesise(transform.analyse(image)), image, atol=1e-6)

@@ -65,3 +65,19 @@ def test_an_encoder_that_is_learnt_has_no_mirror_and_keeps_the_mean_that_was_fou
     learnt.standardise(torch.arange(1.0, 9.0), torch.ones(8))
     assert (learnt.linear.mirror < 0).any(), "its linear part has one"
     assert learnt.mirror is None and torch.equal(learnt.latent_mean, torch.arange(1.0, 9.0))
+
+
+def test_odd_axes_see_nothing_of_what_is_symmetric(codec):
+    image = volume()
+    seen = codec.encode(image + image.flip(LEFT_RIGHT))
+    odd = seen[:, codec.mirror < 0]
+    torch.testing.assert_close(odd, -odd.flip(LEFT_RIGHT), atol=1e-4, rtol=0)
+    assert codec.air[codec.mirror < 0].abs().max() < 1e-4, "air is symmetric"
+
+
+def test_latents_that_are_standardised_have_the_mirror_of_their_codec(autoencoder):
+    image = volume(autoencoder.factor)
+    autoencoder.standardise(torch.linspace(-1, 2, CHANNELS), torch.linspace(0.1, 3, CHANNELS))
+    found = autoencoder.encode(image.flip(LEFT_RIGHT))
+    mirrored = autoencoder.mirror.view(1, -1, 1, 1, 1) * autoencoder.encode(image).flip(LEFT_RIGHT)
+    torch.testing.assert_close(found, mirrored, atol=1e-3, rtol=1e-4)

@@ -5,6 +5,7 @@ import doctest
 import numpy as np
 import pytest
 import torch
+from monai.networks.blocks import SABlock, SpatialAttentionBlock
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 
@@ -162,3 +163,37 @@ def test_an_image_of_any_shape_is_reconstructed_within_its_padding():
     np.testing.assert_array_equal(autoencoder.reconstruct(image), whole)
     padded = np.pad(image, [(1, 1), (0, 0), (1, 2)])[:, :, :15]  # the padding of an odd shape is 0 on both sides
     assert autoencoder.reconstruct(padded).shape == padded.shape == (18, 16, 15)
+
+
+def test_there_is_no_attention():
+    kinds = {type(module) for module in fresh(channels=(4, 4, 4)).modules()}
+    assert not kinds & {SpatialAttentionBlock, SABlock}
+
+
+def test_the_statistics_are_kept_with_the_weights(tiny_autoencoder_folder):
+    autoencoder = load_model(tiny_autoencoder_folder, Autoencoder)
+    assert autoencoder.spacing_mm == 8.0
+    assert not torch.equal(autoencoder.scale_factor, torch.ones(3)) and autoencoder.latent_mean.any()
+
+
+@pytest.mark.parametrize(("input_transform", "channels", "factor"), [("haar", (8, 8), 8), ("haar", (8,), 4)])
+def test_a_transform_widens_the_latent_voxel(input_transform, channels, factor):
+    autoencoder = fresh(channels=channels, input_transform=input_transform).freeze()
+    latent = autoencoder.encode(volume(32, 16, 24))
+    assert autoencoder.factor == factor and latent.shape == (1, 3, 32 // factor, 16 // factor, 24 // factor)
+    assert autoencoder.decode(latent).shape == (1, 1, 32, 16, 24)
+
+
+def test_the_build_is_plain_json_and_builds_the_same_again():
+    one = fresh(input_transform="haar", channels=(8, 16), linear_start=True)
+    again = Autoencoder(**one.config)
+    again.load_state_dict(one.state_dict())
+    image = volume(16, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(one.moments(image)[0], again.moments(image)[0])
+
+
+def test_the_linear_codec_is_not_trained():
+    autoencoder = fresh(linear_start=True)
+    assert not any(p.requires_grad for p in autoencoder.linear.parameters())
+    assert all(p.requires_grad for p in autoencoder.network.parameters())

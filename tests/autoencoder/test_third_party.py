@@ -327,3 +327,26 @@ def test_a_truncated_file_is_rejected(tmp_path, name, reason):
     for content in (file.read_bytes()[:-300], b""):
         file.write_bytes(content)
         rejected(tmp_path, reason)
+
+
+# ---- more laws
+
+
+def test_weights_of_half_precision_are_computed_with_in_float32(tmp_path):
+    network, arguments = original("core")
+    lay(tmp_path, {name: value.half() for name, value in network.state_dict().items()}, arguments)
+    assert furthest(network.half().float(), load_autoencoder(tmp_path, spacing_mm=1.0).autoencoder) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["core attention", "core attention without its last layer"])
+def test_the_weights_say_whether_attention_has_a_last_layer(tmp_path, kind):
+    network, arguments = original(kind)
+    lay(tmp_path, network.state_dict(), {k: v for k, v in arguments.items() if k != "include_fc"})
+    assert furthest(network, load_autoencoder(tmp_path, spacing_mm=1.0).autoencoder) < 1e-5
+
+
+def test_flash_attention_of_the_old_class_needs_no_gpu(tmp_path):
+    network, arguments = original("generative attention")
+    lay(tmp_path, network.state_dict(), arguments | {"use_flash_attention": True})
+    found = load_autoencoder(tmp_path, spacing_mm=1.0)
+    assert furthest(network, found.autoencoder) < 1e-5
