@@ -69,3 +69,15 @@ def test_of_a_head_the_truth_shows_least(cases):
     assert (
         found["harmonic"][STEP] < found["truth"][STEP] and found["harmonic"][GRADIENT] < 0.8 * found["truth"][GRADIENT]
     )
+
+
+def test_a_smoother_fill_has_less_gradient_and_a_rougher_one_more(mask):
+    rng = np.random.default_rng(0)
+    image = 100 + rng.normal(0, 5, SHAPE)
+    found = {}
+    for spread in (0, 5, 20):
+        filled = np.where(mask, 100 + rng.normal(0, spread, SHAPE), image)
+        found[spread] = boundary_scores(filled, np.where(mask, 0, image), mask, 1.0)
+    assert found[0][GRADIENT] == 0 and found[5][GRADIENT] == pytest.approx(1, abs=0.1)
+    assert found[20][GRADIENT] == pytest.approx(4, rel=0.1)
+    assert found[20][STEP] == pytest.approx(np.hypot(20, 5) / np.hypot(5, 5), rel=0.1)

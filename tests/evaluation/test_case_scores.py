@@ -7,6 +7,7 @@ import pytest
 
 from ldm_lib.data.case import load_case
 from ldm_lib.data.volume import write_like
+from ldm_lib.errors import InputError
 from ldm_lib.evaluation.case_scores import (
     MEDOID,
     SAMPLE,
@@ -87,3 +88,8 @@ def test_without_maps_and_parts_the_whole_mask_is_scored(data):
     oracle = brats_scores(data.voided, data.target, data.voided, data.mask)
     assert {name: rows[0][name] for name in oracle} == oracle
     assert by_tissue == [] and rows[0]["tissue_map"] == "none"
+
+
+def test_a_missing_result_is_named(data, tmp_path):
+    with pytest.raises(InputError, match=r"inference-0000-sample-0000\.nii\.gz: no such file"):
+        candidates(data, tmp_path, 1)

@@ -79,3 +79,15 @@ def test_a_map_of_the_hidden_image_agrees_and_a_blind_one_does_not(scene):
     assert agreement(tissue_by_intensity(image, labels, mask), image, labels, mask) == 1
     assert agreement(labels, image, labels, mask) > 0.95
     assert agreement(blind, image, labels, mask) == pytest.approx(1 / 3, abs=0.06)
+
+
+def test_labels_in_the_mask_are_not_used(scene):
+    labels, image, mask = scene
+    other = np.where(mask, np.random.default_rng(1).integers(0, 4, mask.shape), labels)
+    np.testing.assert_array_equal(tissue_by_intensity(image, other, mask), tissue_by_intensity(image, labels, mask))
+
+
+def test_a_tissue_that_is_not_seen_outside_is_never_assigned(scene):
+    labels, image, mask = scene
+    without = np.where(labels == 2, 0, labels)
+    assert set(np.unique(tissue_by_intensity(image, without, mask))) == {0, 1, 3}

@@ -214,3 +214,26 @@ def test_a_case_that_fails_is_reported_and_the_lock_released(two, folder, tiny_m
     with pytest.raises(InputError, match=r"1 of 2 cases failed; .*is a directory"):
         evaluate_folder(folder, tmp_path, QUICK, **how)
     assert not FolderLock._held and not (tmp_path / "table.md").exists()
+
+
+# ---- more laws
+
+
+def test_methods_stand_in_the_order_of_their_scores_whatever_that_of_the_rows():
+    many = [rows_of(f"of {psnr}", {"a0": (psnr, 0.5)}) for psnr in (9, 100, -3, 31)]
+    lines = methods_table(pd.DataFrame([*HARMONIC[:1], *(row for rows in many for row in rows)]))
+    assert [line[0] for line in lines] == ["method", "of 100", "of 31", "harmonic", "of 9", "of -3"]
+
+
+def test_each_case_has_its_own_column():
+    assert cases_table(pd.DataFrame([*HARMONIC, *PROPOSED])) == [
+        ["method", "a0", "a1", "b0"],
+        ["harmonic", "20.00, 0.500", "22.00, 0.700", "30.00, 0.800"],
+        ["proposed", "24.00, 0.700", "22.00, 0.700", "31.00, 0.900"],
+    ]
+
+
+def test_a_folder_without_the_truth_has_nothing_to_score(folder, tiny_model_folder, tmp_path):
+    blind = shutil.copytree(folder, tmp_path / "blind", ignore=shutil.ignore_patterns("*-t1n.nii.gz"))
+    with pytest.raises(InputError, match="t1n"):
+        evaluate_folder(blind, tmp_path / "out", CONFIG, model=tiny_model_folder)

@@ -110,3 +110,34 @@ def test_blocks_show():
     assert blockiness(blocks + 0.1 * noise(16, 16, 16, seed=1), everywhere, 4) > 5
     assert blockiness(blocks, everywhere, 3) < 2  # another grid than the one asked about
     assert np.isnan(blockiness(blocks, everywhere, 1))
+
+
+# ---- more laws
+
+
+def test_what_lies_far_from_the_brain_is_not_scored():
+    image = np.zeros((6, 30, 12))
+    image[:, 16:] = noise(6, 14, 12)
+    rebuilt = image + 0.05 * noise(6, 30, 12, seed=1)
+    elsewhere = rebuilt.copy()
+    elsewhere[:, :10] = 3  # beyond the reach of the window
+    assert brain_scores(rebuilt, image) == brain_scores(elsewhere, image)
+
+
+def test_a_perfect_volume():
+    image = noise(4, 12, 12)
+    assert brain_scores(image, image) == {"psnr": np.inf, "ssim": pytest.approx(1), "mae": 0}
+
+
+def test_the_error_of_a_fainter_copy_has_the_spectrum_of_the_image():
+    image = noise(12, 12, 10).astype(np.float32)
+    rows = error_spectrum(0.9 * image, image, (1.0, 1.0, 1.0))
+    assert [row["error"] for row in rows] == pytest.approx([0.01 * row["image"] for row in rows], rel=1e-4)
+
+
+def test_blockiness_of_a_ramp_is_1_and_of_noise_nearly():
+    x, y, z = np.indices((16, 16, 16))
+    everywhere = np.ones((16, 16, 16), bool)
+    assert blockiness(3.0 * x - 2 * y + z, everywhere, 4) == pytest.approx(1)
+    assert blockiness(np.ones((16, 16, 16)), everywhere, 4) == 1
+    assert blockiness(noise(48, 48, 48), np.ones((48, 48, 48), bool), 4) == pytest.approx(1, abs=0.03)

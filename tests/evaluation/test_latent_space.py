@@ -144,3 +144,28 @@ def test_norms_of_one_voxel_end_the_reach_and_norms_of_the_grid_do_not(monkeypat
 def test_the_dilation_that_covers_the_reach(differences, fraction, cells):
     rows = [{"cells_from_hole": k, "rms_difference": r} for k, r in enumerate(differences)]
     assert dilation_needed(rows, fraction) == cells
+
+
+# ---- more laws
+
+
+def test_a_normal_channel_has_no_skew_and_27_in_10000_beyond_3_sigma():
+    values = stats.norm.ppf((np.arange(10**6) + 0.5) / 10**6)  # its quantiles, no luck involved
+    (row,) = latent_table(5 - 2 * values.reshape(1, 100, 100, 100), np.ones((100, 100, 100), bool))
+    assert (row["mean"], row["std"], row["skew"]) == pytest.approx((5, 2, 0), abs=1e-4)
+    assert row["beyond_3_sigma"] == pytest.approx(2 * stats.norm.sf(3), rel=1e-3)
+
+
+def test_a_latent_flip_costs_nothing_where_latents_are_symmetric(on_grid):
+    autoencoder = fresh(linear_start=True, latent_channels=1)  # one channel: about the mean of the block
+    with torch.no_grad():
+        autoencoder.linear.project.weight.fill_(1 / 8)
+        autoencoder.linear.estimate.weight.zero_()
+        autoencoder.linear.estimate.weight[..., 1, 1, 1] = 1.0
+    errors = flip_error(autoencoder, on_grid.target, reconstruct(autoencoder, on_grid.target, **HOW), **HOW)
+    assert errors["coding with a latent flip"] == pytest.approx(errors["coding"], rel=1e-6)
+
+
+def test_a_distance_without_latent_voxels_is_nan():
+    rms = column(8, "local")
+    assert np.isfinite(rms[:3]).all() and np.isnan(rms[3:]).all()

@@ -64,3 +64,9 @@ def test_few_patients_and_other_voxel_sizes(heads):
     coarse = replace(third, source=replace(third.source, affine=third.source.affine @ np.diag([2, 2, 2, 1])))
     (row,) = memorisation_rows([patch], [coarse])
     assert row["patients"] == 0 and row["nearest"] == "" and np.isnan(row["distance"])
+
+
+def test_another_patients_truth_is_no_copy(heads):
+    data, *others = heads
+    (row,) = memorisation_rows([Patch.of(data, data.target)], others)
+    assert row["distance ratio"] > COPY and row["distance"] > 0.05

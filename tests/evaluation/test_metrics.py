@@ -1,5 +1,8 @@
 """The scores against torchmetrics, closed forms and the challenge's own conventions."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -214,3 +217,18 @@ def test_where_there_is_no_interval_there_is_none(values, mean):
     found = bootstrap_by_patient(values, patients)
     assert np.isnan(found["low"]) and np.isnan(found["high"])
     assert found["mean"] == pytest.approx(mean, nan_ok=True)
+
+
+# ---- more laws
+
+
+def test_a_perfect_prediction_of_air():
+    prediction, target, voided, mask = case()
+    scores = brats_scores(prediction * ~mask, target * ~mask, voided, mask)
+    assert (scores["ssim"], scores["psnr_01"]) == (1, np.inf)
+
+
+def test_scoring_needs_no_heavy_library():
+    code = "import sys, ldm_lib.evaluation.metrics; print({'torch', 'nilearn', 'dipy'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"

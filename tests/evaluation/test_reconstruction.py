@@ -158,3 +158,14 @@ def test_the_loss_of_a_box_in_db(cases, data, on_grid):
     scores = brats_scores(data.paste(box, 2), data.target, data.voided, data.healthy)
     whole = upper_bound(data, reconstruct(autoencoder, on_grid.target, **HOW).volume, 2)[1]["psnr_01"]
     assert narrow == pytest.approx(whole - scores["psnr_01"], abs=1e-4) and abs(narrow) > 1e-3
+
+
+# ---- more laws
+
+
+def test_reconstruction_goes_through_the_latent(on_grid, tiny_autoencoder_folder):
+    autoencoder = load_model(tiny_autoencoder_folder, Autoencoder)
+    latent = torch.from_numpy(reconstruct(autoencoder, on_grid.target, **HOW).latent)[None]
+    with torch.inference_mode():
+        decoded = autoencoder.decode(latent)[0, 0].numpy()
+    assert np.array_equal(decoded, reconstruct(autoencoder, on_grid.target, **HOW).volume)
