@@ -270,3 +270,18 @@ def test_a_wrong_name_is_a_type_error(cases, tiny_model_folder, wrong):
         ldm.Inpainter.load(tiny_model_folder)(cases[0], **wrong)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         ldm.inpaint(cases[0].t1n_voided, cases[0].mask, "out.nii.gz", **wrong)
+
+
+# ---- more laws
+
+
+def test_another_mask_or_scan_is_another_map(bare, cache, tiny_initial_estimate_folder, fast_registration):
+    from dataclasses import replace
+
+    inpainter = ldm.Inpainter.load(tiny_initial_estimate_folder, device="cpu")
+    case = ldm.load_case(bare)
+    with fast_registration():
+        inpainter(case, num_inference_steps=1)
+        brighter = replace(case, voided=case.voided * np.float32(1.5), tissue=None)
+        inpainter(brighter, num_inference_steps=1)
+    assert len(list(cache.glob("*.nii.gz"))) == 2

@@ -197,3 +197,10 @@ def test_the_initial_estimate_does_not_depend_on_units():
     np.testing.assert_allclose(thrice, 3 * plain, rtol=1e-4, atol=1e-4 * volume.max())
     np.testing.assert_array_equal(fourfold, 4 * plain)
     assert np.ptp(plain[BALL]) > 10 and not np.allclose(plain, harmonic_fill(volume, BALL), rtol=0.01)
+
+
+def test_tissue_paint_without_smoothing_restores_layers_entirely():
+    tissue, volume = layers()
+    mask = np.zeros(tissue.shape, bool)
+    mask[:, 4:12, 4:12] = True
+    assert np.array_equal(tissue_paint(volume, mask, tissue, sigma_vox=0), volume)

@@ -60,3 +60,9 @@ def test_at_the_volumes_border_nothing_flows(place):
     mask[place] = True
     found = corrected(np.zeros(mask.shape), np.full(mask.shape, 2.0), mask, 1e6)
     np.testing.assert_allclose(found, 0 if mask.all() else 2, atol=1e-2)
+
+
+def test_it_lies_between_the_errors_at_the_edge(ball):
+    error = np.random.default_rng(1).uniform(-1, 3, ball.shape)
+    found = corrected(np.zeros(ball.shape), error, ball, 5.0)
+    assert found.min() >= -1 and found.max() <= 3 and found.std() > 0.1

@@ -323,3 +323,42 @@ def test_a_closed_output_pipe_does_not_stop_the_work(cohort_folder, tiny_model_f
     arguments = ["inpaint", "--data", str(cohort_folder), "--output", str(tmp_path), "--steps", "1", "--model",
                  str(tiny_model_folder), "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 0 and len(volumes(tmp_path)) == 6
+
+
+# ---- more laws
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {
+            "case": "x\x1b[31m",
+            "result": "/etc/passwd",
+        },
+    ],
+)
+def test_a_row_of_a_found_result_takes_no_text_from_its_record(inpainter, cases, tmp_path, row):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    record = tmp_path / "filled" / f"{cases[0].key}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"row": row}))
+    (found,) = fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    assert found == {"case": cases[0].key, "status": FOUND, "result": cases[0].result_name, "spread": None,
+                     "seconds": None, "reason": ""}  # fmt: skip
+
+
+def test_a_record_without_its_result_is_ignored(inpainter, cases, tmp_path):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    record = tmp_path / "filled" / f"{cases[0].key}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"outputs": {}}))
+    (tmp_path / cases[0].result_name).unlink()
+    assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FILLED]
+    assert (tmp_path / cases[0].result_name).exists()
+
+
+def test_the_lock_is_released_after_an_error(cohort_folder, tiny_model_folder, tmp_path):
+    config = SamplingConfig(sampler="euler", device="cpu")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="'euler' given"):
+            inpaint_folder(cohort_folder, tmp_path, config, model=tiny_model_folder, **QUIET)
+    assert not FolderLock._held

@@ -1,5 +1,6 @@
 """Laws of volume in, volume out: nothing outside the mask, no peeking, exact inverses, samples that seeds determine."""
 
+import gzip
 import logging
 import shutil
 from dataclasses import replace
@@ -467,3 +468,98 @@ def test_without_a_model_the_pretrained_weights_are_used(tiny_model_folder, monk
     monkeypatch.setattr(model_module, "PRETRAINED", tiny_model_folder)
     found, named = Inpainter.load(device="cpu"), Inpainter.load(tiny_model_folder, device="cpu")
     assert found.model.denoiser.folder_config["sha256"] == named.model.denoiser.folder_config["sha256"]
+
+
+# ---- more laws
+
+
+def test_slope_and_intercept_are_kept(pair, tmp_path, model):
+    image = nib.load(pair[0])
+    stored = nib.Nifti1Image(np.asanyarray(image.dataobj) // 2, image.affine)
+    stored.header.set_slope_inter(2.0, 0.0)
+    content = bytearray(stored.to_bytes())
+    content[112:120] = np.array([2.0, 0.0], "<f4").tobytes()  # nibabel does not write a slope of its own accord
+    given = tmp_path / "sloped" / pair[0].name  # of the same name, so of the same noise
+    given.parent.mkdir()
+    given.write_bytes(gzip.compress(content))
+    inpaint(given, pair[1], tmp_path / "out.nii", **model)
+    before, after, mask = read_volume(given), read_volume(tmp_path / "out.nii"), raw(pair[1]) > 0
+    assert (before.slope, after.slope) == (2.0, 2.0) and before.preamble == after.preamble
+    assert np.array_equal(after.raw[~mask], before.raw[~mask])
+    inpaint(*pair, tmp_path / "plain.nii", **model)
+    plain = read_volume(tmp_path / "plain.nii").voxels[mask]
+    assert np.abs(after.voxels[mask] - plain).max() <= 0.05 * plain.max()  # source units, not stored ones
+
+
+def test_samples_are_written_only_on_request(pair, tmp_path, model):
+    before = set(tmp_path.iterdir())
+    written = inpaint(*pair, tmp_path / "OUT.NII.GZ", n_samples=2, **model)
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {path.name for path in written}
+    assert [path.name for path in written] == ["OUT.NII.GZ", "OUT-std.NII.GZ", "OUT-nearest.NII.GZ"]
+
+
+def test_one_sample_is_its_own_mean(cases, inpainter):
+    filled = inpainter(load_case(cases[0]), n_samples=1, num_inference_steps=2)
+    assert np.array_equal(filled.mean, filled.samples[0]) and not filled.std.any()
+
+
+def test_a_case_with_its_target_gives_the_result_of_one_without(cases, inpainter):
+    data = load_case(cases[0])
+    blind = replace(data, target=None, healthy=None, unhealthy=None)
+    assert np.array_equal(inpainter(data, num_inference_steps=2).mean, inpainter(blind, num_inference_steps=2).mean)
+
+
+def test_a_file_with_a_fourth_axis_of_one_keeps_it(pair, tmp_path, model):
+    for path in pair:
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj)[..., None], image.affine), path)
+    inpaint(*pair, tmp_path / "out.nii.gz", **model)
+    before, after = (nib.load(path) for path in (pair[0], tmp_path / "out.nii.gz"))
+    assert after.shape == before.shape and after.shape[3:] == (1,)
+    assert read_volume(tmp_path / "out.nii.gz").preamble == read_volume(pair[0]).preamble
+
+
+def test_maps_are_read_and_matter(cases, model, tmp_path):
+    case, results = cases[0], []
+    for maps in ({}, {"growth": case.growth}, {"tissue": case.tissue}):
+        inpaint(case.t1n_voided, case.mask, tmp_path / "out.nii.gz", **maps, **model)
+        results.append((tmp_path / "out.nii.gz").read_bytes())
+    assert len(set(results)) == 3
+
+
+def test_a_deviation_that_cannot_be_written_is_rejected_before_the_mean_is(pair, tmp_path, model):
+    (tmp_path / "out-std.nii.gz").mkdir()
+    with pytest.raises(InputError, match=r"out-std\.nii\.gz: is a directory"):
+        inpaint(*pair, tmp_path / "out.nii.gz", n_samples=2, **model)
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+def test_an_input_is_not_overwritten_by_a_file_next_to_the_output(pair, tmp_path, model):
+    given = pair[0].rename(tmp_path / "out-sample-0001.nii.gz")
+    with pytest.raises(InputError, match=r"out-sample-0001\.nii\.gz: is one of the inputs"):
+        inpaint(given, pair[1], tmp_path / "out.nii.gz", n_samples=2, write_samples=True, **model)
+
+
+def test_inputs_that_do_not_belong_together_are_rejected(pair, tmp_path, model):
+    write_map(tmp_path / "small.nii.gz", np.ones((4, 4, 4), np.uint8), np.eye(4))
+    with pytest.raises(InputError, match="resample it onto the image's grid"):
+        inpaint(pair[0], tmp_path / "small.nii.gz", tmp_path / "out.nii.gz", **model)
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+def test_another_voxel_size_than_the_models_is_reported(pair, tmp_path, model, caplog):
+    for path in pair:
+        volume = read_volume(path)
+        write_map(path, volume.raw, volume.affine * np.array([[0.5], [0.5], [0.5], [1]]))
+    with caplog.at_level(logging.WARNING):
+        inpaint(*pair, tmp_path / "out.nii.gz", **model)
+    assert "voxels of (4.0, 4.0, 4.0) mm; inpainted at the model's 8 mm" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "key"), [
+    ("BraTS2021_00000-t1n-voided-0002.nii.gz", "BraTS2021_00000-0002"),
+    ("BraTS-GLI-00000-000-t1n-voided.nii.gz", "BraTS-GLI-00000-000"),
+    ("scan.NII", "scan"),
+])  # fmt: skip
+def test_a_file_names_its_case_as_the_layouts_do(name, key):
+    assert case_of_files(f"folder/{name}", "mask.nii.gz").key == key

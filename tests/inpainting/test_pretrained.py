@@ -101,3 +101,10 @@ def test_one_sample_is_better_than_the_harmonic_fill_in_a_brain_never_seen(pretr
     scores = {name: brats_scores(v, data.target, data.voided, data.scored)["psnr_01"] for name, v in fills.items()}
     assert scores["proposed"] > scores["harmonic"], scores
     np.testing.assert_array_equal(fills["proposed"][~data.mask], data.voided[~data.mask])
+
+
+def test_a_wheel_would_carry_them():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert "pretrained/**" in project["tool"]["setuptools"]["package-data"]["ldm_lib"]
