@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm_lib.experiment.presets import resolve
-from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples
+from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples, crop_around_mask
 from ldm_lib.training.objective import masked_loss
 
 STEPS = 1000
@@ -224,3 +224,40 @@ def test_conditioning_is_dropped_with_the_requested_probability_and_changes_no_o
 def test_debug_mode_is_always_conditioned():
     data = samples(2, overfit_batches=1, conditioning_dropout=1.0)
     assert all(data[0, position, 0]["conditioned"] == 1 for position in range(8))
+
+
+def test_every_variant_is_used():
+    data = samples(1, variants=3)
+    seen = {int(data[0, position, 0]["target"][0, 0, 0, 0]) // 10000 for position in range(50)}
+    assert seen == {0, 1, 2}
+
+
+def test_without_latent_changes_the_latents_are_the_cached_ones():
+    item = samples(1)[4, 2, 0]
+    assert same({name: item[name] for name in latents(0)}, latents(0))
+
+
+def test_a_latent_flip_flips_everything_left_and_right():
+    item, plain = samples(1, latent_flip_probability=1.0)[0, 0, 0], latents(0)
+    assert all(torch.equal(item[name], plain[name].flip(1)) for name in plain)
+    assert torch.equal(item["noise"], samples(1)[0, 0, 0]["noise"])  # noise has no left and right
+
+
+def test_cropping_changes_none_of_its_inputs():
+    sample = latents(0)
+    crop_around_mask(sample, 2, np.random.default_rng(0))
+    assert same(sample, latents(0))
+
+
+def test_debug_mode_fits_a_short_schedule():
+    data = TrainingSamples([[latents(0)]], settings(overfit_batches=1), 20, global_batch=1)
+    times = [int(data[step, 0, 0]["t"]) for step in range(16)]
+    assert times[0] == 2 and times[-1] == 19
+
+
+def test_accumulated_batches_average_samples_equally():
+    predicted, noise = torch.randn(4, 2, 3, 3, 3), torch.randn(4, 2, 3, 3, 3)
+    mask = (torch.rand(4, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.7).float()
+    whole = masked_loss(predicted, noise, mask)
+    halves = [masked_loss(predicted[part], noise[part], mask[part]) for part in (slice(2), slice(2, 4))]
+    assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-5)

@@ -178,3 +178,9 @@ def test_differences_are_named_and_allowed_by_name():
     assert checkpoints.differences(was, now) == [
         "base_width was 8, now 12", "autoencoder was 'abc', now 'xyz'", "new was None, now 1"]  # fmt: skip
     assert checkpoints.differences(was, now, ["autoencoder", "new"]) == ["base_width was 8, now 12"]
+
+
+def test_room_is_counted_in_the_first_folder_that_exists(tmp_path):
+    checkpoints.require_room(tmp_path / "not" / "yet", 1)
+    with pytest.raises(TrainingError, match=r"disk full: need 1000000000000\.0 MB, have .* MB"):
+        checkpoints.require_room(tmp_path / "not" / "yet", 10**18)

@@ -659,3 +659,52 @@ def test_one_case_can_be_overfitted(cases, tmp_path):
     rebuilt = reconstruct(autoencoder, grid_case(data, autoencoder.factor).target, **how).volume
     _, best = upper_bound(data, rebuilt, autoencoder.factor)
     assert ours > best["psnr_01"] - 3, f"{ours:.2f} dB, upper bound {best['psnr_01']:.2f} dB"
+
+
+# ---- more laws
+
+
+def test_a_finished_training_is_not_continued(study, tmp_path):
+    folder, config = place(tmp_path), settings(max_epochs=2)
+    first = study.train(folder, config)
+    before = rows(folder)
+    again = study.train(folder, config)
+    assert equal(state(first), state(again)) and rows(folder) == before
+    assert again.epoch == 2 and again.step == first.step
+
+
+def test_the_losses_of_steps_and_epochs_are_means_of_the_same(study, tmp_path):
+    folder = place(tmp_path)
+    study.train(folder, settings(batch_size=1, log_every=1))
+    steps = [float(row["step_loss"]) for row in rows(folder)]
+    for k, row in enumerate(epochs(folder)):
+        assert float(row["train_loss"]) == pytest.approx(np.mean(steps[3 * k : 3 * k + 3]), rel=1e-6)
+
+
+def test_the_learning_rate_is_a_function_of_the_step(study, tmp_path):
+    folder = place(tmp_path)
+    study.train(folder, settings(batch_size=1, warmup_steps=8, max_epochs=4))
+    assert [float(row["learning_rate"]) for row in epochs(folder)] == pytest.approx([4e-3 / 9, 7e-3 / 9, 1e-3, 1e-3])
+
+
+def test_averaged_weights_are_used_without_dropout(study, tmp_path):
+    trained = study.train(place(tmp_path), settings(max_epochs=1, dropout=0.5))
+    draws = [Inpainter(trained.model)(study.validation[0], num_inference_steps=2).mean for _ in range(2)]
+    assert np.array_equal(*draws)
+
+
+def test_what_stopped_early_stays_stopped(study, tmp_path, monkeypatch):
+    unlucky(monkeypatch)
+    folder, config = place(tmp_path), settings(max_epochs=20, patience=2, val_every=1, batch_size=3)
+    first = study.train(folder, config)
+    again = study.train(folder, config)
+    assert again.epoch == first.epoch == 3
+    assert equal(state(first), state(again)) and len(epochs(folder)) == 3
+
+
+def test_what_a_killed_process_left_half_written_is_removed_at_the_next_start(study, tmp_path):
+    folder = place(tmp_path)
+    study.train(folder, settings(max_epochs=1))
+    orphan = folder / "checkpoints" / ".last-00000003.ckpt.4711.part"
+    orphan.write_bytes(b"half")
+    assert study.train(folder, settings(max_epochs=1)).complete and not orphan.exists()
