@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ldm_lib.__main__ import main
 from ldm_lib.cli.options import ARGUMENTS, joined
 from ldm_lib.data.options import ReadOptions
 from ldm_lib.diffusion.samplers import SAMPLERS
-from ldm_lib.errors import ConfigError
+from ldm_lib.errors import ConfigError, RunError
 from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.experiment import runner
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
@@ -356,3 +357,35 @@ def test_an_empty_value_stays_an_argument():
     words = ["validate", "D", "--conditioning-dir", "", "--seed-mm", "-1,2,3"]
     assert joined(words) == ["validate", "D", "--conditioning-dir", "", "--seed-mm=-1,2,3"]
     assert joined(["--seed-mm"]) == ["--seed-mm"]
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(runner, "run_stages", lambda *_, **__: [][0])
+    with pytest.raises(IndexError, match="out of range"):
+        main(["run"])
+
+
+def test_an_error_of_the_runner_is_status_1(monkeypatch, capsys):
+    def locked(*_, **__):
+        raise RunError("locked by pid 7 since noon", where="lab", fix="wait for it")
+
+    monkeypatch.setattr(runner, "run_stages", locked)
+    assert error_line(["run"], capsys) == "ERROR lab: locked by pid 7 since noon. Fix: wait for it."
+
+
+def test_score_rejects_another_grid(cases, tmp_path, capsys):
+    path = save(tmp_path / "prediction.nii.gz", np.ones((4, 4, 4), np.int16))
+    assert "prediction.nii.gz" in error_line(score_arguments(cases["P0"], path), capsys)
+
+
+def test_the_library_and_the_command_line_start_quickly():
+    """Ratios to importing numpy and nibabel, the best of three each, measured in turns on the same machine."""
+    scripts = {"base": "import numpy, nibabel", "library": "import ldm_lib", "command": "import ldm_lib.__main__"}
+    seconds = {name: [] for name in scripts}
+    for _ in range(3):
+        for name, script in scripts.items():
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", script], check=True)
+            seconds[name].append(time.perf_counter() - started)
+    best = {name: min(times) for name, times in seconds.items()}
+    assert best["library"] < 0.5 * best["base"] and best["command"] < 2 * best["base"], best

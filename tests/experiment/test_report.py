@@ -115,3 +115,16 @@ def test_the_index_lists_each_stage_and_links_existing_reports(tmp_path):
     assert [attrs["href"] for tag, attrs in elements if tag == "a"] == ["01_data_audit/report.html"]
     assert not {tag for tag, _ in elements} & {"script", "b"}
     assert "FAILED: cases &lt; 3 (&lt;script&gt;" in text and "<td>12</td>" in text and "&lt;b&gt;" in text
+
+
+def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
+    write(tmp_path, new_markdown_cell("old"))
+
+    def fail(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, new_markdown_cell("new"))
+    assert "old" in (tmp_path / "report.html").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notebook.ipynb", "report.html"]

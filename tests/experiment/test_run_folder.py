@@ -317,3 +317,57 @@ def test_the_log_of_a_run_is_its_own(outputs):
             f"{AUDIT} started",
             f"{AUDIT} finished",
         ]
+
+
+def test_an_input_that_is_gone_is_a_difference(outputs):
+    folder = done(AUDIT, inputs={"data": "abc"})
+    assert changes(folder, config(AUDIT), {}) == ["input data changed"]
+
+
+def test_a_rejected_stage_releases_the_run(outputs):
+    done(AUDIT)
+    with pytest.raises(RunError, match="other settings"):
+        open_stage(AUDIT, {"seed": 1})
+    script = (
+        "import sys; from pathlib import Path; from ldm_lib.locking import FolderLock; FolderLock(Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", script, str(outputs / "lab")], check=True)
+
+
+def test_previous_is_the_folder_of_a_done_stage(outputs):
+    folder = done(AUDIT)
+    stage = open_stage(AUTOENCODER, {})
+    assert stage.previous(AUDIT) == folder
+    with pytest.raises(RunError, match=f"lab/{CONDITIONING}: is not done"):
+        stage.previous(CONDITIONING)
+
+
+@pytest.mark.parametrize("name", ["done.json", "parameters.json"])
+def test_a_damaged_record_is_rejected_by_name(outputs, name):
+    folder = done(AUDIT)
+    (folder / name).write_text((folder / name).read_text()[:20])
+    with pytest.raises(RunError, match=rf"{name}: is damaged .* Fix: remove its folder"):
+        is_done(folder, config(AUDIT), {})
+
+
+def test_no_partial_file_is_left(outputs):
+    done(AUDIT)
+    run_folder.write_provenance(outputs / "lab", preset="smoke", configs=resolve(), command=[])
+    names = {path.name for path in (outputs / "lab").rglob("*") if path.is_file()}
+    assert names == {
+        ".lock",
+        "log.txt",
+        "parameters.json",
+        "result.txt",
+        "summary.json",
+        "done.json",
+        "run.json",
+        "config.json",
+    }
+
+
+def test_finishing_releases_the_run(outputs):
+    stage = open_stage(AUDIT, {})
+    assert (outputs / "lab" / ".lock") in FolderLock._held
+    stage.close({})
+    assert (outputs / "lab" / ".lock") not in FolderLock._held

@@ -16,7 +16,7 @@ import nbformat.v4 as nbf
 import pytest
 
 from ldm_lib.data import cohort
-from ldm_lib.errors import ConfigError, RunError
+from ldm_lib.errors import ConfigError, InputError, RunError
 from ldm_lib.experiment import report, runner
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
 from ldm_lib.experiment.stages import STAGES, parameters_cell
@@ -355,3 +355,50 @@ def test_runs_are_compared_by_differing_parameters_and_results(outputs, executed
         runner.compare(AUTOENCODER, ["one"])
     with pytest.raises(ConfigError, match=r"run = '../x'"):
         runner.compare(AUDIT, ["../x"])
+
+
+# ---- more laws
+
+
+@pytest.mark.parametrize("overrides", [{"steps": 1}, {'x=1\nimport os;os.system("touch PWNED")\ny': 1}])
+def test_unknown_names_never_reach_a_notebook(executed, overrides):
+    with pytest.raises(ConfigError, match="unknown parameter"):
+        run(**overrides)
+    assert executed == []
+
+
+def test_an_absent_data_folder_is_rejected_before_a_kernel_starts(executed, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        run(AUDIT, data_dir=str(tmp_path / "nowhere"))
+    assert executed == []
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_killed_before_it_answers_is_reported(outputs, notebook, monkeypatch):
+    from ldm_lib.experiment import kernel
+
+    killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    spec = kernel.KernelSpec(argv=killed, display_name="Python 3", language="python")
+    monkeypatch.setattr(kernel.RunnerKernelManager, "kernel_spec", spec)
+    notebook(OPEN, "stage.close({})")
+    with pytest.raises(RunError, match=rf"^{AUDIT}: the kernel was killed \(signal 9; likely out of memory\)"):
+        run(AUDIT)
+
+
+def test_a_run_that_did_not_finish_is_not_compared(outputs, executed):
+    run(AUDIT, name="one")
+    with pytest.raises(RunError, match=f"one/{AUTOENCODER}: is not done"):
+        runner.compare(AUTOENCODER, ["one"])
+
+
+def test_a_run_outside_the_outputs_is_not_compared(outputs):
+    with pytest.raises(ConfigError, match=r"run = '../x'"):
+        runner.compare(AUDIT, ["../x"])
+
+
+def test_a_bar_in_a_value_is_escaped_in_tables():
+    assert runner.markdown([["run", "x"], ["a|b", "1"]]).splitlines() == [
+        "| run | x |",
+        "| --- | --- |",
+        "| a\\|b | 1 |",
+    ]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.__main__ import STOPPED, main
-from ldm_lib.errors import ConfigError, LdmError
+from ldm_lib.errors import ConfigError, LdmError, RunError
 from ldm_lib.evaluation.metrics import bootstrap_by_patient
 from ldm_lib.experiment import report, run_folder, runner, sweep, sweep_table
 from ldm_lib.experiment.run_folder import tracked
@@ -567,3 +567,34 @@ def test_a_stopped_sweep_continues_and_ends_with_table_and_figure(tmp_path, outp
     assert sorted(p.name for p in folder.iterdir()) == ["figure.png", "logs", "table.csv", "table.md"]
     log = (folder / "logs" / "real-velocity.txt").read_text()
     assert all(f"{stage}: done already, skipped" in log for stage in FIRST_THREE) and "04_training: done in" in log
+
+
+# ---- more laws
+
+
+def test_a_run_locked_by_another_process_is_left_alone(pair, outputs):
+    grid, _, second = pair
+    hold = (
+        "import sys, time\nfrom pathlib import Path\nfrom ldm_lib.locking import FolderLock\n"
+        "FolderLock(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(second)], stdout=subprocess.PIPE, text=True)
+    try:
+        holder.stdout.readline()
+        with pytest.raises(RunError, match=f"locked by pid {holder.pid}"):
+            reused(grid, 1, outputs)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert not (second / FIRST_THREE[0]).exists()
+
+
+def test_other_file_systems_get_copies(pair, outputs, monkeypatch):
+    def fail(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    grid, first, second = pair
+    monkeypatch.setattr(os, "link", fail)
+    reused(grid, 1, outputs)
+    assert content(second / "maps") == content(first / "maps")
+    assert not (first / "maps/a.nii.gz").samefile(second / "maps/a.nii.gz")

@@ -2,7 +2,9 @@
 
 import csv
 import hashlib
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from ldm_lib.files import (
     fingerprint,
     replacing,
     require_writable,
+    sha256,
     write_csv,
     write_json,
 )
@@ -213,3 +216,21 @@ def test_a_csv_file_has_the_columns_of_all_rows_in_order_of_appearance(tmp_path)
     assert write_csv(tmp_path / "t.csv", rows) == ["b", "a", "c"]
     with (tmp_path / "t.csv").open(newline="") as stream:
         assert [{k: v for k, v in row.items() if v} for row in csv.DictReader(stream)] == rows
+
+
+def test_write_json_keeps_the_old_file_when_the_content_cannot_be_written(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    loop = {}
+    loop["itself"] = loop
+    with pytest.raises(ValueError, match="Circular"):
+        write_json(path, loop)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**18 - 1, 2**18, 2**20 + 7])
+def test_sha256_is_that_of_the_bytes(tmp_path, size):
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()

@@ -163,3 +163,30 @@ def test_bounding_box_of_an_empty_mask_is_rejected():
 def test_examples_run():
     found = doctest.testmod(geometry)
     assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize("depth", [155, 156])
+def test_padding_never_shifts(depth):
+    array = np.zeros((5, 4, depth), np.float32)
+    array[2, 1, 77] = 1
+    padding = Padding.to_multiple(array.shape, 8)
+    padded = padding.pad(array)
+    assert np.argwhere(padded).tolist() == [[2 + 1, 1 + 2, 77 + 2]]
+    np.testing.assert_array_equal(padding.crop(padded), array)
+
+
+def test_latent_mask_of_an_empty_mask_is_empty():
+    assert not latent_mask(np.zeros((8, 8, 8), bool), 4, 2).any()
+
+
+def test_a_box_holds_its_latent_voxels_and_the_margin_only():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        marked, margin = rng.random((6, 9, 7)) < 0.02, int(rng.integers(4))
+        marked[tuple(rng.integers(0, marked.shape))] = True
+        grid = np.indices(marked.shape).reshape(3, -1).T
+        low, high = np.argwhere(marked).min(axis=0) - margin, np.argwhere(marked).max(axis=0) + margin
+        expected = ((grid >= low) & (grid <= high)).all(axis=1).reshape(marked.shape)
+        found = np.zeros(marked.shape, bool)
+        found[bounding_box(marked, margin)] = True
+        assert np.array_equal(found, expected)

@@ -263,3 +263,9 @@ def test_a_model_that_does_not_say_how_it_was_trained_is_rejected(tiny_model_fol
     edit(folder, **facts)
     with pytest.raises(WeightsError, match="does not say how it was trained"):
         Inpainter.load(folder, device="cpu")
+
+
+def test_saving_over_a_model_replaces_it_whole(folder):
+    other = Autoencoder.of(channels=(4,), latent_channels=5, blocks=1, spacing_mm=1.0)
+    save_model(folder, other)
+    assert load_model(folder, Autoencoder).latent_channels == 5
