@@ -176,14 +176,6 @@ def test_the_statistics_are_kept_with_the_weights(tiny_autoencoder_folder):
     assert not torch.equal(autoencoder.scale_factor, torch.ones(3)) and autoencoder.latent_mean.any()
 
 
-@pytest.mark.parametrize(("input_transform", "channels", "factor"), [("haar", (8, 8), 8), ("haar", (8,), 4)])
-def test_a_transform_widens_the_latent_voxel(input_transform, channels, factor):
-    autoencoder = fresh(channels=channels, input_transform=input_transform).freeze()
-    latent = autoencoder.encode(volume(32, 16, 24))
-    assert autoencoder.factor == factor and latent.shape == (1, 3, 32 // factor, 16 // factor, 24 // factor)
-    assert autoencoder.decode(latent).shape == (1, 1, 32, 16, 24)
-
-
 def test_the_build_is_plain_json_and_builds_the_same_again():
     one = fresh(input_transform="haar", channels=(8, 16), linear_start=True)
     again = Autoencoder(**one.config)

@@ -271,6 +271,10 @@ def test_wrong_tensors_are_rejected(tmp_path, kind, change, reason):
 @pytest.mark.parametrize(("kind", "change", "reason"), [
     ("core", {"num_res_blocks": [2, 2]}, r"is missing, needed is real .* and \d+ more"),
     ("core", {"latent_channels": 4}, r"is real .*, needed is real"),
+    ("core", {"channels": [4, 16]}, r"is real .*, needed is real"),
+    ("core", {"norm_num_groups": 0}, "does not describe AutoencoderKL"),
+    ("core", {"in_channels": 4}, "in_channels = 4, out_channels = 1, where 3, 1 and 1 are needed"),
+    ("core", {"_target_": "generative.networks.nets.VQVAE"}, "describes VQVAE"),
     ("core", {"channels": "4,8"}, "does not describe AutoencoderKL"),
     ("core", {"norm_num_groups": 3}, "does not describe AutoencoderKL: .*multiple of norm_num_groups"),
     ("core", {"learning_rate": 0.1}, "unexpected keyword argument 'learning_rate'"),

@@ -387,8 +387,3 @@ def test_a_missing_map_is_a_warning_of_the_audit(data):
     rows = list(audit(data))
     assert {row.status for row in rows} == {"warning"}
     assert {row.reason for row in rows} == {f"no growth map; {FIELD}"}
-
-
-def test_one_patient_cannot_be_split():
-    with pytest.raises(InputError, match="1 patient, need at least 2"):
-        split_patients(["a", "a"], seed=0, validation_fraction=0.5)

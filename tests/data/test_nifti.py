@@ -228,15 +228,3 @@ def test_an_output_that_cannot_be_written_is_rejected_before_the_work(tmp_path, 
     monkeypatch.setattr(type(tmp_path), "touch", forbid)
     with pytest.raises(InputError, match=r"good\.nii\.gz: cannot be written \(Permission denied\)"):
         require_results_writable([tmp_path / "good.nii.gz"])
-
-
-@pytest.mark.parametrize(("qfac", "quaternion", "offset"), [
-    (-1.0, (0.0,) * 3, (0.0,) * 3), (1.0, (0.0, 0.0, 1.0), (10.0, 0.0, 0.0)), (1.0, (1.0,) * 3, (0.0,) * 3),
-], ids=["mirrored", "10 mm away", "impossible"])  # fmt: skip
-def test_the_sform_is_used_whatever_the_qform_says(tmp_path, qfac, quaternion, offset):
-    content = bytearray(_image(VOXELS))
-    struct.pack_into("<f", content, 76, qfac)
-    struct.pack_into("<h", content, 252, 2)  # qform_code
-    struct.pack_into("<6f", content, 256, *quaternion, *offset)
-    (tmp_path / "a.nii").write_bytes(content)
-    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").affine, LPS)

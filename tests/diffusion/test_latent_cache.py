@@ -169,6 +169,9 @@ def test_what_did_not_change_is_not_encoded_again(sources, autoencoder, tmp_path
 @pytest.mark.parametrize("change", [
     {"weights": "other"},
     {"settings": LatentSpec(mask_dilation=0)},
+    {"settings": LatentSpec(growth_threshold=0.3)},
+    {"settings": LatentSpec(pooling="nearest")},
+    {"settings": LatentSpec(context="concat")},
     {"precision": "bf16"},
     {"build": {"input_transform": "haar"}},
     {"code": 77},
@@ -384,11 +387,3 @@ def test_a_map_that_went_missing_is_noticed(sources, autoencoder, tmp_path):
     unknown = filled(tmp_path / "c", autoencoder, cases=[replace(sources[0], growth=None)])[0]
     assert known["conditioning"][0].any() and not unknown["conditioning"][0].any()
     assert unknown["loss"].sum() < known["loss"].sum()  # unhealthy latent voxels of unknown growth leave the loss
-
-
-@pytest.mark.parametrize("length", [0, 100])
-def test_a_cut_entry_is_found_and_replaced(sources, autoencoder, tmp_path, length, caplog):
-    before = filled(tmp_path / "c", autoencoder, cases=sources[:2])
-    (path,) = entries(tmp_path / "c")
-    path.write_bytes(path.read_bytes()[:length])
-    assert_replaced(sources, autoencoder, tmp_path / "c", before, caplog)

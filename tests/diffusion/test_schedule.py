@@ -49,7 +49,7 @@ def test_predict_x0_inverts_add_noise(schedule):
     torch.testing.assert_close(schedule.predict_x0(x_t, noise, t), x0, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_is_rounded_once_and_leaves_the_table_alone(schedule, dtype):
     before = schedule.alpha.clone()
     x0, noise, t = noisy_case(dtype)

@@ -332,8 +332,3 @@ def test_frozen_parameters_are_not_counted():
     layer = nn.Linear(3, 4)
     layer.bias.requires_grad_(False)
     assert count_parameters(layer) == 12
-
-
-def test_conditioning_all_samples_is_the_default():
-    network, x, t = awake(**GUIDED), latents(6, 4, 4, channels=9), torch.tensor([3, 700])
-    assert torch.equal(network(x, t, torch.ones(2)), network(x, t))

@@ -76,8 +76,9 @@ def test_a_ragged_mask_and_the_integers_of_a_file_equal_the_oracle():
     assert brats_scores(*files, mask.astype(np.uint8)) == pytest.approx(oracle(*files, mask))
 
 
-def test_a_perfect_prediction():
-    _, target, voided, mask = case()
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS.keys())
+def test_a_perfect_prediction(region):
+    _, target, voided, mask = case(region)
     scores = brats_scores(target, target, voided, mask)
     assert scores == pytest.approx({"ssim": 1, "psnr_01": np.inf, "mse": 0, "rmse": 0, "mae": 0})
 

@@ -385,17 +385,6 @@ def test_a_kernel_that_is_killed_before_it_answers_is_reported(outputs, notebook
         run(AUDIT)
 
 
-def test_a_run_that_did_not_finish_is_not_compared(outputs, executed):
-    run(AUDIT, name="one")
-    with pytest.raises(RunError, match=f"one/{AUTOENCODER}: is not done"):
-        runner.compare(AUTOENCODER, ["one"])
-
-
-def test_a_run_outside_the_outputs_is_not_compared(outputs):
-    with pytest.raises(ConfigError, match=r"run = '../x'"):
-        runner.compare(AUDIT, ["../x"])
-
-
 def test_a_bar_in_a_value_is_escaped_in_tables():
     assert runner.markdown([["run", "x"], ["a|b", "1"]]).splitlines() == [
         "| run | x |",

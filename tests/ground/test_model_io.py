@@ -194,7 +194,8 @@ def test_an_autoencoder_that_cannot_be_is_rejected_at_once(folder, change):
 
 
 @pytest.mark.parametrize("change", [
-    {"blocks_per_level": 1_000_000}, {"multipliers": [1] * 64}, {"base_width": 10**9}, {"dropout": "0.1"},
+    {"blocks_per_level": 1_000_000}, {"base_width": 4096}, {"multipliers": [1] * 64}, {"base_width": 10**9},
+    {"attention_rates": [3]}, {"in_channels": 9}, {"dropout": "0.1"},
 ])  # fmt: skip
 def test_a_denoiser_that_cannot_be_is_rejected_before_memory_is_taken_for_it(tiny_model_folder, tmp_path, change):
     folder = shutil.copytree(tiny_model_folder, tmp_path / "adm")
@@ -254,9 +255,12 @@ def test_a_model_and_another_autoencoder_do_not_go_together(tiny_model_folder, t
 
 
 @pytest.mark.parametrize("facts", [
-    {"settings": {"mood": 1}}, {"settings": None}, {"settings": {"pooling": "nonsense"}},
-    {"settings": {"mask_dilation": 10**9}}, {"latent_crop": -3}, {"schedule": {"steps": "many"}}, {"schedule": [1]},
-    {"schedule": {"mood": 1}}, {"prediction": ["noise"]},
+    {"settings": {"mood": 1}}, {"settings": None}, {"settings": []}, {"settings": {"pooling": "nonsense"}},
+    {"settings": {"growth_threshold": [1]}}, {"settings": {"mask_dilation": 1.5}}, {"settings": {"mask_dilation": -1}},
+    {"settings": {"mask_dilation": 10**9}}, {"settings": {"context": "bad"}}, {"latent_crop": -3},
+    {"latent_crop": None}, {"latent_crop": 10**12}, {"schedule": {"steps": "many"}}, {"schedule": {"steps": 10**12}},
+    {"schedule": [1]}, {"schedule": {"steps": 1.5}}, {"schedule": {"mood": 1}}, {"prediction": "mood"},
+    {"prediction": ["noise"]},
 ], ids=str)  # fmt: skip
 def test_a_model_that_does_not_say_how_it_was_trained_is_rejected(tiny_model_folder, tmp_path, facts):
     folder = shutil.copytree(tiny_model_folder, tmp_path / "model")

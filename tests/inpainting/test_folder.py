@@ -78,7 +78,7 @@ def test_results_are_found_and_damaged_or_missing_ones_are_made_again(inpainter,
     assert volumes(tmp_path) == volumes(folder)
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"sampler": "ddim"}])
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"samples": 1}, {"num_inference_steps": 3}, {"sampler": "ddim"}])
 def test_other_settings_are_other_results(inpainter, cases, tmp_path, changes):
     fill_cases(inpainter, cases[:1], settings(), tmp_path)
     first = read_volume(tmp_path / cases[0].result_name).raw

@@ -205,7 +205,8 @@ def write_head(folder, depth, orientation):
 
 @pytest.mark.parametrize(("depth", "orientation", "factor", "sampler", "prediction"), [
     (155, "LPS", 4, "ddim", "noise"), (156, "RAS", 4, "ddpm", "velocity"), (155, "RAS", 2, "dpm++2m", "noise"),
-    (156, "LPS", 2, "midpoint", "flow"), (155, "PSL", 4, "ddim", "x0"),
+    (156, "LPS", 2, "midpoint", "flow"), (155, "PSL", 4, "ddim", "x0"), (155, "LPS", 1, "ddpm", "noise"),
+    (156, "RAS", 4, "dpm++2m", "flow"),
 ])  # fmt: skip
 def test_with_an_identity_for_an_autoencoder_the_truth_comes_back(
     tmp_path, depth, orientation, factor, sampler, prediction
@@ -347,8 +348,9 @@ def test_memory_bounds_how_many_samples_are_drawn_at_once(encoded, inpainter, mo
 
 
 @every_sampler
-def test_a_batch_equals_its_elements_in_any_order(encoded, inpainter, sampler):
-    inpainter, names = changed(inpainter, crop=6), ["a/0", "a/1", "b/0"]
+@pytest.mark.parametrize("crop", [0, 6])
+def test_a_batch_equals_its_elements_in_any_order(encoded, inpainter, sampler, crop):
+    inpainter, names = changed(inpainter, crop=crop), ["a/0", "a/1", "b/0"]
     how = {"seed": 3, "sampler": sampler, "num_inference_steps": 3}
     alone = torch.cat([inpainter.model.sample(encoded, [name], **how) for name in names])
     together = inpainter.model.sample(encoded, names, **how)
@@ -425,6 +427,8 @@ def test_known_latent_voxels_are_clean_at_every_step(cases, inpainter, sampler, 
     ({"sampler": "midpoint"}, "'midpoint' given, the model was trained on a variance-preserving.*ddpm, ddim"),
     ({"num_inference_steps": 0}, "num_inference_steps = 0: .*greater than or equal to 1"),
     ({"n_samples": 0}, "samples = 0"),
+    ({"seed": -1}, "seed = -1"),
+    ({"guidance": float("inf")}, "guidance = inf: Input should be a finite number"),
     ({"blend_mm": -1.0}, "blend_mm = -1"),
     ({"num_inference_steps": 1001}, "1001 sampling steps given, 1 to 1000 allowed"),
 ])  # fmt: skip
