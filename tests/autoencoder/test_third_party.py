@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -354,3 +355,16 @@ def test_flash_attention_of_the_old_class_needs_no_gpu(tmp_path):
     lay(tmp_path, network.state_dict(), arguments | {"use_flash_attention": True})
     found = load_autoencoder(tmp_path, spacing_mm=1.0)
     assert furthest(network, found.autoencoder) < 1e-5
+
+
+def test_a_damaged_file_of_the_old_format_is_rejected(tmp_path):
+    """torch before 1.6 wrote no archive, and its reader fails in many ways."""
+    network, arguments = original("core")
+    file = lay(tmp_path, network.state_dict(), arguments) / "weights.pt"
+    torch.save(network.state_dict(), file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    assert furthest(network, load_autoencoder(tmp_path, spacing_mm=1.0).autoencoder) < 1e-5
+    storage = re.search(rb"\d{12,}", whole).group()
+    for damaged in [whole[: len(whole) * k // 10] for k in range(10)] + [whole.replace(storage, b"?" + storage[1:], 1)]:
+        file.write_bytes(damaged)
+        rejected(tmp_path, "damaged, not as torch.save")

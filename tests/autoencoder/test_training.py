@@ -10,6 +10,7 @@ from ldm_lib.autoencoder import crop_sampler, fitting
 from ldm_lib.autoencoder import training as autoencoder_training
 from ldm_lib.autoencoder.fitting import latent_statistics
 from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
 from ldm_lib.autoencoder.region_decoding import reconstruct
 from ldm_lib.autoencoder.training import AutoencoderTraining, build_autoencoder, fit_autoencoder, train_autoencoder
 from ldm_lib.data.case import load_case
@@ -175,5 +176,21 @@ def test_an_autoencoder_is_what_its_parameters_say():
 def test_the_example_is_right_and_no_cases_are_rejected():
     found = doctest.testmod(autoencoder_training)
     assert found.attempted and not found.failed
+    with pytest.raises(TrainingError, match="no cases"):
+        train_autoencoder([])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_even_one_step_is_a_training(cases, steps, train):
+    assert len(train(fresh(), cases[:1], autoencoder_steps=steps)) == steps
+
+
+def test_an_autoencoder_is_trained_from_cases_and_options_alone(cases, tmp_path):
+    options = {"channels": "4,8", "autoencoder_steps": 3, "autoencoder_batch_size": 2, "crop": 8, "final_crop": 8}
+    options = AutoencoderTrainingOptions(**options)
+    alone = train_autoencoder(cases[:2], options, device="cpu", precision="32")
+    kept = train_autoencoder(cases[:2], options, folder=tmp_path / "kept", device="cpu", precision="32")
+    assert torch.equal(weights(alone), weights(kept)) and alone.spacing_mm == 8.0
+    assert [row["step"] for row in alone.history] == [0, 1, 2] and (tmp_path / "kept" / "last.ckpt").exists()
     with pytest.raises(TrainingError, match="no cases"):
         train_autoencoder([])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import load_case
+from ldm_lib.errors import InputError
 from ldm_lib.evaluation.boundary import BIAS, GRADIENT, STEP, boundary_scores
 from ldm_lib.inpainting.baselines import harmonic_fill, mean_fill
 
@@ -81,3 +82,8 @@ def test_a_smoother_fill_has_less_gradient_and_a_rougher_one_more(mask):
     assert found[0][GRADIENT] == 0 and found[5][GRADIENT] == pytest.approx(1, abs=0.1)
     assert found[20][GRADIENT] == pytest.approx(4, rel=0.1)
     assert found[20][STEP] == pytest.approx(np.hypot(20, 5) / np.hypot(5, 5), rel=0.1)
+
+
+def test_volumes_of_other_shapes_are_rejected(mask):
+    with pytest.raises(InputError, match="shapes differ"):
+        boundary_scores(np.zeros((2, 2, 2)), np.zeros(SHAPE), mask, 1.0)

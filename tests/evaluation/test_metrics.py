@@ -233,3 +233,9 @@ def test_scoring_needs_no_heavy_library():
     code = "import sys, ldm_lib.evaluation.metrics; print({'torch', 'nilearn', 'dipy'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
+
+
+def test_a_tissue_map_of_another_grid_is_rejected():
+    *volumes, mask = case()
+    with pytest.raises(InputError, match=r"case-7: shapes differ: .*'tissue': \(26, 23\)"):
+        scores_by_tissue(*volumes, mask, mask[0], where="case-7")

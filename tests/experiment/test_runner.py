@@ -391,3 +391,9 @@ def test_a_bar_in_a_value_is_escaped_in_tables():
         "| --- | --- |",
         "| a\\|b | 1 |",
     ]
+
+
+def test_only_the_stages_named_run(executed):
+    run(AUDIT)
+    run(AUTOENCODER)
+    assert executed == [AUDIT, AUTOENCODER]

@@ -604,3 +604,12 @@ def test_other_file_systems_get_copies(pair, outputs, monkeypatch):
     reused(grid, 1, outputs)
     assert content(second / "maps") == content(first / "maps")
     assert not (first / "maps/a.nii.gz").samefile(second / "maps/a.nii.gz")
+
+
+def test_counting_runs_nothing_and_loads_nothing_heavy(seeds, outputs):
+    script = (
+        "import sys\nfrom ldm_lib.__main__ import main\nmain(['sweep', sys.argv[1], '--count'])\n"
+        "print(sorted({'torch', 'papermill', 'pandas', 'matplotlib', 'lightning', 'monai'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script, seeds], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == ["4", "[]"] and not outputs.exists()

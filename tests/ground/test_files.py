@@ -234,3 +234,11 @@ def test_sha256_is_that_of_the_bytes(tmp_path, size):
     content = random.Random(size).randbytes(size)
     (tmp_path / "a").write_bytes(content)
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_replacing_without_writing_fails_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError, match=r"a\.json"), replacing(path):
+        pass
+    assert path.read_text() == "old"

@@ -1,6 +1,7 @@
 """Metrics are logged once and in order, and no tracker that fails disturbs a training."""
 
 import csv
+import time
 
 import numpy as np
 import pytest
@@ -110,3 +111,13 @@ def test_a_tracker_gets_everything_in_order_until_it_fails_and_is_disabled_after
     logs = [("log", {"train_loss": k / 7}, k) for k in range(3)]
     expected = [("start",), *logs[: {"log": 1, "start": 0}.get(where, 3)]]
     assert made[0].calls == expected + [("close", False)] * (where in ("never", "close"))
+
+
+def test_a_long_training_logs_as_fast_as_a_short_one(tmp_path):
+    table, began = MetricsTable(tmp_path / "metrics.csv"), time.monotonic()
+    for step in range(5_000):
+        table.log({"train_loss": 1 / (step + 1), "learning_rate": 1e-4}, step)
+        if step % 1000 == 0:
+            table.log({"val_loss": 0.5}, step)  # an epoch's end
+    assert time.monotonic() - began < 5
+    assert len(table.rows) == 5_000 and table.rows[4_999]["train_loss"] == 1 / 5_000
