@@ -104,7 +104,10 @@ def fill_cases(
         ConfigError: a sampler or number of steps that this model cannot take.
     """
     check_sampler(options.sampler, options.num_inference_steps, inpainter.model.schedule)  # once, not for each case
-    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    records = folder / RECORDS
+    if records.is_symlink() or (records.exists() and not records.is_dir()):
+        raise InputError("is not a folder of its own", where=records, fix="remove it, or name another output")
+    records.mkdir(parents=True, exist_ok=True)
     rows, started, filled = [], time.monotonic(), 0
     job = Job(inpainter, options, folder, inpainter.makes_maps(make_missing), each)
     for k, row in enumerate(_results(job, cases), start=1):

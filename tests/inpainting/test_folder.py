@@ -362,3 +362,10 @@ def test_the_lock_is_released_after_an_error(cohort_folder, tiny_model_folder, t
         with pytest.raises(ConfigError, match="'euler' given"):
             inpaint_folder(cohort_folder, tmp_path, config, model=tiny_model_folder, **QUIET)
     assert not FolderLock._held
+
+
+@pytest.mark.parametrize("plant", [lambda path: path.symlink_to("/nowhere"), lambda path: path.touch()])
+def test_a_record_folder_that_is_a_link_or_a_file_is_rejected(inpainter, cases, tmp_path, plant):
+    plant(tmp_path / "filled")
+    with pytest.raises(InputError, match=r"filled: is not a folder of its own\. Fix: remove it"):
+        fill_cases(inpainter, cases[:1], settings(), tmp_path)
