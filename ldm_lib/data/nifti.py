@@ -222,7 +222,7 @@ def _qform_warnings(header: nib.Nifti1Header, sform: np.ndarray) -> list[str]:
     """Compare both orientations of a file: programs that read the qform may show it elsewhere, or mirrored."""
     try:
         qform = header.get_qform()
-    except ValueError:
+    except (nib.spatialimages.HeaderDataError, ValueError):
         return ["qform quaternion invalid; the sform is used"]
     apart_mm = corner_distance_mm(header["dim"][1:4], sform, qform)
     mirrored = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
