@@ -13,12 +13,12 @@ LDM := $(VENV_PYTHON) -m ldm_lib
 PICTURE := $${LDM_OUTPUTS:-outputs}/picture
 # Not reordered: the pipeline has few tests that take minutes, and would run last and alone.
 TWO_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# RUN, PRESET, DATA_DIR, CONDITIONING_DIR, OVERWRITE=1 and SET="key=value key=value" apply to run, 01 to 06 and train.
+# RUN, PRESET, DATA_DIR, CONDITIONING_DIR, BRAINS, OVERWRITE=1 and SET="key=value key=value" apply to run, 01 to 06 and train.
 define STAGES
 set -f --; \
 for pair in $$SET; do set -- "$$@" --set "$$pair"; done; \
-for name in DATA_DIR CONDITIONING_DIR BATCH_SIZE LEARNING_RATE MAX_EPOCHS ACCUMULATE_GRAD_BATCHES DEVICES; do \
-  eval "value=\$${$$name:-}"; key=$$(printf %s "$$name" | tr A-Z a-z); \
+for name in DATA_DIR CONDITIONING_DIR BRAINS BATCH_SIZE LEARNING_RATE MAX_EPOCHS ACCUMULATE_GRAD_BATCHES DEVICES; do \
+  eval "value=\$${$$name:-}"; key=$$(printf %s "$$name" | tr A-Z a-z); [ $$name = BRAINS ] && key=brains_dir; \
   if [ -n "$$value" ]; then set -- "$$@" --set "$$key=$$value"; fi; \
 done; \
 if [ -n "$$OVERWRITE" ]; then set -- "$$@" --overwrite; fi; \
@@ -26,7 +26,7 @@ exec $(LDM) run $(1) --run "$${RUN:-$$PRESET}" --preset "$$PRESET" "$$@"
 endef
 
 help: ## print this list
-	@echo "make TARGET [PRESET=smoke|demo|coarse|weights|full] [RUN=name] [DATA_DIR=...] [CONDITIONING_DIR=...] [SET=\"key=value ...\"] [OVERWRITE=1]"
+	@echo "make TARGET [PRESET=smoke|demo|coarse|weights|full] [RUN=name] [DATA_DIR=...] [CONDITIONING_DIR=...] [BRAINS=...] [SET=\"key=value ...\"] [OVERWRITE=1]"
 	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {printf "  %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready ## create .venv and install everything (other targets do it when needed); LOCKED=1 uses requirements.lock
@@ -45,7 +45,7 @@ setup: .venv/ready ## create .venv and install everything (other targets do it w
 	esac
 	@touch $@
 
-run: .venv/ready ## run all six notebooks on the synthetic cohort or on DATA_DIR=... (default: PRESET=demo)
+run: .venv/ready ## run all six notebooks on the synthetic cohort, on DATA_DIR=... or on people in BRAINS=... (default: PRESET=demo)
 	@$(call STAGES,)
 
 01 02 03 04 05 06: .venv/ready ## run one stage: 01 audit, 02 autoencoder, 03 conditioning, 04 training, 05 sampling, 06 evaluation
@@ -55,9 +55,9 @@ train: .venv/ready ## run stages 01 to 04 with BATCH_SIZE, LEARNING_RATE, MAX_EP
 	@$(call STAGES,01 02 03 04)
 
 weights: override export PRESET = weights
-weights: .venv/ready ## train the pretrained weights: 2 hours for the synthetic cohort, then minutes on a GPU or a day on 2 cores
+weights: .venv/ready ## train the pretrained weights, on people with BRAINS=...: 2 hours for the cohort, then minutes on a GPU or a day on 2 cores
 	@if [ -n "$$DATA_DIR" ]; then \
-	  echo "ERROR DATA_DIR is set; pretrained weights are made from synthetic patients only. Fix: unset it, or make train PRESET=weights" >&2; exit 1; fi
+	  echo "ERROR DATA_DIR is set; pretrained weights are made from synthetic patients or BRAINS only. Fix: unset it, or make train PRESET=weights" >&2; exit 1; fi
 	@($(call STAGES,01 02 03 04)) && \
 	  exec $(LDM) export "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model" --temperature 0.6
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm_lib.data.cohort import find_cases as find_cases
     from ldm_lib.data.conditioning_maps import add_conditioning_maps as add_conditioning_maps
     from ldm_lib.data.options import ReadOptions as ReadOptions
+    from ldm_lib.data.scan_cohort import make_scan_cohort as make_scan_cohort
     from ldm_lib.data.synthetic_cohort import make_synthetic_cohort as make_synthetic_cohort
     from ldm_lib.diffusion.model import LatentDiffusion as LatentDiffusion
     from ldm_lib.evaluation.case_scores import brats_metrics as brats_metrics
@@ -39,6 +40,7 @@ _MODULES = {  # name -> where it is defined
     "load_case": "data.case",
     "audit": "data.cohort",
     "make_synthetic_cohort": "data.synthetic_cohort",
+    "make_scan_cohort": "data.scan_cohort",
     "add_conditioning_maps": "data.conditioning_maps",
     "grow_tumour": "anatomy.tumour_growth",
     "Autoencoder": "autoencoder.model",

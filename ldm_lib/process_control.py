@@ -8,22 +8,25 @@ for the parent, as kernels have, does not run while a busy cell holds the interp
 
 import ctypes
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Self, TypeVar
 
 from ldm_lib.errors import InterruptionError
 
 GRACE_S = 60.0  # for a child to shut down, before it is killed
 STALL_S = 1800.0  # without a step or a validated case in half an hour, something hangs
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class StopRequest:
@@ -107,6 +110,31 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
     if os.getppid() != parent:  # it ended before the system knew
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """Yield `function(item)` for each item, in order, computed by some processes; 1 computes in this process.
+
+    If this generator ends early, by an error or a signal, its processes are terminated.
+    """
+    if min(workers, len(items)) <= 1:
+        yield from map(function, items)
+        return
+    finished, others = False, set(multiprocessing.active_children())
+    start = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _start_worker}
+    pool = ProcessPoolExecutor(min(workers, len(items)), **start, initargs=(os.getpid(),))
+    try:
+        yield from pool.map(function, items)
+        finished = True
+    finally:
+        for child in () if finished else set(multiprocessing.active_children()) - others:
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    die_with_parent(parent)
 
 
 if __name__ == "__main__":

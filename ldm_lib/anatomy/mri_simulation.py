@@ -63,7 +63,7 @@ def simulate_scan(
     texture = smooth_field(rng, grid.positions_mm, 2.5, EXTENT_MM)[inside]
     values *= 1 + rng.uniform(*domain_randomisation.texture) * texture
     values = _blurred(values, inside, rng.uniform(*domain_randomisation.thick_mm), int(rng.integers(3)), grid)
-    values = _with_tumour(values, growth[inside], texture, csf, gm, rng)
+    values = draw_tumour(values, growth[inside], texture, csf, gm, rng)
     bias = smooth_field(rng, grid.positions_mm, 90, EXTENT_MM)[inside]
     values *= np.exp(rng.uniform(*domain_randomisation.bias) * bias)
     sd = rng.uniform(*domain_randomisation.noise) / max(1.0, grid.spacing_mm) ** 1.5
@@ -81,10 +81,18 @@ def _blurred(values: np.ndarray, inside: np.ndarray, thick_mm: float, axis: int,
     return (ndimage.gaussian_filter(as_volume(inside, values), sigma) / np.maximum(weight, 1e-6))[inside]
 
 
-def _with_tumour(
+def draw_tumour(
     values: np.ndarray, u: np.ndarray, texture: np.ndarray, csf: float, gm: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Darken voxels with tumour cells `u`, and in some patients its core; below the threshold nothing changes."""
+    """Darken voxels with tumour cells, and in some patients its core; below the threshold nothing changes.
+
+    Args:
+        values: intensities (n,) of the brain's voxels, white matter about 1.
+        u: tumour cell concentration (n,) in [0, 1].
+        texture: (n,) of mean 0 and standard deviation 1.
+        csf, gm: mean intensities of the tissues.
+        rng: draws how dark the tumour and its core are, and where the core begins.
+    """
     oedema = gm * rng.uniform(0.72, 0.95)
     necrosis = csf + rng.uniform(0.05, 0.2)
     weight = np.clip((u - GROWTH_THRESHOLD) / 0.5, 0, 1) * rng.uniform(0.75, 0.95)

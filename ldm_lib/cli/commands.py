@@ -9,7 +9,7 @@ from collections import Counter
 
 from ldm_lib.anatomy.options import GrowthRates
 from ldm_lib.cli.options import assignments, parse, point
-from ldm_lib.data.options import ReadOptions
+from ldm_lib.data.options import MadeCohortOptions, ReadOptions
 from ldm_lib.errors import InputError
 from ldm_lib.experiment.stages import stage_name
 from ldm_lib.files import expand_path, require_writable, write_json
@@ -138,6 +138,24 @@ def prior(options: argparse.Namespace) -> int:
     return 0
 
 
+def cohort(options: argparse.Namespace) -> int:
+    """Make a training cohort from skull-stripped scans of healthy people."""
+    made = parse(MadeCohortOptions, options)
+    from ldm_lib.data.layouts import require_outside
+    from ldm_lib.data.scan_cohort import make_scan_cohort
+    from ldm_lib.plots.figures import save_planes
+
+    output = expand_path(options.output)
+    require_outside(output, options.source)
+    settings = made.model_dump()
+    settings["masks"] = settings.pop("masks_per_patient")
+    people, exclusions = make_scan_cohort(options.source, output, **settings, draw=save_planes, say=_say)
+    _say(
+        f"{len(people)} people in {output}, {len(exclusions)} scans excluded; see cohort.csv, exclusions.csv, pictures/"
+    )
+    return 0
+
+
 AUDIT_WORDS = {"ok": "OK", "warning": "WARNING", "refused": "ERROR"}
 
 
@@ -254,4 +272,4 @@ def _say(line: str) -> None:
         sys.stdout = None
 
 
-COMMANDS = (run, sweep, compare, inpaint, submission, prior, validate, score, evaluate, export, params, doctor)
+COMMANDS = (run, sweep, compare, inpaint, submission, prior, cohort, validate, score, evaluate, export, params, doctor)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 from ldm_lib.anatomy.options import GrowthRates
-from ldm_lib.data.options import ReadOptions
+from ldm_lib.data.options import MadeCohortOptions, ReadOptions
 from ldm_lib.errors import ConfigError
 from ldm_lib.experiment.presets import DEFAULT_PRESET, PRESETS
 from ldm_lib.files import PRETRAINED
@@ -22,7 +22,7 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 # Parameters whose option has another name.
 FLAGS = {"num_inference_steps": "steps", "diffusion_white_mm2_per_day": "diffusion", "diffusion_ratio": "ratio",
-         "proliferation_per_day": "proliferation"}  # fmt: skip
+         "proliferation_per_day": "proliferation", "masks_per_patient": "masks"}  # fmt: skip
 RENAMED_COMMANDS = {"ship": "it is called `export` since version 0.8",
                     "bench": "run `python -m benchmarks` in the repository"}  # fmt: skip
 
@@ -120,6 +120,13 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         MAPS,
         arg("--json", "JSON file of the findings to write", metavar="OUT"),
         *parameters(ReadOptions, *READING),
+    ],
+    "cohort": [
+        arg("--from", "skull-stripped T1w of healthy people: a folder of NIfTI files, or a BIDS data set",
+            required=True, dest="source", metavar="DIR"),
+        arg("--output", "folder to write: data, conditioning_data, cohort.csv, exclusions.csv, pictures", required=True,
+            metavar="DIR"),
+        *parameters(MadeCohortOptions, "masks_per_patient", "seed", "spacing_mm", "workers", spacing_mm=1.0),
     ],
     "score": [arg(f"--{name}", text, required=True, metavar="F") for name, text in
               (("prediction", "inpainted volume"), ("target", "true volume"), ("voided", "voided volume"),

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_lib.data.checks import image_warnings, require_in_brain
 from ldm_lib.data.masks import read_labels, read_mask, read_unit_map, require_concentration, require_labels
 from ldm_lib.data.nifti import require_file, stem
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.data.volume import SPIKE, Volume, intensity_scale, read_image, require_same_grid, without_spikes
+from ldm_lib.data.volume import (
+    SPIKE,
+    Volume,
+    image_warnings,
+    intensity_scale,
+    read_image,
+    require_in_brain,
+    require_same_grid,
+    without_spikes,
+)
 from ldm_lib.errors import InputError
 from ldm_lib.files import sha256
 from ldm_lib.geometry import Frame

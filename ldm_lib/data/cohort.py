@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldm_lib.data.case import Case, CaseData, load_case
-from ldm_lib.data.layouts import Exclusion, list_cases, listing
+from ldm_lib.data.layouts import Exclusion, list_cases, list_scans, listing
 from ldm_lib.data.nifti import require_file
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.errors import InputError
@@ -178,8 +178,12 @@ def _facts(data: CaseData) -> dict[str, Any]:
     }
 
 
-def source_digests(data_dir: str | Path, conditioning_dir: str | Path = "") -> dict[str, str]:
-    """Return {"data": digest of the bytes of every file of every case}; empty for the synthetic cohort."""
+def source_digests(
+    data_dir: str | Path, conditioning_dir: str | Path = "", brains_dir: str | Path = ""
+) -> dict[str, str]:
+    """Return {"data": digest of the bytes of every file of every case, or scan}; empty for the synthetic cohort."""
+    if brains_dir:
+        return {"data": fingerprint({scan.id: _digest(scan.path) for scan in list_scans(brains_dir)})}
     if not data_dir:
         return {}
     cases, _ = list_cases(data_dir, conditioning_dir)

@@ -3,7 +3,7 @@
 Training layout: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz` and so on, several masks
 of one scan. Challenge layout: `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz` and so on, one mask; the last
 three digits are a time point. Maps: `growth_model/<ID>.nii.gz`, `tissue_segmentation/<ID>.nii.gz` of the folder
-`conditioning_data`.
+`conditioning_data`. Scans that are no cases yet: the files of a folder, or a BIDS data set.
 """
 
 import os
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldm_lib.data.case import Case
+from ldm_lib.data.nifti import stem
 from ldm_lib.errors import InputError, printable
 from ldm_lib.files import expand_path
 from ldm_lib.options import safe_name
@@ -21,7 +22,9 @@ from ldm_lib.options import safe_name
 MASK_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
 CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}
 DEFAULT_CONDITIONING = "conditioning_data"
-_TIME_POINT = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d{3}")
+_TIME_POINT = re.compile(r"(?P<brats>BraTS-[A-Za-z]+-\d+)-\d{3}|(?P<bids>sub-[A-Za-z0-9]+)_ses-[A-Za-z0-9]+")
+_SCAN_OF = re.compile(r"(?P<id>sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?)(_.*)?|(?P<other>.*?)([-_](t1n?|T1w))?")
+_BIDS = ("sub-*/anat/*T1w.nii*", "sub-*/ses-*/anat/*T1w.nii*")
 _NIFTI = re.compile(r"\.nii(\.gz)?", re.IGNORECASE)
 _ROLE = re.compile(rf"-(?P<role>t1n|{'|'.join(MASK_ROLES)})(?P<index>-\d{{4}})?(\.nii(\.gz)?|\.hdr)", re.IGNORECASE)
 _NEARLY = re.compile(r"t1n|mask|void|healthy", re.IGNORECASE)
@@ -34,6 +37,51 @@ class Exclusion:
 
     case: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Name one scan that is no case yet."""
+
+    id: str
+    path: Path
+
+
+def list_scans(folder: str | Path) -> list[Scan]:
+    """List the scans of a folder, in order of id: its NIfTI files, and the T1w of a BIDS data set.
+
+    The id of `sub-01_ses-02_T1w.nii.gz` is sub-01_ses-02; that of another name is the name, without `-t1n` or `_T1w`.
+
+    Raises:
+        InputError: the folder does not exist or holds no scan, a name is no id, or two files have one id.
+    """
+    root, fix = expand_path(folder), "give a folder of skull-stripped T1w, or a BIDS data set"
+    if not str(folder) or not root.is_dir():
+        raise InputError("no such folder", where=root if str(folder) else "scans", fix=fix)
+    files = [*root.iterdir(), *(path for pattern in _BIDS for path in root.glob(pattern))]
+    files = [path for path in sorted(files) if stem(path) != path.name and not path.is_dir()]
+    scans: dict[str, Scan] = {}
+    for path in (path for path in files if not path.name.startswith(".") and not _LEFTOVER.fullmatch(path.name)):
+        match = _SCAN_OF.fullmatch(stem(path))
+        identity = match["id"] or match["other"]
+        try:
+            safe_name(identity)
+        except ValueError as error:
+            raise InputError(f"its name is no id: {error}", where=path, fix="rename it") from error
+        if identity in scans:
+            names = f"{scans[identity].path.relative_to(root)} and {path.relative_to(root)}"
+            raise InputError(f"two files of one id, {identity}: {names}", where=root, fix="keep one of each")
+        scans[identity] = Scan(identity, path)
+    if not scans:
+        looked = ", ".join(("*.nii", "*.nii.gz", *_BIDS))
+        raise InputError(f"0 scans found ({looked}); present: {listing(root)}", where=root, fix=fix)
+    return [scans[identity] for identity in sorted(scans)]
+
+
+def patient_of(identity: str) -> str:
+    """Return the patient of an id, which may name a time point: BraTS-GLI-00000-000, sub-01_ses-02."""
+    match = _TIME_POINT.fullmatch(identity)
+    return (match["brats"] or match["bids"]) if match else identity
 
 
 @dataclass
@@ -122,8 +170,7 @@ def _cases_of(
         notes = "".join(f"; {note}" for note in files.notes)
         fix = f"Fix: name it {identity}-mask.nii.gz, or {identity}-mask-0000.nii.gz and so on."
         return [], [Exclusion(identity, f"{identity}: no mask file; present: {listing(folder)}{notes}. {fix}")]
-    time_point = _TIME_POINT.fullmatch(identity)
-    patient, cases, exclusions = time_point.group(1) if time_point else identity, [], []
+    patient, cases, exclusions = patient_of(identity), [], []
     for index in files.indices:
         chosen = {role: files.found.get((role, index), []) for role in MASK_ROLES}
         chosen |= {"t1n": files.found.get(("t1n", ""), [])}

@@ -1,8 +1,16 @@
-"""Convert a case to the grid of a network, and its maps to the conditioning tensor."""
+"""Convert a case to the grid of a network and back, and its maps to the conditioning tensor.
 
-from dataclasses import dataclass
+    file's grid (x y z) => same axes and centre, the model's voxel size (x y z) => LPS, padded, normalised
+                        => results: the file's grid again, under the mask only
+
+Resampling never reads voxels under the mask, and never replaces voxels outside it.
+"""
+
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import ndimage
 
 from ldm_lib.anatomy.tissue import one_hot
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
@@ -11,6 +19,88 @@ from ldm_lib.data.volume import normalise
 from ldm_lib.geometry import block_centre, block_mean, latent_mask
 
 CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
+SAME_SPACING = 0.01  # relative difference of voxel sizes that is ignored: 2 mm over a head
+LEAST_WEIGHT = 1e-3  # weight of voxels in a mean below which they are left out
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Map a source grid to a target grid with the same axes and the same centre."""
+
+    source_shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the target grid
+    step: tuple[float, ...]  # source voxels per target voxel, along each axis
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], spacing_mm: tuple[float, ...], target_mm: float) -> "Resampling":
+        """Make the resampling to isotropic voxels of another size; the target grid covers the source."""
+        step = tuple(target_mm / s for s in spacing_mm)
+        return cls(shape, tuple(max(2, math.ceil(n / k - 1e-6)) for n, k in zip(shape, step, strict=True)), step)
+
+    def affine(self, affine: np.ndarray) -> np.ndarray:
+        """Return the (4, 4) affine of the target grid, given that of the source."""
+        matrix = np.diag([*self.step, 1.0])
+        matrix[:3, 3] = self._offset
+        return affine @ matrix
+
+    @property
+    def _offset(self) -> np.ndarray:
+        """Source voxel index, with fraction, of the first target voxel."""
+        source, target = ((np.array(shape) - 1) / 2 for shape in (self.source_shape, self.shape))
+        return source - np.array(self.step) * target
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """Resample a mask (x, y, z): True where a target voxel covers or interpolates any masked source voxel."""
+        reach = [2 * math.floor(step / 2) + 1 if step > 1 else 1 for step in self.step]
+        return self._sampled(ndimage.maximum_filter(mask, reach).astype(np.float32)) > LEAST_WEIGHT
+
+    def labels(self, labels: np.ndarray) -> np.ndarray:
+        """Resample labels (x, y, z) uint8: the label that covers most of each target voxel."""
+        everywhere, found = np.ones(labels.shape, bool), np.unique(labels)
+        return found[np.argmax([self.image(labels == label, everywhere) for label in found], axis=0)]
+
+    def image(self, image: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Resample an image (x, y, z): float32 mean of the known source voxels in each target voxel, 0 without any.
+
+        Larger voxels have a wider point spread function: a Gaussian of the standard deviation by which theirs is wider
+        than the source's (Cardoso et al., MICCAI 2015, section 2).
+        """
+        sigma = [math.sqrt(max(step**2 - 1, 0) / (8 * math.log(2))) for step in self.step]
+        weight = known.astype(np.float32)
+        parts = (self._sampled(ndimage.gaussian_filter(part, sigma)) for part in (image * weight, weight))
+        value, weight = parts
+        return np.divide(value, weight, out=np.zeros_like(value), where=weight > LEAST_WEIGHT)
+
+    def back(self, volume: np.ndarray, voxels: np.ndarray) -> np.ndarray:
+        """Interpolate a volume (x, y, z) on the target grid at source voxels, (n, 3) indices, by cubic splines."""
+        positions = (voxels - self._offset) / np.array(self.step)
+        return ndimage.map_coordinates(volume, positions.T, order=3, mode="nearest", output=np.float32)
+
+    def _sampled(self, array: np.ndarray) -> np.ndarray:
+        options = {"output_shape": self.shape, "order": 1, "mode": "nearest"}
+        return ndimage.affine_transform(array, np.array(self.step), offset=self._offset, **options)
+
+
+def resampling_to(data: CaseData, spacing_mm: float) -> Resampling | None:
+    """Return how to resample a case to isotropic voxels of a size; None if it has that size already."""
+    if all(abs(s / spacing_mm - 1) < SAME_SPACING for s in data.source.spacing_mm):
+        return None
+    return Resampling.of(data.source.shape, data.source.spacing_mm, spacing_mm)
+
+
+def resample_case(data: CaseData, resampling: Resampling | None) -> CaseData:
+    """Resample what a model needs of a case to inpaint it: image, mask and maps; None returns the case itself."""
+    if resampling is None:
+        return data
+    mask, known = resampling.mask(data.mask), ~data.mask
+    voided = np.where(mask, 0, resampling.image(data.voided, known)).astype(np.float32)
+    source = replace(data.source, raw=voided, affine=resampling.affine(data.affine), slope=1.0, intercept=0.0)
+    everywhere = np.ones(data.mask.shape, bool)
+    return replace(
+        data, source=source, voided=voided, mask=mask, target=None, healthy=None, unhealthy=None,
+        growth=None if data.growth is None else resampling.image(data.growth, everywhere),
+        tissue=None if data.tissue is None else resampling.labels(data.tissue),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

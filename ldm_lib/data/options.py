@@ -1,4 +1,4 @@
-"""Options of reading data, of the synthetic cohort and of augmentation in image space."""
+"""Options of reading data, of cohorts that are made and of augmentation in image space."""
 
 from typing import Annotated, Literal
 
@@ -25,15 +25,22 @@ class ReadOptions(Options):
 READ_STRICTLY = ReadOptions()
 
 
-class SyntheticCohortOptions(SeedOptions):
+class MadeCohortOptions(SeedOptions):
+    """Describe what the synthetic cohort and a cohort of healthy scans have in common."""
+
+    heading = "Cohort to make (when data_dir is empty)"
+    untracked = frozenset({"workers"})
+    spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size, mm")
+    masks_per_patient: Annotated[int, Field(ge=1, le=8)] = Field(3, description="masks per patient")
+    workers: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that make the cohort")
+
+
+class SyntheticCohortOptions(MadeCohortOptions):
     """Describe the synthetic cohort."""
 
-    heading = "Synthetic cohort (when data_dir is empty)"
-    untracked = frozenset({"workers"})
+    heading = "Synthetic cohort (when data_dir and brains_dir are empty)"
     synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="number of synthetic patients")
     synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(8000, description="number of the first patient")
-    spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size, mm")
-    masks_per_patient: Annotated[int, Field(ge=1, le=3)] = Field(3, description="masks per patient")
     deformation: Annotated[float, Field(ge=0, le=4)] = Field(
         1.0, description="scale of the brains' deformation; 2 folds tissue"
     )
@@ -43,7 +50,6 @@ class SyntheticCohortOptions(SeedOptions):
     tissue_map: Literal["exact", "registered"] = Field(
         "exact", description="tissue labels: exact, or with simulated registration error"
     )
-    workers: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that write the synthetic cohort")
 
 
 class AugmentationOptions(Options):

@@ -3,34 +3,28 @@
 Everything random is drawn in millimetres from (seed, patient): a patient is the same at any voxel size, up to sampling.
 """
 
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, simulate_scan
-from ldm_lib.anatomy.synthetic_brain import EXTENT_MM, Grid, as_volume, brats_grid, deformed_atlas, make_brain
-from ldm_lib.anatomy.tissue import smooth_field
-from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, random_tumour
+from ldm_lib.anatomy.synthetic_brain import brats_grid, make_brain
+from ldm_lib.anatomy.synthetic_tumour import from_growth_grid, synthetic_tumour
+from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
 from ldm_lib.data.layouts import CONDITIONING_FOLDERS, DEFAULT_CONDITIONING
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_mask, void
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import ConfigError
-from ldm_lib.process_control import die_with_parent
+from ldm_lib.process_control import parallel_map
 
 # Disjoint ranges: no training patient is used in a demo or for testing.
 TRAINING_PATIENTS = range(0, 8000)  # split into training and validation by patient
 DEMO_PATIENTS = range(8000, 9000)
 TEST_PATIENTS = range(9000, 10000)
 
-GROWTH_MM = 3.0  # voxel size of the grid on which tumours grow
-SUPRATENTORIAL_MM = 62.0  # tumours start above this height
 ANATOMY, TUMOUR, CONTRAST, NOISE, MASKS, DONORS = range(6)  # streams of random numbers; each donor takes two
 DEFORMATION, REGISTRATION = 1000, 1001  # beyond all donors
 
@@ -77,15 +71,15 @@ def make_patient(
     if domain_randomisation not in RANDOMISATIONS or tissue_map not in ("exact", "registered"):
         given = f"domain_randomisation {domain_randomisation!r}, tissue_map {tissue_map!r} given; allowed are "
         raise ConfigError(f"{given}{', '.join(RANDOMISATIONS)}; exact, registered", where="make_patient")
-    grid, rng, ranges = brats_grid(spacing_mm), partial(_rng, seed, patient), RANDOMISATIONS[domain_randomisation]
+    grid, rng, ranges = brats_grid(spacing_mm), partial(stream_of, seed, patient), RANDOMISATIONS[domain_randomisation]
     deformation *= rng(DEFORMATION).uniform(*ranges.deformation)
     brain = make_brain(rng(ANATOMY), grid, deformation)
-    growth = _resample(_tumour(rng(ANATOMY), rng(TUMOUR), deformation), grid) * brain.inside
+    growth = from_growth_grid(synthetic_tumour(rng(ANATOMY), rng(TUMOUR), deformation), grid) * brain.inside
     segmentation = growth >= GROWTH_THRESHOLD
     unhealthy = dilate_mm(segmentation, UNHEALTHY_MARGIN_MM, spacing_mm)
     pairs, places, options = [], rng(MASKS), {"spacing_mm": spacing_mm, "scale": ranges.mask_scale}
     for k in range(DONORS, DONORS + 2 * masks, 2):  # a donor is a patient of no cohort
-        donor = _resample(_tumour(rng(k), rng(k + 1), deformation), grid) >= GROWTH_THRESHOLD
+        donor = from_growth_grid(synthetic_tumour(rng(k), rng(k + 1), deformation), grid) >= GROWTH_THRESHOLD
         pairs.append((healthy_mask(brain.inside, unhealthy, donor, places, **options), unhealthy))
     t1n = simulate_scan(brain, growth, grid, ranges, rng(CONTRAST), rng(NOISE))
     if tissue_map == "registered":
@@ -93,29 +87,9 @@ def make_patient(
     return SyntheticPatient(t1n, brain.labels, growth, segmentation, tuple(pairs), grid.affine)
 
 
-def _rng(seed: int, patient: int, stream: int) -> np.random.Generator:
+def stream_of(seed: int, patient: int, stream: int) -> np.random.Generator:
+    """Return one stream of random numbers of one patient."""
     return np.random.default_rng([seed, patient, stream])
-
-
-def _tumour(anatomy_rng: np.random.Generator, rng: np.random.Generator, deformation: float) -> np.ndarray:
-    """Grow a tumour on the grid of GROWTH_MM in the brain that `anatomy_rng` draws: float32 (x, y, z) in [0, 1]."""
-    grid = brats_grid(GROWTH_MM)
-    brain = deformed_atlas(anatomy_rng, grid, deformation)
-    # cells spread unevenly through tissue: tumours are lobed, not round
-    patchy = 0.08 + 0.92 / (1 + np.exp(-3 * smooth_field(rng, grid.positions_mm, 9, EXTENT_MM)))
-    grey, white = (as_volume(brain.inside, fraction) * patchy for fraction in brain.fractions[1:])
-    depth = ndimage.distance_transform_edt(brain.inside, sampling=GROWTH_MM)
-    allowed = (white > 0.3) & (depth > 10) & (grid.positions_mm[2] > SUPRATENTORIAL_MM)
-    return random_tumour(white, grey, allowed, rng, spacing_mm=GROWTH_MM)
-
-
-def _resample(field: np.ndarray, grid: Grid) -> np.ndarray:
-    """Interpolate linearly from the grid of GROWTH_MM, axis by axis."""
-    for positions in grid.positions_mm:
-        nodes = np.arange(field.shape[0])[:, None] + 0.5
-        weights = np.clip(1 - np.abs(positions[None] / GROWTH_MM - nodes), 0, None)
-        field = np.tensordot(field, weights.astype(np.float32), axes=(0, 0))
-    return field
 
 
 def write_patient(folder: str | Path, seed: int, patient: int, **patient_kwargs: Any) -> str:
@@ -127,21 +101,26 @@ def write_patient(folder: str | Path, seed: int, patient: int, **patient_kwargs:
     last: a patient that has one is complete, and is not made again, even with other parameters.
     """
     case = f"Synthetic_{patient:05d}"
-    data, conditioning = Path(folder) / "data" / case, Path(folder) / DEFAULT_CONDITIONING
-    last = data / f"{case}-t1n.nii.gz"
-    if last.exists():
+    if (Path(folder) / "data" / case / f"{case}-t1n.nii.gz").exists():
         return case
-    made, volumes = make_patient(seed, patient, **patient_kwargs), {}
+    write_training_files(folder, case, make_patient(seed, patient, **patient_kwargs))
+    return case
+
+
+def write_training_files(folder: str | Path, case: str, made: SyntheticPatient) -> list[Path]:
+    """Write a patient below `folder` in the training layout, the t1n last, and return the files."""
+    data, conditioning, volumes = Path(folder) / "data" / case, Path(folder) / DEFAULT_CONDITIONING, {}
     for k, (healthy, unhealthy) in enumerate(made.masks):
         masks = {"mask": healthy | unhealthy, "mask-healthy": healthy, "mask-unhealthy": unhealthy}
         roles = {"t1n-voided": void(made.t1n, masks["mask"])} | {n: m.astype(np.uint8) for n, m in masks.items()}
         volumes |= {data / f"{case}-{role}-{k:04d}.nii.gz": volume for role, volume in roles.items()}
     for kind, name in CONDITIONING_FOLDERS.items():
         volumes[conditioning / name / f"{case}.nii.gz"] = getattr(made, kind)
-    for path, volume in (volumes | {last: made.t1n}).items():
+    volumes[data / f"{case}-t1n.nii.gz"] = made.t1n
+    for path, volume in volumes.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_map(path, volume, made.affine)
-    return case
+    return list(volumes)
 
 
 def make_synthetic_cohort(
@@ -175,11 +154,4 @@ def make_synthetic_cohort(
         given = f"n_patients {n_patients}, workers {workers} given; allowed are 1 or more of each"
         raise ConfigError(given, where="make_synthetic_cohort")
     make = partial(write_patient, folder, seed, spacing_mm=spacing_mm, **patient_kwargs)
-    patients = range(first, first + n_patients)
-    process_kwargs = {"mp_context": get_context("spawn"), "initializer": die_with_parent, "initargs": (os.getpid(),)}
-    pool = ProcessPoolExecutor(workers, **process_kwargs) if workers > 1 else None
-    try:
-        return list(pool.map(make, patients) if pool else map(make, patients))
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    return list(parallel_map(make, range(first, first + n_patients), workers))

@@ -207,7 +207,7 @@ def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] 
 def stage_inputs(name: str, config: StageConfig, run_folder: Path) -> dict[str, str]:
     """Return name -> digest of what a stage is made from: source files, outputs of earlier stages, given weights."""
     if isinstance(config, AuditConfig):
-        return cohort.source_digests(config.data_dir, config.conditioning_dir)
+        return cohort.source_digests(config.data_dir, config.conditioning_dir, config.brains_dir)
     weights = (config.given_weights,) if isinstance(config, AutoencoderConfig) else ()
     return upstream_digests(run_folder, name) | digests(*weights)
 

@@ -7,9 +7,9 @@ run by hand from top to bottom finishes on a laptop; the `full` preset holds the
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
 from ldm_lib.data.options import ReadOptions, SyntheticCohortOptions
@@ -49,11 +49,19 @@ class AuditConfig(SyntheticCohortOptions, ReadOptions, StageConfig):
     hint = "see `ldm params 01`"
 
     heading = "Data"
-    data_dir: str = Field("", description="folder of cases; empty makes the synthetic cohort")
+    data_dir: str = Field("", description="folder of cases; empty makes a cohort")
     conditioning_dir: str = Field("", description="folder of growth and tissue maps; empty searches next to data_dir")
+    brains_dir: str = Field("", description="skull-stripped T1w of healthy people to make the cohort of, or empty")
+    max_brains: Count = Field(0, description="scans of brains_dir to take, in order of id; 0 for all")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="fraction of the patients used for validation"
     )
+
+    @model_validator(mode="after")
+    def _require_one_source(self) -> Self:
+        if self.data_dir and self.brains_dir:
+            raise ValueError("data_dir and brains_dir are both given, a cohort has one source; leave one of them empty")
+        return self
 
 
 class AutoencoderConfig(AutoencoderTrainingOptions, DeviceOptions, StageConfig):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm_lib.autoencoder.region_decoding import decode_box
 from ldm_lib.data.case import NO_MAP, Case, CaseData, load_case
-from ldm_lib.data.resampling import resampling_to
+from ldm_lib.data.model_grid import resampling_to
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import Latents, encode_case
 from ldm_lib.diffusion.model import LatentDiffusion

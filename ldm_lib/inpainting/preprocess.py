@@ -9,8 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.model_grid import GridCase, grid_case
-from ldm_lib.data.resampling import Resampling, resample_case, resampling_to
+from ldm_lib.data.model_grid import GridCase, Resampling, grid_case, resample_case, resampling_to
 from ldm_lib.data.volume import normalise
 from ldm_lib.geometry import Frame
 from ldm_lib.inpainting.edge_blending import EdgeCorrection, rim

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,11 @@ def planes(
         image = draw_row(geometry, row, volume, vmin=0, vmax=float(np.max(volume)) or 1.0, cmap="viridis")
         colour_bar(figure, image, row, "")
     return figure
+
+
+def save_planes(path: Path, **planes_kwargs: Any) -> None:
+    """Write the figure that `planes` draws to a file."""
+    planes(**planes_kwargs).savefig(path)
 
 
 def draw_row(geometry: SliceGeometry, row: Sequence[Axes], volume: np.ndarray, **style: Any) -> AxesImage:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import load_case
-from ldm_lib.data.resampling import Resampling, resample_case, resampling_to
+from ldm_lib.data.model_grid import Resampling, resample_case, resampling_to
 
 SHAPE = (24, 21, 18)
 targets = pytest.mark.parametrize("target_mm", [4.0, 2.0, 1.5, 0.7])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from ldm_lib.anatomy.synthetic_tumour import GROWTH_MM
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
 from ldm_lib.data import synthetic_cohort as module
 from ldm_lib.data.cohort import load_case, survey_cases
@@ -97,7 +98,7 @@ def test_tissues_are_ordered_and_all_there(patients):
 
 
 def test_tumour_is_drawn_only_where_it_has_grown(patients, monkeypatch):
-    monkeypatch.setattr(module, "_tumour", lambda *_: np.zeros(brats_grid(module.GROWTH_MM).shape, np.float32))
+    monkeypatch.setattr(module, "synthetic_tumour", lambda *_: np.zeros(brats_grid(GROWTH_MM).shape, np.float32))
     for k, patient in enumerate(patients):
         healthy = make_patient(0, k, spacing_mm=SPACING_MM, masks=0)
         np.testing.assert_array_equal(patient.segmentation, patient.growth >= GROWTH_THRESHOLD)

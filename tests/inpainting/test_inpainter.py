@@ -16,8 +16,7 @@ from models import changed
 from torch import nn
 
 from ldm_lib.data.case import case_of_files, load_case
-from ldm_lib.data.model_grid import grid_case
-from ldm_lib.data.resampling import resample_case, resampling_to
+from ldm_lib.data.model_grid import grid_case, resample_case, resampling_to
 from ldm_lib.data.volume import read_volume, write_map
 from ldm_lib.diffusion import model as model_module
 from ldm_lib.diffusion.latents import LatentSpec, context_box, encode_case
