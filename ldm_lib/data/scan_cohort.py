@@ -27,6 +27,8 @@ from ldm_lib.process_control import parallel_map
 CODE_VERSION = 1  # raise it when a person would come out differently
 MOST_MASKS = 8  # all masks of a person are hidden at once from the registration of the tissue map
 STAGING = ".unfinished"
+COLUMNS = ("case", "patient", "file", "spacing_mm", "orientation", "brain_ml", "turned_degrees", "brain_dice",
+           "correlation", "tumour_ml", "mask_ml")  # fmt: skip
 Draw = Callable[..., Any]
 
 
@@ -107,7 +109,7 @@ def _summary(record: dict[str, Any]) -> str:
 
 def _tables(folder: Path, records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Exclusion]]:
     """Write cohort.csv and exclusions.csv, and return what they hold."""
-    rows = [record["row"] for record in records if not record["excluded"]]
+    rows = [{name: record["row"][name] for name in COLUMNS} for record in records if not record["excluded"]]
     exclusions = [Exclusion(record["id"], record["excluded"]) for record in records if record["excluded"]]
     write_csv(folder / "cohort.csv", rows)
     write_csv(folder / "exclusions.csv", [vars(e) for e in exclusions] or [{"case": "none", "reason": ""}])

@@ -33,6 +33,14 @@ def test_an_unknown_name_is_rejected_with_the_nearest(given, intended):
         STAGES[stage].parse({given: 1})
 
 
+def test_a_cohort_has_one_source():
+    assert resolve("coarse", overrides={"brains_dir": "people"})["01_data_audit"].data_dir == ""
+    with pytest.raises(
+        ConfigError, match=r"data_dir and brains_dir are both given, .*; leave one of them empty\. Fix: see"
+    ):
+        resolve("coarse", overrides={"brains_dir": "people", "data_dir": "cases"})
+
+
 def test_a_name_far_from_all_refers_to_the_list_of_parameters():
     with pytest.raises(ConfigError, match=r"unknown parameter 'qqqqqq'.*see `ldm params 01`"):
         resolve("coarse", overrides={"qqqqqq": "1"})

@@ -1,5 +1,6 @@
 """Shutdown: signals are recorded and forwarded, a child gets time to end, and a hang ends with its stacks in a file."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -116,3 +117,17 @@ def test_no_stacks_are_written_without_a_hang(tmp_path):
     with watchdog(tmp_path / "s.txt", 30) as alive:
         alive()
     assert not (tmp_path / "s.txt").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_function_is_mapped_in_order_by_any_number_of_processes(workers):
+    assert list(process_control.parallel_map(abs, [-3, 2, -1], workers)) == [3, 2, 1]
+    assert list(process_control.parallel_map(abs, [], workers)) == []
+
+
+def test_a_map_that_ends_early_ends_its_processes():
+    before, started = set(multiprocessing.active_children()), time.monotonic()
+    results = process_control.parallel_map(time.sleep, [0, 60], 2)
+    assert next(results) is None
+    results.close()
+    assert set(multiprocessing.active_children()) <= before and time.monotonic() - started < 50

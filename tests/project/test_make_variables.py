@@ -21,7 +21,7 @@ HOSTILE = {
 FROM_ENVIRONMENT = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 # make expands a dollar sign on its own command line, which its user typed: see SECURITY.md.
 TYPED = pytest.mark.parametrize("value", [v for v in HOSTILE.values() if "$" not in v and "\n" not in v])
-OF_STAGES = ["DATA_DIR", "CONDITIONING_DIR", "BATCH_SIZE", "LEARNING_RATE", "MAX_EPOCHS", "ACCUMULATE_GRAD_BATCHES",
+OF_STAGES = ["DATA_DIR", "CONDITIONING_DIR", "BRAINS", "BATCH_SIZE", "LEARNING_RATE", "MAX_EPOCHS", "ACCUMULATE_GRAD_BATCHES",
              "DEVICES"]  # fmt: skip
 ALL = {*OF_STAGES, "RUN", "PRESET", "OVERWRITE", "GRID", "JOBS", "NB", "RESULTS", "OUTPUT", "FULL"}
 SETUP = {"PYTHON", "LOCKED"}
@@ -58,7 +58,8 @@ def called(folder, target, typed=(), **variables):
 
 def expected(value):
     """Target -> the arguments of `python -m` when every variable is this text."""
-    stages = [word for name in OF_STAGES for word in ("--set", f"{name.lower()}={value}")]
+    parameters = [name.lower() if name != "BRAINS" else "brains_dir" for name in OF_STAGES]
+    stages = [word for name in parameters for word in ("--set", f"{name}={value}")]
     options = ["--run", value, "--preset", value, *stages, "--overwrite"]
     commands = {
         "run": ["run", *options],
@@ -100,12 +101,13 @@ def test_a_run_without_a_name_is_named_after_its_preset(project):
 
 
 @pytest.mark.parametrize("by", ["environment", "line"])
-def test_the_weights_target_trains_on_synthetic_patients_with_its_own_preset(project, by):
+def test_the_weights_target_trains_on_a_made_cohort_with_its_own_preset(project, by):
     how = {"typed": ["PRESET=coarse"]} if by == "line" else {"PRESET": "coarse"}
     stages, export = called(project, "weights", **how)
     assert stages[:8] == ["-m", "ldm_lib", "run", "01", "02", "03", "04", "--run"]
     assert stages[8:] == ["weights", "--preset", "weights"]
     assert export[2:] == ["export", "outputs/weights/04_training/model", "--temperature", "0.6"]
+    assert called(project, "weights", BRAINS="people")[0][8:] == [*stages[8:], "--set", "brains_dir=people"]
     with pytest.raises(subprocess.CalledProcessError):
         called(project, "weights", DATA_DIR="patients")
     assert not (project / "called").exists()
