@@ -84,7 +84,7 @@ def test_no_number_may_be_infinite_undefined_or_negative(stage, name, value):
     [
         ("batch_size", 0), ("max_epochs", 0), ("samples", 0), ("learning_rate", 0), ("learning_rate", 1.1),
         ("seed", 2**40), ("seed", 2**31), ("validation_fraction", 0), ("validation_fraction", 1), ("spacing_mm", 0.5),
-        ("spacing_mm", 9), ("synthetic_patients", 1), ("masks_per_patient", 4), ("mask_dilation", 5), ("dropout", 1),
+        ("spacing_mm", 9), ("synthetic_patients", 1), ("masks_per_patient", 9), ("mask_dilation", 5), ("dropout", 1),
         ("ema_decay", 1), ("growth_threshold", 1.01), ("beta_end", 1), ("diffusion_steps", 1), ("gradient_clip", 0),
     ],
 )  # fmt: skip

@@ -21,8 +21,8 @@ HOSTILE = {
 FROM_ENVIRONMENT = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 # make expands a dollar sign on its own command line, which its user typed: see SECURITY.md.
 TYPED = pytest.mark.parametrize("value", [v for v in HOSTILE.values() if "$" not in v and "\n" not in v])
-OF_STAGES = ["DATA_DIR", "CONDITIONING_DIR", "BRAINS", "BATCH_SIZE", "LEARNING_RATE", "MAX_EPOCHS", "ACCUMULATE_GRAD_BATCHES",
-             "DEVICES"]  # fmt: skip
+OF_STAGES = ["DATA_DIR", "CONDITIONING_DIR", "BRAINS", "BATCH_SIZE", "LEARNING_RATE", "MAX_EPOCHS",
+             "ACCUMULATE_GRAD_BATCHES", "DEVICES"]  # fmt: skip
 ALL = {*OF_STAGES, "RUN", "PRESET", "OVERWRITE", "GRID", "JOBS", "NB", "RESULTS", "OUTPUT", "FULL"}
 SETUP = {"PYTHON", "LOCKED"}
 FAKE = """#!/bin/sh
