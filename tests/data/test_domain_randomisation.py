@@ -7,6 +7,7 @@ import pytest
 
 from ldm_lib.anatomy.mri_simulation import RANDOMISATIONS, DomainRandomisation, simulate_scan
 from ldm_lib.anatomy.synthetic_brain import Brain, brats_grid
+from ldm_lib.anatomy.synthetic_tumour import GROWTH_MM
 from ldm_lib.data import synthetic_cohort as module
 from ldm_lib.data.synthetic_cohort import make_patient, make_synthetic_cohort, write_patient
 from ldm_lib.errors import ConfigError
@@ -72,7 +73,7 @@ def drawn(monkeypatch, domain_randomisation):
         return Brain(np.ones(grid.shape, bool), np.ones((3, 1)), np.ones(1))
 
     monkeypatch.setattr(module, "make_brain", deform)
-    monkeypatch.setattr(module, "_tumour", lambda *_: np.zeros(brats_grid(module.GROWTH_MM).shape, np.float32))
+    monkeypatch.setattr(module, "synthetic_tumour", lambda *_: np.zeros(brats_grid(GROWTH_MM).shape, np.float32))
     monkeypatch.setattr(module, "healthy_mask", stop)
     for patient in range(20):
         with pytest.raises(StopIteration):
