@@ -36,7 +36,7 @@ def test_version_and_release_date_agree():
     released = re.search(r"^date-released: (\S+)$", citation, re.M).group(1)
     assert ldm_lib.__version__ == version and f"\nversion: {version}\n" in citation
     entries = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert entries[0] == f"{version} ({released})"
+    assert next(entry for entry in entries if entry != "Unreleased") == f"{version} ({released})"
 
 
 def test_the_metadata_declare_posix():

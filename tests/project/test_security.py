@@ -125,14 +125,15 @@ def texts(stage):
 
 def test_there_are_parameters_that_take_any_text():
     assert {name for stage in STAGES for name in texts(stage)} == {
-        "data_dir", "conditioning_dir", "autoencoder_dir", "start_dir", "show_case", "allow_change"
+        "data_dir", "conditioning_dir", "brains_dir", "autoencoder_dir", "start_dir", "show_case", "allow_change"
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if texts(stage)])
-def test_papermill_writes_a_value_as_the_literal_it_is(stage, value):
-    given = dict.fromkeys(set(texts(stage)) - {"allow_change"}, value)
+@pytest.mark.parametrize("other_source", ["data_dir", "brains_dir"])
+def test_papermill_writes_a_value_as_the_literal_it_is(stage, value, other_source):
+    given = dict.fromkeys(set(texts(stage)) - {"allow_change", other_source}, value)
     notebook = load_notebook_node(str(ROOT / "notebooks" / f"{stage}.ipynb"))
     cells = parameterize_notebook(notebook, resolve(overrides=given)[stage].model_dump(), kernel_name="python3").cells
     (injected,) = [cell.source for cell in cells if "injected-parameters" in cell.metadata.get("tags", ())]
