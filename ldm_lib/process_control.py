@@ -121,8 +121,9 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], work
         yield from map(function, items)
         return
     finished, others = False, set(multiprocessing.active_children())
-    start = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _start_worker}
-    pool = ProcessPoolExecutor(min(workers, len(items)), **start, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(
+        min(workers, len(items)), multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),)
+    )
     try:
         yield from pool.map(function, items)
         finished = True
