@@ -17,6 +17,11 @@ from ldm_lib.errors import InputError
 MODEL_ORIENTATION = "LPS"  # the order of BraTS files
 
 
+def axis_codes(affine: np.ndarray) -> str:
+    """Return three letters, the directions in which the voxel axes grow, such as "LPS"."""
+    return "".join(nib.aff2axcodes(affine))
+
+
 @dataclass(frozen=True)
 class Padding:
     """Pad a grid with zeros: `before` and `after` are voxels per axis, never negative."""
@@ -72,6 +77,10 @@ class Frame:
         padding = Padding.to_multiple(lps_shape, multiple)
         padded = tuple(b + n + a for b, n, a in zip(padding.before, lps_shape, padding.after, strict=True))
         return cls(to_lps, nib.orientations.ornt_transform(lps, file_order), padding, padded)
+
+    def lps_affine(self, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the (4, 4) affine of `to_lps(array)`, given that of the file's array (x, y, z) of this shape."""
+        return affine @ nib.orientations.inv_ornt_aff(self.to_lps_transform, shape)
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
         """Reorder (x, y, z) to LPS and pad it; the result is contiguous."""

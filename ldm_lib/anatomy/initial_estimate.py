@@ -5,8 +5,10 @@ estimate = w p + h,  h harmonic in the mask, h = image - w p on the voxels aroun
 
 The same tissue map is used inside and outside the mask, so that the regression learns how reliable it is. A map that
 fits the visible voxels better than the hidden ones, such as one that was refined by the scan's own intensities, would
-be trusted too much.
+be trusted too much. Air at the brain's surface is not known to be dark, see `air_at_surface`.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -18,6 +20,7 @@ from ldm_lib.poisson import harmonic
 REGRESSION_WEIGHT = 0.5  # w: the other half of the regression's contrast comes from the edge of the mask
 WIDTHS_MM = (2.0, 4.0)  # s: about the error of a registered atlas
 NEAR_MM, FAR_MM = 15.0, 40.0  # the regression's weights fall by 1/e over NEAR, and end at FAR
+SURFACE_MM = 10.0  # of the registered atlas, within which the surface of the brain may be
 RIDGE = 1e-3  # relative to the mean variance of the regressors
 MIN_VISIBLE_VOXELS = 100  # with fewer there is no regression
 RELATIVE_RESIDUAL = 1e-4
@@ -51,9 +54,33 @@ def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *,
     regression = REGRESSION_WEIGHT * _regression(filled[box], mask[box], tissue[box], spacing_mm)
     core = bounding_box(mask[box], 1)
     residual, inside = np.where(mask[box], 0, filled[box] - regression)[core], mask[box][core]
-    continued = harmonic(residual, inside, rtol=RELATIVE_RESIDUAL, dtype=np.float32)
+    air = air_at_surface(filled, mask, tissue, spacing_mm=(spacing_mm,) * 3)[box][core]
+    continued = harmonic(residual, inside, rtol=RELATIVE_RESIDUAL, dtype=np.float32, air=air)
     filled[mask] = np.maximum(regression[core][inside] + continued, 0)
     return filled
+
+
+def air_at_surface(
+    image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *, spacing_mm: Sequence[float]
+) -> np.ndarray:
+    """Return the air next to the mask from which nothing is continued into it, bool (x, y, z).
+
+    A lesion that is drawn up to the brain's surface ends at air, which says nothing about the intensity of the lesion's
+    edge. Air farther from all tissue than a registration errs is what the mask continues where it was drawn beyond
+    the surface.
+
+    Args:
+        image: (x, y, z), 0 in air.
+        mask: (x, y, z) bool, True = inpaint.
+        tissue: (x, y, z) labels, 0 none.
+        spacing_mm: edges of a voxel.
+    """
+    box = bounding_box(mask, [int(np.ceil(SURFACE_MM / mm)) + 1 for mm in spacing_mm])
+    distance_mm = ndimage.distance_transform_edt(tissue[box] == 0, sampling=spacing_mm)
+    found = np.zeros(mask.shape, bool)
+    if tissue[box].any():
+        found[box] = ~mask[box] & (image[box] <= 0) & (distance_mm <= SURFACE_MM)
+    return found
 
 
 def _regression(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing_mm: float) -> np.ndarray:

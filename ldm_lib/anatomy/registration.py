@@ -5,6 +5,7 @@ diffeomorphism that maximises the correlation of local patches (Avants et al. 20
 masks; the masked region is therefore filled from the atlas in every iteration, and exerts no force.
 """
 
+import itertools
 import logging
 import time
 import warnings
@@ -13,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from dipy.align.imaffine import AffineRegistration, MutualInformationMetric, transform_centers_of_mass
+from dipy.align.imaffine import AffineMap, AffineRegistration, MutualInformationMetric, transform_centers_of_mass
 from dipy.align.imwarp import DiffeomorphicMap, SymmetricDiffeomorphicRegistration
 from dipy.align.metrics import CCMetric
 from dipy.align.transforms import AffineTransform3D, RigidTransform3D
@@ -21,7 +22,7 @@ from scipy import ndimage
 
 from ldm_lib.anatomy.atlas import Atlas, mni152
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import Frame, block_mean, bounding_box
+from ldm_lib.geometry import Frame, axis_codes, block_mean, bounding_box
 
 AFFINE_MM, SYN_MM = 8.0, 2.0  # voxel size for each step; the affine step at 4 mm takes 6 times as long
 SYN_ITERATIONS = (40, 40, 20)  # from coarse to fine
@@ -31,6 +32,7 @@ SMALLEST_AXIS = 2 * CC_RADIUS + 2  # at the coarsest level of SyN
 MARGIN = 5  # around the brain for SyN, voxels
 RING = 6  # width of the ring around the mask that sets the contrast of the filling, voxels
 BRIGHTEST = 1.2  # upper limit of normalised intensities, so that vessels and fat do not dominate the histogram
+ORIENTATION_GAIN = 0.05  # of the correlation by which another orientation fits better; right ones lead by 0.03 to 0.2
 MIN_DICE, MIN_CORRELATION = 0.9, 0.5  # of the brains, and of the intensities, outside mask and lesion
 
 logging.getLogger("dipy").setLevel(logging.WARNING)  # it logs every level of every registration
@@ -46,6 +48,7 @@ class Registration:
     image: np.ndarray  # the patient's scan (x, y, z), 0 under the mask
     mask: np.ndarray  # bool (x, y, z), voxels that neither step used
     seconds: float
+    better_orientation: str = ""  # why the orientation that the affine states is likely wrong
 
     def to_patient(self, volume: np.ndarray) -> np.ndarray:
         """Resample volumes (..., x, y, z) on the atlas's grid to the patient's: float32, linear, 0 outside."""
@@ -89,6 +92,8 @@ class Registration:
     @property
     def failure(self) -> str:
         """Reason why the registration failed, with the measured numbers; empty if it did not."""
+        if self.better_orientation:
+            return self.better_orientation
         found = f"brains overlap by Dice {self.brain_dice:.3f} (at least {MIN_DICE:g}), intensities correlate by "
         found += f"{self.correlation:.2f} (at least {MIN_CORRELATION:g})"
         return "" if self.brain_dice >= MIN_DICE and self.correlation >= MIN_CORRELATION else found
@@ -114,16 +119,51 @@ def register(image: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Registr
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dipy's warnings about its own next versions
             head = atlas.t1, np.zeros(atlas.t1.shape, bool), atlas.affine
-            start = _affine(_downsampled(image, mask, affine, AFFINE_MM), _downsampled(*head, AFFINE_MM))
+            coarse = _downsampled(image, mask, affine, AFFINE_MM), _downsampled(*head, AFFINE_MM)
+            better = _better_orientation(*coarse)
+            start = _affine(*coarse)
             patient = _cropped(*_downsampled(image, mask, affine, SYN_MM))
             mapping = _syn(patient, _downsampled(*head, SYN_MM), start)
     except ValueError as error:
         raise InputError(f"the atlas cannot be registered to it ({error})", where="registration",
                          fix="check that it is a skull-stripped brain, and its orientation") from error  # fmt: skip
-    return Registration(mapping, atlas, affine, image, mask, time.monotonic() - started)
+    return Registration(mapping, atlas, affine, image, mask, time.monotonic() - started, better)
 
 
 MaskedImage = tuple[np.ndarray, np.ndarray, np.ndarray]  # image and mask (x, y, z), affine
+
+
+def _better_orientation(static: MaskedImage, moving: MaskedImage) -> str:
+    """Say which of the 48 orientations fits the atlas far better than the stated one; empty if none does.
+
+    Brains and their mirror images fit alike. The stated orientation therefore counts with its mirror image, and of two
+    others that are mirror images the one with the handedness of the stated one is named.
+    """
+    (image, mask, affine), (head, _, head_affine) = static, moving
+    centre, head_centre = (
+        grid @ [*ndimage.center_of_mass(shape), 1]
+        for shape, grid in ((_shape(image, mask), affine), (_shape(head), head_affine))
+    )
+    fits, mirror = {}, np.diag([-1.0, 1, 1])
+    grids = {"domain_grid_shape": image.shape, "domain_grid2world": affine}
+    grids |= {"codomain_grid_shape": head.shape, "codomain_grid2world": head_affine}
+    for axes, signs in itertools.product(itertools.permutations(range(3)), itertools.product((1.0, -1.0), repeat=3)):
+        turn = np.eye(4)
+        turn[:3, :3] = np.eye(3)[list(axes)] * np.array(signs)[:, None]
+        turn[:3, 3] = (head_centre - turn @ centre)[:3]
+        warped = AffineMap(turn, **grids).transform(head)
+        both = ((image > 0) | (warped > 0)) & ~mask
+        fits[tuple(turn[:3, :3].ravel())] = np.corrcoef(image[both], warped[both])[0, 1]
+    stated = max(fits[tuple(turn.ravel())] for turn in (np.eye(3), mirror))
+    best = np.reshape(max(fits, key=fits.__getitem__), (3, 3))
+    if not fits[tuple(best.ravel())] > stated + ORIENTATION_GAIN:
+        return ""
+    turn = np.eye(4)
+    turn[:3, :3] = best if np.linalg.det(best) > 0 else mirror @ best
+    now, then = (axis_codes(matrix) for matrix in (affine, turn @ affine))
+    found = fits[tuple(best.ravel())]
+    return (f"it fits the atlas better as {then} than as stated, {now} (correlation {found:.2f} against {stated:.2f}); "
+            f"if that is right, read it with --assume-orientation {then}")  # fmt: skip
 
 
 def _affine(static: MaskedImage, moving: MaskedImage) -> np.ndarray:
@@ -136,10 +176,15 @@ def _affine(static: MaskedImage, moving: MaskedImage) -> np.ndarray:
     patient, atlas = (ndimage.binary_dilation(volume > 0, iterations=2) for volume in (image, head))
     grids = {"static_grid2world": affine, "moving_grid2world": head_affine}
     grids |= {"static_mask": (patient & ~mask).astype(np.int32), "moving_mask": atlas.astype(np.int32)}  # not bool
-    found = transform_centers_of_mass(image, affine, head, head_affine).affine
+    # centres of the brains' shapes, the mask included: those of the intensities would move with a large mask
+    found = transform_centers_of_mass(_shape(image, mask), affine, _shape(head), head_affine).affine
     for transform in (RigidTransform3D(), AffineTransform3D()):
         found = step.optimize(image, head, transform, None, starting_affine=found, **grids).affine
     return found
+
+
+def _shape(image: np.ndarray, mask: np.ndarray | bool = False) -> np.ndarray:
+    return ((image > 0) | mask).astype(np.float64)
 
 
 def _syn(static: MaskedImage, moving: MaskedImage, start: np.ndarray) -> DiffeomorphicMap:

@@ -8,6 +8,7 @@ from scipy import ndimage
 from ldm_lib.anatomy.registration import Registration, register
 from ldm_lib.anatomy.tissue import CSF
 from ldm_lib.errors import ConfigError
+from ldm_lib.geometry import Frame
 
 REFINEMENTS = ("mixture", "none")
 MIN_FRACTION = 0.02  # of every tissue in every voxel: the atlas is never certain
@@ -19,7 +20,7 @@ MIN_VOXELS = 100  # with fewer around the mask all weights are 1
 
 @dataclass(frozen=True)
 class TissueMap:
-    """Hold labels (x, y, z) uint8, 0 none, 1 CSF, 2 GM, 3 WM, and the registration of the atlas."""
+    """Hold labels (x, y, z) uint8, 0 none, 1 CSF, 2 GM, 3 WM, and the atlas's registration to the scan in LPS order."""
 
     labels: np.ndarray
     registration: Registration
@@ -52,18 +53,22 @@ def tissue_from_scan(
     if refine not in REFINEMENTS:
         removed = " ('hmrf' was removed in version 0.8)" if refine == "hmrf" else ""
         raise ConfigError(f"{refine!r} given, allowed are {', '.join(REFINEMENTS)}{removed}", where="refine")
-    hidden = mask if lesion is None else mask | lesion
+    frame = Frame.of(affine, image.shape, 1)  # sums over the same voxels are rounded differently in another order
+    affine = frame.lps_affine(affine, image.shape)
+    image, mask = frame.to_lps(image), frame.to_lps(mask)
+    hidden = mask if lesion is None else mask | frame.to_lps(lesion)
     registration = register(image, affine, hidden)
     fractions = registration.to_patient(registration.atlas.fractions)
     visible = (image != 0) & ~hidden
     brain = visible | (hidden & registration.brain)
     if registration.failure or refine == "none":
-        return TissueMap(_largest(fractions, brain), registration)
+        return TissueMap(frame.to_file(_largest(fractions, brain)), registration)
     by_intensity = mixture_labels(np.where(visible, image, 0), fractions)
     distance_mm = ndimage.distance_transform_edt(~hidden, sampling=np.linalg.norm(affine[:3, :3], axis=0))
     around = visible & registration.brain & (distance_mm <= AROUND_MM)
     fractions *= tissue_weights(fractions[:, around], by_intensity[around]).reshape(3, 1, 1, 1)
-    return TissueMap(np.where(visible, by_intensity, _largest(fractions, brain)), registration)
+    labels = np.where(visible, by_intensity, _largest(fractions, brain))
+    return TissueMap(frame.to_file(labels), registration)
 
 
 def mixture_labels(image: np.ndarray, fractions: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from ldm_lib.data.options import MadeCohortOptions, ReadOptions
 from ldm_lib.errors import InputError
 from ldm_lib.experiment.stages import stage_name
 from ldm_lib.files import expand_path, require_writable, write_json
-from ldm_lib.inpainting.options import InpaintOptions
+from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
 
 
 def run(options: argparse.Namespace) -> int:
@@ -67,7 +67,7 @@ def inpaint(options: argparse.Namespace) -> int:
         options.misused("--mask, --growth and --tissue go with --t1n-voided; with --data goes --conditioning-dir")
     if not options.data and (not options.mask or options.conditioning_dir):
         options.misused("--t1n-voided needs --mask, and takes no --conditioning-dir")
-    sampling, reading = parse(InpaintOptions, options), parse(ReadOptions, options)
+    sampling, reading = parse(ResultOptions, options), parse(ReadOptions, options)
     if options.data:
         return _inpaint_folder(options, sampling, reading)
     from ldm_lib.inpainting.single_file import inpaint as inpaint_file

@@ -12,7 +12,7 @@ from ldm_lib.data.options import MadeCohortOptions, ReadOptions
 from ldm_lib.errors import ConfigError
 from ldm_lib.experiment.presets import DEFAULT_PRESET, PRESETS
 from ldm_lib.files import PRETRAINED
-from ldm_lib.inpainting.options import InpaintOptions
+from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
 from ldm_lib.options import Options
 from ldm_lib.version import __version__
 
@@ -93,7 +93,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--make-missing", "make missing tissue maps from the scans (default: if the model needs them)",
             action=argparse.BooleanOptionalAction),
         MODEL,
-        *parameters(InpaintOptions, *SAMPLING, "guidance", "blend_mm", "samples", samples=1),
+        *parameters(ResultOptions, "estimate", *SAMPLING, "guidance", "blend_mm", "samples"),
         arg("--write-samples", "write each sample, too", action="store_true"),
         *parameters(ReadOptions, *READING, "scrub_header"),
     ],

@@ -1,7 +1,9 @@
 """Describe one case: where its files are, and the checked content of these files."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,11 @@ class CaseData:
             else:
                 maps[kind] = require_labels(given, TISSUE_LABELS, where).astype(np.uint8)
         return replace(self, **maps, warnings=tuple(warnings))
+
+    @cached_property
+    def mask_digest(self) -> str:
+        """Return a digest of the mask in LPS order, which names the noise, whatever the file is called."""
+        return hashlib.sha256(np.ascontiguousarray(self.lps(self.mask))).hexdigest()[:16]
 
     def frame(self, multiple: int) -> Frame:
         """Return the transform from this file's voxel order to the model's grid and back."""

@@ -161,7 +161,7 @@ def header_dtype(header: nib.Nifti1Header) -> np.dtype:
 
 
 def header_affine(header: nib.Nifti1Header, assume: str = "") -> np.ndarray:
-    """Return the (4, 4) matrix from voxel indices to millimetres: the sform, else the qform, else that of `assume`.
+    """Return the (4, 4) matrix from voxel indices to millimetres: the sform, else the qform; `assume` goes before both.
 
     Raises:
         InputError: no orientation, or axes that are not invertible and orthogonal.
@@ -173,7 +173,7 @@ def header_affine(header: nib.Nifti1Header, assume: str = "") -> np.ndarray:
         fix = f"{EXPORT}, or state it with --assume-orientation LPS"
         raise InputError("no orientation: sform and qform codes are both 0", fix=fix)
     try:
-        affine = header.get_best_affine() if stated else _assumed_affine(header, assume)
+        affine = _assumed_affine(header, assume) if assume else header.get_best_affine()
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
         raise InputError(f"qform quaternion invalid ({error})", fix=EXPORT) from error
     axes = affine[:3, :3]

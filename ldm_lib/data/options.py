@@ -11,7 +11,9 @@ class ReadOptions(Options):
     """Relax input validation: what would be rejected is read in the way that is stated here."""
 
     heading = "Reading"
-    assume_orientation: Orientation = Field("", description="orientation of files whose header has none, such as LPS")
+    assume_orientation: Orientation = Field(
+        "", description="orientation of the files, such as LPS, where headers state none or a wrong one"
+    )
     nan_as_zero: bool = Field(False, description="read NaN voxels as 0")
     mask_labels: SomeIntegers = Field("", description="labels to inpaint, where masks are segmentations, such as 1,2,4")
     scrub_header: bool = Field(False, description="drop free text and extensions from the headers of results")

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -26,14 +27,16 @@ from ldm_lib.data.nifti import (
 )
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.errors import InputError, located
-from ldm_lib.geometry import bounding_box
+from ldm_lib.geometry import axis_codes, bounding_box
 
 GRID_TOLERANCE_MM = 1e-3
+MOST_BELOW = 0.01  # voxels darker than the background, for one that is brighter
+LEAST_BACKGROUND = 0.5  # fraction of the voxels at the border that have one value
 SPIKE = 10.0  # times the scale; the brightest voxel of real brains is at 1.2 to 1.7 times it
 LARGEST_BRAIN_L = 2.5  # with its CSF; real ones measured 1.2 and 1.6, heads with skull and neck have 4 and more
 BRATS_MM = (240, 240, 155)  # field of view along the axes of LPS
 LARGEST_ANISOTROPY = 1.5  # longest over shortest edge of a voxel
-LARGEST_MASK = 0.5  # fraction of the head; the challenge's largest masks cover a fifth
+LARGEST_MASK = 0.2  # fraction of the head; the challenge's largest masks cover a fifth
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Volume:
     @property
     def orientation(self) -> str:
         """Three letters, the directions in which the voxel axes grow, such as "LPS"."""
-        return "".join(nib.aff2axcodes(self.affine))
+        return axis_codes(self.affine)
 
 
 def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
@@ -95,8 +98,9 @@ def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> 
         shape, dtype = header_shape(header), header_dtype(header)
         affine = header_affine(header, read_options.assume_orientation)
         warnings += header_warnings(header, affine)
-        if not (header["sform_code"] or header["qform_code"]):
-            warnings.append(f"states no orientation: {read_options.assume_orientation} assumed")
+        if assumed := read_options.assume_orientation:
+            stated = _stated_orientation(header)
+            warnings += [] if stated == assumed else [f"states {stated or 'no orientation'}: {assumed} assumed"]
         offset, n_bytes = voxel_offset(header, content, warnings), math.prod(shape) * dtype.itemsize
         held = len(content) - offset
         if held < n_bytes:
@@ -109,6 +113,14 @@ def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> 
         _require_exact(raw)
         preamble = scrubbed(header) if read_options.scrub_header else bytes(content[:offset])
         return _finite(Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings)), read_options)
+
+
+def _stated_orientation(header: nib.Nifti1Header) -> str:
+    """Return the orientation that a header states, such as "RAS"; empty if it states none or one that is invalid."""
+    try:
+        return axis_codes(header_affine(header))
+    except InputError:
+        return ""
 
 
 def _scaling(header: nib.Nifti1Header, warnings: list[str]) -> tuple[float, float]:
@@ -147,16 +159,42 @@ def _finite(volume: Volume, read_options: ReadOptions) -> Volume:
 
 
 def read_image(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
-    """Read an image as `read_volume` does, and reject one without contrast (all voxels equal, or none above 0)."""
+    """Read an image as `read_volume` does, and reject one without contrast (all voxels equal, or none above 0).
+
+    Intensities count from the background, which is not 0 in z-scored and in signed images.
+    """
     volume = read_volume(path, read_options)
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     if low == high:
         cause = "the image is empty" if high == 0 else f"no contrast (min = max = {high:g})"
         raise InputError(cause, where=path, fix="give a skull-stripped T1n volume")
-    if high <= 0:
+    volume = _from_background(volume)
+    if volume.voxels.max() <= 0:
         fix = "check the slope and the units of the export"
         raise InputError(f"no voxel above 0 (max {high:g})", where=path, fix=fix)
     return volume
+
+
+def _from_background(volume: Volume) -> Volume:
+    """Shift the intensities so that the background is 0: the value of most voxels at the border, and the darkest one.
+
+    Only the intercept changes, so that results are written in the file's own range.
+    """
+    faces = [volume.raw[tuple(index)] for axis in range(3) for index in (_face(axis, 0), _face(axis, -1))]
+    values, counts = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
+    stored = np.float64(values[counts.argmax()])
+    background = float(stored * volume.slope + volume.intercept)
+    if background == 0 or not np.isfinite(background) or counts.max() < LEAST_BACKGROUND * counts.sum():
+        return volume
+    voxels, void = volume.voxels, volume.raw == 0
+    if np.count_nonzero((voxels < np.float32(background)) & ~void) > MOST_BELOW * np.count_nonzero(voxels > background):
+        return volume
+    note = f"the background is {background:g}, not 0: intensities are shifted for the model, and back in results"
+    return replace(volume, intercept=-float(stored * volume.slope), warnings=(*volume.warnings, note))
+
+
+def _face(axis: int, index: int) -> list[Any]:
+    return [index if k == axis else slice(None) for k in range(3)]
 
 
 def require_same_grid(volume: Volume, like: Volume) -> None:
@@ -222,7 +260,7 @@ def image_warnings(voided: np.ndarray, source: Volume) -> list[str]:
         warnings.append(f"{litres:.1f} litres are not 0, more than a brain: not skull-stripped, out of training domain")
     if negative := int(np.count_nonzero(voided < 0)):
         fraction = negative / np.count_nonzero(voided)
-        warnings.append(f"{negative} negative voxels ({fraction:.0%} of the head), down to {voided.min():g}; read as 0")
+        warnings.append(f"{negative} negative voxels ({100 * fraction:.1f} % of the head), down to {voided.min():g}; read as 0")
     return warnings
 
 

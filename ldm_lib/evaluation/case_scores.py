@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from ldm_lib.anatomy.tissue import WM
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.conditioning_maps import NO_MAP, made_by
-from ldm_lib.data.volume import read_volume
+from ldm_lib.data.volume import read_image
 from ldm_lib.errors import InputError
 from ldm_lib.evaluation.boundary import boundary_scores
 from ldm_lib.evaluation.conditioning_fidelity import growth_response, tissue_by_intensity, tissue_dice
@@ -18,6 +18,7 @@ from ldm_lib.evaluation.metrics import brats_scores, mask_size_class, scores_by_
 from ldm_lib.inpainting.baselines import BASELINES, OF_TISSUE
 
 SAMPLE, MEDOID, UPPER_BOUND, TISSUE_PAINT = "sample", "medoid sample", "upper bound", "tissue paint"
+ESTIMATE = "estimate"  # the mean in one evaluation, and its folder in the results of `evaluate`
 UPPER_BOUND_FOLDER = "ceiling"  # of the results of stage 05
 WITH_GIVEN = ", given tissue"  # follows a method's name when it used the map that came with the case
 VARIANTS = ("as used", "given", "shuffled", "empty")  # of `counterfactuals.conditioning_variants`
@@ -63,18 +64,18 @@ def result_path(results: Path, data: CaseData, name: str) -> Path:
 
 def read_result(results: Path, data: CaseData) -> np.ndarray:
     """Read the result of a case in stage 05: (x, y, z) in the file's voxel order and units."""
-    return read_volume(results / data.case.result_name).voxels
+    return read_image(results / data.case.result_name).voxels
 
 
 def read_sample(results: Path, data: CaseData, k: int) -> np.ndarray:
     """Read the k-th sample of a case in the results of stage 05."""
-    return read_volume(result_path(results, data, f"sample-{k:04d}")).voxels
+    return read_image(result_path(results, data, f"sample-{k:04d}")).voxels
 
 
 def read_variants(results: Path, data: CaseData) -> dict[str, np.ndarray]:
     """Read the results of a case under the conditionings of `VARIANTS`, those that exist, by name."""
     paths = {name: conditioned_path(results, data, name) for name in VARIANTS}
-    return {name: read_volume(path).voxels for name, path in paths.items() if path.exists()}
+    return {name: read_image(path).voxels for name, path in paths.items() if path.exists()}
 
 
 def samples_and_target(data: CaseData, results: Path, samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,9 +109,11 @@ def candidates(
     }
     if given is not None and (path := conditioned_path(results, data, "given")).exists():
         files[f"{SAMPLE}{WITH_GIVEN}"] = path
+    if (path := results / ESTIMATE / data.case.result_name).exists():
+        files[ESTIMATE] = path
     if samples > 1:
         files[MEDOID] = result_path(results, data, "nearest")
-    volumes = {name: read_volume(path).voxels for name, path in files.items()}
+    volumes = {name: read_image(path).voxels for name, path in files.items()}
     if not baselines:
         return volumes
     usable = [name for name in BASELINES if name not in OF_TISSUE or data.tissue is not None]
@@ -195,6 +198,6 @@ def guidance_rows(data: CaseData, results: Path, *, threshold: float) -> list[di
     rows = []
     for path in sorted((results / "conditionings").glob(f"guidance_*/{data.case.result_name}")):
         scale = float(path.parent.name.partition("_")[2])
-        row = fidelity_row(data, read_volume(path).voxels, requested=data, threshold=threshold)
+        row = fidelity_row(data, read_image(path).voxels, requested=data, threshold=threshold)
         rows.append({"case": data.case.key, "guidance": scale} | row)
     return rows

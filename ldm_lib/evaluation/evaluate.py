@@ -17,10 +17,18 @@ from ldm_lib.data.layouts import require_outside
 from ldm_lib.data.volume import read_volume
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import ConfigError, InputError
-from ldm_lib.evaluation.case_scores import SAMPLE, UPPER_BOUND_FOLDER, candidates, mean_of, result_path, score_rows
+from ldm_lib.evaluation.case_scores import (
+    ESTIMATE,
+    SAMPLE,
+    UPPER_BOUND_FOLDER,
+    candidates,
+    mean_of,
+    result_path,
+    score_rows,
+)
 from ldm_lib.evaluation.summary import as_table, report
 from ldm_lib.files import expand_path, replacing, write_csv
-from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_upper_bound
+from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_estimate, write_upper_bound
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock
@@ -45,9 +53,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """Inpaint and score every case that has its full T1n; return a row for each case and method.
 
-    Methods are a sample, the mean and the medoid of the samples, the baselines, and the autoencoder's upper bound. No
-    growth map is used: the healthy part of the mask is scored. The same call with an output folder continues where an
-    interrupted one stopped.
+    Methods are a sample, the mean and the medoid of the samples, the estimate (`Inpainter.estimate`), the baselines,
+    and the autoencoder's upper bound. No growth map is used: the healthy part of the mask is scored. The same call
+    with an output folder continues where an interrupted one stopped.
 
     Args:
         tissue: "atlas" makes the tissue map of every case from its voided scan; "given" uses the map that came with a
@@ -69,9 +77,9 @@ def evaluate(
         >>> cases, quiet = ldm.find_cases(cohort)[:1], {"say": lambda line: None}
         >>> table = ldm.evaluate(inpainter, cases, n_samples=2, num_inference_steps=1, tissue="given", **quiet)
         >>> sorted(table["method"])[:4]
-        ['harmonic', 'initial estimate', 'mean', 'mean of 2']
+        ['estimate', 'harmonic', 'initial estimate', 'mean']
         >>> table.groupby("method")[["psnr", "ssim"]].mean().shape
-        (9, 2)
+        (10, 2)
     """
     if pictures < 0:
         raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")
@@ -136,6 +144,7 @@ def _inpaint_and_score(
     for k, case in enumerate(cases, start=1):
         data = load_case(case)
         write_upper_bound(inpainter, data, results / UPPER_BOUND_FOLDER / case.result_name)
+        write_estimate(inpainter, data, results / ESTIMATE / case.result_name, seed=options.seed)
         volumes = candidates(data, results, options.samples)
         rows += score_rows(data, {name: volume for name, volume in volumes.items() if name != mean_of(1)})[0]
         say(f"[{k}/{len(cases)}] {case.key}: scored")
@@ -161,7 +170,7 @@ def _plot(case: Case, results: Path, samples: int, output: Path) -> None:
     """Plot the voided image, a sample and the ground truth; of several samples also their mean and deviation."""
     data = load_case(case)
     found = candidates(data, results, samples, baselines=False)
-    names = [SAMPLE] if samples == 1 else [SAMPLE, mean_of(samples)]
+    names = [SAMPLE, ESTIMATE] if samples == 1 else [SAMPLE, ESTIMATE, mean_of(samples)]
     volumes = {"voided": data.voided} | {name: found[name] for name in names} | {"ground truth": data.target}
     if samples > 1:
         volumes["standard deviation"] = read_volume(result_path(results, data, "std")).voxels

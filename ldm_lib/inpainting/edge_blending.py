@@ -24,19 +24,21 @@ class EdgeCorrection:
     """Compute the correction of the inpainted voxels of one mask.
 
     The correction r satisfies (1 / reach^2 - Laplacian) r = 0 in the mask, r = known - decoded at the voxels around
-    it, and no flux through the volume's border.
+    it, and no flux through the volume's border and into air.
 
     Args:
+        air: (x, y, z) bool, voxels outside the mask where no image is known; None is nowhere.
         reach_vox: distance from a flat edge at which the correction has faded to 1/e, voxels, above 0.
 
     Source: Pérez et al. 2003, Poisson image editing, eq. 4, where nothing fades.
     """
 
-    def __init__(self, mask: np.ndarray, *, reach_vox: float) -> None:
+    def __init__(self, mask: np.ndarray, *, reach_vox: float, air: np.ndarray | None = None) -> None:
         self._box = bounding_box(mask, 1)
         self._mask = mask[self._box]
-        self._around = rim(self._mask) & ~self._mask
-        laplacian, _ = masked_laplacian(np.zeros(self._mask.shape), self._mask)
+        air = np.zeros_like(self._mask) if air is None else air[self._box] & ~self._mask
+        self._around = rim(self._mask) & ~self._mask & ~air
+        laplacian, _ = masked_laplacian(np.zeros(self._mask.shape), self._mask, air)
         screened = laplacian + sparse.identity(laplacian.shape[0], format="csr") / reach_vox**2
         self._screened = screened.astype(np.float32)  # six times as fast as float64, and exact enough
 

@@ -27,7 +27,7 @@ from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.inpainting.inpainter import Inpainter
-from ldm_lib.inpainting.options import InpaintOptions
+from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
 from ldm_lib.locking import FolderLock
 
 RECORDS, TABLE = "filled", "results.csv"
@@ -103,7 +103,7 @@ def fill_cases(
     Raises:
         ConfigError: a sampler or number of steps that this model cannot take.
     """
-    check_sampler(options.sampler, options.num_inference_steps, inpainter.model.schedule)  # once, not for each case
+    check_sampler(*options.method, inpainter.model.schedule)  # once, not for each case
     records = folder / RECORDS
     if records.is_symlink() or (records.exists() and not records.is_dir()):
         raise InputError("is not a folder of its own", where=records, fix="remove it, or name another output")
@@ -208,6 +208,8 @@ class Job:
         weights = [network.folder_config["sha256"] for network in (model.denoiser, model.autoencoder)]
         settings |= {"read_options": case.read_options.model_dump()} if case.read_options != READ_STRICTLY else {}
         sources = {"weights": weights, "model": description, "files": dict(case.digests)}
+        if isinstance(self.options, ResultOptions) and self.options.estimate == "mean":
+            settings["estimate"] = "mean"
         return fingerprint(sources | {"settings": settings})
 
 
@@ -254,6 +256,12 @@ def write_upper_bound(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
     coded = reconstruct(autoencoder, target, device=inpainter.model.device, precision=inpainter.model.precision)
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_like(path, data.source, data.paste(coded.volume, autoencoder.factor), data.mask)
+
+
+def write_estimate(inpainter: Inpainter, data: CaseData, path: Path, *, seed: int) -> Path:
+    """Write the mean of all samples, made in one denoiser evaluation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_like(path, data.source, inpainter.estimate(data, seed=seed, make_missing=False).mean, data.mask)
 
 
 def is_unchanged_outside(case: Case, folder: Path) -> bool:

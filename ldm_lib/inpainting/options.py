@@ -1,8 +1,8 @@
 """Define the options of inpainting a case."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ldm_lib.diffusion.options import SamplerOptions
 from ldm_lib.options import DeviceOptions, Samples, SeedOptions
@@ -22,3 +22,32 @@ class InpaintOptions(SamplerOptions, DeviceOptions, SeedOptions):
         """Return the arguments of `Inpainter.__call__` that these options set."""
         names = ("sampler", "num_inference_steps", "seed", "guidance")
         return {"n_samples": self.samples} | {name: getattr(self, name) for name in names}
+
+    @property
+    def method(self) -> tuple[str, int]:
+        """Return the sampler and its number of steps."""
+        return self.sampling["sampler"], self.sampling["num_inference_steps"]
+
+
+# At the noisiest step nothing of the sample is known: what minimises the error there is the mean of all samples.
+MEAN = {"n_samples": 1, "sampler": "ddim", "num_inference_steps": 1}
+
+
+class ResultOptions(InpaintOptions):
+    """Describe what is made of a case: samples, or their expected mean in one denoiser evaluation."""
+
+    samples: Samples = Field(1, description="samples per case (K); the result is their mean when K > 1")
+    estimate: Literal["samples", "mean"] = Field(
+        "samples", description="what is computed: samples, or the mean of all samples in one denoiser evaluation"
+    )
+
+    @model_validator(mode="after")
+    def _one_volume(self) -> Self:
+        if self.estimate == "mean" and self.samples > 1:
+            raise ValueError(f"samples = {self.samples}: with estimate 'mean' there is one volume; leave samples out")
+        return self
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return the arguments of `Inpainter.__call__` that these options set."""
+        return super().sampling | (MEAN if self.estimate == "mean" else {})

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ldm_lib.anatomy.initial_estimate import air_at_surface
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.model_grid import GridCase, Resampling, grid_case, resample_case, resampling_to
 from ldm_lib.data.volume import normalise
@@ -75,4 +76,7 @@ class CaseGrid:
     def _edge(self) -> EdgeCorrection | None:
         if not self.blend_mm:
             return None
-        return EdgeCorrection(self.data.mask, reach_vox=self.blend_mm / self.data.mean_spacing_mm)
+        data, air = self.data, None
+        if data.tissue is not None:
+            air = air_at_surface(data.voided, data.mask, data.tissue, spacing_mm=data.source.spacing_mm)
+        return EdgeCorrection(data.mask, reach_vox=self.blend_mm / data.mean_spacing_mm, air=air)

@@ -8,7 +8,7 @@ from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.files import expand_path
 from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
-from ldm_lib.inpainting.options import InpaintOptions
+from ldm_lib.inpainting.options import ResultOptions
 from ldm_lib.inpainting.result import result_paths
 
 
@@ -28,6 +28,7 @@ def inpaint(
     blend_mm: float = DEFAULT_BLEND_MM,
     temperature: float = 0.0,
     n_samples: int = 1,
+    estimate: str = "samples",
     write_samples: bool = False,
     seed: int = 0,
     device: str = "auto",
@@ -47,6 +48,7 @@ def inpaint(
             (`inpainting.tissue_maps`); None makes it if the model needs one.
         model: model folder; None takes the pretrained weights. A file of other voxel sizes is resampled to the model's,
             and the inpainted voxels are resampled back.
+        estimate: "samples", or "mean": the mean of all samples in one denoiser evaluation (`Inpainter.estimate`).
         num_inference_steps: denoiser evaluations of a sample.
         guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
@@ -66,10 +68,10 @@ def inpaint(
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, read_options=read_options)
     loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
-    options = InpaintOptions.parse(sampling | loading | {"samples": n_samples})
+    options = ResultOptions.parse(sampling | loading | {"samples": n_samples, "estimate": estimate})
     results = result_paths(expand_path(output), n_samples, each=write_samples)
     require_results_writable(results.values(), case.files().values())
     data, inpainter = load_case(case), Inpainter.load(model, **loading)
-    check_sampler(sampler, num_inference_steps, inpainter.model.schedule)  # before a map is made
+    check_sampler(*options.method, inpainter.model.schedule)  # before a map is made
     data = inpainter.prepare(data, make_missing=make_missing)
     return inpainter(data, make_missing=False, **options.sampling).save(results[""], samples=write_samples)

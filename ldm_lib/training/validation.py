@@ -47,7 +47,7 @@ class Validation:
     def _score(self, k: int, model: LatentDiffusion, epoch: int) -> dict[str, float]:
         data = self.cases[k]
         sampling = {"sampler": DEFAULT_SAMPLER, "num_inference_steps": self.config.num_inference_steps}
-        sampled = model.sample(self.latents[k], [sample_name(data.case, 0)], seed=self.config.seed, **sampling)
+        sampled = model.sample(self.latents[k], [sample_name(data, 0)], seed=self.config.seed, **sampling)
         inpainted = Inpainter(model).decode(sampled[0], data)
         error = normalise(inpainted, data.scale) - normalise(data.target, data.scale)
         scores = brats_scores(inpainted, data.target, data.voided, data.scored, where=data.case.key)

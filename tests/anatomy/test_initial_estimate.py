@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from ldm_lib.anatomy import initial_estimate as module
-from ldm_lib.anatomy.initial_estimate import initial_estimate
+from ldm_lib.anatomy.initial_estimate import air_at_surface, initial_estimate
 from ldm_lib.data.synthetic_cohort import make_patient
 from ldm_lib.inpainting.baselines import harmonic_fill
 
@@ -80,3 +80,33 @@ def test_the_tissue_map_improves_on_harmonic_inpainting():
 def test_examples_run():
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
+
+
+SHAPE = (40, 44, 36)
+RADIUS = np.linalg.norm(np.indices(SHAPE) - np.array([20, 22, 18]).reshape(3, 1, 1, 1), axis=0)
+BRAIN = RADIUS <= 14
+LESION = np.linalg.norm(np.indices(SHAPE) - np.array([9, 22, 18]).reshape(3, 1, 1, 1), axis=0) <= 7
+
+
+@pytest.mark.parametrize("mask", [LESION & BRAIN, LESION], ids=["to the surface", "into the air"])
+@pytest.mark.parametrize("error_vox", [-1, 0, 1])
+def test_a_brain_is_not_dark_at_its_surface_however_a_lesion_is_drawn(mask, error_vox, monkeypatch):
+    """A constant brain of voxels of 2 mm, compared with air as known; the surface of the tissue map errs by a voxel."""
+    tissue = np.where(14 + error_vox >= RADIUS, 3, 0)
+    surface, means = LESION & BRAIN & (RADIUS > 12), []
+    for reach_mm in (module.SURFACE_MM, -1.0):
+        monkeypatch.setattr(module, "SURFACE_MM", reach_mm)
+        found = initial_estimate(np.where(mask, np.nan, BRAIN), mask, tissue, spacing_mm=2.0)
+        means.append(found[surface].mean())
+        assert found.max() < 1.2
+    assert abs(1 - means[0]) < 0.85 * (1 - means[1]), means
+
+
+def test_air_counts_again_where_a_mask_is_drawn_far_beyond_the_surface():
+    far = np.linalg.norm(np.indices(SHAPE) - np.array([20, 22, 18]).reshape(3, 1, 1, 1), axis=0)
+    mask = LESION | ((far > 14) & (np.indices(SHAPE)[0] < 8))
+    air = air_at_surface(np.where(mask, 0, BRAIN * 1.0), mask, np.where(BRAIN, 3, 0), spacing_mm=(2.0, 2.0, 2.0))
+    assert not (air & BRAIN).any() and not (air & mask).any()
+    assert RADIUS[air].max() <= 14 + 5 + 1, "10 mm beyond the surface"
+    found = initial_estimate(np.where(mask, 0, BRAIN * 1.0), mask, np.where(BRAIN, 3, 0), spacing_mm=2.0)
+    assert found[mask & (RADIUS > 20)].max() < 0.3

@@ -9,6 +9,7 @@ from dipy.align.imwarp import DiffeomorphicMap, SymmetricDiffeomorphicRegistrati
 from dipy.align.metrics import CCMetric
 from scipy import ndimage
 
+from ldm_lib.anatomy import registration
 from ldm_lib.anatomy.atlas import mni152
 from ldm_lib.anatomy.registration import MIN_CORRELATION, MIN_DICE, MaskedCorrelation, register
 from ldm_lib.data.case import load_case
@@ -122,10 +123,54 @@ def test_a_head_turned_upside_down_by_its_affine_fails(patient, fast_registratio
     turn[:3, 3] = centre[:3] - turn[:3, :3] @ centre[:3]
     with fast_registration():
         found = register(image, turn @ affine, mask)
-    assert found.correlation < MIN_CORRELATION and found.failure == (
+    assert found.correlation < MIN_CORRELATION and "better as LPS than as stated, LAI (corr" in found.failure
+    assert replace(found, better_orientation="").failure == (
         f"brains overlap by Dice {found.brain_dice:.3f} (at least 0.9), "
         f"intensities correlate by {found.correlation:.2f} (at least 0.5)"
     )
+
+
+LPS, RAS = np.diag([-1.0, -1, 1, 1]), np.eye(4)
+
+
+def head(codes, missing=False):
+    """The atlas's head at 8 mm, stored in the voxel order of `codes`, and its stated affine; half of it masked."""
+    atlas = mni152()
+    image, mask, affine = registration._downsampled(atlas.t1, np.zeros(atlas.t1.shape, bool), atlas.affine, 8.0)
+    mask[: len(mask) // 2 - 1] = missing & (image[: len(mask) // 2 - 1] > 0)
+    stored = nib.Nifti1Image(np.where(mask, 0, image), affine)
+    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("RAS", codes)))
+    stored = stored.as_reoriented(turn)
+    mask = nib.orientations.apply_orientation(mask, turn)
+    return np.asarray(stored.dataobj), mask, stored.affine
+
+
+@pytest.mark.parametrize(("codes", "stated"), [("LPS", "RAS"), ("RAS", "LPS"), ("LIA", "RAS"), ("PSR", "LPS")])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_lost_orientation_is_named_and_one_that_is_right_is_not(codes, stated, missing):
+    """Brain and mirror image look alike, so that the handedness of what is stated is kept."""
+    image, mask, affine = head(codes, missing)
+    moving = head("RAS")
+    assert registration._better_orientation((image, mask, affine), moving) == ""
+    wrong = np.diag([8.0, 8, 8, 1]) @ {"RAS": RAS, "LPS": LPS}[stated]
+    found = registration._better_orientation((image, mask, wrong), moving)
+    proper = np.linalg.det(affine[:3, :3]) * np.linalg.det(wrong[:3, :3]) > 0
+    named = codes if proper else codes.translate(str.maketrans("LR", "RL"))
+    assert f"fits the atlas better as {named} than as stated, {stated} " in found
+    assert found.endswith(f"--assume-orientation {named}")
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_atlas_keeps_its_size_and_place_when_two_fifths_of_the_brain_are_missing(axis):
+    """The scan is the atlas itself, so that the right affine map is the identity."""
+    atlas = mni152()
+    places = np.argwhere(atlas.brain)
+    mask = atlas.brain & (np.indices(atlas.brain.shape)[axis] > np.quantile(places[:, axis], 0.6))
+    scan = registration._downsampled(np.where(mask, 0, atlas.t1), mask, atlas.affine, registration.AFFINE_MM)
+    found = registration._affine(scan, head("RAS"))
+    points = np.c_[places[::997], np.ones(len(places[::997]))] @ atlas.affine.T
+    apart_mm = np.linalg.norm((points @ found.T - points)[:, :3], axis=1)
+    assert np.sqrt(np.mean(apart_mm**2)) < 2, "25 mm when it started from centres of intensity"
 
 
 def test_noise_in_the_shape_of_a_brain_fails(patient, fast_registration):

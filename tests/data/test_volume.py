@@ -70,7 +70,7 @@ ACCEPTED = {
 def test_accepted_files_have_the_values_nibabel_reads(tmp_path, name):
     save, expected, dtype = ACCEPTED[name]
     path = save(tmp_path / "a.nii.gz")
-    volume = read_image(path)
+    volume = read_volume(path)
     np.testing.assert_array_equal(volume.voxels, np.asarray(expected, np.float32))
     oracle = nib.load(path)
     np.testing.assert_allclose(volume.voxels, oracle.get_fdata().reshape(SHAPE), rtol=1e-6)

@@ -383,6 +383,35 @@ def test_a_file_gives_the_result_of_the_case_in_a_cohort(cases, tiny_model_folde
     assert case_of_files(case.t1n_voided, case.mask).key == case.key
 
 
+def test_names_of_files_and_the_order_of_voxels_do_not_change_a_sample(cases, inpainter, tmp_path):
+    """The noise is a function of the seed and the mask."""
+    expected = inpainter(cases[0].to_inpaint(), seed=3, num_inference_steps=2).mean
+    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("LPS", "SRA")))
+    back = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("SRA", "LPS")))
+    paths = {}
+    for role in ("t1n_voided", "mask", "growth", "tissue"):
+        paths[role] = tmp_path / f"other-name-{role}.nii.gz"
+        nib.save(nib.load(cases[0].files()[role]).as_reoriented(turn), paths[role])
+    case = case_of_files(paths.pop("t1n_voided"), paths.pop("mask"), **paths)
+    found = inpainter(case, seed=3, num_inference_steps=2).mean
+    np.testing.assert_allclose(nib.orientations.apply_orientation(found, back), expected, rtol=1e-5)
+
+
+def test_the_estimate_is_one_evaluation_at_the_noisiest_step(cases, inpainter, model, tmp_path):
+    calls = []
+    handle = inpainter.model.denoiser.register_forward_pre_hook(lambda _, given: calls.append(int(given[1][0])))
+    found = inpainter.estimate(cases[0].to_inpaint(), seed=3)
+    handle.remove()
+    assert calls == [inpainter.model.schedule.steps - 1]
+    expected = inpainter(cases[0].to_inpaint(), sampler="ddim", num_inference_steps=1, seed=3)
+    np.testing.assert_array_equal(found.values, expected.values)
+    files = {"growth": cases[0].growth, "tissue": cases[0].tissue, "seed": 3, "estimate": "mean"}
+    inpaint(cases[0].t1n_voided, cases[0].mask, tmp_path / "mean.nii.gz", **files, **model)
+    np.testing.assert_allclose(read_volume(tmp_path / "mean.nii.gz").voxels, found.mean, atol=0.51)
+    with pytest.raises(ConfigError, match="samples = 4: with estimate 'mean' there is one volume"):
+        inpaint(cases[0].t1n_voided, cases[0].mask, tmp_path / "b.nii.gz", estimate="mean", n_samples=4, **model)
+
+
 def test_noise_is_standard_and_a_function_of_its_name():
     noise = CaseNoise(["a/0", "a/1", "b/0"], 0, (3, 16, 16, 16), CPU)
     start = noise(-1)
