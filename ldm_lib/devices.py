@@ -22,6 +22,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but no CUDA device is visible", fix="set device to auto or cpu")
+    if name not in ("auto", "cpu", "cuda") and not name.startswith("cuda:"):
+        raise ConfigError(f"device = {name!r}: auto, cpu and cuda are allowed", fix="set device to one of them")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

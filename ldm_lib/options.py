@@ -28,9 +28,9 @@ RENAMED = {
     "adversarial_start": "it was removed: there is no discriminator any more",
     "voided_fraction": "it was removed: half of the crops are of the voided image",
     "air_fraction": "it was removed: a tenth of the crops are at random places",
-    "schedule_shift": "it was removed: it did not improve results, see docs/ablations.md",
-    "zero_terminal_snr": "it was removed: it did not improve results, see docs/ablations.md",
-    "min_snr_gamma": "it was removed: it made results worse, see docs/ablations.md",
+    "schedule_shift": "it was removed: it did not improve results",
+    "zero_terminal_snr": "it was removed: it did not improve results",
+    "min_snr_gamma": "it was removed: it made results worse",
     "latent_noise": "it was removed: known latents are as they were encoded",
     "strategy": "it was removed: training on several devices always uses DDP",
 }

@@ -18,7 +18,7 @@ class DomainRandomisation:
     """Hold the ranges that the properties of a patient are drawn from, uniformly; sd is standard deviation."""
 
     csf: Range = (0.12, 0.30)  # mean intensity, relative to that of white matter
-    gm: Range = (0.60, 0.74)  # likewise
+    gm: Range = (0.60, 0.74)  # mean intensity, relative to that of white matter
     detail: Range = (0.6, 1.2)  # factor on the residual of the atlas's T1 that its tissues do not explain
     texture: Range = (0.015, 0.035)  # relative sd of 2.5 mm texture
     thick_mm: Range = (0.4, 1.4)  # sd of the point spread function through the slices

@@ -158,6 +158,9 @@ def _network_arguments(kind: str, tensors: Mapping[str, Tensor], path: Path) -> 
     if tuple(shape.values()) != (3, 1, 1):
         cause = f"{', '.join(f'{k} = {v}' for k, v in shape.items())}, where 3, 1 and 1 are needed"
         raise WeightsError(cause, where=path, fix="take an autoencoder of 3D images of one channel")
+    if kind == GENERATIVE and network["use_convtranspose"]:
+        cause = "use_convtranspose: monai-generative's are 3 voxels wide and do not fit MONAI core's, which are 2"
+        raise WeightsError(cause, where=path, fix="take an autoencoder without transposed convolutions")
     network["include_fc"] = any(".out_proj." in key for key in tensors)
     return {"class": name} | network | (FOR_EVERY_GRID if kind == MAISI else {})
 

@@ -11,6 +11,7 @@ from ldm_lib.anatomy.options import GrowthRates
 from ldm_lib.cli.options import assignments, parse, point
 from ldm_lib.data.options import MadeCohortOptions, ReadOptions
 from ldm_lib.errors import InputError
+from ldm_lib.experiment.presets import DEFAULT_PRESET
 from ldm_lib.experiment.stages import stage_name
 from ldm_lib.files import expand_path, require_writable, write_json
 from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
@@ -21,10 +22,11 @@ def run(options: argparse.Namespace) -> int:
     from ldm_lib.experiment import runner
 
     overrides = assignments(options.set)
+    name = options.run or overrides.pop("run", options.preset or DEFAULT_PRESET)
     folder = runner.run_stages(
         options.stages,
-        run=options.run or overrides.pop("run", options.preset),
-        preset=options.preset,
+        run=name,
+        preset=options.preset or runner.preset_of(name),
         overrides=overrides | ({"overwrite": True} if options.overwrite else {}),
         command=["python", "-m", "ldm_lib", *sys.argv[1:]],
         progress=_say,

@@ -44,7 +44,10 @@ def examine() -> list[Finding]:
 def _packages() -> tuple[bool, str]:
     """Compare the installed packages with the versions that the metadata of this project require."""
     installed = {package.name.lower().replace("_", "-"): package.version for package in metadata.distributions()}
-    required = [Requirement(line) for line in metadata.requires("brain-mri-inpainting") or []]
+    try:
+        required = [Requirement(line) for line in metadata.requires("brain-mri-inpainting") or []]
+    except metadata.PackageNotFoundError:
+        return False, f"this project is not installed: {FIX}"
     required = [package for package in required if not package.marker or package.marker.evaluate({"extra": ""})]
     versions = {package: installed.get(package.name.lower().replace("_", "-"), "") for package in required}
     wrong = [f"{p} (found {v or 'none'})" for p, v in versions.items() if not (v and v in p.specifier)]

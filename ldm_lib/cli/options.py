@@ -58,7 +58,6 @@ def flag(name: str) -> str:
 SCAN = "3D T1n, skull-stripped, .nii or .nii.gz"
 CASES = "folder of cases: several masks per patient, or the BraTS challenge's layout"
 MODEL = arg("--model", "model folder (default: the pretrained weights)", metavar="DIR")
-PRESET = arg("--preset", f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})", default=DEFAULT_PRESET)
 MAPS = arg(
     "--conditioning-dir", "folder of growth and tissue maps (default: next to the data)", default="", metavar="DIR"
 )
@@ -70,7 +69,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
     "run": [
         arg("stages", "such as 04 or 04_training (default: all six)", nargs="*", metavar="STAGE"),
         arg("--run", "run folder in the outputs folder (default: named as the preset)", default="", metavar="NAME"),
-        PRESET,
+        arg("--preset", f"{', '.join(PRESETS)} (default: that of the run, else {DEFAULT_PRESET})", default=""),
         arg("--set", "set a parameter; repeatable", action="append", default=[], metavar="KEY=VALUE"),
         arg("--overwrite", "replace stages that were run with other settings", action="store_true"),
     ],
@@ -145,7 +144,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--output", "model folder to write (default: the package's)", default=str(PRETRAINED), metavar="DIR"),
         arg("--temperature", "default scale of the initial noise, for config.json", type=float, default=0.0),
     ],
-    "params": [STAGE, PRESET],
+    "params": [STAGE, arg("--preset", f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})", default=DEFAULT_PRESET)],
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 
@@ -128,21 +129,25 @@ class CaseData:
         """(4, 4) voxel indices to millimetres, RAS+ world."""
         return self.source.affine
 
-    def with_maps(self, **maps: np.ndarray | None) -> "CaseData":
+    def with_maps(
+        self, *, growth: np.ndarray | EllipsisType | None = ..., tissue: np.ndarray | EllipsisType | None = ...
+    ) -> "CaseData":
         """Return the case with other conditioning maps on its grid; a map that is not named stays.
 
         Args:
-            maps: `growth` (x, y, z) in [0, 1], and `tissue` (x, y, z) with labels 0 none, 1 CSF, 2 GM, 3 WM; None
-                removes one.
+            growth: (x, y, z) in [0, 1]; None removes it.
+            tissue: (x, y, z) with labels 0 none, 1 CSF, 2 GM, 3 WM; None removes it.
 
         Raises:
             InputError: a map of another shape, or with other values.
         """
+        maps = {kind: given for kind, given in (("growth", growth), ("tissue", tissue)) if given is not ...}
         warnings = [text for text in self.warnings if text not in [NO_MAP.format(kind) for kind in maps]]
         for kind, given in maps.items():
             if given is None:
                 warnings.append(NO_MAP.format(kind))
                 continue
+            given = np.asarray(given)
             where = f"{kind} map of {self.case.key}"
             if given.shape != self.mask.shape:
                 raise InputError(f"shape {given.shape}, but the case has {self.mask.shape}", where=where,

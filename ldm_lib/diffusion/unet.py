@@ -171,7 +171,7 @@ def _check(config: dict[str, Any]) -> None:
         "multipliers": (1 <= levels <= 8, "one to eight"),
         "blocks_per_level": (1 <= config["blocks_per_level"] <= 64, "1 to 64"),
         "head_channels": (
-            not any(w % max(1, w // head) for w in attending),
+            head >= 1 and not any(w % max(1, w // head) for w in attending),
             f"sizes that divide the attending widths {attending} into equal heads",
         ),
         "conditioning": (

@@ -133,7 +133,11 @@ def _make(stage: str, config: StageConfig, folder: Path, progress: Callable[[str
     if isinstance(config, TrainingConfig | SamplingConfig) and config.devices > 1 and not shared:
         progress(f"{stage}: in {config.devices} processes, log in {folder.parent / PROCESSES_LOG}")
         _run_processes(stage, config.devices, folder.parent)
-    _execute(stage, config, folder)
+    try:
+        _execute(stage, config, folder)
+    except LdmError:
+        (folder / SHARED_OUT).unlink(missing_ok=True)  # next time the processes look again at what is there
+        raise
     write_report(folder / "notebook.ipynb", folder / "report.html", title=f"{folder.parent.name}: {stage}")
     (folder / "pending.json").replace(folder / "done.json")
     done = read_record(folder / "done.json")
@@ -207,6 +211,12 @@ def _failure(error: Any, stage: str, notebook: Path) -> LdmError:
     if error.ename in {known.__name__ for known in LdmError.__subclasses__()}:
         return RunError(error.evalue.removeprefix(f"{stage}: "), where=where)
     return RunError(f"{error.ename}: {error.evalue}".splitlines()[0], where=where, fix=f"see {notebook}")
+
+
+def preset_of(run: str) -> str:
+    """Return the preset that an existing run was made with, or the default one."""
+    record = outputs_folder() / AuditConfig.parse({"run": run}).run / "config.json"
+    return str(read_record(record)["preset"]) if record.exists() else DEFAULT_PRESET
 
 
 def absolute_paths(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ldm_lib.experiment.run_folder import (
     tracked,
     upstream_digests,
 )
-from ldm_lib.experiment.stages import STAGES, AuditConfig, AutoencoderConfig, StageConfig
+from ldm_lib.experiment.stages import STAGES, AuditConfig, AutoencoderConfig, StageConfig, stage_name
 from ldm_lib.files import digests, now, sha256, write_csv, write_json
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 from ldm_lib.options import DeviceOptions
@@ -172,7 +172,7 @@ def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] 
     """Start a stage of a run from a notebook or from Python, and return where it writes and what it records.
 
     Args:
-        name: full name of the stage, such as "04_training".
+        name: of the stage, such as "04_training" or "04".
         parameters: values by name, such as a notebook's `globals()`; names of no parameter are ignored.
         inputs: name -> digest of what else the stage is made from, besides `stage_inputs`.
 
@@ -187,6 +187,7 @@ def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] 
         >>> sorted(path.name for path in stage.folder.iterdir())
         ['done.json', 'parameters.json', 'summary.json']
     """
+    name = stage_name(name)
     model = STAGES[name]
     config = model.parse({key: parameters[key] for key in model.model_fields if key in parameters})
     run_folder = outputs_folder() / config.run

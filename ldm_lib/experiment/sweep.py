@@ -76,7 +76,8 @@ def _start(sweep: Sweep, index: int, jobs: int) -> _Active:
         try:
             reused = reuse_stages(outputs_folder() / run.name, run.configs, sweep.stages, others)
         except LdmError as error:  # the run itself will fail with it
-            reused = {"nothing": str(error)}
+            reused = {}
+            stream.write(f"no stage is reused: {error}\n".encode())
         stream.write("".join(f"{stage}: reused from {source}\n" for stage, source in reused.items()).encode())
         settings = [word for name, value in run.values.items() for word in ("--set", f"{name}={value}")]
         command = [*COMMAND, *sweep.stages, "--run", run.name, "--preset", sweep.preset, *settings]

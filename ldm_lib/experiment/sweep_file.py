@@ -38,7 +38,7 @@ DEEPEST = 3  # a mapping of mappings of lists, or of lists of mappings
 class SweepFile(Options):
     """Describe the content of a sweep's file."""
 
-    hint = "see docs/sweep.yaml"
+    hint = "see the documentation, page Sweeps"
     name: Name
     preset: str = DEFAULT_PRESET
     stages: list[str] = Field([])
@@ -109,7 +109,7 @@ def _content(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"is not valid YAML ({' '.join(str(error).split())})", fix=SweepFile.hint) from error
     if not isinstance(content, dict):
-        raise ConfigError("is not a mapping", fix="write `parameter: value` lines, see docs/sweep.yaml")
+        raise ConfigError("is not a mapping", fix="write `parameter: value` lines")
     return content
 
 

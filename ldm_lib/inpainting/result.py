@@ -1,5 +1,6 @@
 """Hold the samples of one inpainted case, and write them in the scan's own grid, header and data type."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,19 @@ from ldm_lib.data.volume import write_like, write_map
 from ldm_lib.files import expand_path
 
 ENDINGS = (".nii", ".nii.gz")
+
+
+class Samples(Sequence[np.ndarray]):
+    """Give the samples of a result as volumes (x, y, z), each made when it is asked for."""
+
+    def __init__(self, result: "Inpainting") -> None:
+        self._result = result
+
+    def __len__(self) -> int:
+        return len(self._result.values)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        return self._result.pasted(self._result.values[k])
 
 
 @dataclass(frozen=True)
@@ -37,9 +51,9 @@ class Inpainting:
     values: np.ndarray
 
     @property
-    def samples(self) -> list[np.ndarray]:
-        """Return the K samples, each equal to the voided image outside the mask; every access makes them."""
-        return [self.pasted(values) for values in self.values]
+    def samples(self) -> Samples:
+        """Return the K samples, each equal to the voided image outside the mask."""
+        return Samples(self)
 
     @property
     def mean(self) -> np.ndarray:

@@ -47,9 +47,24 @@ class LoadedCase(Protocol):
         """Reorder an array of the case to LPS."""
 
 
+class Result(Protocol):
+    """Describe what the plots need of an `Inpainting`."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the samples, (x, y, z) in the file's voxel order."""
+
+    @property
+    def samples(self) -> Sequence[np.ndarray]:
+        """Each sample."""
+
+
+Volumes = Mapping[str, np.ndarray] | Result
+
+
 def plot(
     case: LoadedCase,
-    volumes: Mapping[str, np.ndarray] | None = None,
+    volumes: Volumes | None = None,
     *,
     centre_on: np.ndarray | None = None,
     window: Window = None,
@@ -58,7 +73,8 @@ def plot(
     """Plot volumes of a case as rows and three planes through its mask as columns; a notebook displays the Figure.
 
     Args:
-        volumes: by name; by default the voided image and, if there is one, the ground truth. Images share one window.
+        volumes: by name, or the result of an `Inpainter`; by default the voided image and, if there is one, the ground
+            truth. Images share one window.
             Volumes named "std", "standard deviation", "growth" or "tissue" are no images: each has its own colours.
         centre_on: volume in whose largest voxel the planes meet; by default the centre of the mask.
         window: lowest and highest intensity; by default that of the first image.
@@ -170,7 +186,7 @@ def plot_series(
 
 def view(
     case: LoadedCase,
-    volumes: Mapping[str, np.ndarray] | None = None,
+    volumes: Volumes | None = None,
     *,
     along: str = "",
     centre_on: np.ndarray | None = None,
@@ -199,12 +215,17 @@ def view(
     return explore(turned, along=along, interactive=interactive, title=title or case.case.key, **layout)
 
 
-def _in_lps(case: LoadedCase, volumes: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+def _in_lps(case: LoadedCase, volumes: Volumes | None) -> dict[str, np.ndarray]:
     """Turn volumes to LPS order; without any, the voided image and the ground truth."""
     if not hasattr(case, "lps"):
         raise InputError("is not loaded", where=getattr(case, "key", str(case)), fix="call load_case first")
     if volumes is None:
         volumes = {"voided": case.voided} | ({} if case.target is None else {GROUND_TRUTH: case.target})
+    elif hasattr(volumes, "samples"):  # an `Inpainting`
+        volumes = {"voided": case.voided, "inpainted": volumes.mean}
+    elif not isinstance(volumes, Mapping):
+        cause = f"volumes are a {type(volumes).__name__}"
+        raise InputError(cause, where=case.case.key, fix='give them by name, such as {"mean": result.mean}')
     for name, volume in volumes.items():
         if np.shape(volume) != case.mask.shape:
             cause = f"{name!r} has shape {np.shape(volume)}, the case {case.mask.shape}"

@@ -1,7 +1,7 @@
 """Log a training's metrics: to metrics.csv always, to Weights & Biases and MLflow if requested.
 
-A training that cannot write metrics.csv stops. The other trackers get numbers, switches and texts of `LOGGED_TEXTS`,
-but no pictures, volumes, paths or names; one that fails is disabled, and the training goes on.
+A training that cannot write metrics.csv stops. The other trackers get numbers, switches, texts of `LOGGED_TEXTS`
+and small pictures, but no volumes, paths or names; one that fails is disabled, and the training goes on.
 """
 
 import csv
@@ -65,7 +65,7 @@ def logged_parameters(config: TrainingOptions) -> dict[str, Any]:
 
 
 class Wandb:
-    """Hold a run of Weights & Biases in `folder`/wandb; pictures stay in offline runs: nothing uploads one."""
+    """Hold a run of Weights & Biases in `folder`/wandb; offline runs take pictures too, which `wandb sync` uploads."""
 
     def __init__(self, config: TrainingOptions, folder: Path, mode: str) -> None:
         self._folder, self._offline = folder, mode == "offline"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -138,6 +139,17 @@ def test_debug_raises_the_error_itself():
         main(["--debug", "run", "--set", "max_epoch=1"])
 
 
+def test_an_existing_run_is_continued_with_its_own_preset(monkeypatch, tmp_path):
+    """The messages that say which stage is missing name the run, not its preset."""
+    monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path))
+    received = {}
+    monkeypatch.setattr(runner, "run_stages", lambda stages, **options: received.update(options) or Path("folder"))
+    (tmp_path / "eye").mkdir()
+    (tmp_path / "eye" / "config.json").write_text('{"preset": "smoke"}')
+    for typed, preset in ((["--run", "eye"], "smoke"), (["--run", "new"], "demo"), (["--preset", "full"], "full")):
+        assert main(["run", "02", *typed]) == 0 and received["preset"] == preset
+
+
 def test_run_passes_on_stages_and_parameters(monkeypatch, capsys):
     received = {}
     monkeypatch.setattr(
@@ -231,6 +243,12 @@ def test_validate_accepts_good_cases(cases, tmp_path, capsys):
 def test_the_folder_of_one_patient_is_not_the_folder_of_cases(cases, tmp_path, capsys):
     line = error_line(["validate", str(tmp_path / "data" / "P0")], capsys)
     assert line.endswith("Fix: give the folder above this one, which is of one patient.")
+
+
+def test_a_folder_above_that_of_the_cases_is_told_where_they_are(cohort_folder, tmp_path, capsys):
+    shutil.copytree(cohort_folder, tmp_path / "above" / "cases" / "data")
+    assert main(["validate", str(tmp_path / "above" / "cases")]) == 1
+    assert "data, one level down" in capsys.readouterr().err
 
 
 def test_validate_reports_every_invalid_case_in_one_pass(cases, tmp_path, capsys):

@@ -337,7 +337,9 @@ def test_only_cases_with_their_full_image_train():
 def test_other_maps_are_checked_and_replace_those_of_a_case(cases):
     data = load_case(cases[0])
     growth = np.zeros(data.mask.shape)
-    other = data.with_maps(growth=growth)
+    with pytest.raises(TypeError, match="mask"):
+        data.with_maps(mask=data.mask)
+    other = data.with_maps(growth=growth.tolist())
     assert other.growth.dtype == np.float32 and not other.growth.any() and other.tissue is data.tissue
     without = other.with_maps(growth=None, tissue=None)
     assert (without.growth, without.tissue) == (None, None)

@@ -23,6 +23,14 @@ DRAW = {
 }
 
 
+def test_a_result_is_plotted_as_it_is_and_an_array_without_a_name_is_rejected(cases):
+    data = load_case(cases[0])
+    result = SimpleNamespace(mean=data.voided, samples=[data.voided])
+    assert [axes.get_ylabel() for axes in case_plots.plot(data, result).axes[::3]][:2] == ["voided", "inpainted"]
+    with pytest.raises(InputError, match=r"volumes are a ndarray\. Fix: give them by name"):
+        case_plots.plot(data, data.voided)
+
+
 @pytest.fixture(scope="module")
 def case(cases):
     return load_case(cases[0])
