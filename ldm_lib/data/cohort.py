@@ -57,11 +57,8 @@ def survey_cases(
     if not cases:
         reasons = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
         of_one = any(expand_path(data_dir).glob("*-mask*.nii.gz"))
-        fix = "give a folder with one folder for each patient (see `ldm validate --help`)"
-        if of_one:
-            fix = "give the folder above this one, which is of one patient"
-        elif above := next(expand_path(data_dir).glob("*/*/*-mask*.nii*"), None):
-            fix = f"give {above.parents[1]}, one level down"
+        usual = "give a folder with one folder for each patient (see `ldm validate --help`)"
+        fix = "give the folder above this one, which is of one patient" if of_one else usual
         raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{reasons}",
                          where=data_dir, fix=fix)  # fmt: skip
     return [replace(case, read_options=read_options) for case in cases], exclusions

@@ -169,6 +169,8 @@ def _cases_of(
     if not files.indices:
         notes = "".join(f"; {note}" for note in files.notes)
         fix = f"Fix: name it {identity}-mask.nii.gz, or {identity}-mask-0000.nii.gz and so on."
+        if any(folder.glob("*/*-mask*.nii*")):
+            fix = f"Fix: give the folder {folder.name}, one level down: its folders are the cases."
         return [], [Exclusion(identity, f"{identity}: no mask file; present: {listing(folder)}{notes}. {fix}")]
     patient, cases, exclusions = patient_of(identity), [], []
     for index in files.indices:

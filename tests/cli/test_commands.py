@@ -248,7 +248,7 @@ def test_the_folder_of_one_patient_is_not_the_folder_of_cases(cases, tmp_path, c
 def test_a_folder_above_that_of_the_cases_is_told_where_they_are(cohort_folder, tmp_path, capsys):
     shutil.copytree(cohort_folder, tmp_path / "above" / "cases" / "data")
     assert main(["validate", str(tmp_path / "above" / "cases")]) == 1
-    assert "data, one level down" in capsys.readouterr().err
+    assert "Fix: give the folder data, one level down: its folders are the cases." in capsys.readouterr().out
 
 
 def test_validate_reports_every_invalid_case_in_one_pass(cases, tmp_path, capsys):

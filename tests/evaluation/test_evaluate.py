@@ -11,7 +11,7 @@ from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.volume import read_volume
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation import evaluate as module
-from ldm_lib.evaluation.case_scores import MEDOID, SAMPLE, UPPER_BOUND, mean_of
+from ldm_lib.evaluation.case_scores import ESTIMATE, MEDOID, SAMPLE, UPPER_BOUND, mean_of
 from ldm_lib.evaluation.evaluate import evaluate_folder
 from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.evaluation.summary import as_table, cases_table, methods_table, summarise
@@ -108,7 +108,7 @@ def read(output):
 
 
 def test_every_method_is_scored_in_every_case(done, two):
-    methods = {SAMPLE, mean_of(2), MEDOID, UPPER_BOUND, *BASELINES}
+    methods = {SAMPLE, mean_of(2), MEDOID, ESTIMATE, UPPER_BOUND, *BASELINES}
     assert set(read(done[0])) == {(case.key, method) for case in two for method in methods}
     data = load_case(two[0])
     for method, volume in (
@@ -185,7 +185,7 @@ def test_one_sample_has_no_mean(folder, tiny_initial_estimate_folder, tmp_path, 
     how = {"model": tiny_initial_estimate_folder, "tissue": "given", "pictures": 1, "say": lambda line: None}
     table = evaluate_folder(folder, tmp_path, QUICK, **how)
     assert "mean of" not in table and table.count("| sample |") == 2
-    assert drawn == [["voided", SAMPLE, "ground truth"]] and len(list(tmp_path.glob("*.png"))) == 1
+    assert drawn == [["voided", SAMPLE, ESTIMATE, "ground truth"]] and len(list(tmp_path.glob("*.png"))) == 1
 
 
 @pytest.mark.parametrize(("config", "pictures", "message"), [
