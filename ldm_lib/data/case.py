@@ -9,7 +9,14 @@ from types import EllipsisType
 
 import numpy as np
 
-from ldm_lib.data.masks import read_labels, read_mask, read_unit_map, require_concentration, require_labels
+from ldm_lib.data.masks import (
+    read_labels,
+    read_mask,
+    read_unit_map,
+    require_concentration,
+    require_in_brain,
+    require_labels,
+)
 from ldm_lib.data.nifti import require_file, stem
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.data.volume import (
@@ -18,7 +25,6 @@ from ldm_lib.data.volume import (
     image_warnings,
     intensity_scale,
     read_image,
-    require_in_brain,
     require_same_grid,
     without_spikes,
 )
@@ -27,6 +33,7 @@ from ldm_lib.files import sha256
 from ldm_lib.geometry import Frame
 
 TISSUE_LABELS = (0, 1, 2, 3)
+GivenMap = np.ndarray | EllipsisType | None  # the ellipsis: not named
 NO_MAP = "no {} map"  # the warning of a kind of map that a case lacks
 
 
@@ -129,14 +136,11 @@ class CaseData:
         """(4, 4) voxel indices to millimetres, RAS+ world."""
         return self.source.affine
 
-    def with_maps(
-        self, *, growth: np.ndarray | EllipsisType | None = ..., tissue: np.ndarray | EllipsisType | None = ...
-    ) -> "CaseData":
+    def with_maps(self, *, growth: GivenMap = ..., tissue: GivenMap = ...) -> "CaseData":
         """Return the case with other conditioning maps on its grid; a map that is not named stays.
 
         Args:
-            growth: (x, y, z) in [0, 1]; None removes it.
-            tissue: (x, y, z) with labels 0 none, 1 CSF, 2 GM, 3 WM; None removes it.
+            growth, tissue: (x, y, z), values as of the attributes; None removes the map.
 
         Raises:
             InputError: a map of another shape, or with other values.
@@ -180,16 +184,6 @@ class CaseData:
     def scored(self) -> np.ndarray:
         """Voxels that are scored: mask-healthy, or the whole mask if there is none."""
         return self.mask if self.healthy is None else self.healthy
-
-    @property
-    def mean_spacing_mm(self) -> float:
-        """Geometric mean of the voxel's edges."""
-        return float(np.prod(self.source.spacing_mm)) ** (1 / 3)
-
-    @property
-    def lateral_axis(self) -> int:
-        """The file's axis between left and right."""
-        return next(axis for axis, code in enumerate(self.source.orientation) if code in "LR")
 
     @property
     def lps_spacing_mm(self) -> tuple[float, ...]:

@@ -8,8 +8,29 @@ from ldm_lib.data.nifti import corner_distance_mm
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.data.volume import GRID_TOLERANCE_MM, Volume, read_volume, require_same_grid
 from ldm_lib.errors import InputError
+from ldm_lib.geometry import bounding_box
 
 MASK_TOLERANCE = 1e-3
+LARGEST_MASK = 0.2  # fraction of the head; the challenge's largest masks cover a fifth
+
+
+def require_in_brain(
+    mask: np.ndarray, voided: np.ndarray, target: np.ndarray | None, *, where: Path, warnings: list[str]
+) -> None:
+    """Raise InputError if the ground truth is known and no brain is under the mask; warn if none is around it."""
+    if target is not None and not (target[mask] > 0).any():
+        raise InputError(f"0 % of its {int(mask.sum())} voxels lie in the brain: there is nothing to learn or to score",
+                         where=where, fix="check that mask and image belong together")  # fmt: skip
+    if (fraction := mask.sum() / (mask.sum() + np.count_nonzero(voided))) > LARGEST_MASK:
+        warnings.append(f"the mask covers {fraction:.0%} of the head: little context is left to inpaint it from")
+    box = bounding_box(mask, 1)
+    around = np.zeros_like(mask[box])  # the faces' neighbours, by numpy because scipy.ndimage takes 0.4 s to load
+    for axis in range(3):
+        inside, neighbours = np.moveaxis(mask[box], axis, 0), np.moveaxis(around, axis, 0)
+        neighbours[1:] |= inside[:-1]
+        neighbours[:-1] |= inside[1:]
+    if not (voided[box][around & ~mask[box]] > 0).any():
+        warnings.append(f"0 % of the voxels around the mask ({int(mask.sum())} voxels) lie in the brain")
 
 
 def read_mask(

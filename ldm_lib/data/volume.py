@@ -27,7 +27,7 @@ from ldm_lib.data.nifti import (
 )
 from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.errors import InputError, located
-from ldm_lib.geometry import axis_codes, bounding_box
+from ldm_lib.geometry import axis_codes
 
 GRID_TOLERANCE_MM = 1e-3
 MOST_BELOW = 0.01  # voxels darker than the background, for one that is brighter
@@ -36,7 +36,6 @@ SPIKE = 10.0  # times the scale; the brightest voxel of real brains is at 1.2 to
 LARGEST_BRAIN_L = 2.5  # with its CSF; real ones measured 1.2 and 1.6, heads with skull and neck have 4 and more
 BRATS_MM = (240, 240, 155)  # field of view along the axes of LPS
 LARGEST_ANISOTROPY = 1.5  # longest over shortest edge of a voxel
-LARGEST_MASK = 0.2  # fraction of the head; the challenge's largest masks cover a fifth
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,16 @@ class Volume:
     def orientation(self) -> str:
         """Three letters, the directions in which the voxel axes grow, such as "LPS"."""
         return axis_codes(self.affine)
+
+    @property
+    def mean_spacing_mm(self) -> float:
+        """Geometric mean of the voxel's edges."""
+        return float(np.prod(self.spacing_mm)) ** (1 / 3)
+
+    @property
+    def lateral_axis(self) -> int:
+        """The axis between left and right."""
+        return next(axis for axis, code in enumerate(self.orientation) if code in "LR")
 
 
 def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
@@ -225,25 +234,6 @@ def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:
     return out, len(spikes)
 
 
-def require_in_brain(
-    mask: np.ndarray, voided: np.ndarray, target: np.ndarray | None, *, where: Path, warnings: list[str]
-) -> None:
-    """Raise InputError if the ground truth is known and no brain is under the mask; warn if none is around it."""
-    if target is not None and not (target[mask] > 0).any():
-        raise InputError(f"0 % of its {int(mask.sum())} voxels lie in the brain: there is nothing to learn or to score",
-                         where=where, fix="check that mask and image belong together")  # fmt: skip
-    if (fraction := mask.sum() / (mask.sum() + np.count_nonzero(voided))) > LARGEST_MASK:
-        warnings.append(f"the mask covers {fraction:.0%} of the head: little context is left to inpaint it from")
-    box = bounding_box(mask, 1)
-    around = np.zeros_like(mask[box])  # the faces' neighbours, by numpy because scipy.ndimage takes 0.4 s to load
-    for axis in range(3):
-        inside, neighbours = np.moveaxis(mask[box], axis, 0), np.moveaxis(around, axis, 0)
-        neighbours[1:] |= inside[:-1]
-        neighbours[:-1] |= inside[1:]
-    if not (voided[box][around & ~mask[box]] > 0).any():
-        warnings.append(f"0 % of the voxels around the mask ({int(mask.sum())} voxels) lie in the brain")
-
-
 def image_warnings(voided: np.ndarray, source: Volume) -> list[str]:
     """List how an image, voided and in source units, differs from those that the models are made for."""
     warnings, spacing = [], np.array(source.spacing_mm)
@@ -259,8 +249,8 @@ def image_warnings(voided: np.ndarray, source: Volume) -> list[str]:
     if litres > LARGEST_BRAIN_L:
         warnings.append(f"{litres:.1f} litres are not 0, more than a brain: not skull-stripped, out of training domain")
     if negative := int(np.count_nonzero(voided < 0)):
-        fraction = negative / np.count_nonzero(voided)
-        warnings.append(f"{negative} negative voxels ({100 * fraction:.1f} % of the head), down to {voided.min():g}; read as 0")
+        share = f"{100 * negative / np.count_nonzero(voided):.1f} % of the head"
+        warnings.append(f"{negative} negative voxels ({share}), down to {voided.min():g}; read as 0")
     return warnings
 
 

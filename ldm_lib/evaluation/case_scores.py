@@ -122,7 +122,7 @@ def candidates(
 
 
 def _baseline(name: str, data: CaseData, tissue: np.ndarray | None) -> np.ndarray:
-    geometry = {"lateral_axis": data.lateral_axis, "spacing_mm": data.mean_spacing_mm}
+    geometry = {"lateral_axis": data.source.lateral_axis, "spacing_mm": data.source.mean_spacing_mm}
     return BASELINES[name](data.voided, data.mask, tissue=tissue, **geometry)
 
 

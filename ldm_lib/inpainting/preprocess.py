@@ -79,4 +79,4 @@ class CaseGrid:
         data, air = self.data, None
         if data.tissue is not None:
             air = air_at_surface(data.voided, data.mask, data.tissue, spacing_mm=data.source.spacing_mm)
-        return EdgeCorrection(data.mask, reach_vox=self.blend_mm / data.mean_spacing_mm, air=air)
+        return EdgeCorrection(data.mask, reach_vox=self.blend_mm / data.source.mean_spacing_mm, air=air)
