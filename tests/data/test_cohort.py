@@ -103,7 +103,7 @@ def test_a_loaded_case_is_its_files(data):
         np.testing.assert_array_equal(found, expected)
     assert loaded.scale == pytest.approx(np.percentile(T1N[~MASK], 99.5))
     assert loaded.warnings == (FIELD,)
-    assert loaded.lateral_axis == 0
+    assert loaded.source.lateral_axis == 0
 
 
 def test_a_validation_case_has_only_the_voided_image_and_the_mask(tmp_path):
