@@ -162,8 +162,8 @@ def _better_orientation(static: MaskedImage, moving: MaskedImage) -> str:
     turn[:3, :3] = best if np.linalg.det(best) > 0 else mirror @ best
     now, then = (axis_codes(matrix) for matrix in (affine, turn @ affine))
     found = fits[tuple(best.ravel())]
-    return (f"it fits the atlas better as {then} than as stated, {now} (correlation {found:.2f} against {stated:.2f}); "
-            f"if that is right, read it with --assume-orientation {then}")  # fmt: skip
+    return (f"it fits better as {then} than as stated, {now} (correlation {found:.2f} against {stated:.2f}); if a "
+            f"viewer shows it turned, correct its header, or read it with --assume-orientation {then}")  # fmt: skip
 
 
 def _affine(static: MaskedImage, moving: MaskedImage) -> np.ndarray:

@@ -127,6 +127,7 @@ def prior(options: argparse.Namespace) -> int:
         rates=rates,
         lesion=options.lesion,
         refine=options.refine,
+        read_options=parse(ReadOptions, options),
     )
     for each in made:
         found = ", ".join(f"{name} {value:.4g}" for name, value in each.record["found"].items())

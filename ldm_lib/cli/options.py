@@ -113,6 +113,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--lesion", "binary lesion mask (visible but abnormal tissue)", metavar="F"),
         arg("--refine", "labelling of visible tissue: intensity and atlas, or the atlas alone (default: mixture)",
             default="mixture", choices=["mixture", "none"]),
+        *parameters(ReadOptions, *READING),
     ],
     "validate": [
         arg("data_dir", CASES, metavar="DATA_DIR"),

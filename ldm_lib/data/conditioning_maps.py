@@ -20,6 +20,7 @@ from ldm_lib.data.layouts import CONDITIONING_FOLDERS
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, shrink_mm
 from ldm_lib.data.masks import read_labels, read_mask
 from ldm_lib.data.nifti import require_results_writable, stem
+from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, now, read_json, sha256, write_json
@@ -232,6 +233,7 @@ def make_conditioning_maps(
     rates: GrowthRates = DEFAULT_RATES,
     lesion: str | Path | None = None,
     refine: str = "mixture",
+    read_options: ReadOptions = READ_STRICTLY,
 ) -> list[ConditioningMap]:
     """Make the tissue map of one scan and, if requested, a growth map in it, without the voxels under the mask.
 
@@ -247,7 +249,7 @@ def make_conditioning_maps(
     if (growth is not None) != ((seed_mm is None) != (segmentation is None)):
         raise InputError("a growth map needs an output and one start", where="growth",
                          fix="give growth with either a seed point or a segmentation")  # fmt: skip
-    case = case_of_files(t1n_voided, mask)
+    case = case_of_files(t1n_voided, mask, read_options=read_options)
     outputs = [expand_path(path) for path in (tissue, growth) if path is not None]
     others = [expand_path(path) for path in (lesion, segmentation) if path is not None]
     for path in outputs:
@@ -256,7 +258,10 @@ def make_conditioning_maps(
     if len(set(outputs)) < len(outputs):
         raise InputError("would hold both maps", where=outputs[0], fix="name two files")
     data = load_case(case)
-    lesion, segmentation = (None if path is None else read_mask(path, data.source) for path in (lesion, segmentation))
+    binary = read_options.model_copy(update={"mask_labels": ""})
+    lesion, segmentation = (
+        None if path is None else read_mask(path, data.source, binary) for path in (lesion, segmentation)
+    )
     made = [make_tissue_map(data, tissue, lesion=lesion, refine=refine)]
     if growth is not None and not made[0].failure:
         labels, start = read_labels(made[0].path, data.source, TISSUE_LABELS), {"seed_mm": seed_mm}

@@ -156,7 +156,7 @@ def test_a_lost_orientation_is_named_and_one_that_is_right_is_not(codes, stated,
     found = registration._better_orientation((image, mask, wrong), moving)
     proper = np.linalg.det(affine[:3, :3]) * np.linalg.det(wrong[:3, :3]) > 0
     named = codes if proper else codes.translate(str.maketrans("LR", "RL"))
-    assert f"fits the atlas better as {named} than as stated, {stated} " in found
+    assert f"fits better as {named} than as stated, {stated} " in found
     assert found.endswith(f"--assume-orientation {named}")
 
 

@@ -130,7 +130,7 @@ def test_a_case_stored_in_another_order_is_the_same_case(orientation):
     source = replace(data.source, raw=stored(data.source.raw), affine=AFFINES[orientation])
     other = replace(data, source=source, **{name: stored(getattr(data, name)) for name in arrays})
     assert other.source.orientation == orientation
-    assert other.source.orientation[other.lateral_axis] in "LR"
+    assert other.source.orientation[other.source.lateral_axis] in "LR"
     one, two = grid_case(data, 8), grid_case(other, 8)
     for name in ("voided", "target", "mask", "unknown", "growth", "tissue"):
         np.testing.assert_array_equal(getattr(two, name), getattr(one, name), err_msg=name)
