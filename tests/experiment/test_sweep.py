@@ -113,7 +113,7 @@ def test_names_are_safe_unique_and_stable_whatever_the_values(grid_of):
         ("", r"is not a mapping\. Fix: write `parameter"),
         ("name: a\n", r"0 runs; from 1 to 1000 are allowed"),
         ("name: a\ngrid: {seed: []}\n", r"0 runs; "),
-        ("name: a\ngrid: {seed: 1}\n", r"grid.seed = '1': Input should be a valid list\. Fix: see the documentation, page Sweeps"),
+        ("name: a\ngrid: {seed: 1}\n", r"grid.seed = '1': Input should be a valid list\. Fix: see the documentation"),
         ("name: a\ngrid: {seed: [[1, 2]]}\n", "aliases and nesting deeper than 3"),
         ("name: a\nset: {channels: [8, 8]}\nruns: [{}]\n", r"set.channels = .*'8'\]: Input should be a valid string"),
         ("- a\n", r"is not a mapping"),
