@@ -26,7 +26,8 @@ from ldm_lib.errors import InterruptionError
 GRACE_S = 60.0  # for a child to shut down, before it is killed
 STALL_S = 1800.0  # without a step or a validated case in half an hour, something hangs
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class StopRequest:

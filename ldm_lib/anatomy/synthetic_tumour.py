@@ -15,7 +15,8 @@ SUPRATENTORIAL_MM = 62.0  # tumours start above this height
 def synthetic_tumour(anatomy_rng: np.random.Generator, rng: np.random.Generator, deformation: float) -> np.ndarray:
     """Grow a tumour on the grid of GROWTH_MM in the brain that `anatomy_rng` draws: float32 (x, y, z) in [0, 1]."""
     brain = deformed_atlas(anatomy_rng, brats_grid(GROWTH_MM), deformation)
-    return grow_in_brain(brain.inside, *(as_volume(brain.inside, f) for f in brain.fractions[1:]), rng)
+    grey, white = (as_volume(brain.inside, fraction) for fraction in brain.fractions[1:])
+    return grow_in_brain(brain.inside, grey, white, rng)
 
 
 def grow_in_brain(inside: np.ndarray, grey: np.ndarray, white: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -117,7 +117,8 @@ def make_person(
     inside = t1n > 0
     labels = mixture_labels(t1n, aligned.registration.to_patient(aligned.registration.atlas.fractions))
     brain = to_growth_grid(inside, grid) >= 0.5
-    grown = grow_in_brain(brain, *(to_growth_grid(labels == tissue, grid) for tissue in (GM, WM)), rng(TUMOUR))
+    grey, white = (to_growth_grid(labels == tissue, grid) for tissue in (GM, WM))
+    grown = grow_in_brain(brain, grey, white, rng(TUMOUR))
     growth = from_growth_grid(grown, grid) * inside
     segmentation = growth >= GROWTH_THRESHOLD
     unhealthy = dilate_mm(segmentation, UNHEALTHY_MARGIN_MM, grid.spacing_mm)
