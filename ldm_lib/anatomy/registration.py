@@ -99,13 +99,16 @@ class Registration:
         return "" if self.brain_dice >= MIN_DICE and self.correlation >= MIN_CORRELATION else found
 
 
-def register(image: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Registration:
+def register(
+    image: np.ndarray, affine: np.ndarray, mask: np.ndarray, *, stated: np.ndarray | None = None
+) -> Registration:
     """Register the MNI152 head to a skull-stripped T1n.
 
     Args:
         image: (x, y, z), about 1 at its brightest, 0 outside the brain; voxels under the mask are not read.
         affine: voxel to world (RAS, mm); any voxel order, any voxel size.
         mask: bool (x, y, z), voided voxels, and the lesion if it is known.
+        stated: affine that the file states, if the image was reordered; messages name its orientation.
 
     Raises:
         InputError: too few voxels to register, or images that do not overlap.
@@ -120,7 +123,7 @@ def register(image: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Registr
             warnings.simplefilter("ignore")  # dipy's warnings about its own next versions
             head = atlas.t1, np.zeros(atlas.t1.shape, bool), atlas.affine
             coarse = _downsampled(image, mask, affine, AFFINE_MM), _downsampled(*head, AFFINE_MM)
-            better = _better_orientation(*coarse)
+            better = _better_orientation(*coarse, stated=affine if stated is None else stated)
             start = _affine(*coarse)
             patient = _cropped(*_downsampled(image, mask, affine, SYN_MM))
             mapping = _syn(patient, _downsampled(*head, SYN_MM), start)
@@ -133,7 +136,7 @@ def register(image: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> Registr
 MaskedImage = tuple[np.ndarray, np.ndarray, np.ndarray]  # image and mask (x, y, z), affine
 
 
-def _better_orientation(static: MaskedImage, moving: MaskedImage) -> str:
+def _better_orientation(static: MaskedImage, moving: MaskedImage, *, stated: np.ndarray) -> str:
     """Say which of the 48 orientations fits the atlas far better than the stated one; empty if none does.
 
     Brains and their mirror images fit alike. The stated orientation therefore counts with its mirror image, and of two
@@ -154,15 +157,15 @@ def _better_orientation(static: MaskedImage, moving: MaskedImage) -> str:
         warped = AffineMap(turn, **grids).transform(head)
         both = ((image > 0) | (warped > 0)) & ~mask
         fits[tuple(turn[:3, :3].ravel())] = np.corrcoef(image[both], warped[both])[0, 1]
-    stated = max(fits[tuple(turn.ravel())] for turn in (np.eye(3), mirror))
+    as_stated = max(fits[tuple(turn.ravel())] for turn in (np.eye(3), mirror))
     best = np.reshape(max(fits, key=fits.__getitem__), (3, 3))
-    if not fits[tuple(best.ravel())] > stated + ORIENTATION_GAIN:
+    if not fits[tuple(best.ravel())] > as_stated + ORIENTATION_GAIN:
         return ""
     turn = np.eye(4)
     turn[:3, :3] = best if np.linalg.det(best) > 0 else mirror @ best
-    now, then = (axis_codes(matrix) for matrix in (affine, turn @ affine))
+    now, then = (axis_codes(matrix) for matrix in (stated, turn @ stated))
     found = fits[tuple(best.ravel())]
-    return (f"it fits better as {then} than as stated, {now} (correlation {found:.2f} against {stated:.2f}); if a "
+    return (f"it fits better as {then} than as stated, {now} (correlation {found:.2f} against {as_stated:.2f}); if a "
             f"viewer shows it turned, correct its header, or read it with --assume-orientation {then}")  # fmt: skip
 
 

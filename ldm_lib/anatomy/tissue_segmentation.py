@@ -54,10 +54,10 @@ def tissue_from_scan(
         removed = " ('hmrf' was removed in version 0.8)" if refine == "hmrf" else ""
         raise ConfigError(f"{refine!r} given, allowed are {', '.join(REFINEMENTS)}{removed}", where="refine")
     frame = Frame.of(affine, image.shape, 1)  # sums over the same voxels are rounded differently in another order
-    affine = frame.lps_affine(affine, image.shape)
+    stated, affine = affine, frame.lps_affine(affine, image.shape)
     image, mask = frame.to_lps(image), frame.to_lps(mask)
     hidden = mask if lesion is None else mask | frame.to_lps(lesion)
-    registration = register(image, affine, hidden)
+    registration = register(image, affine, hidden, stated=stated)
     fractions = registration.to_patient(registration.atlas.fractions)
     visible = (image != 0) & ~hidden
     brain = visible | (hidden & registration.brain)

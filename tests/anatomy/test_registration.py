@@ -151,9 +151,9 @@ def test_a_lost_orientation_is_named_and_one_that_is_right_is_not(codes, stated,
     """Brain and mirror image look alike, so that the handedness of what is stated is kept."""
     image, mask, affine = head(codes, missing)
     moving = head("RAS")
-    assert registration._better_orientation((image, mask, affine), moving) == ""
+    assert registration._better_orientation((image, mask, affine), moving, stated=affine) == ""
     wrong = np.diag([8.0, 8, 8, 1]) @ {"RAS": RAS, "LPS": LPS}[stated]
-    found = registration._better_orientation((image, mask, wrong), moving)
+    found = registration._better_orientation((image, mask, wrong), moving, stated=wrong)
     proper = np.linalg.det(affine[:3, :3]) * np.linalg.det(wrong[:3, :3]) > 0
     named = codes if proper else codes.translate(str.maketrans("LR", "RL"))
     assert f"fits better as {named} than as stated, {stated} " in found

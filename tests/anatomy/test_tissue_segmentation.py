@@ -87,7 +87,9 @@ def plain(scan, fast_registration):
 def hidden(plain, monkeypatch):
     """The masks that registrations are made without; each returns the registration of `plain`."""
     masks = []
-    monkeypatch.setattr(tissue_segmentation, "register", lambda _, __, mask: masks.append(mask) or plain.registration)
+    monkeypatch.setattr(
+        tissue_segmentation, "register", lambda _, __, mask, **___: masks.append(mask) or plain.registration
+    )
     return masks
 
 
@@ -124,3 +126,12 @@ def test_other_refinements_are_rejected(data):
     for refine, removed in (("fast", ""), ("hmrf", r" \('hmrf' was removed in version 0.8\)")):
         with pytest.raises(ConfigError, match=f"refine: '{refine}' given, allowed are mixture, none{removed}"):
             tissue_from_scan(data.voided, data.source.affine, data.mask, refine=refine)
+
+
+def test_a_lost_orientation_is_named_in_the_order_of_the_file(data, fast_registration):
+    """The file is LPS and states RAS; inside, it is reordered to LPS by what it states."""
+    with fast_registration():
+        lost = tissue_from_scan(data.voided / data.scale, np.diag([8.0, 8, 8, 1]), data.mask).registration
+        right = tissue_from_scan(data.voided / data.scale, data.affine, data.mask).registration
+    assert "it fits better as LPS than as stated, RAS (" in lost.failure and not right.better_orientation
+    assert lost.failure.endswith("--assume-orientation LPS")
