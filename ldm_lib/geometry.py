@@ -5,6 +5,8 @@ its downsampling factor. The offset of the padding is recorded, because padding 
 centre shifts a volume by one slice when the remainder is odd.
 """
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -20,6 +22,22 @@ MODEL_ORIENTATION = "LPS"  # the order of BraTS files
 def axis_codes(affine: np.ndarray) -> str:
     """Return three letters, the directions in which the voxel axes grow, such as "LPS"."""
     return "".join(nib.aff2axcodes(affine))
+
+
+def cropped_affine(affine: np.ndarray, box: Sequence[slice]) -> np.ndarray:
+    """Return the affine (4, 4) of `array[box]`, given that of the array (x, y, z)."""
+    cropped = affine.copy()
+    cropped[:3, 3] = (affine @ [*(span.start for span in box), 1])[:3]
+    return cropped
+
+
+def blur_for(steps: Iterable[float]) -> list[float]:
+    """Return the standard deviations, in source voxels, of the Gaussian that precedes a resampling, along each axis.
+
+    Larger voxels have a wider point spread function: the Gaussian is as wide as theirs is wider than the source's
+    (Cardoso et al., MICCAI 2015, section 2). `steps` are source voxels per target voxel; of 1 or less there is no blur.
+    """
+    return [math.sqrt(max(step**2 - 1, 0) / (8 * math.log(2))) for step in steps]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Bring a scan of any grid and orientation to the BraTS grid: turned and moved rigidly, with its size kept."""
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,6 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from ldm_lib.anatomy.registration import Registration
 from ldm_lib.anatomy.synthetic_brain import ATLAS_CENTRE_VOX, CENTRE_MM, Grid, as_volume
+from ldm_lib.geometry import blur_for
 
 MIN_INSIDE = 0.5  # fraction of a target voxel that is brain, from which on it counts as brain
 
@@ -66,8 +66,7 @@ def rigid_map(registration: Registration, grid: Grid) -> np.ndarray:
 def resample_brain(image: np.ndarray, affine: np.ndarray, from_grid: np.ndarray, grid: Grid) -> np.ndarray:
     """Resample a skull-stripped scan by cubic splines: float32 (x, y, z), above 0 in the brain, exactly 0 outside.
 
-    Air is filled with the nearest brain voxel first, so that the brain's edge neither darkens nor rings. Where the
-    grid's voxels are larger than the scan's, a Gaussian makes up for the difference, as in `data.model_grid`.
+    Air is filled with the nearest brain voxel first, so that the brain's edge neither darkens nor rings.
 
     Args:
         image: (x, y, z), above 0 in the brain and 0 outside.
@@ -77,7 +76,7 @@ def resample_brain(image: np.ndarray, affine: np.ndarray, from_grid: np.ndarray,
     spacing_mm, brain = np.linalg.norm(affine[:3, :3], axis=0), image > 0
     nearest = ndimage.distance_transform_edt(~brain, spacing_mm, return_distances=False, return_indices=True)
     filled, weight = image[tuple(nearest)].astype(np.float32), brain.astype(np.float32)
-    sigma = [math.sqrt(max((grid.spacing_mm / s) ** 2 - 1, 0) / (8 * math.log(2))) for s in spacing_mm]
+    sigma = blur_for(grid.spacing_mm / spacing_mm)
     if any(sigma):
         filled, weight = (ndimage.gaussian_filter(volume, sigma) for volume in (filled, weight))
     to_scan = np.linalg.solve(affine, from_grid)

@@ -11,6 +11,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from scipy import ndimage
 
 from ldm_lib.anatomy.atlas import Atlas, mni152
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import Frame, axis_codes, block_mean, bounding_box
+from ldm_lib.geometry import Frame, axis_codes, block_mean, bounding_box, cropped_affine
 
 AFFINE_MM, SYN_MM = 8.0, 2.0  # voxel size for each step; the affine step at 4 mm takes 6 times as long
 SYN_ITERATIONS = (40, 40, 20)  # from coarse to fine
@@ -133,6 +134,7 @@ def register(
     return Registration(mapping, atlas, affine, image, mask, time.monotonic() - started, better)
 
 
+MIRROR = np.diag([-1.0, 1, 1, 1])  # of left and right
 MaskedImage = tuple[np.ndarray, np.ndarray, np.ndarray]  # image and mask (x, y, z), affine
 
 
@@ -147,7 +149,7 @@ def _better_orientation(static: MaskedImage, moving: MaskedImage, *, stated: np.
         grid @ [*ndimage.center_of_mass(shape), 1]
         for shape, grid in ((_shape(image, mask), affine), (_shape(head), head_affine))
     )
-    fits, mirror = {}, np.diag([-1.0, 1, 1])
+    fits = []
     grids = {"domain_grid_shape": image.shape, "domain_grid2world": affine}
     grids |= {"codomain_grid_shape": head.shape, "codomain_grid2world": head_affine}
     for axes, signs in itertools.product(itertools.permutations(range(3)), itertools.product((1.0, -1.0), repeat=3)):
@@ -156,15 +158,14 @@ def _better_orientation(static: MaskedImage, moving: MaskedImage, *, stated: np.
         turn[:3, 3] = (head_centre - turn @ centre)[:3]
         warped = AffineMap(turn, **grids).transform(head)
         both = ((image > 0) | (warped > 0)) & ~mask
-        fits[tuple(turn[:3, :3].ravel())] = np.corrcoef(image[both], warped[both])[0, 1]
-    as_stated = max(fits[tuple(turn.ravel())] for turn in (np.eye(3), mirror))
-    best = np.reshape(max(fits, key=fits.__getitem__), (3, 3))
-    if not fits[tuple(best.ravel())] > as_stated + ORIENTATION_GAIN:
+        fits.append((np.corrcoef(image[both], warped[both])[0, 1], turn))
+    as_stated = max(fit for fit, turn in fits if turn[1, 1] == turn[2, 2] == 1)  # and its mirror image
+    found, best = max(fits, key=itemgetter(0))
+    if not found > as_stated + ORIENTATION_GAIN:
         return ""
-    turn = np.eye(4)
-    turn[:3, :3] = best if np.linalg.det(best) > 0 else mirror @ best
-    now, then = (axis_codes(matrix) for matrix in (stated, turn @ stated))
-    found = fits[tuple(best.ravel())]
+    if np.linalg.det(best) < 0:
+        best = MIRROR @ best
+    now, then = (axis_codes(matrix) for matrix in (stated, best @ stated))
     return (f"it fits better as {then} than as stated, {now} (correlation {found:.2f} against {as_stated:.2f}); if a "
             f"viewer shows it turned, correct its header, or read it with --assume-orientation {then}")  # fmt: skip
 
@@ -242,6 +243,4 @@ def _downsampled(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, size_m
 def _cropped(image: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> MaskedImage:
     """Crop to the brain and a margin, because SyN fixes the deformation at the border of the grid."""
     box = bounding_box(image != 0, MARGIN)
-    cropped = affine.copy()
-    cropped[:3, 3] = (affine @ [*(s.start for s in box), 1])[:3]
-    return np.ascontiguousarray(image[box]), mask[box], cropped
+    return np.ascontiguousarray(image[box]), mask[box], cropped_affine(affine, box)

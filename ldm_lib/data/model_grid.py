@@ -16,7 +16,7 @@ from ldm_lib.anatomy.tissue import one_hot
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.volume import normalise
-from ldm_lib.geometry import block_centre, block_mean, latent_mask
+from ldm_lib.geometry import block_centre, block_mean, blur_for, latent_mask
 
 CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
 SAME_SPACING = 0.01  # relative difference of voxel sizes that is ignored: 2 mm over a head
@@ -60,12 +60,8 @@ class Resampling:
         return found[np.argmax([self.image(labels == label, everywhere) for label in found], axis=0)]
 
     def image(self, image: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """Resample an image (x, y, z): float32 mean of the known source voxels in each target voxel, 0 without any.
-
-        Larger voxels have a wider point spread function: a Gaussian of the standard deviation by which theirs is wider
-        than the source's (Cardoso et al., MICCAI 2015, section 2).
-        """
-        sigma = [math.sqrt(max(step**2 - 1, 0) / (8 * math.log(2))) for step in self.step]
+        """Resample an image (x, y, z): float32 mean of the known source voxels in each target voxel, 0 without any."""
+        sigma = blur_for(self.step)
         weight = known.astype(np.float32)
         parts = (self._sampled(ndimage.gaussian_filter(part, sigma)) for part in (image * weight, weight))
         value, weight = parts

@@ -25,7 +25,7 @@ from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_
 from ldm_lib.data.synthetic_cohort import CONTRAST, DONORS, MASKS, TUMOUR, SyntheticPatient, stream_of
 from ldm_lib.data.volume import LARGEST_BRAIN_L, intensity_scale, read_image
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import bounding_box
+from ldm_lib.geometry import bounding_box, cropped_affine
 
 MASK_ML = (10.0, 120.0)  # volume of a healthy mask, drawn log-uniformly
 DONORS_PER_MASK = 12  # shapes and sizes that are tried before placing a mask fails
@@ -78,10 +78,10 @@ def read_head(path: Path) -> Head:
         cause = f"the field of view of {extent} mm is too small: {cut:.0f} cm2 of the brain lie on its faces"
         raise InputError(f"{cause}, at most {MOST_CUT_CM2:g} are a brain stem", where=path, fix="give the whole brain")
     box = bounding_box(brain, MARGIN)
-    affine = volume.affine.copy()
-    affine[:3, 3] = (volume.affine @ [*(s.start for s in box), 1])[:3]
     facts = {"spacing_mm": "x".join(f"{mm:.3g}" for mm in sizes), "orientation": volume.orientation}
-    return Head(np.where(brain, voxels, 0)[box], affine, facts | {"brain_ml": round(litres * 1000)})
+    return Head(
+        np.where(brain, voxels, 0)[box], cropped_affine(volume.affine, box), facts | {"brain_ml": round(litres * 1000)}
+    )
 
 
 def align_head(head: Head, registration: Registration, grid: Grid, *, where: Path) -> Alignment:

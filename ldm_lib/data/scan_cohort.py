@@ -1,9 +1,7 @@
 """Make a training cohort from skull-stripped scans of healthy people: real anatomy with a grown tumour and masks.
 
-    scan => register the atlas => turn and move to the BraTS grid => segment => grow a tumour in this tissue, draw it
-         => place healthy masks => register the atlas again, without any masked voxel => tissue map for conditioning
-
-A person is a function of (seed, id, scan): the files do not depend on the other scans, the workers or interruptions.
+`person` makes each one, a function of (seed, id, scan): the files do not depend on the other scans, the workers or
+interruptions.
 """
 
 import shutil

@@ -27,7 +27,7 @@ from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.inpainting.inpainter import Inpainter
-from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
+from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock
 
 RECORDS, TABLE = "filled", "results.csv"
@@ -199,17 +199,15 @@ class Job:
         return _row(case.key, FOUND, result=case.result_name, **numbers)
 
     def _made_from(self, case: Case) -> str:
-        names = ("samples", "seed", "sampler", "num_inference_steps", "guidance", "blend_mm")
-        model = self.inpainter.model
+        model, sampling = self.inpainter.model, self.options.sampling
         settings = {"make_missing": self.make_missing, "each": self.each, "precision": model.precision}
-        settings |= {name: getattr(self.options, name) for name in names} | {"temperature": model.temperature}
+        settings |= {"samples": sampling.pop("n_samples"), **sampling}
+        settings |= {"blend_mm": self.options.blend_mm, "temperature": model.temperature}
         description = {"cells": model.spec.model_dump(), "schedule": model.denoiser.folder_config["schedule"]}
         description |= {name: getattr(model, name) for name in ("crop", "box_margin", "prediction")}
         weights = [network.folder_config["sha256"] for network in (model.denoiser, model.autoencoder)]
         settings |= {"read_options": case.read_options.model_dump()} if case.read_options != READ_STRICTLY else {}
         sources = {"weights": weights, "model": description, "files": dict(case.digests)}
-        if isinstance(self.options, ResultOptions) and self.options.estimate == "mean":
-            settings["estimate"] = "mean"
         return fingerprint(sources | {"settings": settings})
 
 

@@ -42,8 +42,8 @@ def explore(
 ) -> Explorer:
     """Show named volumes on three planes, as `figures.planes` does, with sliders for position and window.
 
-    By default the widget is made only in a Jupyter kernel, and neither in a headless run nor with LDM_HEADLESS set, so
-    that no notebook stores a widget that nobody can use. `along` is described in `case_plots.view`.
+    By default the widget is made only in a Jupyter kernel, and neither in a headless run nor with LDM_HEADLESS set:
+    a notebook would store a widget without its kernel. `along` is described in `case_plots.view`.
     """
     centre_vox = slice_geometry(volumes, spacing_mm, mask=mask, centre_vox=centre_vox).centre_vox
     window = intensity_window(next(iter(volumes.values())))

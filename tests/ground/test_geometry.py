@@ -190,3 +190,15 @@ def test_a_box_holds_its_latent_voxels_and_the_margin_only():
         found = np.zeros(marked.shape, bool)
         found[bounding_box(marked, margin)] = True
         assert np.array_equal(found, expected)
+
+
+def test_a_cropped_array_stays_where_it_was():
+    affine = np.array([[0, -2.0, 0.3, 7], [3, 0, 0, -5], [0, 0.2, 4, 1], [0, 0, 0, 1]])
+    box = slice(3, 9), slice(0, 4), slice(5, 6)
+    np.testing.assert_allclose(geometry.cropped_affine(affine, box) @ [1, 2, 0, 1], affine @ [4, 2, 5, 1])
+
+
+def test_the_blur_makes_up_for_the_wider_voxels():
+    """Gaussians of full width at half maximum: their squares add up, as 1 + blur = step."""
+    blur = np.array(geometry.blur_for((0.5, 1.0, 2.0, 5.0)))
+    np.testing.assert_allclose(1 + blur**2 * 8 * np.log(2), [1, 1, 4, 25])
