@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ldm_lib.diffusion.model import LatentDiffusion as LatentDiffusion
     from ldm_lib.evaluation.case_scores import brats_metrics as brats_metrics
     from ldm_lib.evaluation.evaluate import evaluate as evaluate
+    from ldm_lib.evaluation.summary import summarise as summarise
     from ldm_lib.experiment.runner import run as run
     from ldm_lib.experiment.stage import open_stage as open_stage
     from ldm_lib.inpainting.inpainter import Inpainter as Inpainter
@@ -51,6 +52,7 @@ _MODULES = {  # name -> where it is defined
     "Inpainting": "inpainting.result",
     "inpaint": "inpainting.single_file",
     "evaluate": "evaluation.evaluate",
+    "summarise": "evaluation.summary",
     "brats_metrics": "evaluation.case_scores",
     "plot": "plots.case_plots",
     "view": "plots.case_plots",

@@ -25,6 +25,7 @@ from ldm_lib.autoencoder.model import Autoencoder, kl_divergence
 from ldm_lib.autoencoder.options import AutoencoderOptions, AutoencoderTrainingOptions
 from ldm_lib.autoencoder.third_party import load_autoencoder
 from ldm_lib.data.case import Case, load_case
+from ldm_lib.data.model_grid import require_spacing
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import TrainingError
 from ldm_lib.files import replacing
@@ -162,12 +163,17 @@ def load_or_train(
     Args:
         weights: model folder or file; empty trains on the cases.
         cases: training cases, by which latents of other projects' weights are standardised.
+
+    Raises:
+        InputError: weights of this project for another voxel size than that of the cases.
     """
     if not weights:
         trained = train_autoencoder(cases, options, folder=folder, device=device.type, precision=precision)
         return trained, "trained here"
-    imported = load_autoencoder(weights, spacing_mm=load_case(cases[0]).source.spacing_mm[0])
+    data = load_case(cases[0])
+    imported = load_autoencoder(weights, spacing_mm=data.source.spacing_mm[0])
     autoencoder = imported.autoencoder.to(device)
+    require_spacing(data, autoencoder.spacing_mm)
     if not imported.standardised:
         autoencoder.standardise(*latent_statistics(autoencoder, cases, device=device, precision=precision))
     return autoencoder, imported.description

@@ -16,6 +16,7 @@ from ldm_lib.anatomy.tissue import one_hot
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.volume import normalise
+from ldm_lib.errors import InputError
 from ldm_lib.geometry import block_centre, block_mean, blur_for, latent_mask
 
 CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
@@ -82,6 +83,19 @@ def resampling_to(data: CaseData, spacing_mm: float) -> Resampling | None:
     if all(abs(s / spacing_mm - 1) < SAME_SPACING for s in data.source.spacing_mm):
         return None
     return Resampling.of(data.source.shape, data.source.spacing_mm, spacing_mm)
+
+
+def require_spacing(data: CaseData, spacing_mm: float) -> None:
+    """Check that a training case has the voxel size of the model: only inference resamples.
+
+    Raises:
+        InputError: another voxel size.
+    """
+    if resampling_to(data, spacing_mm):
+        voxels = "x".join(f"{mm:g}" for mm in data.source.spacing_mm)
+        raise InputError(f"has voxels of {voxels} mm, the autoencoder was trained at {spacing_mm:g} mm",
+                         where=data.case.key, fix="train an autoencoder on these cases (pretrained=false, "
+                         f"autoencoder_dir=), or give cases of {spacing_mm:g} mm")  # fmt: skip
 
 
 def resample_case(data: CaseData, resampling: Resampling | None) -> CaseData:

@@ -27,7 +27,7 @@ from torch import Tensor
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import Case, load_case
-from ldm_lib.data.model_grid import GridCase, grid_case
+from ldm_lib.data.model_grid import GridCase, grid_case, require_spacing
 from ldm_lib.diffusion.latents import Latents, LatentSpec, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import fingerprint, replacing, sha256
@@ -103,7 +103,7 @@ class LatentCache:
 
     def versions(self, case: Case, count: int) -> dict[str, GridCase]:
         """Return a case on the model's grid as it is, and `count` augmented versions, by name, for inspection."""
-        original, spacing_mm = grid_case(load_case(case), self.autoencoder.factor), self.autoencoder.spacing_mm
+        original, spacing_mm = self._on_grid(case), self.autoencoder.spacing_mm
         draws = {f"version {k}": np.random.default_rng([self.seed, k]) for k in range(1, count + 1)}
         augmented = {name: self.augmentation(original, rng, spacing_mm=spacing_mm) for name, rng in draws.items()}
         return {"original": original} | augmented
@@ -137,6 +137,11 @@ class LatentCache:
         }
         return [CachedCase(case, tuple(entry.path for entry in by_scan[case.id])) for case in cases]
 
+    def _on_grid(self, case: Case) -> GridCase:
+        data = load_case(case)
+        require_spacing(data, self.autoencoder.spacing_mm)
+        return grid_case(data, self.autoencoder.factor)
+
     def _entries(self, name: str, scan: tuple[Case, ...], variants: int) -> list[_Entry]:
         """List the entries of a scan, one for each variant."""
         digests = {path: sha256(path) for path in {path for case in scan for path in case.files().values()}}
@@ -164,7 +169,7 @@ class LatentCache:
 
     def _encode_entries(self, missing: Sequence[_Entry]) -> int:
         """Encode entries, or wait for the process that does; return how many were encoded by this one."""
-        load = lru_cache(CASES_IN_MEMORY)(lambda case: grid_case(load_case(case), self.autoencoder.factor))
+        load = lru_cache(CASES_IN_MEMORY)(self._on_grid)
         done, encoded, progress = set(), 0, Progress(len(missing), name="encoding scan")
         (self.folder / LOCKS).mkdir(exist_ok=True)
         for wait in (False, True):

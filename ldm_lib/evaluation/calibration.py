@@ -45,15 +45,13 @@ def spread_skill_ratio(samples: np.ndarray, truth: np.ndarray) -> float:
     return float(spread / error) if error > 0 else np.nan
 
 
-def calibration_rows(cases: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Compute rows of `coverage`, averaged over the cases, and a row with the `spread_skill_ratio` of each case.
+def calibration_rows(
+    cases: Sequence[tuple[dict[str, str], np.ndarray, np.ndarray]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Compute two lists of rows, per case and interval those of `coverage`, and per case the `spread_skill_ratio`.
 
     Args:
-        cases: key, samples (K, n) and ground truth (n,) of each; K is the same for all.
+        cases: a row's first columns, samples (K, n) and ground truth (n,) of each; K is the same for all.
     """
-    each = [coverage(ranks(samples, truth), len(samples)) for _, samples, truth in cases]
-    pooled = [
-        {"expected": rows[0]["expected"], "found": float(np.mean([row["found"] for row in rows]))}
-        for rows in zip(*each, strict=True)
-    ]
-    return pooled, [{"case": key, "spread-skill ratio": spread_skill_ratio(s, truth)} for key, s, truth in cases]
+    covered = [about | row for about, s, truth in cases for row in coverage(ranks(s, truth), len(s))]
+    return covered, [about | {"spread-skill ratio": spread_skill_ratio(s, truth)} for about, s, truth in cases]

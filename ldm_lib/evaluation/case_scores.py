@@ -19,7 +19,7 @@ from ldm_lib.inpainting.baselines import BASELINES, OF_TISSUE
 
 SAMPLE, MEDOID, UPPER_BOUND, TISSUE_PAINT = "sample", "medoid sample", "upper bound", "tissue paint"
 ESTIMATE = "estimate"  # the mean in one evaluation, and its folder in the results of `evaluate`
-UPPER_BOUND_FOLDER = "ceiling"  # of the results of stage 05
+UPPER_BOUND_FOLDER = "upper_bound"  # of the results of stage 05
 WITH_GIVEN = ", given tissue"  # follows a method's name when it used the map that came with the case
 VARIANTS = ("as used", "given", "shuffled", "empty")  # of `counterfactuals.conditioning_variants`
 FIDELITY = ("psnr_01", "ssim", "dice CSF", "dice GM", "dice WM", "dice mean", "response")
@@ -126,6 +126,11 @@ def _baseline(name: str, data: CaseData, tissue: np.ndarray | None) -> np.ndarra
     return BASELINES[name](data.voided, data.mask, tissue=tissue, **geometry)
 
 
+def names(data: CaseData) -> dict[str, Any]:
+    """Return the first columns of a row of scores, the case and its patient."""
+    return {"case": data.case.key, "patient": data.case.patient}
+
+
 def fidelity_row(data: CaseData, volume: np.ndarray, *, requested: CaseData, threshold: float) -> dict[str, Any]:
     """Compute the scores of one result, and how closely it follows its tissue map and its growth map.
 
@@ -154,10 +159,8 @@ def fidelity_row(data: CaseData, volume: np.ndarray, *, requested: CaseData, thr
 def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Score volumes on the healthy mask: a row per method, and a row per method and tissue if there is a tissue map."""
     scored_mm3 = float(data.scored.sum()) * float(np.prod(data.source.spacing_mm))
-    about = {
-        "case": data.case.key,
-        "patient": data.case.patient,
-        "hole": mask_size_class(scored_mm3),
+    about = names(data) | {
+        "mask_size": mask_size_class(scored_mm3),
         "tissue_map": NO_MAP if data.tissue is None else made_by(data.case.tissue),
     }
     rows, by_tissue = [], []
@@ -173,7 +176,7 @@ def score_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> tuple[list[
 def boundary_rows(data: CaseData, volumes: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Compute the boundary scores of volumes by method: a row for each."""
     return [
-        {"case": data.case.key, "method": name} | boundary_scores(volume, data.voided, data.mask, data.scale)
+        names(data) | {"method": name} | boundary_scores(volume, data.voided, data.mask, data.scale)
         for name, volume in volumes.items()
     ]
 
@@ -189,7 +192,7 @@ def conditioning_rows(data: CaseData, given: CaseData, results: Path, *, thresho
     for name, volume in volumes.items():
         requested = given if name in ("given", "ground truth") and given.tissue is not None else data
         row = fidelity_row(data, volume, requested=requested, threshold=threshold)
-        rows.append({"case": data.case.key, "conditioning": name} | row)
+        rows.append(names(data) | {"conditioning": name} | row)
     return rows
 
 
@@ -199,5 +202,5 @@ def guidance_rows(data: CaseData, results: Path, *, threshold: float) -> list[di
     for path in sorted((results / "conditionings").glob(f"guidance_*/{data.case.result_name}")):
         scale = float(path.parent.name.partition("_")[2])
         row = fidelity_row(data, read_image(path).voxels, requested=data, threshold=threshold)
-        rows.append({"case": data.case.key, "guidance": scale} | row)
+        rows.append(names(data) | {"guidance": scale} | row)
     return rows

@@ -65,8 +65,8 @@ def evaluate(
         say: receives a line for each case that is prepared, inpainted or scored.
 
     Returns:
-        columns "case", "patient", "hole" (size class of the mask), "tissue_map", "method", "psnr" (dB), "ssim", "mse",
-        "rmse", "mae" (`brats_metrics`). `evaluation.summary.summarise` gives means with intervals.
+        columns "case", "patient", "mask_size" (its class), "tissue_map", "method", "psnr" (dB), "ssim", "mse",
+        "rmse", "mae" (`brats_metrics`). `ldm.summarise` gives means with intervals.
 
     Raises:
         LdmError: no case with its T1n, a case that cannot be inpainted, or a parameter that is out of range.
@@ -78,8 +78,8 @@ def evaluate(
         >>> table = ldm.evaluate(inpainter, cases, n_samples=2, num_inference_steps=1, tissue="given", **quiet)
         >>> sorted(table["method"])[:4]
         ['estimate', 'harmonic', 'initial estimate', 'mean']
-        >>> table.groupby("method")[["psnr", "ssim"]].mean().shape
-        (10, 2)
+        >>> ldm.summarise(table).loc["estimate", "psnr"].index.tolist()
+        ['mean', 'low', 'high']
     """
     if pictures < 0:
         raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")

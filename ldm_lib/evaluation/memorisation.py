@@ -42,7 +42,13 @@ class Patch:
         if not mask[box].any():  # the middle of a mask need not be in it
             box = tuple(slice(0, n) for n in mask.shape)
         values = normalise(data.lps(volume)[box], data.scale)
-        return cls({"case": data.case.key} | about, values, mask[box], tuple(s.start for s in box), spacing)
+        return cls(
+            {"case": data.case.key, "patient": data.case.patient} | about,
+            values,
+            mask[box],
+            tuple(s.start for s in box),
+            spacing,
+        )
 
     def distance(self, image: np.ndarray) -> float:
         """Compute the RMS distance to the most similar place of a normalised LPS volume, or of its mirror image."""

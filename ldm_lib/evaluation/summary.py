@@ -20,26 +20,45 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows).rename(columns={"psnr_01": "psnr"})
 
 
-def summarise(table: pd.DataFrame, scores: Sequence[str] = (), *, reference: str = "") -> pd.DataFrame:
+def summarise(
+    table: pd.DataFrame, scores: Sequence[str] = (), *, by: str | list[str] = "method", reference: str = ""
+) -> pd.DataFrame:
     """Compute the mean over patients of each score and method, with its interval of `metrics.bootstrap_by_patient`.
 
     Args:
-        table: columns "method", "case", "patient" and scores; a row for each case and method.
+        table: columns "patient", that or those of `by`, and scores, such as `ldm.evaluate` returns.
         scores: columns to summarise; by default all of `METRICS` that the table has.
-        reference: a method; if given, the differences to it in the same case are summarised.
+        by: column or columns that name the groups.
+        reference: a method; if given, the differences to it in the same "case" are summarised.
 
     Returns:
-        a row for each method, in the order of the table, with columns (score, "mean" | "low" | "high").
+        a row for each group, in the order of the table, with columns (score, "mean" | "low" | "high").
+
+    Examples:
+        >>> import pandas as pd
+        >>> rows = [("a", "estimate", 20.0), ("a", "estimate", 22.0), ("b", "estimate", 25.0)]
+        >>> table = pd.DataFrame(rows, columns=["patient", "method", "psnr"])
+        >>> summarise(table)["psnr"].loc["estimate"].tolist()
+        [23.0, 21.0, 25.0]
     """
     scores = list(scores or [name for name in METRICS if name in table])
     if reference:
         base = table[table["method"] == reference].set_index("case")[scores].reindex(table["case"])
         table = table.assign(**{name: table[name].to_numpy() - base[name].to_numpy() for name in scores})
     rows = {}
-    for method, own in table.groupby("method", sort=False):
+    for group, own in table.groupby(by, sort=False):
         found = {name: bootstrap_by_patient(own[name], list(own["patient"])) for name in scores}
-        rows[method] = {(name, part): found[name][part] for name in scores for part in ("mean", "low", "high")}
-    return pd.DataFrame(rows).T
+        rows[group] = {(name, part): found[name][part] for name in scores for part in ("mean", "low", "high")}
+    return pd.DataFrame(rows).T.rename_axis(by)
+
+
+def interval_table(
+    table: pd.DataFrame, scores: Sequence[str], *, by: str | list[str] = "method", digits: int = 3
+) -> pd.DataFrame:
+    """Return `summarise` as text to show, "mean [low, high]": a row for each group, a column for each score."""
+    found = summarise(table, scores, by=by)
+    text = {score: [_interval(row, digits) for _, row in found[score].iterrows()] for score in scores}
+    return pd.DataFrame(text, index=found.index)
 
 
 def report(table: pd.DataFrame) -> str:

@@ -95,11 +95,18 @@ def _densities(ax: Axes, values: Mapping[str, np.ndarray], bins: int) -> np.ndar
     return edges
 
 
-def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], title: str = "") -> InlineFigure:
-    """Plot scores by method: a dot per case, a line that joins the methods of a case, a bar at the mean.
+def score_dots(
+    table: Mapping[str, Sequence[object]],
+    means: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    scores: Sequence[str],
+    title: str = "",
+) -> InlineFigure:
+    """Plot scores by method: a dot per case, a line that joins the methods of a case, the mean with its interval.
 
     Args:
         table: columns `case`, `method` and the scores, one row per pair, such as a DataFrame.
+        means: score -> "mean", "low", "high" -> method -> value, such as `evaluation.summary.summarise` returns.
         scores: columns to plot, one panel each.
     """
     case, method = np.asarray(table["case"], str), np.asarray(table["method"], str)
@@ -114,16 +121,18 @@ def score_dots(table: Mapping[str, Sequence[object]], *, scores: Sequence[str], 
             ax.plot(values[rows], height[rows], color="0.85", lw=0.8, zorder=1)
         ax.scatter(values, height, s=16, color=GROUPS[0], alpha=0.6, lw=0, zorder=2)
         for k, name in enumerate(methods):
-            scored = values[(method == name) & ~np.isnan(values)]
-            mean = scored.mean() if scored.size else np.nan
+            mean, low, high = (means[score][part][name] for part in ("mean", "low", "high"))
             ax.plot([mean, mean], [k - 0.28, k + 0.28], color=GROUPS[1], lw=2.5, zorder=3)
-            text = f"{mean:.3g}" if scored.size else ""
+            ax.hlines(k, low, high, color=GROUPS[1], lw=1.5, zorder=3)
+            text = "" if np.isnan(mean) else f"{mean:.3g}"
             ax.text(1.01, k, text, transform=ax.get_yaxis_transform(), fontsize=FONT, va="center")
         ax.set_xlabel(AXIS_LABELS.get(score, score), fontsize=FONT + 0.5)
         _plain(ax)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
-    figure.suptitle(f"{title}   dots: {len(set(case))} cases, bar: mean".strip(), fontsize=FONT + 2.5)
+    figure.suptitle(
+        f"{title}   dots: {len(set(case))} cases, bar: mean over patients, 95 % interval".strip(), fontsize=FONT + 2.5
+    )
     return figure
 
 

@@ -47,12 +47,13 @@ def test_ties_take_any_place_among_their_equals():
     assert np.isnan(spread_skill_ratio(np.zeros((4, N)), truth))
 
 
-def test_cases_count_alike_whatever_their_size():
+def test_each_case_has_rows_of_its_own_whatever_its_size():
     few, many = drawn(4, 2.0), drawn(4, 0.3)
     few = few[0][:, :500], few[1][:500]
-    pooled, each = calibration_rows([("few", *few), ("many", *many)])
-    alone = [coverage(ranks(*pair), 4) for pair in (few, many)]
-    for row, a, b in zip(pooled, *alone, strict=True):
-        assert row["found"] == pytest.approx((a["found"] + b["found"]) / 2)
+    covered, each = calibration_rows([({"case": "few"}, *few), ({"case": "many"}, *many)])
+    expected = [
+        {"case": name} | row for name, pair in (("few", few), ("many", many)) for row in coverage(ranks(*pair), 4)
+    ]
+    assert covered == expected
     assert [row["case"] for row in each] == ["few", "many"]
     assert each[0]["spread-skill ratio"] > 1 > each[1]["spread-skill ratio"]

@@ -29,13 +29,13 @@ def data(cases):
 @pytest.fixture
 def results(data, tmp_path):
     """A folder as of stage 05: the masked region is 100 in the sample, 200 in the mean, 300 in the upper bound."""
-    (tmp_path / "ceiling").mkdir()
+    (tmp_path / "upper_bound").mkdir()
     name = data.case.result_name
     for path, value in (
         (tmp_path / name.replace(".nii.gz", "-sample-0000.nii.gz"), 100),
         (tmp_path / name, 200),
         (tmp_path / name.replace(".nii.gz", "-nearest.nii.gz"), 150),
-        (tmp_path / "ceiling" / name, 300),
+        (tmp_path / "upper_bound" / name, 300),
     ):
         write_like(path, data.source, np.full(data.mask.shape, float(value)), data.mask)
     return tmp_path
@@ -75,7 +75,7 @@ def test_rows_are_the_challenges_scores_on_the_healthy_mask(data):
         oracle = brats_scores(volume, data.target, data.voided, data.healthy)
         assert {name: row[name] for name in oracle} == oracle
         assert (row["case"], row["patient"]) == (data.case.key, data.case.patient)
-        assert row["hole"] == mask_size_class(data.mask.sum() * 8.0**3) and row["tissue_map"] == "given"
+        assert row["mask_size"] == mask_size_class(data.mask.sum() * 8.0**3) and row["tissue_map"] == "given"
     assert rows[0]["ssim"] == 1 and rows[0]["psnr_01"] == np.inf and rows[1]["psnr_01"] < 20
     assert {row["tissue"] for row in by_tissue} <= {"CSF", "GM", "WM"} and {"truth", "nothing"} == {
         row["method"] for row in by_tissue

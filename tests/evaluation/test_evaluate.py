@@ -14,7 +14,7 @@ from ldm_lib.evaluation import evaluate as module
 from ldm_lib.evaluation.case_scores import ESTIMATE, MEDOID, SAMPLE, UPPER_BOUND, mean_of
 from ldm_lib.evaluation.evaluate import evaluate_folder
 from ldm_lib.evaluation.metrics import brats_scores
-from ldm_lib.evaluation.summary import as_table, cases_table, methods_table, summarise
+from ldm_lib.evaluation.summary import as_table, cases_table, interval_table, methods_table, summarise
 from ldm_lib.experiment.stages import SamplingConfig
 from ldm_lib.files import markdown
 from ldm_lib.inpainting.baselines import BASELINES, harmonic_fill
@@ -105,6 +105,14 @@ def done(folder, tiny_initial_estimate_folder, tmp_path_factory):
 def read(output):
     with (output / "metrics.csv").open(newline="") as stream:
         return {(row["case"], row["method"]): row for row in csv.DictReader(stream)}
+
+
+def test_means_by_mask_size_average_the_masks_of_a_patient_first():
+    """Closed form: patient a has small masks of 10 and 20 dB, b one of 30: (15 + 30) / 2, from 15 to 30."""
+    sizes = [("a", "small", 10.0), ("a", "small", 20.0), ("b", "small", 30.0), ("b", "large", 8.0)]
+    rows = [{"method": "estimate", "patient": p, "mask_size": size, "psnr": psnr} for p, size, psnr in sizes]
+    found = interval_table(pd.DataFrame(rows), ["psnr"], by=["method", "mask_size"], digits=1)["psnr"]
+    assert found.to_dict() == {("estimate", "small"): "22.5 [15.0, 30.0]", ("estimate", "large"): "8.0"}
 
 
 def test_every_method_is_scored_in_every_case(done, two):

@@ -170,7 +170,7 @@ def test_conditioned_on_no_growth_the_tumour_region_becomes_healthy_tissue(tmp_p
     """And a tumour if conditioned on one. A model of 6 mm; CSF is omitted, as coarse voxels hold only a part of it."""
     settings = {"spacing_mm": 6.0, "synthetic_patients": 24, "autoencoder_steps": 20, "max_epochs": 60, "max_cases": 5,
                 "samples": 1, "fidelity_cases": 0, "wandb_mode": "off", "use_mlflow": False, "accept_anyway": True,
-                "tissue_source": "given"}  # fmt: skip
+                "tissue_source": "given", "pretrained": False}  # fmt: skip
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     ended = ldm(tmp_path, "run", "01", "02", "03", "04", "--run", "demo", *words)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -29,24 +29,30 @@ def test_histograms_are_densities_over_one_set_of_bins_in_each_channel():
         assert f"train: {groups['train'][c].mean():.3g}" in ax.get_legend().get_texts()[0].get_text()
 
 
-def test_score_dots_show_every_case_and_the_mean_of_every_method():
+def test_score_dots_show_every_case_and_the_given_mean_and_interval_of_every_method():
     table = {
         "case": ["a", "b", "a", "b"],
         "method": ["zero", "zero", "proposed", "proposed"],
         "ssim": [0.2, 0.4, 0.9, 0.7],
     }
-    (ax,) = charts.score_dots(table, scores=["ssim"]).axes
+    means = {"ssim": {"mean": {"zero": 0.31, "proposed": 0.8}, "low": {"zero": 0.25, "proposed": 0.75},
+                      "high": {"zero": 0.4, "proposed": 0.85}}}  # fmt: skip
+    (ax,) = charts.score_dots(table, means, scores=["ssim"]).axes
+    bars = [ends[:, 0].tolist() for bar in ax.collections[1:] for ends in bar.get_segments()]
+    assert bars == [[0.25, 0.4], [0.75, 0.85]], "the intervals are those given"
     dots = ax.collections[0].get_offsets()
     assert {tuple(dot) for dot in np.asarray(dots)} == {(0.2, 0), (0.4, 0), (0.9, 1), (0.7, 1)}
     joins = [line.get_xydata().tolist() for line in ax.lines if len(set(line.get_xdata())) == 2]
     assert joins == [[[0.2, 0], [0.9, 1]], [[0.4, 0], [0.7, 1]]]
-    assert [text.get_text() for text in ax.texts] == ["0.3", "0.8"]
+    assert [text.get_text() for text in ax.texts] == ["0.31", "0.8"]
     assert ax.yaxis_inverted() and [t.get_text() for t in ax.get_yticklabels()] == ["zero", "proposed"]
 
 
 def test_a_score_that_a_method_lacks_leaves_its_row_empty():
     table = {"case": ["a", "a"], "method": ["zero", "proposed"], "psnr_01": [np.nan, 20.0]}
-    (ax,) = charts.score_dots(table, scores=["psnr_01"]).axes
+    nothing = {"zero": np.nan, "proposed": np.nan}
+    means = {"psnr_01": {"mean": {"zero": np.nan, "proposed": 20.0}, "low": nothing, "high": nothing}}
+    (ax,) = charts.score_dots(table, means, scores=["psnr_01"]).axes
     assert [text.get_text() for text in ax.texts] == ["", "20"]
 
 
