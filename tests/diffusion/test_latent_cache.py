@@ -389,8 +389,8 @@ def test_a_map_that_went_missing_is_noticed(sources, autoencoder, tmp_path):
     assert unknown["loss"].sum() < known["loss"].sum()  # unhealthy latent voxels of unknown growth leave the loss
 
 
-def test_cases_of_another_voxel_size_are_rejected(sources, autoencoder, tmp_path, monkeypatch):
+def test_cases_of_another_voxel_size_are_rejected(sources, autoencoder, tmp_path):
     """A training case is not resampled, so its latents would be of another scale than the model's."""
-    monkeypatch.setattr(type(autoencoder), "spacing_mm", 1.0)
+    autoencoder.spacing_mm = 1.0
     with pytest.raises(InputError, match=r"has voxels of 8x8x8 mm, the autoencoder was trained at 1 mm"):
         cache(tmp_path / "c", autoencoder).encode(sources)
