@@ -6,16 +6,19 @@ estimate = w p + h,  h harmonic in the mask, h = image - w p on the voxels aroun
 The same tissue map is used inside and outside the mask, so that the regression learns how reliable it is. A map that
 fits the visible voxels better than the hidden ones, such as one that was refined by the scan's own intensities, would
 be trusted too much. Air at the brain's surface is not known to be dark, see `air_at_surface`.
+
+Everything but distances is computed in torch, in batches: training and inference share these functions.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy import ndimage
+from torch import Tensor
 
 from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.geometry import bounding_box
-from ldm_lib.poisson import harmonic
 
 REGRESSION_WEIGHT = 0.5  # w: the other half of the regression's contrast comes from the edge of the mask
 WIDTHS_MM = (2.0, 4.0)  # s: about the error of a registered atlas
@@ -23,7 +26,9 @@ NEAR_MM, FAR_MM = 15.0, 40.0  # the regression's weights fall by 1/e over NEAR, 
 SURFACE_MM = 10.0  # of the registered atlas, within which the surface of the brain may be
 RIDGE = 1e-3  # relative to the mean variance of the regressors
 MIN_VISIBLE_VOXELS = 100  # with fewer there is no regression
-RELATIVE_RESIDUAL = 1e-4
+TRUNCATE = 4.0  # of a Gaussian kernel, standard deviations
+RELATIVE_RESIDUAL, MOST_ITERATIONS = 1e-4, 500  # of the conjugate gradients
+CHECK_EVERY = 10  # iterations, as a test of convergence waits for a GPU
 
 
 def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *, spacing_mm: float) -> np.ndarray:
@@ -51,12 +56,12 @@ def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *,
     if not mask.any():
         return filled
     box = bounding_box(mask, int(np.ceil(FAR_MM / spacing_mm)))
-    regression = REGRESSION_WEIGHT * _regression(filled[box], mask[box], tissue[box], spacing_mm)
-    core = bounding_box(mask[box], 1)
-    residual, inside = np.where(mask[box], 0, filled[box] - regression)[core], mask[box][core]
-    air = air_at_surface(filled, mask, tissue, spacing_mm=(spacing_mm,) * 3)[box][core]
-    continued = harmonic(residual, inside, rtol=RELATIVE_RESIDUAL, dtype=np.float32, air=air)
-    filled[mask] = np.maximum(regression[core][inside] + continued, 0)
+    air = air_at_surface(filled, mask, tissue, spacing_mm=(spacing_mm,) * 3)
+    distance_mm = ndimage.distance_transform_edt(~mask[box]) * spacing_mm
+    weight = np.where((distance_mm > 0) & (distance_mm <= FAR_MM), np.exp(-distance_mm / NEAR_MM), 0)
+    one = [torch.from_numpy(np.ascontiguousarray(array[box]))[None, None] for array in (filled, mask, tissue, air)]
+    estimate = fill(*one, torch.from_numpy(weight.astype(np.float32))[None, None], spacing_mm=spacing_mm)
+    filled[mask] = estimate[0, 0].numpy()[mask[box]]
     return filled
 
 
@@ -83,22 +88,101 @@ def air_at_surface(
     return found
 
 
-def _regression(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, spacing_mm: float) -> np.ndarray:
-    """Return p (x, y, z), or 0 where too little is visible; the image is 0 under the mask."""
-    distance_mm = ndimage.distance_transform_edt(~mask) * spacing_mm
-    visible = ~mask & (distance_mm <= FAR_MM)
-    present = [label for label in TISSUES if (tissue[visible] == label).any()]
-    if not present or np.count_nonzero(visible) < MIN_VISIBLE_VOXELS:
-        return np.zeros_like(image)
-    blurred = [ndimage.gaussian_filter((tissue == label).astype(np.float32), width / spacing_mm)
-               for label in present for width in WIDTHS_MM]  # fmt: skip
-    regressors = np.stack([volume[visible] for volume in blurred], axis=1).astype(np.float64)
-    weights = np.exp(-distance_mm[visible] / NEAR_MM)
-    weights /= weights.sum()
-    values, centre = image[visible].astype(np.float64), weights @ regressors
-    centred = regressors - centre
-    gram = centred.T @ (centred * weights[:, None])
-    gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-    slopes = np.linalg.solve(gram, centred.T @ (weights * (values - weights @ values)))
-    offset = weights @ values - slopes @ centre
-    return np.float32(offset) + sum(np.float32(slope) * volume for slope, volume in zip(slopes, blurred, strict=True))
+def fill(image: Tensor, mask: Tensor, tissue: Tensor, air: Tensor, weight: Tensor, *, spacing_mm: float) -> Tensor:
+    """Fill the masked regions of a batch of images: `initial_estimate` in torch, on any device.
+
+    Args:
+        image: (b 1 x y z) normalised, 0 under the mask.
+        mask, air: (b 1 x y z) bool, voxels to fill, and air that is not continued into them.
+        tissue: (b 1 x y z) labels.
+        weight: (b 1 x y z) of each visible voxel in the regression, 0 where it is left out.
+        spacing_mm: edge of an isotropic voxel.
+
+    Returns:
+        (b 1 x y z) float32, at least 0 under the mask.
+    """
+    regression = REGRESSION_WEIGHT * _regression(image, tissue, weight, spacing_mm)
+    core = (..., *bounding_box(mask.any(0)[0].cpu().numpy(), 1))
+    residual = torch.where(mask, 0, image - regression)[core]
+    inside = regression[core] + continue_harmonically(residual, mask[core], air[core])
+    filled = image.clone()
+    filled[core] = torch.where(mask[core], inside.clamp(min=0), image[core])
+    return filled
+
+
+def gaussian_blur(volumes: Tensor, sigma_vox: float | Sequence[float]) -> Tensor:
+    """Blur volumes (b c x y z) by a Gaussian, mirrored at the borders, by one matrix product along each axis."""
+    for axis, sigma in zip((2, 3, 4), np.broadcast_to(sigma_vox, 3).tolist(), strict=True):
+        if sigma > 0:
+            matrix = _blur_matrix(volumes.shape[axis], sigma).to(volumes)
+            volumes = torch.tensordot(volumes, matrix, dims=([axis], [1])).movedim(-1, axis)
+    return volumes
+
+
+def _blur_matrix(size: int, sigma: float) -> Tensor:
+    kernel = ndimage.gaussian_filter1d(np.eye(size), sigma, axis=0, truncate=TRUNCATE)
+    return torch.from_numpy(kernel)
+
+
+def _regression(image: Tensor, tissue: Tensor, weight: Tensor, spacing_mm: float) -> Tensor:
+    """Return p (b 1 x y z), or 0 where too little is visible."""
+    one_hot = torch.cat([tissue == label for label in TISSUES], dim=1).float()
+    present = ((one_hot * (weight > 0)).flatten(2).sum(2) > 0).float()  # b k
+    blurred = torch.cat([gaussian_blur(one_hot, width / spacing_mm) for width in WIDTHS_MM], dim=1)
+    blurred = blurred * present.repeat(1, len(WIDTHS_MM))[..., None, None, None]
+    usable = present.any(1) & ((weight > 0).flatten(1).sum(1) >= MIN_VISIBLE_VOXELS)
+    flat, w = blurred.flatten(2), weight.flatten(2)
+    w = (w / w.sum(2, keepdim=True).clamp(min=1e-12)).double()
+    centre = flat.double() @ w.mT  # b r 1
+    centred, values = flat.double() - centre, image.flatten(2).double()
+    gram = (centred * w) @ centred.mT
+    count = present.sum(1).clamp(min=1) * len(WIDTHS_MM)
+    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1) / count + torch.finfo(torch.float32).tiny
+    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1]).to(gram)
+    mean = values @ w.mT
+    slopes = torch.linalg.solve(gram, centred @ ((values - mean) * w).mT)
+    offset = mean - (slopes * centre).sum(1, keepdim=True)
+    fitted = offset[..., None, None].float() + (blurred * slopes[..., None, None].float()).sum(1, keepdim=True)
+    return torch.where(usable[:, None, None, None, None], fitted, 0)
+
+
+def continue_harmonically(known: Tensor, mask: Tensor, air: Tensor) -> Tensor:
+    """Solve Laplace's equation under the masks of a batch by conjugate gradients; see `poisson.masked_laplacian`.
+
+    Args:
+        known: (b 1 x y z), 0 under the mask.
+        mask, air: (b 1 x y z) bool.
+
+    Returns:
+        (b 1 x y z) the solution under the mask, 0 elsewhere; all 0 without any voxel around the mask.
+    """
+    inside = mask.float()
+    edge = (~mask & ~air).float()
+    degree = _sum_of_neighbours(inside + edge) * inside
+    right = _sum_of_neighbours(known * edge) * inside
+    faces = _sum_of_neighbours(edge) * inside
+    total = (1, 2, 3, 4)
+    mean = right.sum(total, keepdim=True) / faces.sum(total, keepdim=True).clamp(min=1)
+    x = inside * mean
+    r = right - (degree * x - _sum_of_neighbours(x) * inside)
+    p, power = r, r.square().sum(total, keepdim=True)
+    enough = RELATIVE_RESIDUAL**2 * right.square().sum(total, keepdim=True)
+    for iteration in range(MOST_ITERATIONS):
+        if iteration % CHECK_EVERY == 0 and bool((power <= enough).all()):
+            break
+        image = degree * p - _sum_of_neighbours(p) * inside
+        step = power / (p * image).sum(total, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+        x, r = x + step * p, r - step * image
+        following = r.square().sum(total, keepdim=True)
+        p, power = r + following / power.clamp(min=torch.finfo(p.dtype).tiny) * p, following
+    return x
+
+
+def _sum_of_neighbours(values: Tensor) -> Tensor:
+    """Sum the six face neighbours of each voxel (b 1 x y z); there are none outside the volume."""
+    total = torch.zeros_like(values)
+    for axis in (2, 3, 4):
+        size = values.shape[axis]
+        total.narrow(axis, 1, size - 1).add_(values.narrow(axis, 0, size - 1))
+        total.narrow(axis, 0, size - 1).add_(values.narrow(axis, 1, size - 1))
+    return total

@@ -27,12 +27,12 @@ def smooth_field(
     counts = [int(np.ceil(e / node_mm)) + 4 for e in extent_mm]
     field = rng.standard_normal(counts, dtype=np.float32)
     for positions, count in zip(positions_mm, counts, strict=True):
-        weights = _cubic_weights(np.asarray(positions) / node_mm, count)
+        weights = cubic_weights(np.asarray(positions) / node_mm, count)
         field = np.tensordot(field, weights, axes=(0, 1))
     return field
 
 
-def _cubic_weights(positions: np.ndarray, count: int) -> np.ndarray:
+def cubic_weights(positions: np.ndarray, count: int) -> np.ndarray:
     """Return the cubic B-spline of each node at each position, scaled to unit sum of squares: (positions, nodes)."""
     t = np.abs(positions[:, None] + 1 - np.arange(count)[None])
     weights = np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.clip(2 - t, 0, None) ** 3 / 6)

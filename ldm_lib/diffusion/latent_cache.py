@@ -28,6 +28,7 @@ from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.model_grid import GridCase, grid_case, require_spacing
+from ldm_lib.diffusion.fresh_samples import FreshSamples, fresh_samples, fresh_version
 from ldm_lib.diffusion.latents import Latents, LatentSpec, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import fingerprint, replacing, sha256
@@ -73,6 +74,7 @@ class _Entry:
     key: str
     cases: tuple[Case, ...]
     variant: int
+    fresh_crop: int
 
 
 class LatentCache:
@@ -108,7 +110,7 @@ class LatentCache:
         augmented = {name: self.augmentation(original, rng, spacing_mm=spacing_mm) for name, rng in draws.items()}
         return {"original": original} | augmented
 
-    def encode(self, cases: Sequence[Case], *, variants: int = 1) -> list[CachedCase]:
+    def encode(self, cases: Sequence[Case], *, variants: int = 1, fresh_crop: int = 0) -> list[CachedCase]:
         """Encode what is missing, out of date or damaged, and return a handle for each case.
 
         What another process is encoding is left to it, and waited for at the end. Entries of the same scans that were
@@ -116,11 +118,12 @@ class LatentCache:
 
         Args:
             variants: encodings per case; the first is not augmented, the others are.
+            fresh_crop: edge of a crop; if above 0, all encodings are drawn by `fresh_samples`.
         """
         scans: dict[str, list[Case]] = {}
         for case in cases:
             scans.setdefault(case.id, []).append(case)
-        by_scan = {name: self._entries(name, tuple(scan), variants) for name, scan in scans.items()}
+        by_scan = {name: self._entries(name, tuple(scan), variants, fresh_crop) for name, scan in scans.items()}
         entries = [entry for scan in by_scan.values() for entry in scan]
         stale = self._remove_stale(entries)
         damaged = [entry for entry in entries if entry.path.exists() and not _is_intact(entry)]
@@ -142,17 +145,18 @@ class LatentCache:
         require_spacing(data, self.autoencoder.spacing_mm)
         return grid_case(data, self.autoencoder.factor)
 
-    def _entries(self, name: str, scan: tuple[Case, ...], variants: int) -> list[_Entry]:
+    def _entries(self, name: str, scan: tuple[Case, ...], variants: int, fresh_crop: int) -> list[_Entry]:
         """List the entries of a scan, one for each variant."""
         digests = {path: sha256(path) for path in {path for case in scan for path in case.files().values()}}
         sources = {case.key: {role: digests[path] for role, path in case.files().items()} for case in scan}
-        augmented = {"augmentation": asdict(self.augmentation), "seed": self.seed}
+        fresh = {"fresh": fresh_version(), "crop": fresh_crop, "seed": self.seed} if fresh_crop else {}
+        augmented = {} if fresh else {"augmentation": asdict(self.augmentation), "seed": self.seed}
         entries = []
         for variant in range(variants):
-            about = self._made_from | {"sources": sources, "variant": variant} | (augmented if variant else {})
+            about = self._made_from | {"sources": sources, "variant": variant} | fresh | (augmented if variant else {})
             key = fingerprint(about)
             path = self.folder / f"{name}-{variant}-{key[:16]}.safetensors"
-            entries.append(_Entry(path, key, scan, variant))
+            entries.append(_Entry(path, key, scan, variant, fresh_crop))
         return entries
 
     def _remove_stale(self, entries: Sequence[_Entry]) -> int:
@@ -169,7 +173,7 @@ class LatentCache:
 
     def _encode_entries(self, missing: Sequence[_Entry]) -> int:
         """Encode entries, or wait for the process that does; return how many were encoded by this one."""
-        load = lru_cache(CASES_IN_MEMORY)(self._on_grid)
+        load, read = lru_cache(CASES_IN_MEMORY)(self._on_grid), lru_cache(1)(self.fresh)
         done, encoded, progress = set(), 0, Progress(len(missing), name="encoding scan")
         (self.folder / LOCKS).mkdir(exist_ok=True)
         for wait in (False, True):
@@ -177,7 +181,7 @@ class LatentCache:
                 try:
                     with FileLock(self.folder / LOCKS / entry.path.stem, timeout=-1 if wait else 0):
                         if not _is_intact(entry):
-                            self._encode_entry(entry, load)
+                            self._encode_entry(entry, load, read)
                             encoded += 1
                 except Timeout:  # another process encodes it: it is waited for at the end
                     continue
@@ -185,9 +189,18 @@ class LatentCache:
                 progress.update(len(done), entry.path.name, now=len(done) == len(missing))
         return encoded
 
-    def _encode_entry(self, entry: _Entry, load: Callable[[Case], GridCase]) -> None:
+    def fresh(self, cases: tuple[Case, ...], crop: int) -> list[FreshSamples]:
+        """Return what draws fresh samples of the cases of a scan."""
+        return fresh_samples(cases, self.autoencoder, self.spec, crop=crop, seed=self.seed)
+
+    def _encode_entry(
+        self, entry: _Entry, load: Callable[[Case], GridCase], read: Callable[..., list[FreshSamples]]
+    ) -> None:
         latents = {}
-        for case in entry.cases:
+        if entry.fresh_crop:
+            sources = read(entry.cases, entry.fresh_crop)
+            latents = {source.case.key: source[entry.variant] for source in sources}
+        for case in () if entry.fresh_crop else entry.cases:
             plain = load(case)
             if entry.variant:
                 digest = hashlib.sha256(case.key.encode()).digest()[:4]

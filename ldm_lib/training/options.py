@@ -86,6 +86,9 @@ class LatentSampleOptions(Options):
         12, description="edge of a training crop around the mask, latent voxels; 0 takes whole latents"
     )
     cache_variants: Positive = Field(2, description="encodings per training sample; all but the first are augmented")
+    fresh_samples: bool = Field(
+        False, description="draw each encoding afresh: warp, mask and appearance, instead of augmenting the case"
+    )
     latent_flip_probability: Fraction = Field(
         0.0, description="probability of a left-right flip of latents; exact for linear codecs only"
     )

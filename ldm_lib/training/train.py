@@ -111,7 +111,8 @@ def encode(
 
     With `overfit_batches` training cases are validated.
     """
-    cached = cache.encode(training, variants=1 if config.overfit_batches else config.cache_variants)
+    crop = config.latent_crop if config.fresh_samples else 0
+    cached = cache.encode(training, variants=1 if config.overfit_batches else config.cache_variants, fresh_crop=crop)
     costs = [{"cases": "training"} | cache.costs]
     if config.overfit_batches or not validation:
         return cached, cached[: config.val_cases] if config.overfit_batches else [], costs

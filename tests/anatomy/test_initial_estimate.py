@@ -4,12 +4,20 @@ import doctest
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from ldm_lib.anatomy import initial_estimate as module
-from ldm_lib.anatomy.initial_estimate import air_at_surface, initial_estimate
+from ldm_lib.anatomy.initial_estimate import (
+    air_at_surface,
+    continue_harmonically,
+    fill,
+    gaussian_blur,
+    initial_estimate,
+)
 from ldm_lib.data.synthetic_cohort import make_patient
 from ldm_lib.inpainting.baselines import harmonic_fill
+from ldm_lib.poisson import harmonic
 
 SHAPE = (40, 44, 36)
 RNG = np.random.default_rng(0)
@@ -75,6 +83,46 @@ def test_the_tissue_map_improves_on_harmonic_inpainting():
     both = initial_estimate(image, healthy, patient.tissue, spacing_mm=4.0), harmonic_fill(image, healthy)
     errors = [float(np.square(filled - image)[healthy].mean()) for filled in both]
     assert errors[0] < 0.8 * errors[1], errors
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0, (0.0, 1.0, 3.0)])
+def test_the_blur_is_that_of_scipy(sigma):
+    image = RNG.random((2, 2, *SHAPE)).astype(np.float32)
+    found = gaussian_blur(torch.from_numpy(image), sigma).numpy()
+    for index in np.ndindex(2, 2):
+        np.testing.assert_allclose(found[index], ndimage.gaussian_filter(image[index], sigma), atol=1e-5)
+
+
+def test_the_harmonic_continuation_is_that_of_the_sparse_solver():
+    """Two masks in one volume, air at one of them, and a batch whose other volume has no mask."""
+    image = ndimage.gaussian_filter(RNG.standard_normal(SHAPE), 2).astype(np.float32)
+    mask = MASK.copy()
+    mask[30:36, 2:9, 3:11] = True
+    air = np.zeros(SHAPE, bool)
+    air[26, 14:30, 10:24] = True
+    expected = harmonic(image, mask, rtol=1e-8, dtype=np.float64, air=air)
+    batch = [np.stack(pair)[:, None] for pair in ((image * ~mask, image), (mask, mask & False), (air, air & False))]
+    found = continue_harmonically(*map(torch.from_numpy, batch)).numpy()
+    np.testing.assert_allclose(found[0, 0][mask], expected, atol=1e-3 * np.abs(expected).max())
+    assert not found[0, 0][~mask].any() and not found[1].any()
+
+
+def test_a_batch_is_filled_as_its_volumes_are():
+    image = (0.5 + 0.3 * smoothed(2, 1.0)).astype(np.float32)
+    masks = np.stack([MASK, np.roll(MASK, (5, -4, 3), (0, 1, 2))])
+    weight = [
+        np.where(mask, 0, np.exp(-ndimage.distance_transform_edt(~mask) / 15)).astype(np.float32) for mask in masks
+    ]
+    labels, air = np.stack([LABELS, UNKNOWN]), np.zeros_like(masks)
+    volumes = [
+        torch.from_numpy(np.stack(list(parts)))[:, None] for parts in (image * ~masks, masks, labels, air, weight)
+    ]
+    both = fill(*volumes, spacing_mm=1.0)
+    for k in range(2):
+        torch.testing.assert_close(
+            both[k], fill(*(part[k : k + 1] for part in volumes), spacing_mm=1.0)[0], atol=2e-4, rtol=0
+        )
+    assert torch.equal(both[~volumes[1]], volumes[0][~volumes[1]])
 
 
 def test_examples_run():

@@ -1,0 +1,155 @@
+"""Fresh training samples: without randomness they are the encodings of the case; image, mask and maps move together."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_lib.anatomy.appearance import RANGES
+from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.data.case import load_case
+from ldm_lib.data.model_grid import grid_case
+from ldm_lib.diffusion import fresh_samples as module
+from ldm_lib.diffusion.fresh_samples import RIM, Scan, draw, fresh_samples
+from ldm_lib.diffusion.latents import LatentSpec, encode_case
+from ldm_lib.errors import InputError
+from ldm_lib.geometry import bounding_box
+from ldm_lib.model_io import load_model
+
+CROP, FACTOR = 6, 2
+SPEC = LatentSpec(context="initial_estimate", mask_dilation=0)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tiny_autoencoder_folder):
+    return load_model(tiny_autoencoder_folder, Autoencoder)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A linear codec of the same factor: the latents of a box are those of the whole volume there."""
+    return Autoencoder.of(channels=(8, 8), latent_channels=4, blocks=1, learned="none", spacing_mm=8.0).eval()
+
+
+def sources_of(cases, autoencoder, spec=SPEC, seed=0):
+    return fresh_samples(cases[:2], autoencoder, spec, crop=CROP, seed=seed)
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """No randomness but the place of the box."""
+    for name, value in {"DEGREES": 0, "SCALE": 0, "DISPLACEMENT_MM": 0, "MIRRORED": 0, "WHOLE": 1, "LESION": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    plain = replace(RANGES, own_contrast=1, thin=1, gain=(0, 0), noise=(0, 0), gamma=(1, 1))
+    monkeypatch.setattr(module, "RANGES", plain)
+
+
+def test_without_randomness_a_draw_is_the_encoding_of_the_case_around_a_voxel_of_its_mask(
+    cases, linear, still, monkeypatch
+):
+    """Around a voxel for which the box lies on whole blocks of voxels; a white matter of 1 leaves intensities alone."""
+    monkeypatch.setattr(module, "_scale", lambda target, mask: torch.ones(1, 1, 1, 1, 1))
+    monkeypatch.setattr(module, "REACH", 0)
+    case, spec = load_case(cases[0]), LatentSpec(context="composite", mask_dilation=0)
+    source = replace(sources_of(cases, linear)[0], spec=spec)
+    exact = encode_case(grid_case(case, FACTOR), linear, spec, device=torch.device("cpu"), precision="32")
+    kept = np.any([case.target > 0, case.tissue > 0, case.scored, load_case(cases[1]).scored], axis=0)
+    corner = np.array([side.start for side in bounding_box(kept, 2)])
+    half = (CROP // 2 + RIM) * FACTOR
+    middle = np.argwhere(case.scored).mean(axis=0) // FACTOR * FACTOR
+    start = np.clip(middle.astype(int) - half, 0, np.array(case.scored.shape) - 2 * half)
+    centre = start + half - corner
+    source = replace(source, scan=replace(source.scan, means=(0.2, 0.5, 1.0), centres=(centre[None],) * 2))
+    found, latent = source[0], start // FACTOR + RIM
+    assert found["mask"].any() and found["conditioning"][1:].any()
+    box = (slice(None), *(slice(k, k + CROP) for k in latent))
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor, exact[name][box], atol=5e-3, rtol=0, msg=lambda text, name=name: f"{name} {text}"
+        )
+
+
+def test_a_draw_is_a_function_of_seed_case_and_number(cases, autoencoder):
+    first, second = sources_of(cases, autoencoder)
+    a, b = first[3], sources_of(cases, autoencoder)[0][3]
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for other in (first[4], second[3], sources_of(cases, autoencoder, seed=1)[0][3]):
+        assert not torch.equal(a["target"], other["target"])
+
+
+def test_a_batch_is_its_samples(cases, autoencoder):
+    sources = sources_of(cases, autoencoder)
+    batch = draw(sources, [5, 9])
+    for source, number, found in zip(sources, [5, 9], batch, strict=True):
+        for name, tensor in source[number].items():
+            torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("context", ["composite", "concat", "initial_estimate"])
+def test_a_draw_has_the_parts_and_shapes_of_an_encoding(cases, autoencoder, context):
+    spec = LatentSpec(context=context)
+    exact = encode_case(
+        grid_case(load_case(cases[0]), FACTOR), autoencoder, spec, device=torch.device("cpu"), precision="32"
+    )
+    found = sources_of(cases, autoencoder, spec)[0][0]
+    assert found.keys() == exact.keys()
+    for name, tensor in found.items():
+        assert tensor.shape == (len(exact[name]), *[CROP] * 3) and tensor.isfinite().all() and not tensor.is_cuda
+
+
+def test_image_mask_and_tissue_map_move_together(cases, linear, monkeypatch):
+    """A scan whose intensities are its labels, and whose tissue map too, stays so under every warp."""
+    monkeypatch.setattr(
+        module, "RANGES", replace(RANGES, own_contrast=1, thin=1, gain=(0, 0), noise=(0, 0), gamma=(1, 1))
+    )
+    data = load_case(cases[0])
+    labels = data.tissue.astype(np.float32)
+    scan = Scan.of([replace(data, target=labels * data.scale)])
+    source = replace(sources_of(cases, linear)[0], scan=scan)
+    kept = {}
+    monkeypatch.setattr(
+        module, "_latents", lambda *args: kept.update(zip(("target", "mask", "codes"), args[2:5], strict=True)) or {}
+    )
+    inside = 0
+    for number in range(6):
+        draw([source], [number])
+        values, codes = kept["target"], kept["codes"] & 3
+        unit = values[codes == 3].median() / 3
+        inner = torch.nn.functional.max_pool3d(codes.float(), 3, 1, 1) == -torch.nn.functional.max_pool3d(
+            -codes.float(), 3, 1, 1
+        )
+        inside += int((codes > 0)[inner].sum())
+        agrees = (values - unit * codes).abs()[inner] < 0.03
+        assert agrees.float().mean() > 0.99, "but where a thin part lies between the voxels"
+    assert inside > 10
+
+
+def test_masks_are_within_what_was_hidden_from_the_registration_and_vary(cases, autoencoder, monkeypatch):
+    kept = []
+    monkeypatch.setattr(module, "_latents", lambda _, __, target, mask, codes, growth: kept.append((mask, codes)) or {})
+    for source in sources_of(cases, autoencoder):
+        for number in range(30):
+            draw([source], [number])
+    hidden = [(codes >= 2 * module.BRAIN * 2) for _, codes in kept]
+    assert all(mask.any() and not (mask & ~inside).any() for (mask, _), inside in zip(kept, hidden, strict=True))
+    assert len({mask.numpy().tobytes() for mask, _ in kept}) > 55, "of 60"
+    sizes = np.array([int(mask.sum()) for mask, _ in kept])
+    assert sizes.max() > 3 * sizes.min()
+
+
+def test_left_and_right_are_drawn_equally_often(cases, autoencoder, still, monkeypatch):
+    monkeypatch.setattr(module, "MIRRORED", 0.5)
+    (source, _) = sources_of(cases, autoencoder)
+    plain = [source[k]["mask_fraction"] for k in range(40)]
+    monkeypatch.setattr(module, "MIRRORED", 0)
+    same = [bool(torch.equal(source[k]["mask_fraction"], seen)) for k, seen in enumerate(plain)]
+    assert 8 <= sum(same) <= 32
+
+
+def test_scans_of_another_voxel_size_and_too_many_masks_are_rejected(cases, linear):
+    fine = Autoencoder.of(channels=(8, 8), latent_channels=4, blocks=1, learned="none", spacing_mm=1.0)
+    with pytest.raises(InputError, match="has voxels of 8x8x8 mm"):
+        sources_of(cases, fine)
+    with pytest.raises(InputError, match="11 masks, at most 10 are supported"):
+        fresh_samples([cases[0]] * 11, linear, SPEC, crop=CROP, seed=0)
