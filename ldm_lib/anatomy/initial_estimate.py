@@ -23,7 +23,7 @@ NEAR_MM, FAR_MM = 15.0, 40.0  # the regression's weights fall by 1/e over NEAR, 
 SURFACE_MM = 10.0  # of the registered atlas, within which the surface of the brain may be
 RIDGE = 1e-3  # relative to the mean variance of the regressors
 MIN_VISIBLE_VOXELS = 100  # with fewer there is no regression
-RELATIVE_RESIDUAL = 1e-4
+ESTIMATE_RTOL = 1e-4  # relative residual of the harmonic continuation
 
 
 def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *, spacing_mm: float) -> np.ndarray:
@@ -55,7 +55,7 @@ def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *,
     core = bounding_box(mask[box], 1)
     residual, inside = np.where(mask[box], 0, filled[box] - regression)[core], mask[box][core]
     air = air_at_surface(filled, mask, tissue, spacing_mm=(spacing_mm,) * 3)[box][core]
-    continued = harmonic(residual, inside, rtol=RELATIVE_RESIDUAL, dtype=np.float32, air=air)
+    continued = harmonic(residual, inside, rtol=ESTIMATE_RTOL, dtype=np.float32, air=air)
     filled[mask] = np.maximum(regression[core][inside] + continued, 0)
     return filled
 

@@ -17,7 +17,7 @@ from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.errors import InputError
 from ldm_lib.poisson import harmonic
 
-RELATIVE_RESIDUAL = 5e-7  # with room for rounding the solution to float32
+HARMONIC_RTOL = 5e-7  # relative residual, with room for rounding the solution to float32
 
 
 def mean_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
@@ -89,7 +89,7 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
         raise InputError(f"the mask covers all {mask.size} voxels: no edge to continue from", where="harmonic_fill",
                          fix="give a mask that leaves part of the volume")  # fmt: skip
     filled = known.copy()
-    filled[mask] = harmonic(known, mask, rtol=RELATIVE_RESIDUAL, dtype=np.float64)
+    filled[mask] = harmonic(known, mask, rtol=HARMONIC_RTOL, dtype=np.float64)
     return filled
 
 
