@@ -5,12 +5,9 @@ One table per group of parameters, in the order in which the stages use them, an
 
 from pathlib import Path
 
-from pydantic import AfterValidator
-from pydantic.fields import FieldInfo
-
 from ldm_lib.experiment.presets import DEFAULT_PRESET, PRESETS
 from ldm_lib.experiment.stages import STAGES, parameter_groups
-from ldm_lib.options import MAX_COUNT, Options
+from ldm_lib.options import Options
 
 PAGE = Path(__file__).with_name("parameters.md")
 HEAD = f"""# Parameters
@@ -26,30 +23,6 @@ An unknown name is rejected with the nearest known one; names of older versions 
 [migrating](migrating.md#parameters).
 
 """
-TEXTS = {
-    "_integers": "positive integers, comma-separated",
-    "_some_integers": "empty, or positive integers, comma-separated",
-    "_numbers": "numbers from 0, comma-separated",
-    "_orientation": "empty, or three letters such as LPS",
-    "safe_name": "letters, digits, `.` `_` `-`",
-}
-
-
-def allowed(field: FieldInfo, schema: dict) -> str:
-    """Return the allowed values of a parameter in words."""
-    if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
-    if schema["type"] == "boolean":
-        return "true, false"
-    if schema["type"] == "string":
-        checks = [part.func.__name__ for part in field.metadata if isinstance(part, AfterValidator)]
-        return TEXTS[checks[0]] if checks else "text"
-    low, high = schema.get("minimum"), schema.get("maximum")
-    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
-    limits = [f"from {low:g}" if low is not None else "", f"above {above:g}" if above is not None else "",
-              f"to {high:,}" if high is not None and high < MAX_COUNT else "",
-              f"below {below:,}" if below is not None else ""]  # fmt: skip
-    return ", ".join([schema["type"], *filter(None, limits)])
 
 
 def literal(value: object) -> str:
@@ -68,9 +41,8 @@ def groups() -> dict[tuple[str, tuple[str, ...]], tuple[list[str], type[Options]
 
 def group_table(heading: str, names: tuple[str, ...], stages: list[str], model: type[Options]) -> str:
     """Return one group as a Markdown section."""
-    schemas = model.model_json_schema()["properties"]
     rows = [
-        f"| `{name}` | {literal(field.default)} | {allowed(field, schemas[name])} | {field.description} |"
+        f"| `{name}` | {literal(field.default)} | {model.allowed(name)} | {field.description} |"
         for name, field in ((name, model.model_fields[name]) for name in names)
     ]
     where = "All stages." if len(stages) == len(STAGES) else f"Stage {', '.join(stages)}."

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ldm_lib.errors import ConfigError
 
-# Names of the versions before 0.8 -> the name that replaced them, or a sentence that says why they are gone.
+# Names of the versions before 0.8 -> the name that replaced them, or the advice to remove them and why.
 RENAMED = {
     "shipped_weights": "pretrained",
     "front_end": "input_transform",
@@ -21,43 +21,49 @@ RENAMED = {
     "min_ceiling_psnr": "min_reconstruction_psnr",
     "obedience_cases": "fidelity_cases",
     "what_if_days": "counterfactual_days",
-    "norm": "it was removed: normalisation is per voxel, but for imported weights",
-    "perceptual_file": "it was removed: there is no perceptual loss any more",
-    "perceptual_weight": "it was removed: there is no perceptual loss any more",
-    "adversarial_weight": "it was removed: there is no discriminator any more",
-    "adversarial_start": "it was removed: there is no discriminator any more",
-    "voided_fraction": "it was removed: half of the crops are of the voided image",
-    "air_fraction": "it was removed: a tenth of the crops are at random places",
-    "schedule_shift": "it was removed: it did not improve results",
-    "zero_terminal_snr": "it was removed: it did not improve results",
-    "min_snr_gamma": "it was removed: it made results worse",
-    "latent_noise": "it was removed: known latents are as they were encoded",
-    "strategy": "it was removed: training on several devices always uses DDP",
+    "norm": "remove it: normalisation is per voxel, but for imported weights",
+    "perceptual_file": "remove it: there is no perceptual loss any more",
+    "perceptual_weight": "remove it: there is no perceptual loss any more",
+    "adversarial_weight": "remove it: there is no discriminator any more",
+    "adversarial_start": "remove it: there is no discriminator any more",
+    "voided_fraction": "remove it: half of the crops are of the voided image",
+    "air_fraction": "remove it: a tenth of the crops are at random places",
+    "schedule_shift": "remove it: it did not improve results",
+    "zero_terminal_snr": "remove it: it did not improve results",
+    "min_snr_gamma": "remove it: it made results worse",
+    "latent_noise": "remove it: known latents are as they were encoded",
+    "strategy": "remove it: training on several devices always uses DDP",
 }
 RENAMED_VALUES = {"draft": "initial_estimate", "usual": "narrow", "true": "exact"}  # of parameters with choices
 
 MAX_COUNT = 10**8  # a larger count is a typing error that would take days or all memory
+ORIENTATION_TEXT = 'empty, or three letters, one of R and L, of A and P, of S and I, such as "LPS"'
+NAME_TEXT = "letters, digits, '.', '_' and '-' only, the first a letter or digit, at most 128"
+INTEGERS_TEXT = 'positive integers separated by commas, such as "32,64,128"'
+NUMBERS_TEXT = 'numbers from 0 up, separated by commas, such as "0,1,1.5"'
+PLAIN_TYPES = {"boolean": "true, false", "string": "text", "object": "mapping of names to values", "null": "null"}
+LIMITS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
 def _orientation(text: str) -> str:
     """Check that the letters of an orientation, such as "LPS", name three axes."""
     if text and sorted("RLAPSI".find(letter) // 2 for letter in text) != [0, 1, 2]:
-        raise ValueError('three letters, one of R and L, of A and P, of S and I, such as "LPS"')
+        raise ValueError(ORIENTATION_TEXT)
     return text
 
 
 def safe_name(text: str) -> str:
     """Check a name that becomes a file name: letters, digits, '.', '_' and '-', at most 128 characters, no path."""
     if not _SAFE_NAME.match(text):
-        raise ValueError("letters, digits, '.', '_' and '-' only, the first a letter or digit, at most 128")
+        raise ValueError(NAME_TEXT)
     return text
 
 
 def _integers(text: str) -> str:
     """Check a list of positive integers, such as "32,64,128"."""
     if not text or not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
-        raise ValueError('positive integers separated by commas, such as "32,64,128"')
+        raise ValueError(INTEGERS_TEXT)
     return text
 
 
@@ -68,7 +74,7 @@ def _numbers(text: str) -> str:
     except ValueError:
         values = [-1.0]
     if not all(0 <= value < float("inf") for value in values):
-        raise ValueError('numbers from 0 up, separated by commas, such as "0,1,1.5"')
+        raise ValueError(NUMBERS_TEXT)
     return text
 
 
@@ -82,11 +88,14 @@ def _some_integers(text: str) -> str:
     return text and _integers(text)
 
 
-Orientation = Annotated[str, AfterValidator(_orientation)]
-IntegerList = Annotated[str, AfterValidator(_integers)]
-SomeIntegers = Annotated[str, AfterValidator(_some_integers)]
-NumberList = Annotated[str, AfterValidator(_numbers)]
-Name = Annotated[str, AfterValidator(safe_name)]
+# A schema's "allowed" is what a text may be, in words.
+Orientation = Annotated[str, AfterValidator(_orientation), Field(json_schema_extra={"allowed": ORIENTATION_TEXT})]
+IntegerList = Annotated[str, AfterValidator(_integers), Field(json_schema_extra={"allowed": INTEGERS_TEXT})]
+SomeIntegers = Annotated[
+    str, AfterValidator(_some_integers), Field(json_schema_extra={"allowed": f"empty, or {INTEGERS_TEXT}"})
+]
+NumberList = Annotated[str, AfterValidator(_numbers), Field(json_schema_extra={"allowed": NUMBERS_TEXT})]
+Name = Annotated[str, AfterValidator(safe_name), Field(json_schema_extra={"allowed": NAME_TEXT})]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -104,6 +113,22 @@ def integers(text: str) -> tuple[int, ...]:
 def numbers(text: str) -> tuple[float, ...]:
     """Convert "0,1,1.5" to (0.0, 1.0, 1.5)."""
     return tuple(float(part) for part in text.split(","))
+
+
+def in_words(schema: Mapping[str, Any]) -> str:
+    """Describe the values that a JSON schema allows, such as "integer from 1 to 4,096" or "auto, cpu, cuda"."""
+    if "allowed" in schema:
+        return str(schema["allowed"])
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if "anyOf" in schema:
+        return " or ".join(in_words(choice) for choice in schema["anyOf"])
+    if schema["type"] == "array":
+        return f"list ({in_words(schema['items'])})"
+    if schema["type"] in PLAIN_TYPES:
+        return PLAIN_TYPES[schema["type"]]
+    limits = [f"{word} {schema[key]:,}" for key, word in LIMITS.items() if key in schema]
+    return f"{schema['type']} {', '.join(limits)}".replace(", to", " to").strip()
 
 
 Group = TypeVar("Group", bound="Options")
@@ -143,12 +168,25 @@ class Options(BaseModel):
     def _explained(cls, error: ValidationError) -> ConfigError:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
-        given = f"{name} = {problem['input']!r}: " if name else ""
         if problem["type"] == "extra_forbidden":
             return ConfigError(f"unknown parameter {name!r}", fix=nearest(name, cls.model_fields))
+        if problem["type"] == "missing":
+            return ConfigError(f"no {name!r} is given", fix=cls.hint)
+        if not name:  # several parameters that contradict each other
+            return ConfigError(problem["msg"].removeprefix("Value error, "), fix=cls.hint)
         renamed = RENAMED_VALUES.get(str(problem["input"])) if problem["type"] == "literal_error" else None
         fix = f"it is called {renamed!r} since version 0.8" if renamed else cls.hint
-        return ConfigError(given + problem["msg"].removeprefix("Value error, "), fix=fix)
+        finite = "finite " if problem["type"] == "finite_number" else ""
+        allowed = finite + cls.allowed(*problem["loc"])
+        return ConfigError(f"{name} = {problem['input']!r}: allowed: {allowed}", fix=fix)
+
+    @classmethod
+    def allowed(cls, name: object, *within: object) -> str:
+        """Describe the allowed values of a parameter, or of an item within a list or mapping."""
+        schema = cls.model_json_schema()["properties"][name]
+        for _ in within:
+            schema = schema.get("items", schema.get("additionalProperties", schema))
+        return in_words(schema)
 
     def part(self, cls: type[Group]) -> Group:
         """Return the options of one group, such as `LatentOptions`, as an object of that class."""

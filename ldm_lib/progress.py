@@ -1,6 +1,7 @@
 """Report progress in plain lines, since the widgets of progress bars are blank in a notebook that ran headless."""
 
 import logging
+import sys
 import time
 
 log = logging.getLogger("ldm_lib")
@@ -9,9 +10,9 @@ REPORT_EVERY_S = 30.0
 
 
 def report(line: str) -> None:
-    """Write one line to the log and to the console."""
+    """Write one line to the log and to standard error, so that standard output holds results alone."""
     log.info("%s", line)
-    print(line, flush=True)
+    print(line, file=sys.stderr, flush=True)
 
 
 class Progress:

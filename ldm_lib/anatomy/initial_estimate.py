@@ -27,7 +27,7 @@ SURFACE_MM = 10.0  # of the registered atlas, within which the surface of the br
 RIDGE = 1e-3  # relative to the mean variance of the regressors
 MIN_VISIBLE_VOXELS = 100  # with fewer there is no regression
 TRUNCATE = 4.0  # of a Gaussian kernel, standard deviations
-RELATIVE_RESIDUAL, MOST_ITERATIONS = 1e-4, 500  # of the conjugate gradients
+ESTIMATE_RTOL, MOST_ITERATIONS = 1e-4, 500  # of the conjugate gradients
 CHECK_EVERY = 10  # iterations, as a test of convergence waits for a GPU
 
 
@@ -166,7 +166,7 @@ def continue_harmonically(known: Tensor, mask: Tensor, air: Tensor) -> Tensor:
     x = inside * mean
     r = right - (degree * x - _sum_of_neighbours(x) * inside)
     p, power = r, r.square().sum(total, keepdim=True)
-    enough = RELATIVE_RESIDUAL**2 * right.square().sum(total, keepdim=True)
+    enough = ESTIMATE_RTOL**2 * right.square().sum(total, keepdim=True)
     for iteration in range(MOST_ITERATIONS):
         if iteration % CHECK_EVERY == 0 and bool((power <= enough).all()):
             break

@@ -261,10 +261,10 @@ def doctor(options: argparse.Namespace) -> int:  # noqa: ARG001 - one signature 
     """Check the installation and this machine."""
     from ldm_lib.cli.doctor import examine
 
-    findings = examine()
-    for finding in findings:
-        print(f"{'ok' if finding.good else 'BAD':4}{finding.what}: {finding.found}")
-    return 0 if all(finding.good for finding in findings) else 1
+    checks = examine()
+    for check in checks:
+        print(f"{'ok' if check.good else 'BAD':4}{check.what}: {check.found}")
+    return 0 if all(check.good for check in checks) else 1
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ FIX = "run `make setup`, or `pip install .` in the checkout"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """Hold what was checked, whether it is good, and what was found."""
 
     what: str
@@ -25,7 +25,7 @@ class Finding:
     found: str
 
 
-def examine() -> list[Finding]:
+def examine() -> list[Check]:
     """Check packages, kernel, device, outputs folder and memory."""
     from ldm_lib.devices import pick_device, pick_precision
 
@@ -33,11 +33,11 @@ def examine() -> list[Finding]:
     compute = f"{device.type}, precision {pick_precision('auto', device)}, {os.cpu_count()} cores"
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return [
-        Finding("packages", *_packages()),
-        Finding("Jupyter kernel", kernel, "python3" if kernel else f"none: {FIX}"),
-        Finding("device", True, compute),
-        Finding("outputs folder", *_outputs()),
-        Finding("memory", memory_gb > MIN_MEMORY_GB, f"{memory_gb:.0f} GB (at least {MIN_MEMORY_GB})"),
+        Check("packages", *_packages()),
+        Check("Jupyter kernel", kernel, "python3" if kernel else f"none: {FIX}"),
+        Check("device", True, compute),
+        Check("outputs folder", *_outputs()),
+        Check("memory", memory_gb > MIN_MEMORY_GB, f"{memory_gb:.0f} GB (at least {MIN_MEMORY_GB})"),
     ]
 
 

@@ -18,6 +18,7 @@ from ldm_lib.data.model_grid import GridCase
 LEFT_RIGHT = 0  # axis of the LPS grid
 SMOOTHNESS_MM = 24.0  # distance between the nodes of the displacement field of a tissue map
 PATCH_RADIUS_MM = (4.0, 12.0)  # of the balls that are removed from it or relabelled
+MAX_PATCHES = 3  # largest number of balls that are removed, and of those that are relabelled
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,6 @@ def deform_labels(
     *,
     spacing_mm: float | Sequence[float],
     max_displacement_mm: float = 4.0,
-    max_patches: int = 3,
 ) -> np.ndarray:
     """Deform a copy of a segmentation smoothly, remove some balls of it and give others another label.
 
@@ -100,12 +100,11 @@ def deform_labels(
         rng: draws that do not depend on the spacing.
         spacing_mm: voxel size, one number or three.
         max_displacement_mm: the largest displacement is drawn from 0 to this; 0 moves nothing.
-        max_patches: largest number of balls that are removed (label 0), and of those that are relabelled; 0 for none.
     """
     h = np.broadcast_to(np.asarray(spacing_mm, dtype=float), (3,))
     out = labels[_moved_voxels(labels.shape, rng, h, rng.uniform(0, max_displacement_mm))]
     for relabel in (False, True):
-        for _ in range(rng.integers(max_patches + 1)):
+        for _ in range(rng.integers(MAX_PATCHES + 1)):
             centre, radius = rng.uniform(size=3) * labels.shape, rng.uniform(*PATCH_RADIUS_MM)
             box, ball = _ball(centre, radius, h, labels.shape)
             patch = out[box]

@@ -85,7 +85,7 @@ def evaluate(
         raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")
     fixed = {"blend_mm": inpainter.blend_mm, "temperature": inpainter.model.temperature}
     sampling = {"sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "guidance": guidance}
-    options = InpaintOptions.parse(fixed | sampling | {"samples": n_samples})
+    options = InpaintOptions.of_arguments(n_samples=n_samples, **(fixed | sampling))
     check_sampler(sampler, num_inference_steps, inpainter.model.schedule)
     cases = [case.with_maps(growth=None) for case in with_target(cases)]
     run = partial(_inpaint_and_score, inpainter, cases, options, atlas=tissue == "atlas", say=say)

@@ -19,6 +19,7 @@ WINDOW_SIGMA_VOX, WINDOW_RADIUS_VOX = 1.5, 5
 K1, K2 = 0.01, 0.03
 # Spheres of 27 mm and 42 mm diameter; four real healthy masks have 14, 35, 60 and 79 mL, synthetic ones 6 to 25 mL.
 SMALL_BELOW_MM3, LARGE_FROM_MM3 = 10_000.0, 40_000.0
+RESAMPLES = 2000  # bootstrap means of an interval
 
 
 def brats_scores(
@@ -101,7 +102,7 @@ def mask_size_class(volume_mm3: float) -> str:
 
 
 def bootstrap_by_patient(
-    values: ArrayLike, patients: Sequence[str], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+    values: ArrayLike, patients: Sequence[str], *, level: float = 0.95, seed: int = 0
 ) -> dict[str, float]:
     """Compute the mean over patients and its percentile interval: `mean`, `low`, `high`, number of `patients`, `masks`.
 
@@ -119,7 +120,7 @@ def bootstrap_by_patient(
     means = np.array([values[names == name].mean() for name in np.unique(names)])
     low = high = np.nan
     if means.size > 1 and np.isfinite(means).all():
-        drawn = np.random.default_rng(seed).integers(0, means.size, (resamples, means.size))
+        drawn = np.random.default_rng(seed).integers(0, means.size, (RESAMPLES, means.size))
         low, high = np.percentile(means[drawn].mean(axis=1), [50 * (1 - level), 50 * (1 + level)])
     mean = float(means.mean()) if means.size else np.nan
     return {"mean": mean, "low": float(low), "high": float(high), "patients": means.size, "masks": values.size}

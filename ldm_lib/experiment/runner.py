@@ -225,13 +225,16 @@ def absolute_paths(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(stage: str, preset: str) -> str:
-    """List the parameters of a stage under a preset by group, one a line, those that matter first."""
+    """List the parameters of a stage under a preset by group, one a line with its allowed values in brackets."""
     config = resolve(preset)[stage]
     fields = type(config).model_fields
     width = max(map(len, fields))
     groups = []
     for heading, names in parameter_groups(type(config)):
-        lines = [f"  {name:{width}}  {getattr(config, name)!r:14}  {fields[name].description}" for name in names]
+        lines = [
+            f"  {name:{width}}  {getattr(config, name)!r:14}  {fields[name].description} [{config.allowed(name)}]"
+            for name in names
+        ]
         groups.append("\n".join([heading, *lines]))
     return "\n\n".join(groups)
 

@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.ndimage import gaussian_filter
 
-from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.errors import InputError
 from ldm_lib.poisson import harmonic
 
-RELATIVE_RESIDUAL = 5e-7  # with room for rounding the solution to float32
+HARMONIC_RTOL = 5e-7  # relative residual, with room for rounding the solution to float32
+BORDER_SIGMA_VOX = 1.0  # standard deviation of the Gaussian that softens the borders between painted tissues
 
 
 def mean_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
@@ -89,17 +89,16 @@ def harmonic_fill(voided: ArrayLike, mask: ArrayLike) -> np.ndarray:
         raise InputError(f"the mask covers all {mask.size} voxels: no edge to continue from", where="harmonic_fill",
                          fix="give a mask that leaves part of the volume")  # fmt: skip
     filled = known.copy()
-    filled[mask] = harmonic(known, mask, rtol=RELATIVE_RESIDUAL, dtype=np.float64)
+    filled[mask] = harmonic(known, mask, rtol=HARMONIC_RTOL, dtype=np.float64)
     return filled
 
 
-def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma_vox: float = 1.0) -> np.ndarray:
+def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike) -> np.ndarray:
     """Fill with the mean of each tissue outside the mask, by the tissue map, and smooth.
 
     Args:
         tissue: (x, y, z) labels; 0 is air and painted 0. A label without brain outside the mask gets
             the mean of the brain.
-        sigma_vox: standard deviation of the Gaussian that softens the borders between tissues.
     """
     known, mask = _known(voided, mask)
     tissue = _of_this_grid(tissue, mask)
@@ -112,13 +111,15 @@ def tissue_paint(voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, sigma
             mean = sample.mean(dtype=np.float64) if sample.size else _brain_mean(known)
             painted[mask & (tissue == label)] = mean
     # Smoothing with the real surroundings scored 0.1 to 0.5 dB better than painting them too.
-    return _pasted(known, mask, gaussian_filter(painted, sigma_vox))
+    return _pasted(known, mask, gaussian_filter(painted, BORDER_SIGMA_VOX))
 
 
 def initial_estimate_baseline(
     voided: ArrayLike, mask: ArrayLike, tissue: ArrayLike, *, spacing_mm: float
 ) -> np.ndarray:
     """Fill with the initial estimate that a denoiser is conditioned on (`anatomy.initial_estimate`), in any units."""
+    from ldm_lib.anatomy.initial_estimate import initial_estimate  # loads torch, which no other baseline needs
+
     known, mask = _known(voided, mask)
     return initial_estimate(known, mask, _of_this_grid(tissue, mask), spacing_mm=spacing_mm)
 

@@ -11,7 +11,7 @@ from scipy.sparse.linalg import cg
 from ldm_lib.geometry import bounding_box
 from ldm_lib.poisson import masked_laplacian
 
-RELATIVE_RESIDUAL = 1e-4  # of the correction, which is small itself
+CORRECTION_RTOL = 1e-4  # relative residual of the correction, which is small itself
 FACES = ndimage.generate_binary_structure(3, 1)
 
 
@@ -46,5 +46,5 @@ class EdgeCorrection:
         """Return the correction, (n,) float32 in the order of `decoded[mask]`; both volumes are valid in its `rim`."""
         error = np.where(self._around, known[self._box] - decoded[self._box], 0).astype(np.float32)
         at_edge = ndimage.convolve(error, FACES.astype(np.float32), mode="constant")[self._mask]
-        correction, _ = cg(self._screened, at_edge, rtol=RELATIVE_RESIDUAL)
+        correction, _ = cg(self._screened, at_edge, rtol=CORRECTION_RTOL)
         return correction

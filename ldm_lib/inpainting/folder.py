@@ -1,7 +1,7 @@
 """Inpaint many cases, each once: an interrupted call continues, and a case that fails does not stop the others.
 
-`filled/<case>.json` records the digests of what a result was made from and of the files written: a case whose record
-and files agree is not inpainted again.
+`filled/<case>.json` records the library's version and the digests of what a result was made from and of the files
+written: a case whose record and files agree is not inpainted again.
 """
 
 import time
@@ -29,6 +29,7 @@ from ldm_lib.files import expand_path, fingerprint, read_json, require_writable,
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock
+from ldm_lib.version import __version__
 
 RECORDS, TABLE = "filled", "results.csv"
 FILLED, FOUND, REFUSED = "filled", "found", "refused"
@@ -138,9 +139,10 @@ def record_path(case: Case, folder: Path) -> Path:
 
 
 class Record(BaseModel):
-    """Hold what a result was made from, the digests of its files by name, and its row."""
+    """Hold what a result was made from, the library's version, the digests of its files by name, and its row."""
 
     made_from: str = ""
+    version: str = ""  # says where a result comes from; another version does not make it again
     outputs: dict[str, str] = {}
     row: dict[str, Any] = {}
 
@@ -180,7 +182,8 @@ class Job:
         std = float(result.std[data.mask].mean() / data.scale)
         seconds = round(time.monotonic() - started, 2)
         row = _row(case.key, FILLED, result=written[0].name, spread=std, seconds=seconds)
-        record = Record(made_from=made_from, outputs={path.name: sha256(path) for path in written}, row=row)
+        outputs = {path.name: sha256(path) for path in written}
+        record = Record(made_from=made_from, version=__version__, outputs=outputs, row=row)
         write_json(record_path(case, self.folder), record.model_dump())
         return row
 

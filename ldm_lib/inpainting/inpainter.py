@@ -103,7 +103,7 @@ class Inpainter:
             given = f"needs a case, not {type(case).__name__}"
             raise InputError(given, where="Inpainter", fix="take one of find_cases(folder)")
         sampling = {"sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "guidance": guidance}
-        InpaintOptions.parse(sampling | {"samples": n_samples})
+        InpaintOptions.of_arguments(n_samples=n_samples, **sampling)
         if isinstance(case, Case):
             data = self.prepare(load_case(case), make_missing=make_missing)
         else:

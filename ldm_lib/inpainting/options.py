@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ldm_lib.diffusion.options import SamplerOptions
+from ldm_lib.errors import ConfigError
 from ldm_lib.options import DeviceOptions, Samples, SeedOptions
 
 
@@ -16,6 +17,15 @@ class InpaintOptions(SamplerOptions, DeviceOptions, SeedOptions):
     blend_mm: Annotated[float, Field(ge=0, le=1000)] = Field(
         16.0, description="reach of the intensity correction at the mask's edge, mm; 0 is off"
     )
+
+    @classmethod
+    def of_arguments(cls, *, n_samples: int, **arguments: Any) -> Self:
+        """Check the arguments of a Python function, in which the parameter `samples` is called `n_samples`."""
+        try:
+            return cls(samples=n_samples, **arguments)
+        except ConfigError as error:
+            cause = error.cause.replace("samples = ", "n_samples = ", 1)
+            raise ConfigError(cause, fix="give an allowed value") from None
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -44,8 +54,17 @@ class ResultOptions(InpaintOptions):
     @model_validator(mode="after")
     def _one_volume(self) -> Self:
         if self.estimate == "mean" and self.samples > 1:
-            raise ValueError(f"samples = {self.samples}: with estimate 'mean' there is one volume; leave samples out")
+            raise ValueError(f"samples = {self.samples}: allowed: 1 with estimate 'mean', which is one volume")
         return self
+
+    @classmethod
+    def of_arguments(cls, *, n_samples: int, **arguments: Any) -> Self:
+        """Check the arguments of a Python function, in which the parameter `samples` is called `n_samples`."""
+        try:
+            return cls(samples=n_samples, **arguments)
+        except ConfigError as error:
+            cause = error.cause.replace("samples = ", "n_samples = ", 1)
+            raise ConfigError(cause, fix="give an allowed value") from None
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.nifti import require_results_writable, stem
 from ldm_lib.data.volume import write_like, write_map
+from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path
 
 ENDINGS = (".nii", ".nii.gz")
@@ -86,14 +87,19 @@ class Inpainting:
         deviation (float32, source units) and `<output>-nearest` the medoid sample.
 
         Args:
-            path: a file that ends in .nii or .nii.gz, or a folder, which takes `<case>-t1n-inference.nii.gz`.
+            path: a file that ends in .nii or .nii.gz, or a folder, which takes `<case>-t1n-inference.nii.gz`. A new
+                folder whose name has another suffix ends in "/".
             samples: write each sample too, as `<output>-sample-000k`.
 
         Raises:
-            InputError: a file that cannot be written or is one of the inputs, or a value that is not finite.
+            InputError: a file that cannot be written or is one of the inputs, another suffix, or a value that is not
+                finite.
         """
         output = expand_path(path)
         if not output.name.lower().endswith(ENDINGS):
+            if output.is_file() or (output.suffix and not output.is_dir() and not str(path).endswith("/")):
+                raise InputError("is neither a folder nor named .nii or .nii.gz", where=output,
+                                 fix='name a file .nii.gz, or end a new folder in "/"')  # fmt: skip
             output.mkdir(parents=True, exist_ok=True)
             output /= self.data.case.result_name
         paths = result_paths(output, len(self.values), each=samples)

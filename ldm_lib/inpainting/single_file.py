@@ -68,7 +68,7 @@ def inpaint(
     case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, read_options=read_options)
     loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
-    options = ResultOptions.parse(sampling | loading | {"samples": n_samples, "estimate": estimate})
+    options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, **sampling, **loading)
     results = result_paths(expand_path(output), n_samples, each=write_samples)
     require_results_writable(results.values(), case.files().values())
     data, inpainter = load_case(case), Inpainter.load(model, **loading)

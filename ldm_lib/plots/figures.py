@@ -25,7 +25,7 @@ from ldm_lib.plots.slices import (
     three_planes,
 )
 
-TISSUES = {"CSF": "#0072B2", "GM": "#D55E00", "WM": "#F0E442"}  # Okabe and Ito: colour-blind safe
+TISSUE_COLOURS = {"CSF": "#0072B2", "GM": "#D55E00", "WM": "#F0E442"}  # Okabe and Ito: colour-blind safe
 # The threshold of growth, and where a tumour is visible in FLAIR and in T1c (Lipkova et al. 2019, IEEE TMI 38:1875).
 GROWTH_LINES = {0.2: "#F0E442", 0.25: "#E69F00", 0.675: "#D55E00"}
 BAR_INCHES = 1.1  # width of a colour bar with its label
@@ -106,13 +106,13 @@ def overlay(
     low, high = intensity_window(image)
     figure, axes = three_planes(geometry, [""], title=with_window(title, low, high))
     draw_row(geometry, axes[0], image, vmin=low, vmax=high)
-    colours = {"cmap": ListedColormap(list(TISSUES.values())), "vmin": 1, "vmax": 3, "alpha": 0.5}
+    colours = {"cmap": ListedColormap(list(TISSUE_COLOURS.values())), "vmin": 1, "vmax": 3, "alpha": 0.5}
     for ax, plane in zip(axes[0], PLANES, strict=True):
         if tissue is not None:
             geometry.paint(ax, np.ma.masked_equal(tissue, 0), plane, **colours)
         if growth is not None:
             geometry.contour(ax, growth, plane, GROWTH_LINES)
-    keys = [Patch(color=c, label=n) for n, c in TISSUES.items() if tissue is not None]
+    keys = [Patch(color=c, label=n) for n, c in TISSUE_COLOURS.items() if tissue is not None]
     lines = GROWTH_LINES.items() if growth is not None else ()
     keys += [Line2D([], [], color=c, label=f"growth {level:g}") for level, c in lines]
     figure.legend(handles=keys, frameon=False, loc="outside lower center", ncols=max(len(keys), 1), fontsize=FONT)

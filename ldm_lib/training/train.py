@@ -72,8 +72,7 @@ def train_denoiser(
         >>> autoencoder = ldm.Autoencoder.load(model)
         >>> network = {"base_width": 8, "multipliers": "1", "attention_rates": "1"}
         >>> options = ldm.TrainingOptions(**network, max_epochs=1, device="cpu")
-        >>> trained = ldm.train_denoiser(autoencoder, cases, options, folder=folder / "training")  # doctest: +ELLIPSIS
-        encoding scan ...
+        >>> trained = ldm.train_denoiser(autoencoder, cases, options, folder=folder / "training")
         >>> trained.prediction, trained.spec.context
         ('velocity', 'composite')
         >>> digest = trained.save(folder / "model")

@@ -5,6 +5,7 @@ import pytest
 from scipy import ndimage
 
 from ldm_lib.anatomy.tissue import CSF, GM, TISSUES, WM, one_hot, smooth_field
+from ldm_lib.data import augmentation
 from ldm_lib.data.augmentation import deform_labels
 
 
@@ -24,18 +25,20 @@ def test_one_hot_has_channels_csf_gm_wm_and_is_invertible(onion):
     np.testing.assert_array_equal(channels.sum(0), onion > 0)
 
 
-def test_no_displacement_and_no_patches_change_nothing(onion):
-    same = deform_labels(onion, np.random.default_rng(0), spacing_mm=2, max_displacement_mm=0, max_patches=0)
+def test_no_displacement_and_no_patches_change_nothing(onion, monkeypatch):
+    monkeypatch.setattr(augmentation, "MAX_PATCHES", 0)
+    same = deform_labels(onion, np.random.default_rng(0), spacing_mm=2, max_displacement_mm=0)
     np.testing.assert_array_equal(same, onion)
     assert same is not onion
 
 
 @pytest.mark.parametrize("spacing_mm", [2.0, (1.0, 2.0, 3.0)])
-def test_labels_come_from_at_most_the_largest_displacement_away(onion, spacing_mm):
+def test_labels_come_from_at_most_the_largest_displacement_away(onion, spacing_mm, monkeypatch):
+    monkeypatch.setattr(augmentation, "MAX_PATCHES", 0)
     h = np.broadcast_to(spacing_mm, 3)
     farthest, changed = 0.0, 0
     for seed in range(6):
-        deformed = deform_labels(onion, np.random.default_rng(seed), spacing_mm=h, max_patches=0)
+        deformed = deform_labels(onion, np.random.default_rng(seed), spacing_mm=h)
         for label in (0, *TISSUES):
             distance = ndimage.distance_transform_edt(onion != label, sampling=h)
             farthest = max(farthest, distance[deformed == label].max())

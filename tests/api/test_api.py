@@ -222,6 +222,12 @@ def test_a_result_is_saved_to_a_file_or_a_folder_and_never_over_an_input(bare, t
     assert [path.name for path in result.save(tmp_path / "x.nii")] == ["x.nii", "x-std.nii", "x-nearest.nii"]
     with pytest.raises(InputError, match="is one of the inputs"):
         result.save(bare.t1n_voided)
+    (tmp_path / "notes").write_text("kept")
+    for name in ("x.txt", "x.nii.zip", "notes"):
+        with pytest.raises(InputError, match=rf"{name}: is neither a folder nor named .nii or .nii.gz\. Fix: name a"):
+            result.save(tmp_path / name)
+    assert not (tmp_path / "x.txt").exists() and (tmp_path / "notes").read_text() == "kept"
+    assert result.save(f"{tmp_path}/filled.2/")[0] == result.save(tmp_path / "filled.2")[0]
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -247,7 +253,7 @@ def test_one_seed_is_one_result_on_every_processor(supported, cases, tiny_model_
         (lambda: ldm.TrainingOptions(shipped_weights=True), "it is called 'pretrained' since version 0.8"),
         (
             lambda: ldm.TrainingOptions(batch_size=0),
-            "batch_size = 0: .*greater than or equal to 1. Fix: see `ldm params",
+            "batch_size = 0: allowed: integer from 1 to 100,000,000. Fix: see `ldm params",
         ),
     ],
 )

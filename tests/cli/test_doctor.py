@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("outputs")
 
 
 def finding(what):
-    (found,) = (finding for finding in doctor.examine() if finding.what == what)
+    (found,) = (check for check in doctor.examine() if check.what == what)
     return found.good, found.found
 
 

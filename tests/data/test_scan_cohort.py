@@ -378,7 +378,7 @@ def test_ids_are_those_of_the_file_names(tmp_path):
         (["a b.nii"], [], "a b.nii: its name is no id: letters, digits"),
         (["notes.txt"], [], r"0 scans found \(\*.nii, .*\); present: notes.txt. Fix: give a folder"),
         (None, [], "nowhere: no such folder. Fix: give a folder of skull-stripped T1w, or a BIDS data set"),
-        (["a.nii"], ["--masks", "9"], "--masks 9: Input should be less than or equal to 8. Fix: see `ldm cohort"),
+        (["a.nii"], ["--masks", "9"], "--masks 9: allowed: integer from 1 to 8. Fix: see `ldm cohort"),
         (["a.nii"], ["--output", "{source}/out"], "lies inside the folder of cases"),
     ],
 )  # fmt: skip

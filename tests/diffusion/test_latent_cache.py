@@ -306,7 +306,7 @@ def test_two_processes_share_the_work(sources, autoencoder, tiny_autoencoder_fol
     assert heard.get(timeout=60) == "began"
     autoencoder.seconds = 0.08
     handles = cache(tmp_path / "c", autoencoder, augmentation=CHANGE).encode(sources, variants=2)
-    assert "encoding scan 4/4" in capsys.readouterr().out  # what the other one encoded included
+    assert "encoding scan 4/4" in capsys.readouterr().err  # what the other one encoded included
     while (theirs := heard.get(timeout=60)) == "began":
         pass
     process.join(timeout=60)
@@ -367,7 +367,7 @@ def test_progress_and_costs_are_of_what_is_encoded_now(sources, autoencoder, tmp
         patients = 1 if len(cases) == 2 else 2
         assert made.costs == {"patients": patients, "masks": len(cases), "variants": variants, "encoded now": encoded,
                               "replaced": 0, "MB per patient": pytest.approx(size / patients)}  # fmt: skip
-        assert (f"encoding scan {encoded}/{encoded}: " in capsys.readouterr().out) is bool(encoded)
+        assert (f"encoding scan {encoded}/{encoded}: " in capsys.readouterr().err) is bool(encoded)
 
 
 # ---- more laws

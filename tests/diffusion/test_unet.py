@@ -320,14 +320,6 @@ def test_memory_format_changes_nothing_but_rounding():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_backward_is_twice_a_forward_less_the_gradients_of_what_was_given():
-    network = ADM(in_channels=5, out_channels=2, base_width=8, multipliers=(1, 2), attention_rates=(2,))
-    voxels = 8 * 4 * 4
-    given = 2 * 27 * 5 * 8 * voxels + 2 * 8 * 32  # of the first convolution, and of the first layer of the embedding
-    forward = count_flops(network, (8, 4, 4))
-    assert count_flops(network, (8, 4, 4), backward=True) == 3 * forward - given
-
-
 def test_frozen_parameters_are_not_counted():
     layer = nn.Linear(3, 4)
     layer.bias.requires_grad_(False)

@@ -181,11 +181,11 @@ def test_mask_sizes():
 def test_the_interval_is_the_normal_one_when_patients_are_many():
     """For n patients the mean's standard error is s / sqrt(n), s with ddof 0: a resample draws from the sample."""
     scores = np.random.default_rng(3).normal(15, 2, 400)
-    found = bootstrap_by_patient(scores, [f"P{k}" for k in range(400)], resamples=5_000)
+    found = bootstrap_by_patient(scores, [f"P{k}" for k in range(400)])
     half = 1.959964 * scores.std() / 20
     assert found["mean"] == pytest.approx(scores.mean())
     assert (found["low"], found["high"]) == pytest.approx((scores.mean() - half, scores.mean() + half), abs=0.06 * half)
-    wide = bootstrap_by_patient(scores, [f"P{k}" for k in range(400)], resamples=5_000, level=0.99)
+    wide = bootstrap_by_patient(scores, [f"P{k}" for k in range(400)], level=0.99)
     assert (wide["high"] - wide["low"]) / (found["high"] - found["low"]) == pytest.approx(2.575829 / 1.959964, rel=0.06)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.errors import InputError
+from ldm_lib.inpainting import baselines
 from ldm_lib.inpainting.baselines import (
     BASELINES,
     OF_TISSUE,
@@ -159,6 +160,11 @@ def layers():
     return tissue, np.array([0, -20, 300, 500])[tissue]
 
 
+@pytest.fixture
+def unsmoothed(monkeypatch):
+    monkeypatch.setattr(baselines, "BORDER_SIGMA_VOX", 0)
+
+
 def test_tissue_paint_restores_layers_away_from_their_borders():
     tissue, volume = layers()
     mask = np.zeros(tissue.shape, bool)
@@ -169,19 +175,21 @@ def test_tissue_paint_restores_layers_away_from_their_borders():
     assert -20 < filled[23, 8, 8] < filled[24, 8, 8] < 300
 
 
+@pytest.mark.usefixtures("unsmoothed")
 def test_tissue_paint_gives_an_unseen_label_the_mean_of_the_brain():
     tissue, volume = layers()
     mask = np.indices(tissue.shape)[0] >= 36
-    filled = tissue_paint(volume, mask, tissue, sigma_vox=0)
+    filled = tissue_paint(volume, mask, tissue)
     assert filled[mask] == pytest.approx(140)
 
 
+@pytest.mark.usefixtures("unsmoothed")
 def test_tissue_paint_learns_from_brain_only():
     tissue, volume = layers()
     volume[24:30] = 0  # air that the map calls GM
     mask = np.zeros(tissue.shape, bool)
     mask[24:36, 4:12, 4:12] = True
-    assert tissue_paint(volume, mask, tissue, sigma_vox=0)[mask] == pytest.approx(300)
+    assert tissue_paint(volume, mask, tissue)[mask] == pytest.approx(300)
 
 
 @pytest.mark.parametrize("name", OF_TISSUE)
@@ -199,8 +207,9 @@ def test_the_initial_estimate_does_not_depend_on_units():
     assert np.ptp(plain[BALL]) > 10 and not np.allclose(plain, harmonic_fill(volume, BALL), rtol=0.01)
 
 
+@pytest.mark.usefixtures("unsmoothed")
 def test_tissue_paint_without_smoothing_restores_layers_entirely():
     tissue, volume = layers()
     mask = np.zeros(tissue.shape, bool)
     mask[:, 4:12, 4:12] = True
-    assert np.array_equal(tissue_paint(volume, mask, tissue, sigma_vox=0), volume)
+    assert np.array_equal(tissue_paint(volume, mask, tissue), volume)

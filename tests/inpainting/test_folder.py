@@ -29,6 +29,7 @@ from ldm_lib.inpainting.folder import (
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.single_file import inpaint
 from ldm_lib.locking import FolderLock
+from ldm_lib.version import __version__
 
 QUIET = {"say": lambda line: None}
 
@@ -345,6 +346,16 @@ def test_a_row_of_a_found_result_takes_no_text_from_its_record(inpainter, cases,
     (found,) = fill_cases(inpainter, cases[:1], settings(), tmp_path)
     assert found == {"case": cases[0].key, "status": FOUND, "result": cases[0].result_name, "spread": None,
                      "seconds": None, "reason": ""}  # fmt: skip
+
+
+def test_a_record_names_the_version_and_a_result_of_another_version_is_found(inpainter, cases, tmp_path):
+    fill_cases(inpainter, cases[:1], settings(), tmp_path)
+    path = tmp_path / "filled" / f"{cases[0].key}.json"
+    record = json.loads(path.read_text())
+    assert record.pop("version") == __version__
+    for earlier in (record, record | {"version": "0.8.0.dev"}):
+        path.write_text(json.dumps(earlier))
+        assert statuses(fill_cases(inpainter, cases[:1], settings(), tmp_path)) == [FOUND]
 
 
 def test_a_record_without_its_result_is_ignored(inpainter, cases, tmp_path):

@@ -408,7 +408,7 @@ def test_the_estimate_is_one_evaluation_at_the_noisiest_step(cases, inpainter, m
     files = {"growth": cases[0].growth, "tissue": cases[0].tissue, "seed": 3, "estimate": "mean"}
     inpaint(cases[0].t1n_voided, cases[0].mask, tmp_path / "mean.nii.gz", **files, **model)
     np.testing.assert_allclose(read_volume(tmp_path / "mean.nii.gz").voxels, found.mean, atol=0.51)
-    with pytest.raises(ConfigError, match="samples = 4: with estimate 'mean' there is one volume"):
+    with pytest.raises(ConfigError, match=r"^n_samples = 4: allowed: 1 with estimate 'mean'"):
         inpaint(cases[0].t1n_voided, cases[0].mask, tmp_path / "b.nii.gz", estimate="mean", n_samples=4, **model)
 
 
@@ -451,12 +451,12 @@ def test_known_latent_voxels_are_clean_at_every_step(cases, inpainter, sampler, 
 
 
 @pytest.mark.parametrize(("wrong", "reason"), [
-    ({"sampler": "heun"}, "sampler = 'heun': Input should be 'ddpm', 'ddim'"),
+    ({"sampler": "heun"}, "sampler = 'heun': allowed: ddpm, ddim"),
     ({"sampler": "midpoint"}, "'midpoint' given, the model was trained on a variance-preserving.*ddpm, ddim"),
-    ({"num_inference_steps": 0}, "num_inference_steps = 0: .*greater than or equal to 1"),
-    ({"n_samples": 0}, "samples = 0"),
+    ({"num_inference_steps": 0}, "num_inference_steps = 0: allowed: integer from 1 to 100,000,000"),
+    ({"n_samples": 0}, r"^n_samples = 0: allowed: integer from 1 to 10,000\. Fix: give an allowed value\.$"),
     ({"seed": -1}, "seed = -1"),
-    ({"guidance": float("inf")}, "guidance = inf: Input should be a finite number"),
+    ({"guidance": float("inf")}, "guidance = inf: allowed: finite number from 0"),
     ({"blend_mm": -1.0}, "blend_mm = -1"),
     ({"num_inference_steps": 1001}, "1001 sampling steps given, 1 to 1000 allowed"),
 ])  # fmt: skip
