@@ -11,6 +11,7 @@ Everything but distances is computed in torch, in batches: training and inferenc
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -119,6 +120,7 @@ def gaussian_blur(volumes: Tensor, sigma_vox: float | Sequence[float]) -> Tensor
     return volumes
 
 
+@lru_cache(maxsize=64)
 def _blur_matrix(size: int, sigma: float) -> Tensor:
     kernel = ndimage.gaussian_filter1d(np.eye(size), sigma, axis=0, truncate=TRUNCATE)
     return torch.from_numpy(kernel)

@@ -23,9 +23,9 @@ from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.anatomy.tissue_segmentation import mixture_labels
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import Case, CaseData, load_case
-from ldm_lib.data.model_grid import require_spacing
+from ldm_lib.data.model_grid import GridCase, require_spacing
 from ldm_lib.data.volume import normalise
-from ldm_lib.diffusion.latents import Latents, LatentSpec
+from ldm_lib.diffusion.latents import CPU, Latents, LatentSpec
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
 
@@ -56,8 +56,8 @@ class Scan:
     centres: tuple[np.ndarray, ...]  # positions (n, 3) in each healthy mask
 
     @classmethod
-    def of(cls, cases: Sequence[CaseData]) -> "Scan":
-        """Build it from all cases of a scan, which differ in the healthy mask."""
+    def of(cls, cases: Sequence[CaseData], device: torch.device = CPU) -> "Scan":
+        """Build it on a device from all cases of a scan, which differ in the healthy mask."""
         first = cases[0]
         image = first.lps(normalise(first.target, first.scale))
         healthy = [case.lps(case.scored) for case in cases]
@@ -75,10 +75,10 @@ class Scan:
             voxels = np.argwhere(mask[box])
             centres.append(voxels[:: max(1, len(voxels) // CENTRES)])
         growth = nothing if first.growth is None else first.lps(first.growth)
+        volumes = image.astype(np.float16), codes, np.rint(growth[box] * 255).astype(np.uint8)
         return cls(
-            torch.from_numpy(image).half(), torch.from_numpy(codes),
-            torch.from_numpy(np.rint(growth[box] * 255).astype(np.uint8)), _tissue_means(image, tissue), tuple(centres),
-        )  # fmt: skip
+            *(torch.from_numpy(volume).to(device) for volume in volumes), _tissue_means(image, tissue), tuple(centres)
+        )
 
 
 def _tissue_means(image: np.ndarray, tissue: np.ndarray) -> tuple[float, float, float]:
@@ -118,6 +118,17 @@ class FreshSamples(Sequence[Latents]):
         (latents,) = draw([self], [number])
         return latents
 
+    def volumes(self, number: int) -> GridCase:
+        """Return image, mask and maps of a draw, for inspection; the crop and a rim of a latent voxel around it."""
+        with torch.inference_mode():
+            target, mask, codes, growth = (part.cpu() for part in _volumes([self], [number]))
+        growth = F.interpolate(growth, size=target.shape[2:])
+        target, mask, codes, growth = (part[0, 0].numpy() for part in (target, mask, codes, growth))
+        return GridCase(
+            voided=np.where(mask, np.float32(0), target), target=target, mask=mask, unknown=np.zeros_like(mask),
+            growth=growth, tissue=(codes & TISSUE_BITS).astype(np.uint8),
+        )  # fmt: skip
+
     def rng(self, number: int) -> np.random.Generator:
         """Return the random numbers of one draw."""
         digest = hashlib.sha256(self.case.key.encode()).digest()[:4]
@@ -137,7 +148,7 @@ def fresh_samples(
                          fix="leave some masks out, or set fresh_samples=false")  # fmt: skip
     loaded = [load_case(case) for case in cases]
     require_spacing(loaded[0], autoencoder.spacing_mm)
-    scan = Scan.of(loaded)
+    scan = Scan.of(loaded, next(autoencoder.parameters()).device)
     return [FreshSamples(case, scan, k, autoencoder, spec, crop, seed) for k, case in enumerate(cases)]
 
 
@@ -149,23 +160,27 @@ def fresh_version() -> str:
 def draw(sources: Sequence[FreshSamples], numbers: Sequence[int]) -> list[Latents]:
     """Draw a sample of each source, on the device of its autoencoder; the results are on the CPU."""
     first = sources[0]
-    autoencoder, spec, factor = first.autoencoder, first.spec, first.autoencoder.factor
-    device, mm = next(autoencoder.parameters()).device, autoencoder.spacing_mm
-    size = (first.crop + 2 * RIM) * factor
-    rngs = [source.rng(number) for source, number in zip(sources, numbers, strict=True)]
     with torch.inference_mode():
-        warped = [_warped(source, rng, size, mm, device) for source, rng in zip(sources, rngs, strict=True)]
-        image, codes, growth = (torch.cat(parts) for parts in zip(*warped, strict=True))
-        mask = torch.cat([_mask(c[None], s, rng, mm) for c, s, rng in zip(codes, sources, rngs, strict=True)])
-        looks = [Appearance.draw(rng, (size * mm,) * 3, RANGES) for rng in rngs]
-        noise = torch.cat([_noise(rng, size, device) for rng in rngs])
-        target = change_appearance(image, (codes & BRAIN) > 0, [s.scan.means for s in sources], looks, spacing_mm=mm,
-                                   noise=noise)  # fmt: skip
-        target = target / _scale(target, mask)
-        latents = _latents(autoencoder, spec, target, mask, codes, growth)
+        latents = _latents(first.autoencoder, first.spec, *_volumes(sources, numbers))
     middle = slice(RIM, RIM + first.crop)
     return [{name: part[k, :, middle, middle, middle].cpu().contiguous() for name, part in latents.items()}
             for k in range(len(sources))]  # fmt: skip
+
+
+def _volumes(sources: Sequence[FreshSamples], numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw the image, mask, codes (b 1 x y z) and, on a coarser grid, growth of a batch."""
+    first = sources[0]
+    mm, device = first.autoencoder.spacing_mm, next(first.autoencoder.parameters()).device
+    size = (first.crop + 2 * RIM) * first.autoencoder.factor
+    rngs = [source.rng(number) for source, number in zip(sources, numbers, strict=True)]
+    warped = [_warped(source, rng, size, mm, device) for source, rng in zip(sources, rngs, strict=True)]
+    image, codes, growth = (torch.cat(parts) for parts in zip(*warped, strict=True))
+    mask = torch.cat([_mask(c[None], s, rng, mm) for c, s, rng in zip(codes, sources, rngs, strict=True)])
+    looks = [Appearance.draw(rng, (size * mm,) * 3, RANGES) for rng in rngs]
+    noise = torch.cat([_noise(rng, size, device) for rng in rngs])
+    means, brain = [source.scan.means for source in sources], (codes & BRAIN) > 0
+    target = change_appearance(image, brain, means, looks, spacing_mm=mm, noise=noise)
+    return target / _scale(target, mask), mask, codes, growth
 
 
 def _warped(
@@ -193,7 +208,7 @@ def _warped(
     coarse = grid[:, :: (step := _step(mm)), ::step, ::step]
 
     def sampled(volume: Tensor, at: Tensor, mode: str) -> Tensor:
-        return F.grid_sample(volume.to(device)[None, None].float(), at, mode=mode, align_corners=True)
+        return F.grid_sample(volume[None, None].float(), at, mode=mode, align_corners=True)
 
     growth = sampled(scan.growth, coarse, "bilinear") / 255
     return sampled(scan.image, grid, "bilinear"), sampled(scan.codes, grid, "nearest").short(), growth

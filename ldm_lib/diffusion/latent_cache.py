@@ -103,9 +103,12 @@ class LatentCache:
                            "settings": spec.model_dump(), "precision": precision}  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
 
-    def versions(self, case: Case, count: int) -> dict[str, GridCase]:
-        """Return a case on the model's grid as it is, and `count` augmented versions, by name, for inspection."""
+    def versions(self, case: Case, count: int, *, fresh_crop: int = 0) -> dict[str, GridCase]:
+        """Return a case on the model's grid as it is, and `count` augmented or fresh versions, by name, to look at."""
         original, spacing_mm = self._on_grid(case), self.autoencoder.spacing_mm
+        if fresh_crop:
+            (source,) = self.fresh((case,), fresh_crop)
+            return {"original": original} | {f"version {k}": source.volumes(k) for k in range(1, count + 1)}
         draws = {f"version {k}": np.random.default_rng([self.seed, k]) for k in range(1, count + 1)}
         augmented = {name: self.augmentation(original, rng, spacing_mm=spacing_mm) for name, rng in draws.items()}
         return {"original": original} | augmented
@@ -120,10 +123,7 @@ class LatentCache:
             variants: encodings per case; the first is not augmented, the others are.
             fresh_crop: edge of a crop; if above 0, all encodings are drawn by `fresh_samples`.
         """
-        scans: dict[str, list[Case]] = {}
-        for case in cases:
-            scans.setdefault(case.id, []).append(case)
-        by_scan = {name: self._entries(name, tuple(scan), variants, fresh_crop) for name, scan in scans.items()}
+        by_scan = {name: self._entries(name, scan, variants, fresh_crop) for name, scan in _by_scan(cases).items()}
         entries = [entry for scan in by_scan.values() for entry in scan]
         stale = self._remove_stale(entries)
         damaged = [entry for entry in entries if entry.path.exists() and not _is_intact(entry)]
@@ -193,6 +193,15 @@ class LatentCache:
         """Return what draws fresh samples of the cases of a scan."""
         return fresh_samples(cases, self.autoencoder, self.spec, crop=crop, seed=self.seed)
 
+    def sources(self, cases: Sequence[Case], crop: int) -> list[FreshSamples]:
+        """Read all scans, and return what draws fresh samples of each case, in the order of the cases."""
+        scans, sources = _by_scan(cases), {}
+        progress = Progress(len(scans), name="reading scan")
+        for number, (name, scan) in enumerate(scans.items(), start=1):
+            sources |= {source.case.key: source for source in self.fresh(scan, crop)}
+            progress.update(number, name, now=number == len(scans))
+        return [sources[case.key] for case in cases]
+
     def _encode_entry(
         self, entry: _Entry, load: Callable[[Case], GridCase], read: Callable[..., list[FreshSamples]]
     ) -> None:
@@ -210,6 +219,14 @@ class LatentCache:
         tensors = _pack(latents)
         with replacing(entry.path) as partial:
             save_file(tensors, partial, {"digest": _digest(entry.key, tensors)})
+
+
+def _by_scan(cases: Sequence[Case]) -> dict[str, tuple[Case, ...]]:
+    """Group cases by their scan, in order."""
+    scans: dict[str, tuple[Case, ...]] = {}
+    for case in cases:
+        scans[case.id] = (*scans.get(case.id, ()), case)
+    return scans
 
 
 def _pack(cases: dict[str, Latents]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm_lib.diffusion.fresh_samples import FreshSamples, draw
 from ldm_lib.diffusion.latents import Latents
 from ldm_lib.training.options import TrainerOptions, TrainingOptions
 
@@ -96,10 +97,29 @@ class TrainingSamples(Dataset):
         self.variants, self.config, self.steps, self.global_batch = list(variants), config, steps, global_batch
         self.signs = {} if mirror is None else dict.fromkeys(LATENTS, mirror.cpu().view(-1, 1, 1, 1))
 
+    @property
+    def workers(self) -> int:
+        """Return the number of loader processes; none where samples are drawn on a GPU."""
+        first = self.variants[0]
+        on_gpu = isinstance(first, FreshSamples) and first.scan.image.is_cuda
+        return 0 if on_gpu else self.config.num_workers
+
     def __getitem__(self, sample_index: SampleIndex) -> Latents:
+        return self.__getitems__([sample_index])[0]
+
+    def __getitems__(self, batch: Sequence[SampleIndex]) -> list[Latents]:
+        """Return the samples of a batch; fresh ones are drawn together."""
+        rngs = [np.random.default_rng([self.config.seed, step, index]) for step, index, _ in batch]
+        sources = [self.variants[case] for *_, case in batch]
+        numbers = [int(rng.integers(len(source))) for rng, source in zip(rngs, sources, strict=True)]
+        if isinstance(sources[0], FreshSamples):
+            latents = draw(sources, numbers)
+        else:
+            latents = [dict(source[number]) for source, number in zip(sources, numbers, strict=True)]
+        return [self._complete(*parts) for parts in zip(latents, batch, rngs, strict=True)]
+
+    def _complete(self, sample: Latents, sample_index: SampleIndex, rng: np.random.Generator) -> Latents:
         step, index, case = sample_index
-        rng = np.random.default_rng([self.config.seed, step, index])
-        sample = dict(self.variants[case][int(rng.integers(len(self.variants[case])))])
         if not self.config.overfit_batches:
             sample = self._augment(sample, rng)
         draw = torch.Generator().manual_seed(int(rng.integers(2**62)))

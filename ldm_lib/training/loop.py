@@ -83,7 +83,7 @@ class TrainingLoop:
     def _batches(self) -> Iterator[Latents]:
         loader = DataLoader(
             self.samples, batch_sampler=self.plan.batches_from(self.trainer.step), collate_fn=collate,
-            num_workers=self.config.num_workers, pin_memory=self.processes.device.type == "cuda",
+            num_workers=self.samples.workers, pin_memory=self.processes.device.type == "cuda",
         )  # fmt: skip
         return (on_device(batch, self.processes.device) for batch in loader)
 

@@ -85,9 +85,11 @@ class LatentSampleOptions(Options):
     latent_crop: Count = Field(
         12, description="edge of a training crop around the mask, latent voxels; 0 takes whole latents"
     )
-    cache_variants: Positive = Field(2, description="encodings per training sample; all but the first are augmented")
     fresh_samples: bool = Field(
-        False, description="draw each encoding afresh: warp, mask and appearance, instead of augmenting the case"
+        False, description="draw encodings afresh: warp, mask and appearance, instead of augmenting the case"
+    )
+    cache_variants: Count = Field(
+        2, description="encodings per training case; 0 draws every fresh sample when it is needed, for a GPU"
     )
     latent_flip_probability: Fraction = Field(
         0.0, description="probability of a left-right flip of latents; exact for linear codecs only"
@@ -116,6 +118,14 @@ class TrainingOptions(
     TrainerOptions,
 ):
     """Hold all that decides how a denoiser is trained."""
+
+    @model_validator(mode="after")
+    def _samples_exist(self) -> Self:
+        if self.fresh_samples and not self.latent_crop:
+            raise ValueError("latent_crop = 0: fresh_samples need the size of a crop")
+        if not self.cache_variants and (not self.fresh_samples or self.overfit_batches):
+            raise ValueError("cache_variants = 0: 1 or more without fresh_samples, or with overfit_batches")
+        return self
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:

@@ -16,6 +16,7 @@ from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.cohort import with_target
 from ldm_lib.data.volume import read_volume
+from ldm_lib.diffusion.fresh_samples import FreshSamples
 from ldm_lib.diffusion.latent_cache import CachedCase, LatentCache
 from ldm_lib.diffusion.latents import Latents, LatentSpec
 from ldm_lib.diffusion.model import LatentDiffusion
@@ -105,12 +106,16 @@ def latent_cache(model: LatentDiffusion, config: TrainingOptions, run_folder: Pa
 
 def encode(
     cache: LatentCache, training: Sequence[Case], validation: Sequence[Case], config: TrainingOptions
-) -> tuple[list[CachedCase], list[CachedCase], list[dict[str, Any]]]:
+) -> tuple[list[CachedCase] | list[FreshSamples], list[CachedCase], list[dict[str, Any]]]:
     """Encode training and validation cases, and add a row of costs for each of the two.
 
-    With `overfit_batches` training cases are validated.
+    With `overfit_batches` training cases are validated. Without any `cache_variants` training samples are drawn when
+    they are needed, and only validation cases are encoded.
     """
     crop = config.latent_crop if config.fresh_samples else 0
+    if not config.cache_variants:
+        drawn = cache.sources(training, crop)
+        return drawn, cache.encode(validation[: config.val_cases]), [{"cases": "validation"} | cache.costs]
     cached = cache.encode(training, variants=1 if config.overfit_batches else config.cache_variants, fresh_crop=crop)
     costs = [{"cases": "training"} | cache.costs]
     if config.overfit_batches or not validation:

@@ -394,3 +394,30 @@ def test_cases_of_another_voxel_size_are_rejected(sources, autoencoder, tmp_path
     autoencoder.spacing_mm = 1.0
     with pytest.raises(InputError, match=r"has voxels of 8x8x8 mm, the autoencoder was trained at 1 mm"):
         cache(tmp_path / "c", autoencoder).encode(sources)
+
+
+def test_fresh_encodings_are_draws_to_half_precision_and_are_made_once(sources, autoencoder, tmp_path):
+    latents = cache(tmp_path / "c", autoencoder)
+    handles = latents.encode(sources, variants=2, fresh_crop=4)
+    drawn = latents.sources(sources, 4)
+    assert [each.case.key for each in drawn] == [case.key for case in sources]
+    for handle, source in zip(handles, drawn, strict=True):
+        for variant in range(2):
+            for name, tensor in source[variant].items():
+                kept = handle[variant][name]
+                assert torch.equal(kept, tensor if name in MASKS else tensor.half().float()), name
+    before = autoencoder.calls
+    latents.encode(sources, variants=2, fresh_crop=4)
+    assert autoencoder.calls == before and latents.costs["encoded now"] == 0
+    latents.encode(sources, variants=2, fresh_crop=6)
+    assert latents.costs["encoded now"] == 4, "another crop is another draw"
+
+
+def test_versions_to_look_at_are_the_draws(sources, autoencoder, tmp_path):
+    versions = cache(tmp_path / "c", autoencoder).versions(sources[0], 2, fresh_crop=4)
+    assert list(versions) == ["original", "version 1", "version 2"]
+    for name in ("version 1", "version 2"):
+        version = versions[name]
+        assert version.mask.shape == ((4 + 2) * autoencoder.factor,) * 3, "the crop and its rim"
+        assert not version.voided[version.mask].any() and version.mask.any()
+        assert np.array_equal(version.voided[~version.mask], version.target[~version.mask])

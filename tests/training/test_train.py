@@ -15,6 +15,7 @@ from ldm_lib.autoencoder.training import build_autoencoder, fit_autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.data.volume import normalise, read_volume
+from ldm_lib.diffusion.fresh_samples import fresh_samples
 from ldm_lib.diffusion.latent_cache import LatentCache
 from ldm_lib.diffusion.latents import LatentSpec, collate, encode_case, input_channels
 from ldm_lib.diffusion.model import LatentDiffusion
@@ -223,6 +224,20 @@ def test_loader_processes_change_nothing_and_can_be_resumed(study, straight, tmp
         with pytest.raises(SystemExit, match="9"):
             study.train(broken, config)
     assert equal(state(straight[0]), state(study.train(broken, config)))
+
+
+def test_samples_drawn_when_they_are_needed_resume_to_the_last_bit_in_any_number_of_processes(
+    study, cases, tmp_path, monkeypatch
+):
+    sources = fresh_samples(cases[:2], study.autoencoder, study.spec, crop=5, seed=0)
+    variants, config = {each.case.key: each for each in sources}, settings(latent_crop=5, batch_size=2)
+    straight, broken = study.train(place(tmp_path, "whole"), config, variants), place(tmp_path, "broken")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        with pytest.raises(SystemExit, match="9"):
+            study.train(broken, settings(latent_crop=5, batch_size=2, checkpoint_every=1), variants)
+    resumed = study.train(broken, settings(latent_crop=5, batch_size=2, checkpoint_every=1, num_workers=2), variants)
+    assert equal(state(straight), state(resumed)) and straight.step > 1
 
 
 def test_training_from_the_cache_is_training_from_memory(study, cases, tmp_path):

@@ -63,3 +63,23 @@ def test_the_training_of_a_model_continues_from_its_weights(trained, cases, tmp_
 def test_a_patient_is_never_on_both_sides(coarse, cases, tmp_path):
     with pytest.raises(ConfigError, match=r"patients Synthetic_00000 are among both training and validation cases"):
         train_denoiser(Autoencoder.load(coarse), cases[:1], OPTIONS, folder=tmp_path, validation_cases=cases[1:2])
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_fresh_samples_train_the_same_network_each_time(coarse, cases, tmp_path, kept):
+    """Drawn when they are needed, or twice for each case and kept."""
+    options = OPTIONS.model_copy(update={"fresh_samples": True, "cache_variants": kept})
+    models = [train_denoiser(Autoencoder.load(coarse), cases[:2], options, folder=tmp_path / name) for name in "ab"]
+    assert same(*models) and len(list((tmp_path / "a" / "latents").glob("*.safetensors"))) == kept
+    other = options.model_copy(update={"seed": 1})
+    assert not same(models[0], train_denoiser(Autoencoder.load(coarse), cases[:2], other, folder=tmp_path / "c"))
+
+
+@pytest.mark.parametrize(("values", "cause"), [
+    ({"cache_variants": 0}, "cache_variants = 0: 1 or more without fresh_samples"),
+    ({"fresh_samples": True, "latent_crop": 0}, "latent_crop = 0: fresh_samples need the size of a crop"),
+    ({"fresh_samples": True, "cache_variants": 0, "overfit_batches": 1}, "or with overfit_batches"),
+])  # fmt: skip
+def test_options_that_leave_no_samples_are_rejected(values, cause):
+    with pytest.raises(ConfigError, match=cause):
+        TrainingOptions.parse(values)
