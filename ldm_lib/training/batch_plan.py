@@ -20,6 +20,7 @@ from ldm_lib.diffusion.latents import Latents
 from ldm_lib.training.options import TrainerOptions, TrainingOptions
 
 DEBUG_PAIRS = 16  # fixed (t, noise) pairs of the overfitting test; t from a tenth of the schedule to its end
+NOISIEST = 20  # the part of the schedule that `noisiest_fraction` draws from is one in so many
 LEFT_RIGHT = 1  # axis of a latent (c x y z) in LPS
 LATENTS = ("voided", "target", "initial_estimate")  # parts of a sample whose signs change in a mirror image
 
@@ -124,6 +125,8 @@ class TrainingSamples(Dataset):
             sample = self._augment(sample, rng)
         draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
         t = torch.randint(0, self.steps, (), generator=draw)
+        if self.config.noisiest_fraction and rng.random() < self.config.noisiest_fraction:
+            t = self.steps - 1 - t // NOISIEST
         if self.config.overfit_batches:
             pair = (step * self.global_batch + index) // len(self.variants) % DEBUG_PAIRS
             t = torch.linspace(self.steps // 10, self.steps - 1, DEBUG_PAIRS).round().long()[pair]

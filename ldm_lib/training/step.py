@@ -68,8 +68,10 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """Return the learning rate of the next step: constant after a linear warm-up."""
-        return self.config.learning_rate * min(1.0, (self.step + 1) / (self.config.warmup_steps + 1))
+        """Return the learning rate of the next step: a linear warm-up, then constant or half a cosine down to 0."""
+        warm = min(1.0, (self.step + 1) / (self.config.warmup_steps + 1))
+        done = self.step / self.plan.steps if self.config.learning_rate_schedule == "cosine" else 0.0
+        return self.config.learning_rate * warm * (1 + math.cos(math.pi * done)) / 2
 
     def advance(self, batches: Sequence[Latents]) -> None:
         """Take one optimiser step on the batches that this process accumulates, without waiting for a GPU."""

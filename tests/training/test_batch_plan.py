@@ -99,6 +99,13 @@ def test_a_flip_turns_the_signs_of_latents_and_of_nothing_else():
     assert same({name: still[name] for name in many}, many), "what is not flipped keeps its signs"
 
 
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0.05), (0.3, 0.3 + 0.7 * 0.05), (1.0, 1.0)])
+def test_a_fraction_of_the_timesteps_is_from_the_noisiest_twentieth(fraction, expected):
+    data = TrainingSamples([[latents(0)]], settings(noisiest_fraction=fraction), 1000, global_batch=1)
+    late = np.array([int(data[0, k, 0]["t"]) for k in range(3000)]) >= 950
+    assert late.mean() == pytest.approx(expected, abs=0.02)
+
+
 @pytest.mark.parametrize("edge", [1, 3, 16])
 def test_a_crop_holds_a_part_of_the_mask_and_keeps_tensors_together(edge):
     data = samples(1, latent_crop=edge)

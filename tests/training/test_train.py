@@ -273,6 +273,19 @@ def test_the_table_has_a_row_per_epoch_and_per_interval(study, tmp_path):
 # ---- what does not fit
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_learning_rate_is_that_of_its_schedule(study, tmp_path, schedule):
+    """Eight steps of two epochs, two of them warm-up; half a cosine falls to 0 where the training ends."""
+    trained = study.train(
+        place(tmp_path), settings(learning_rate_schedule=schedule, warmup_steps=2, learning_rate=0.01)
+    )
+    assert trained.step == trained.plan.steps
+    for step in range(trained.step):
+        trained.step = step
+        factor = (1 + np.cos(np.pi * step / trained.plan.steps)) / 2 if schedule == "cosine" else 1
+        assert trained.learning_rate == pytest.approx(0.01 * min(1, (step + 1) / 3) * factor)
+
+
 def test_another_training_is_rejected_with_the_list_and_an_allowed_change_is_made(study, cases, tmp_path):
     folder, config = place(tmp_path), settings(max_epochs=1)
     study.train(folder, config)
