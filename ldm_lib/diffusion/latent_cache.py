@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ldm_lib.diffusion.fresh_samples import FreshSamples, fresh_samples, fresh_v
 from ldm_lib.diffusion.latents import Latents, LatentSpec, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import fingerprint, replacing, sha256
+from ldm_lib.process_control import parallel_map
 from ldm_lib.progress import Progress
 
 log = logging.getLogger("ldm_lib")
@@ -113,7 +114,9 @@ class LatentCache:
         augmented = {name: self.augmentation(original, rng, spacing_mm=spacing_mm) for name, rng in draws.items()}
         return {"original": original} | augmented
 
-    def encode(self, cases: Sequence[Case], *, variants: int = 1, fresh_crop: int = 0) -> list[CachedCase]:
+    def encode(
+        self, cases: Sequence[Case], *, variants: int = 1, fresh_crop: int = 0, workers: int = 1
+    ) -> list[CachedCase]:
         """Encode what is missing, out of date or damaged, and return a handle for each case.
 
         What another process is encoding is left to it, and waited for at the end. Entries of the same scans that were
@@ -122,6 +125,7 @@ class LatentCache:
         Args:
             variants: encodings per case; the first is not augmented, the others are.
             fresh_crop: edge of a crop; if above 0, all encodings are drawn by `fresh_samples`.
+            workers: processes that encode, on a CPU.
         """
         by_scan = {name: self._entries(name, scan, variants, fresh_crop) for name, scan in _by_scan(cases).items()}
         entries = [entry for scan in by_scan.values() for entry in scan]
@@ -134,7 +138,7 @@ class LatentCache:
             "patients": patients,
             "masks": len(cases),
             "variants": variants,
-            "encoded now": self._encode_entries([e for e in entries if e in damaged or not e.path.exists()]),
+            "encoded now": self._encode_missing([e for e in entries if e in damaged or not e.path.exists()], workers),
             "replaced": stale + len(damaged),
             "MB per patient": sum(entry.path.stat().st_size for entry in entries) / 1e6 / patients,
         }
@@ -171,11 +175,26 @@ class LatentCache:
             log.warning("%d stale cached files (other sources, weights or settings) removed; encoded again", len(stale))
         return len(stale)
 
-    def _encode_entries(self, missing: Sequence[_Entry]) -> int:
+    def _encode_missing(self, missing: Sequence[_Entry], workers: int) -> int:
+        """Encode entries in some processes, scan by scan; return how many were encoded."""
+        (self.folder / LOCKS).mkdir(exist_ok=True)
+        progress = Progress(len(missing), name="encoding scan")
+        if workers <= 1 or self._placement["device"].type != "cpu":
+            return self._encode_entries(missing, progress)
+        scans: dict[tuple[Case, ...], list[_Entry]] = {}
+        for entry in missing:
+            scans.setdefault(entry.cases, []).append(entry)
+        done = encoded = 0
+        counts = parallel_map(partial(_encode_scan, self), [*scans.values()], workers)
+        for own, count in zip(scans.values(), counts, strict=True):
+            done, encoded = done + len(own), encoded + count
+            progress.update(done, own[0].cases[0].id, now=done == len(missing))
+        return encoded
+
+    def _encode_entries(self, missing: Sequence[_Entry], progress: Progress | None = None) -> int:
         """Encode entries, or wait for the process that does; return how many were encoded by this one."""
         load, read = lru_cache(CASES_IN_MEMORY)(self._on_grid), lru_cache(1)(self.fresh)
-        done, encoded, progress = set(), 0, Progress(len(missing), name="encoding scan")
-        (self.folder / LOCKS).mkdir(exist_ok=True)
+        done, encoded = set(), 0
         for wait in (False, True):
             for entry in [entry for entry in missing if entry.path not in done]:
                 try:
@@ -186,7 +205,8 @@ class LatentCache:
                 except Timeout:  # another process encodes it: it is waited for at the end
                     continue
                 done.add(entry.path)
-                progress.update(len(done), entry.path.name, now=len(done) == len(missing))
+                if progress:
+                    progress.update(len(done), entry.path.name, now=len(done) == len(missing))
         return encoded
 
     def fresh(self, cases: tuple[Case, ...], crop: int) -> list[FreshSamples]:
@@ -219,6 +239,12 @@ class LatentCache:
         tensors = _pack(latents)
         with replacing(entry.path) as partial:
             save_file(tensors, partial, {"digest": _digest(entry.key, tensors)})
+
+
+def _encode_scan(cache: LatentCache, entries: Sequence[_Entry]) -> int:
+    """Encode the entries of a scan in a process of its own."""
+    torch.set_num_threads(1)  # the other cores have processes of their own
+    return cache._encode_entries(entries)
 
 
 def _by_scan(cases: Sequence[Case]) -> dict[str, tuple[Case, ...]]:

@@ -39,7 +39,9 @@ class TrainerOptions(DeviceOptions, SeedOptions):
     pretrained: bool = Field(False, description="start from the pretrained weights of the package")
     start_dir: str = Field("", description="model folder to start from; without either, training starts at random")
     devices: Devices = Field(1, description="number of devices; a notebook uses one, `ldm run` several")
-    num_workers: Workers = Field(0, description="data loader processes; cached latents need none")
+    num_workers: Workers = Field(
+        0, description="processes that encode training cases and load samples; cached latents need none to load"
+    )
     compile: bool = Field(False, description="torch.compile of the denoiser; pays in long trainings")
     overfit_batches: Count = Field(0, description="debugging: number of fixed batches to overfit; 0 is off")
     checkpoint_every: Positive = Field(100, description="optimiser steps between checkpoints")

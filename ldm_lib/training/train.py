@@ -116,7 +116,8 @@ def encode(
     if not config.cache_variants:
         drawn = cache.sources(training, crop)
         return drawn, cache.encode(validation[: config.val_cases]), [{"cases": "validation"} | cache.costs]
-    cached = cache.encode(training, variants=1 if config.overfit_batches else config.cache_variants, fresh_crop=crop)
+    variants = 1 if config.overfit_batches else config.cache_variants
+    cached = cache.encode(training, variants=variants, fresh_crop=crop, workers=config.num_workers)
     costs = [{"cases": "training"} | cache.costs]
     if config.overfit_batches or not validation:
         return cached, cached[: config.val_cases] if config.overfit_batches else [], costs

@@ -14,6 +14,7 @@ import torch
 from caches import CHANGE, HOW, Counting, cache, fill_slowly
 from safetensors.torch import load_file, save_file
 
+from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import find_cases
@@ -24,6 +25,7 @@ from ldm_lib.diffusion.latent_cache import LatentCache
 from ldm_lib.diffusion.latents import LatentSpec, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import sha256
+from ldm_lib.model_io import load_model
 
 MASKS = {"mask", "loss"}
 
@@ -346,9 +348,9 @@ def test_what_another_process_replaces_meanwhile_is_not_made_again(sources, auto
     path.write_bytes(whole[:-1])
     make = LatentCache._encode_entries
 
-    def replaced_first(self, missing):
+    def replaced_first(self, missing, progress):
         path.write_bytes(whole)
-        return make(self, missing)
+        return make(self, missing, progress)
 
     monkeypatch.setattr(LatentCache, "_encode_entries", replaced_first)
     made = cache(tmp_path / "c", autoencoder)
@@ -421,3 +423,16 @@ def test_versions_to_look_at_are_the_draws(sources, autoencoder, tmp_path):
         assert version.mask.shape == ((4 + 2) * autoencoder.factor,) * 3, "the crop and its rim"
         assert not version.voided[version.mask].any() and version.mask.any()
         assert np.array_equal(version.voided[~version.mask], version.target[~version.mask])
+
+
+def test_processes_make_the_bytes_of_one(sources, tiny_autoencoder_folder, tmp_path):
+    """Two scans in two processes, and augmented encodings as well as fresh ones."""
+    model = load_model(tiny_autoencoder_folder, Autoencoder)
+    for crop in (0, 4):
+        made = [cache(tmp_path / f"{crop}-{workers}", model, augmentation=CHANGE) for workers in (1, 2)]
+        for workers, each in enumerate(made, start=1):
+            each.encode(sources, variants=2, fresh_crop=crop, workers=workers)
+            assert each.costs["encoded now"] == 4
+        one, two = (entries(each.folder) for each in made)
+        assert [path.name for path in one] == [path.name for path in two]
+        assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
