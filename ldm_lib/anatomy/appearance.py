@@ -27,12 +27,13 @@ class AppearanceRanges:
 
     own_contrast: float = 0.25  # probability of keeping the contrast of the scan
     csf: Range = (0.10, 0.50)
-    gm: Range = (0.55, 0.90)
+    gm: Range = (0.55, 0.92)
     grey_field: Range = (0.0, 0.05)  # sd of the brightness of grey matter from place to place, as of its deep nuclei
     thin: float = 0.4  # probability of isotropic resolution
+    in_plane_mm: Range = (0.0, 0.9)  # sd of the point spread function in the slices, and everywhere in thin ones
     thick_mm: Range = (0.3, 2.2)  # sd of the point spread function through the slices otherwise; 2.2 is 5 mm at half
     gain: Range = (0.0, 0.12)  # sd of the logarithm of the gain field
-    noise: Range = (0.0, 0.04)  # sd of each part of the complex noise
+    noise: Range = (0.0, 0.035)  # sd of each part of the complex noise
     gamma: Range = (0.8, 1.25)
 
 
@@ -46,7 +47,8 @@ class Appearance:
     csf: float | None  # None keeps the contrast
     gm: float
     grey_field: np.ndarray  # spline coefficients
-    thick_mm: float
+    in_plane_mm: float
+    thick_mm: float  # 0 in a scan of isotropic resolution
     axis: int  # through the slices
     gain: np.ndarray  # spline coefficients of the logarithm
     noise: float
@@ -60,11 +62,12 @@ class Appearance:
         kept = rng.random() < ranges.own_contrast
         csf, gm = rng.uniform(*ranges.csf), rng.uniform(*ranges.gm)
         grey_field = rng.uniform(*ranges.grey_field) * coefficients(rng, extent_mm, GREY_NODE_MM)
+        in_plane_mm = rng.uniform(*ranges.in_plane_mm)
         thick_mm = 0.0 if rng.random() < ranges.thin else rng.uniform(*ranges.thick_mm)
         gain = rng.uniform(*ranges.gain) * coefficients(rng, extent_mm, GAIN_NODE_MM)
         return cls(
-            csf=None if kept else min(csf, gm - LEAST_CONTRAST), gm=gm, grey_field=grey_field, thick_mm=thick_mm,
-            axis=int(rng.integers(3)), gain=gain, noise=rng.uniform(*ranges.noise), gamma=rng.uniform(*ranges.gamma),
+            csf=None if kept else min(csf, gm - LEAST_CONTRAST), gm=gm, grey_field=grey_field,
+            in_plane_mm=in_plane_mm, thick_mm=thick_mm, axis=int(rng.integers(3)), gain=gain, noise=rng.uniform(*ranges.noise), gamma=rng.uniform(*ranges.gamma),
         )  # fmt: skip
 
 
@@ -83,18 +86,21 @@ def change_appearance(
         noise: (b 2 x y z) of standard deviation 1.
     """
     values = torch.cat([_remapped(image[k : k + 1], own[k], look, spacing_mm) for k, look in enumerate(drawn)])
-    values = torch.cat([_thick(values[k : k + 1], brain[k : k + 1], look, spacing_mm) for k, look in enumerate(drawn)])
+    values = torch.cat(
+        [_blurred(values[k : k + 1], brain[k : k + 1], look, spacing_mm) for k, look in enumerate(drawn)]
+    )
     values = values * torch.cat([_field(look.gain, values, spacing_mm, GAIN_NODE_MM) for look in drawn]).exp()
     sd, gamma = (torch.tensor([[[[[getattr(look, name)]]]] for look in drawn]).to(image) for name in ("noise", "gamma"))
     values = torch.hypot(values + sd * noise[:, :1], sd * noise[:, 1:])
     return values.clamp(min=LEAST) ** gamma * brain
 
 
-def _thick(values: Tensor, brain: Tensor, look: Appearance, spacing_mm: float) -> Tensor:
-    """Blur an image (1 1 x y z) through its slices, without the air."""
-    if not look.thick_mm:
+def _blurred(values: Tensor, brain: Tensor, look: Appearance, spacing_mm: float) -> Tensor:
+    """Blur an image (1 1 x y z) by its point spread function, without the air."""
+    through = max(look.thick_mm, look.in_plane_mm)
+    sigma = [(through if axis == look.axis else look.in_plane_mm) / spacing_mm for axis in range(3)]
+    if not any(sigma):
         return values
-    sigma = [look.thick_mm / spacing_mm * (axis == look.axis) for axis in range(3)]
     both = gaussian_blur(torch.cat([values * brain, brain.float()], dim=1), sigma)
     return both[:, :1] / both[:, 1:].clamp(min=LEAST)
 

@@ -11,7 +11,7 @@ from ldm_lib.anatomy.tissue import smooth_field
 
 SHAPE, OWN = (12, 10, 14), (0.3, 0.6, 0.8)
 PLAIN = Appearance(
-    csf=None, gm=0.7, grey_field=np.zeros((5, 5, 5), np.float32), thick_mm=0.0, axis=0,
+    csf=None, gm=0.7, grey_field=np.zeros((5, 5, 5), np.float32), in_plane_mm=0.0, thick_mm=0.0, axis=0,
     gain=np.zeros((5, 5, 5), np.float32), noise=0.0, gamma=1.0,
 )  # fmt: skip
 BRAIN = torch.ones(1, 1, *SHAPE, dtype=torch.bool)
@@ -57,6 +57,15 @@ def test_thick_slices_blur_along_one_axis_only_and_never_mix_in_air(axis):
     for along in range(3):
         steps[along] = after[inside].diff(dim=2 + along).abs().mean() / before[inside].diff(dim=2 + along).abs().mean()
     assert steps.argmin() == axis and steps[axis] < 0.4 * steps.sum() / 3
+
+
+def test_resolution_in_the_slices_is_that_of_all_axes_in_a_thin_scan():
+    pattern = torch.from_numpy(np.random.default_rng(1).random(SHAPE)).float()
+    for thick_mm, alike in ((0.0, True), (2.0, False)):
+        steps = [
+            changed(pattern, in_plane_mm=0.8, thick_mm=thick_mm)[..., 2:].diff(dim=2 + k).abs().mean() for k in range(3)
+        ]
+        assert (max(steps) < 1.2 * min(steps)) == alike and float(max(steps)) < 0.2
 
 
 def test_noise_of_the_magnitude_is_rician():

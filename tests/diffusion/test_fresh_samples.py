@@ -41,7 +41,7 @@ def still(monkeypatch):
     """No randomness but the place of the box."""
     for name, value in {"DEGREES": 0, "SCALE": 0, "DISPLACEMENT_MM": 0, "MIRRORED": 0, "WHOLE": 1, "LESION": 1}.items():
         monkeypatch.setattr(module, name, value)
-    plain = replace(RANGES, own_contrast=1, thin=1, gain=(0, 0), noise=(0, 0), gamma=(1, 1))
+    plain = replace(RANGES, own_contrast=1, thin=1, in_plane_mm=(0, 0), gain=(0, 0), noise=(0, 0), gamma=(1, 1))
     monkeypatch.setattr(module, "RANGES", plain)
 
 
@@ -101,7 +101,9 @@ def test_a_draw_has_the_parts_and_shapes_of_an_encoding(cases, autoencoder, cont
 def test_image_mask_and_tissue_map_move_together(cases, linear, monkeypatch):
     """A scan whose intensities are its labels, and whose tissue map too, stays so under every warp."""
     monkeypatch.setattr(
-        module, "RANGES", replace(RANGES, own_contrast=1, thin=1, gain=(0, 0), noise=(0, 0), gamma=(1, 1))
+        module,
+        "RANGES",
+        replace(RANGES, own_contrast=1, thin=1, in_plane_mm=(0, 0), gain=(0, 0), noise=(0, 0), gamma=(1, 1)),
     )
     data = load_case(cases[0])
     labels = data.tissue.astype(np.float32)
