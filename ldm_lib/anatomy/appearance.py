@@ -67,7 +67,8 @@ class Appearance:
         gain = rng.uniform(*ranges.gain) * coefficients(rng, extent_mm, GAIN_NODE_MM)
         return cls(
             csf=None if kept else min(csf, gm - LEAST_CONTRAST), gm=gm, grey_field=grey_field,
-            in_plane_mm=in_plane_mm, thick_mm=thick_mm, axis=int(rng.integers(3)), gain=gain, noise=rng.uniform(*ranges.noise), gamma=rng.uniform(*ranges.gamma),
+            in_plane_mm=in_plane_mm, thick_mm=thick_mm, axis=int(rng.integers(3)), gain=gain,
+            noise=rng.uniform(*ranges.noise), gamma=rng.uniform(*ranges.gamma),
         )  # fmt: skip
 
 
