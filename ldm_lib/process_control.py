@@ -15,13 +15,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Self, TypeVar
 
-from ldm_lib.errors import InterruptionError
+from ldm_lib.errors import InterruptionError, RunError
 
 GRACE_S = 60.0  # for a child to shut down, before it is killed
 STALL_S = 1800.0  # without a step or a validated case in half an hour, something hangs
@@ -128,6 +129,9 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], work
     try:
         yield from pool.map(function, items)
         finished = True
+    except BrokenProcessPool as error:
+        fix = 'call it under `if __name__ == "__main__":` in a script; else take fewer workers, or more memory'
+        raise RunError("a worker process ended abruptly", where=f"{workers} workers", fix=fix) from error
     finally:
         for child in () if finished else set(multiprocessing.active_children()) - others:
             child.terminate()

@@ -125,6 +125,15 @@ def test_a_function_is_mapped_in_order_by_any_number_of_processes(workers):
     assert list(process_control.parallel_map(abs, [], workers)) == []
 
 
+def test_a_script_without_its_guard_is_answered_with_what_to_do(tmp_path):
+    """Each process imports the script, whose call starts processes again."""
+    script = tmp_path / "script.py"
+    script.write_text("from ldm_lib.process_control import parallel_map\nprint(list(parallel_map(abs, [1, 2], 2)))\n")
+    ended = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 1 and "a worker process ended abruptly" in last and "__main__" in last
+
+
 def test_a_map_that_ends_early_ends_its_processes():
     before, started = set(multiprocessing.active_children()), time.monotonic()
     results = process_control.parallel_map(time.sleep, [0, 60], 2)
