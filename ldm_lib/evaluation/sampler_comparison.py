@@ -8,7 +8,7 @@ from typing import Any
 from ldm_lib.data.case import CaseData
 from ldm_lib.devices import timed
 from ldm_lib.diffusion.samplers import samplers_for
-from ldm_lib.evaluation.case_scores import fidelity_row
+from ldm_lib.evaluation.case_scores import fidelity_row, names
 from ldm_lib.inpainting.inpainter import Inpainter
 
 
@@ -26,12 +26,12 @@ def sampler_rows(
     Numbers of steps above the schedule's are left out.
 
     Yields:
-        rows of "case", "sampler", "steps", "seconds" (of sampling and decoding) and the scores of `fidelity_row`.
+        rows of "case", "patient", "sampler", "steps", "seconds" (sampling and decoding) and the scores of `fidelity_row`.
     """
     possible = sorted({n for n in steps if n <= inpainter.model.schedule.steps})
     for data in cases:
         fill = partial(inpainter, data, latents=inpainter.encode(data), seed=seed, guidance=guidance)
         for sampler, n in product(samplers_for(inpainter.model.schedule), possible):
             seconds, filled = timed(partial(fill, sampler=sampler, num_inference_steps=n), inpainter.model.device)
-            row = {"case": data.case.key, "sampler": sampler, "steps": n, "seconds": seconds}
+            row = names(data) | {"sampler": sampler, "steps": n, "seconds": seconds}
             yield row | fidelity_row(data, filled.mean, requested=data, threshold=threshold)
