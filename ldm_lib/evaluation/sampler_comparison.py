@@ -26,7 +26,7 @@ def sampler_rows(
     Numbers of steps above the schedule's are left out.
 
     Yields:
-        rows of "case", "patient", "sampler", "steps", "seconds" (sampling and decoding) and the scores of `fidelity_row`.
+        rows of "case", "patient", "sampler", "steps", "seconds" (of a result) and the scores of `fidelity_row`.
     """
     possible = sorted({n for n in steps if n <= inpainter.model.schedule.steps})
     for data in cases:
