@@ -20,6 +20,7 @@ from ldm_lib.diffusion.latents import Latents
 from ldm_lib.training.options import TrainerOptions, TrainingOptions
 
 DEBUG_PAIRS = 16  # fixed (t, noise) pairs of the overfitting test; t from a tenth of the schedule to its end
+EARLY = 3  # quarters of the training with crops of `early_crop`
 NOISIEST = 20  # the part of the schedule that `noisiest_fraction` draws from is one in so many
 LEFT_RIGHT = 1  # axis of a latent (c x y z) in LPS
 LATENTS = ("voided", "target", "initial_estimate")  # parts of a sample whose signs change in a mirror image
@@ -52,6 +53,11 @@ class BatchPlan:
         """Return the optimiser steps of the whole training."""
         return self.steps_per_epoch * self.config.max_epochs
 
+    @property
+    def early_steps(self) -> int:
+        """Return the optimiser steps with crops of `early_crop`."""
+        return self.steps * EARLY // 4
+
     def sample_indices(self, step: int) -> list[SampleIndex]:
         """Return the global batch of a step; an epoch's order is a permutation by (seed, epoch)."""
         epoch, k = divmod(step, self.steps_per_epoch)
@@ -83,6 +89,7 @@ class TrainingSamples(Dataset):
     Args:
         variants: the encodings of each case; one is read when a sample is drawn from it.
         steps: of the noise schedule.
+        early_steps: optimiser steps that take crops of `early_crop`: smaller ones are faster, larger ones end it.
         mirror: signs (c,) with which flipped latents are those of the mirror image (`LinearCodec.mirror`).
     """
 
@@ -93,9 +100,11 @@ class TrainingSamples(Dataset):
         steps: int,
         *,
         global_batch: int,
+        early_steps: int = 0,
         mirror: Tensor | None = None,
     ) -> None:
         self.variants, self.config, self.steps, self.global_batch = list(variants), config, steps, global_batch
+        self.early_steps = early_steps if config.early_crop else 0
         self.signs = {} if mirror is None else dict.fromkeys(LATENTS, mirror.cpu().view(-1, 1, 1, 1))
 
     @property
@@ -122,7 +131,9 @@ class TrainingSamples(Dataset):
     def _complete(self, sample: Latents, sample_index: SampleIndex, rng: np.random.Generator) -> Latents:
         step, index, case = sample_index
         if not self.config.overfit_batches:
-            sample = self._augment(sample, rng)
+            sample = self._augment(
+                sample, rng, self.config.early_crop if step < self.early_steps else self.config.latent_crop
+            )
         draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
         t = torch.randint(0, self.steps, (), generator=draw)
         if self.config.noisiest_fraction and rng.random() < self.config.noisiest_fraction:
@@ -139,11 +150,11 @@ class TrainingSamples(Dataset):
             sample["conditioned"] = torch.tensor(float(bool(conditioned)))
         return sample | {"t": t, "noise": noise}
 
-    def _augment(self, sample: Latents, rng: np.random.Generator) -> Latents:
+    def _augment(self, sample: Latents, rng: np.random.Generator, edge: int) -> Latents:
         if rng.random() < self.config.latent_flip_probability:
             sample = {n: tensor.flip(LEFT_RIGHT) * self.signs.get(n, 1) for n, tensor in sample.items()}
-        if self.config.latent_crop:
-            sample = crop_around_mask(sample, self.config.latent_crop, rng)
+        if edge:
+            sample = crop_around_mask(sample, edge, rng)
         return sample
 
 

@@ -93,6 +93,9 @@ class LatentSampleOptions(Options):
     latent_crop: Count = Field(
         12, description="edge of a training crop around the mask, latent voxels; 0 takes whole latents"
     )
+    early_crop: Count = Field(
+        0, description="edge of the crops in the first three quarters of the steps, latent voxels; 0 is latent_crop"
+    )
     fresh_samples: bool = Field(
         False, description="draw encodings afresh: warp, mask and appearance, instead of augmenting the case"
     )

@@ -162,7 +162,8 @@ def train(
         fix = f"run `ldm run 04 --run {folder.parent.name} --set devices={config.devices}`"
         raise ConfigError(cause, where="training", fix=fix)
     samples = TrainingSamples(list(variants.values()), config, model.schedule.steps,
-                              global_batch=trainer.plan.global_batch, mirror=model.autoencoder.mirror)  # fmt: skip
+                              global_batch=trainer.plan.global_batch,
+                              early_steps=trainer.plan.early_steps, mirror=model.autoencoder.mirror)  # fmt: skip
     scored = Validation(validation, validation_latents, config, folder)
     tracked = trackers(config, tracking, folder, from_step=trainer.step) if processes.rank == 0 else None
     failed = True

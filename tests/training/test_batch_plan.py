@@ -119,6 +119,16 @@ def test_a_crop_holds_a_part_of_the_mask_and_keeps_tensors_together(edge):
     assert len(corners) > 1 or edge == 16
 
 
+def test_early_crops_are_those_of_the_first_three_quarters():
+    config = settings(latent_crop=4, early_crop=2, max_epochs=4, batch_size=1)
+    plan = BatchPlan(2, config)
+    data = TrainingSamples(
+        [[latents(k)] for k in range(2)], config, STEPS, global_batch=1, early_steps=plan.early_steps
+    )
+    edges = [data[step, 0, 0]["target"].shape[1] for step in range(plan.steps)]
+    assert edges == [2] * 6 + [4] * 2
+
+
 @pytest.mark.parametrize(("count", "batch", "accumulate", "world", "steps"), [
     (4, 2, 1, 1, 2), (5, 2, 3, 1, 1), (1, 2, 2, 1, 1), (7, 1, 1, 4, 2), (9, 2, 2, 2, 2),
 ])  # fmt: skip
