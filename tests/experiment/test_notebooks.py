@@ -74,6 +74,32 @@ def test_no_parameter_is_assigned_in_a_later_cell(stage):
     assert not stored & set(STAGES[stage].model_fields)
 
 
+def names_in(tree, context):
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
+
+
+def names_replaced(tree):
+    """Names that a cell assigns, but for those of `x = f(x)`."""
+    refined = {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for name in names_in(node, ast.Store) & names_in(node.value, ast.Load)
+    }
+    return names_in(tree, ast.Store) - refined
+
+
+@named
+def test_what_the_summary_reads_is_assigned_in_one_cell(stage):
+    """A cell in between that gives the name another meaning would make the summary's numbers wrong."""
+    cells = NOTEBOOKS[stage].cells
+    start = next(k for k, cell in enumerate(cells) if cell.source.startswith("## Summary"))
+    before = [ast.parse(cell.source) for cell in cells[:start] if cell.cell_type == "code"]
+    for tree in (ast.parse(cell.source) for cell in cells[start + 1 :]):
+        for read in names_in(tree, ast.Load) - names_in(tree, ast.Store):
+            assert sum(read in names_replaced(earlier) for earlier in before) <= 1, read
+
+
 @named
 def test_thin_cells(stage):
     cells = code(stage)
