@@ -35,8 +35,11 @@ def pick_precision(name: str, device: torch.device) -> str:
     On a CPU, reduced precision is never chosen by itself: one seed must give one result on every processor.
 
     Raises:
-        ConfigError: "16" was requested on a CPU.
+        ConfigError: an unknown precision, or "16" on a CPU.
     """
+    if name != "auto" and name not in DTYPES:
+        allowed = ", ".join(["auto", *DTYPES])
+        raise ConfigError(f"precision = {name!r}: allowed: {allowed}, each as text", fix="set precision to one of them")
     if name == "16" and device.type == "cpu":
         raise ConfigError("precision = '16' on a CPU", fix="set precision to auto, bf16 or 32")
     if name != "auto":

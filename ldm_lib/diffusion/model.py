@@ -23,7 +23,7 @@ from ldm_lib.diffusion.latents import (
     keep_known,
     on_device,
 )
-from ldm_lib.diffusion.options import ScheduleOptions
+from ldm_lib.diffusion.options import SamplerOptions, ScheduleOptions
 from ldm_lib.diffusion.parameterisation import to_x0_and_noise
 from ldm_lib.diffusion.samplers import SAMPLERS, Callback
 from ldm_lib.diffusion.schedule import NoiseSchedule, noise_schedule
@@ -116,13 +116,15 @@ class LatentDiffusion:
         Args:
             device: "auto", "cpu" or "cuda"; auto takes a GPU if there is one.
             precision: "auto", "32", "bf16" or "16".
-            temperature: scale of the initial noise; 0 takes the model's own.
+            temperature: scale of the initial noise, at most 2; 0 takes the model's own.
 
         Raises:
+            ConfigError: a device, precision or temperature that is not allowed.
             WeightsError: no model folder, a damaged one, or a denoiser of another autoencoder.
         """
         folder = Path(folder) if folder else PRETRAINED
         place = pick_device(device)
+        precision, temperature = pick_precision(precision, place), SamplerOptions(temperature=temperature).temperature
         denoiser = load_model(folder, ADM)
         autoencoder = load_model(folder / AUTOENCODER_FOLDER, Autoencoder)
         try:
@@ -135,7 +137,7 @@ class LatentDiffusion:
         require_pair(denoiser, autoencoder, where=folder)
         return cls(
             autoencoder.to(place), denoiser.to(place), noise_schedule(**settings.process), spec, place,
-            pick_precision(precision, place), settings.prediction, settings.box_margin, settings.latent_crop,
+            precision, settings.prediction, settings.box_margin, settings.latent_crop,
             temperature or settings.temperature or 1.0, settings.process,
         )  # fmt: skip
 

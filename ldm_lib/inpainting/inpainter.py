@@ -18,7 +18,7 @@ from ldm_lib.data.model_grid import resampling_to
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import Latents, encode_case
 from ldm_lib.diffusion.model import LatentDiffusion
-from ldm_lib.diffusion.samplers import Callback
+from ldm_lib.diffusion.samplers import Callback, check_sampler
 from ldm_lib.errors import InputError
 from ldm_lib.inpainting.options import MEAN, InpaintOptions
 from ldm_lib.inpainting.preprocess import CaseGrid
@@ -62,7 +62,13 @@ class Inpainter:
         blend_mm: float = DEFAULT_BLEND_MM,
         temperature: float = 0.0,
     ) -> "Inpainter":
-        """Load a model folder; without one, the pretrained weights. A temperature of 0 is the model's own."""
+        """Load a model folder; without one, the pretrained weights. A temperature of 0 is the model's own.
+
+        Raises:
+            ConfigError: a device, precision, temperature or `blend_mm` that is not allowed.
+            WeightsError: no model folder, or a damaged one.
+        """
+        InpaintOptions.of_arguments(n_samples=1, blend_mm=blend_mm, temperature=temperature)
         model = LatentDiffusion.load(folder, device=device, precision=precision, temperature=temperature)
         return cls(model, blend_mm)
 
@@ -104,6 +110,7 @@ class Inpainter:
             raise InputError(given, where="Inpainter", fix="take one of find_cases(folder)")
         sampling = {"sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "guidance": guidance}
         InpaintOptions.of_arguments(n_samples=n_samples, **sampling)
+        check_sampler(sampler, num_inference_steps, self.model.schedule)
         if isinstance(case, Case):
             data = self.prepare(load_case(case), make_missing=make_missing)
         else:

@@ -15,7 +15,7 @@ from ldm_lib.autoencoder.region_decoding import reconstruct
 from ldm_lib.autoencoder.training import AutoencoderTraining, build_autoencoder, fit_autoencoder, train_autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
-from ldm_lib.errors import TrainingError
+from ldm_lib.errors import ConfigError, TrainingError
 from ldm_lib.experiment.presets import resolve
 
 CPU = torch.device("cpu")
@@ -192,5 +192,7 @@ def test_an_autoencoder_is_trained_from_cases_and_options_alone(cases, tmp_path)
     kept = train_autoencoder(cases[:2], options, folder=tmp_path / "kept", device="cpu", precision="32")
     assert torch.equal(weights(alone), weights(kept)) and alone.spacing_mm == 8.0
     assert [row["step"] for row in alone.history] == [0, 1, 2] and (tmp_path / "kept" / "last.ckpt").exists()
+    with pytest.raises(ConfigError, match="precision = 'fp16': allowed: auto, 32, bf16, 16"):
+        train_autoencoder(cases[:2], options, device="cpu", precision="fp16")
     with pytest.raises(TrainingError, match="no cases"):
         train_autoencoder([])

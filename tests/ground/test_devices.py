@@ -33,6 +33,13 @@ def test_half_precision_on_a_cpu_is_rejected():
         pick_precision("16", CPU)
 
 
+@pytest.mark.parametrize("given", ["fp16", 32, "", None])
+def test_an_unknown_precision_is_rejected(given):
+    line = rf"^precision = {given!r}: allowed: auto, 32, bf16, 16, each as text\. Fix: set precision to one of them\.$"
+    with pytest.raises(ConfigError, match=line):
+        pick_precision(given, CPU)
+
+
 @pytest.mark.parametrize("supported", [True, False])
 def test_auto_precision_on_a_cpu_is_32_whatever_the_processor_supports(monkeypatch, supported):
     """One seed gives one result on every processor, up to rounding."""

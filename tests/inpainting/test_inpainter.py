@@ -467,6 +467,26 @@ def test_parameters_out_of_range_are_rejected(pair, tmp_path, model, wrong, reas
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(("cls", "wrong", "reason"), [
+    (Inpainter, {"precision": "fp16"}, "^precision = 'fp16': allowed: auto, 32, bf16, 16"),
+    (Inpainter, {"temperature": -3}, "^temperature = -3: allowed: number from 0 to 2"),
+    (Inpainter, {"blend_mm": -3}, "^blend_mm = -3: allowed: number from 0 to 1,000"),
+    (LatentDiffusion, {"temperature": -3}, "^temperature = -3: allowed: number from 0 to 2"),
+])  # fmt: skip
+def test_arguments_of_load_are_checked_before_anything_is_read(cls, wrong, reason, monkeypatch):
+    monkeypatch.setattr(model_module, "load_model", lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(ConfigError, match=reason):
+        cls.load(device="cpu", **wrong)
+
+
+def test_a_sampler_is_checked_before_a_tissue_map_is_made(cases, tiny_model_folder, monkeypatch):
+    model = Inpainter.load(tiny_model_folder, device="cpu")
+    monkeypatch.setattr(Inpainter, "_with_map", lambda *_: pytest.fail("a map was made"))
+    for case in (cases[0], load_case(cases[0])):
+        with pytest.raises(ConfigError, match="'euler' given, the model was trained on a variance-preserving"):
+            model(case, sampler="euler", make_missing=True)
+
+
 @pytest.mark.parametrize("output", ["missing/out.nii.gz", "out.png", "folder.nii.gz", "out"])
 def test_an_output_that_cannot_be_written_is_rejected_first(pair, tmp_path, model, monkeypatch, output):
     (tmp_path / "folder.nii.gz").mkdir()
