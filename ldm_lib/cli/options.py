@@ -17,7 +17,7 @@ from ldm_lib.options import Options
 from ldm_lib.version import __version__
 
 Command = Callable[[argparse.Namespace], int]
-Argument = tuple[str, dict[str, Any]]  # an option and what argparse is told about it
+Argument = tuple[str, dict[str, Any]]  # an option and the arguments of argparse for it
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 # Parameters whose option has another name.

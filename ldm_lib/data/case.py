@@ -60,7 +60,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Unique name of the case in tables, caches and random seeds."""
+        """Unique name of the case in tables, file names and caches."""
         return f"{self.id}-{self.index}" if self.index else self.id
 
     @property

@@ -1,4 +1,4 @@
-"""Measure the calibration of K samples: whether their spread matches their error, for any distribution.
+"""Measure the calibration of K samples: whether their standard deviation matches their error, for any distribution.
 
 If the ground truth is as likely as any sample, its rank among them is uniform from 0 to K, so that the interval from
 the i-th smallest sample to the i-th largest contains it with probability (K + 1 - 2i) / (K + 1).
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 
-def ranks(samples: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> np.ndarray:
+def ranks(samples: np.ndarray, target: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Return the rank of the ground truth (n,) among K samples (K, n): the number of samples below it, 0 to K.
 
     Where samples equal the ground truth (air is 0 in all of them) its rank among these is random: any fixed rank would
@@ -18,7 +18,7 @@ def ranks(samples: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> np.ndarra
 
     Source: Hamill 2001 (Monthly Weather Review 129, 550), section 2.
     """
-    below, equal = (samples < truth).sum(axis=0), (samples == truth).sum(axis=0)
+    below, equal = (samples < target).sum(axis=0), (samples == target).sum(axis=0)
     return below + np.random.default_rng(seed).integers(0, equal + 1)
 
 
@@ -32,17 +32,17 @@ def coverage(rank: np.ndarray, samples: int) -> list[dict[str, float]]:
     return [{"expected": (samples + 1 - 2 * i) / (samples + 1), "found": value} for i, value in found.items()]
 
 
-def spread_skill_ratio(samples: np.ndarray, truth: np.ndarray) -> float:
-    """Compute the spread of K samples over the error of their mean: 1 is calibrated, below 1 overconfident.
+def spread_skill_ratio(samples: np.ndarray, target: np.ndarray) -> float:
+    """Compute the standard deviation of K samples over the error of their mean: 1 is calibrated, below 1 overconfident.
 
     sqrt((K + 1) / K x mean unbiased variance) / root mean square error of the mean; NaN if that error is 0.
 
     Source: Fortin et al. 2014 (Journal of Hydrometeorology 15, 1708), eq. 15.
     """
     count = len(samples)
-    spread = np.sqrt((count + 1) / count * samples.var(axis=0, ddof=1, dtype=np.float64).mean())
-    error = np.sqrt(np.square(samples.mean(axis=0, dtype=np.float64) - truth).mean())
-    return float(spread / error) if error > 0 else np.nan
+    std = np.sqrt((count + 1) / count * samples.var(axis=0, ddof=1, dtype=np.float64).mean())
+    error = np.sqrt(np.square(samples.mean(axis=0, dtype=np.float64) - target).mean())
+    return float(std / error) if error > 0 else np.nan
 
 
 def calibration_rows(
@@ -53,5 +53,5 @@ def calibration_rows(
     Args:
         cases: a row's first columns, samples (K, n) and ground truth (n,) of each; K is the same for all.
     """
-    covered = [about | row for about, s, truth in cases for row in coverage(ranks(s, truth), len(s))]
-    return covered, [about | {"spread-skill ratio": spread_skill_ratio(s, truth)} for about, s, truth in cases]
+    covered = [about | row for about, s, target in cases for row in coverage(ranks(s, target), len(s))]
+    return covered, [about | {"spread-skill ratio": spread_skill_ratio(s, target)} for about, s, target in cases]

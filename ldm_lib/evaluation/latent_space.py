@@ -69,13 +69,14 @@ def mask_reach(full: np.ndarray, voided: np.ndarray, mask: np.ndarray, brain: np
         mask, brain: (x, y, z) bool, latent voxels that contain any of the mask, and those mostly in the brain.
 
     Returns:
-        rows of `cells_from_hole` (Chebyshev distance to the mask), `cells` (number of latent voxels there) and
+        rows of `latent_voxels_from_mask` (Chebyshev distance), `latent_voxels` (their number at that distance) and
         `rms_difference` between both latents there; NaN if there are none.
     """
     distance, rows = ndimage.distance_transform_cdt(~mask, metric="chessboard"), []
     for k in range(LARGEST_DISTANCE + 1):
         there = brain & (distance == k)
-        rows.append({"cells_from_hole": k, "cells": int(there.sum()), "rms_difference": rms((full - voided)[:, there])})
+        row = {"latent_voxels_from_mask": k, "latent_voxels": int(there.sum())}
+        rows.append(row | {"rms_difference": rms((full - voided)[:, there])})
     return rows
 
 
@@ -86,4 +87,4 @@ def dilation_needed(rows: Sequence[dict[str, float]], fraction: float = 0.1) -> 
     `mask_reach`, means at least that many.
     """
     limit = fraction * rows[0]["rms_difference"]
-    return max((row["cells_from_hole"] for row in rows[1:] if row["rms_difference"] > limit), default=0)
+    return max((row["latent_voxels_from_mask"] for row in rows[1:] if row["rms_difference"] > limit), default=0)

@@ -84,11 +84,10 @@ def train_run(name: str) -> None:
     stage = open_stage(TRAINING, config.model_dump()) if is_first() else Stage(TRAINING, config, folder, {})
     training, validation = stage.cases("03_conditioning", with_target=True)
     model = new_model(stage.previous("02_autoencoder_check") / "model", config, stage.latent_spec())
-    cached, watched, _ = encode(latent_cache(model, config, run_folder), training, validation, config)
+    cached, validated, _ = encode(latent_cache(model, config, run_folder), training, validation, config)
     variants = {entry.case.key: entry for entry in cached}
-    trainer = train(
-        model, variants, [load_case(w.case) for w in watched], [w[0] for w in watched], config, folder, tracking=config
-    )
+    cases = [load_case(entry.case) for entry in validated]
+    trainer = train(model, variants, cases, [entry[0] for entry in validated], config, folder, tracking=config)
     if is_first():  # so that the notebook only checks it and finishes the stage
         write_json(folder / SHARED_OUT, {"processes": world_size()})
     print(f"{name}/{TRAINING}: trained for {trainer.step} steps; stage 04 finishes it", flush=True)

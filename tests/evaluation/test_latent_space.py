@@ -93,13 +93,13 @@ def test_the_reach_by_its_definition(on_grid):
     difference = np.subtract(*(reconstruct(autoencoder, image, **HOW).latent for image in images))
     mask, brain = np.argwhere(latent_mask(on_grid.mask, 2)), latent_brain_mask(on_grid.target, 2)
     squares = {k: [] for k in range(LARGEST_DISTANCE + 1)}
-    for cell in np.argwhere(brain):
-        nearest = np.abs(mask - cell).max(axis=1).min()
+    for voxel in np.argwhere(brain):
+        nearest = np.abs(mask - voxel).max(axis=1).min()
         if nearest in squares:
-            squares[nearest].append(difference[:, *cell] ** 2)
-    assert [row["cells_from_hole"] for row in rows] == list(squares)
-    assert [row["cells"] for row in rows] == [len(found) for found in squares.values()]
-    found = [row["rms_difference"] for row in rows if row["cells"]]
+            squares[nearest].append(difference[:, *voxel] ** 2)
+    assert [row["latent_voxels_from_mask"] for row in rows] == list(squares)
+    assert [row["latent_voxels"] for row in rows] == [len(found) for found in squares.values()]
+    found = [row["rms_difference"] for row in rows if row["latent_voxels"]]
     assert found == pytest.approx([np.sqrt(np.mean(s)) for s in squares.values() if s], rel=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_norms_of_one_voxel_end_the_reach_and_norms_of_the_grid_do_not(monkeypat
     assert all(group)
 
 
-@pytest.mark.parametrize(("differences", "fraction", "cells"), [
+@pytest.mark.parametrize(("differences", "fraction", "dilation"), [
     ([1.0, 0.3, 0.05, 0.01], 0.1, 1),
     ([1.0, 0.3, 0.05, 0.01], 0.02, 2),
     ([1.0, 0.05, 0.3, 0.01], 0.1, 2),  # all that lies beyond must be little
@@ -141,9 +141,9 @@ def test_norms_of_one_voxel_end_the_reach_and_norms_of_the_grid_do_not(monkeypat
     ([1.0, 0.3, np.nan, np.nan], 0.1, 1),
     ([0.0, 0.0, 0.0, 0.0], 0.1, 0),
 ])  # fmt: skip
-def test_the_dilation_that_covers_the_reach(differences, fraction, cells):
-    rows = [{"cells_from_hole": k, "rms_difference": r} for k, r in enumerate(differences)]
-    assert dilation_needed(rows, fraction) == cells
+def test_the_dilation_that_covers_the_reach(differences, fraction, dilation):
+    rows = [{"latent_voxels_from_mask": k, "rms_difference": r} for k, r in enumerate(differences)]
+    assert dilation_needed(rows, fraction) == dilation
 
 
 # ---- more laws
