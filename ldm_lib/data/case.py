@@ -12,6 +12,7 @@ import numpy as np
 from ldm_lib.data.masks import (
     read_labels,
     read_mask,
+    read_parts,
     read_unit_map,
     require_concentration,
     require_in_brain,
@@ -131,6 +132,26 @@ class CaseData:
     tissue: np.ndarray | None
     warnings: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        mask_ml = float(self.mask.sum() * np.prod(self.source.spacing_mm)) / 1000
+        maps = (f"{kind} {'no' if getattr(self, kind) is None else 'yes'}" for kind in ("growth", "tissue"))
+        return f"CaseData({self.key!r}, {self.source.grid}, mask {mask_ml:.1f} mL, {', '.join(maps)})"
+
+    @property
+    def key(self) -> str:
+        """Unique name of the case, as of `Case`."""
+        return self.case.key
+
+    @property
+    def id(self) -> str:
+        """Name of the scan, as of `Case`."""
+        return self.case.id
+
+    @property
+    def patient(self) -> str:
+        """Name of the patient, as of `Case`."""
+        return self.case.patient
+
     @property
     def affine(self) -> np.ndarray:
         """(4, 4) voxel indices to millimetres, RAS+ world."""
@@ -208,8 +229,8 @@ def case_of_files(
     )  # fmt: skip
 
 
-def load_case(case: Case) -> CaseData:
-    """Read and check all files of a case.
+def load_case(case: Case | CaseData) -> CaseData:
+    """Read and check all files of a case; a case that is loaded is returned as it is.
 
     Raises:
         InputError: a file is rejected, or the files contradict each other.
@@ -224,6 +245,8 @@ def load_case(case: Case) -> CaseData:
         >>> case.voided.shape, case.source.orientation, bool(case.voided[case.mask].any())
         ((30, 30, 20), 'LPS', False)
     """
+    if isinstance(case, CaseData):
+        return case
     if not isinstance(case, Case):
         given = f"needs a case, not {type(case).__name__}"
         raise InputError(given, where="load_case", fix="take one of find_cases(folder)")
@@ -234,7 +257,7 @@ def load_case(case: Case) -> CaseData:
     voided = _voided(case, source, mask, warnings)
     scale = intensity_scale(voided, mask, where=source.path)
     target = _read_target(case, source, mask, warnings)
-    parts = _read_parts(case, source, mask, warnings)
+    parts = read_parts(case.mask_healthy, case.mask_unhealthy, mask, source, case.read_options, warnings=warnings)
     require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
     growth = read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
     tissue = None
@@ -275,25 +298,3 @@ def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[st
     if changed := int(np.count_nonzero((target.voxels != source.voxels) & ~mask)):
         warnings.append(f"{changed} voxels outside the mask differ between t1n and t1n-voided")
     return target.voxels
-
-
-def _read_parts(
-    case: Case, source: Volume, mask: np.ndarray, warnings: list[str]
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return the healthy and the unhealthy part of the mask, which must be disjoint and cover it."""
-    read_options = case.read_options.model_copy(update={"mask_labels": ""})
-    healthy, unhealthy = (
-        read_mask(path, source, read_options, allow_empty=empty, warnings=warnings) if path else None
-        for path, empty in ((case.mask_healthy, False), (case.mask_unhealthy, True))
-    )
-    first, second = (np.zeros((1, 1, 1), bool) if part is None else part for part in (healthy, unhealthy))
-    whole = mask if healthy is None or unhealthy is None else first | second
-    for what, voxels in (
-        ("of mask-healthy lie outside the mask", first & ~mask),
-        ("are both healthy and unhealthy", first & second),
-        ("differ between the mask and healthy + unhealthy", mask != whole),
-    ):
-        if wrong := int(np.count_nonzero(voxels)):
-            fix = "make the masks of one case together"
-            raise InputError(f"{wrong} voxels {what}", where=case.mask_healthy, fix=fix)
-    return healthy, unhealthy

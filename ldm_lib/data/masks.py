@@ -85,6 +85,34 @@ def _as_binary(volume: Volume, warnings: list[str]) -> np.ndarray:
     return volume.voxels > 0.5
 
 
+def read_parts(
+    healthy_path: Path | None,
+    unhealthy_path: Path | None,
+    mask: np.ndarray,
+    like: Volume,
+    read_options: ReadOptions,
+    *,
+    warnings: list[str],
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Read the healthy and the unhealthy part of a mask, which must be disjoint and cover it; None without a file."""
+    read_options = read_options.model_copy(update={"mask_labels": ""})
+    healthy, unhealthy = (
+        read_mask(path, like, read_options, allow_empty=empty, warnings=warnings) if path else None
+        for path, empty in ((healthy_path, False), (unhealthy_path, True))
+    )
+    first, second = (np.zeros((1, 1, 1), bool) if part is None else part for part in (healthy, unhealthy))
+    whole = mask if healthy is None or unhealthy is None else first | second
+    for what, voxels in (
+        ("of mask-healthy lie outside the mask", first & ~mask),
+        ("are both healthy and unhealthy", first & second),
+        ("differ between the mask and healthy + unhealthy", mask != whole),
+    ):
+        if wrong := int(np.count_nonzero(voxels)):
+            fix = "make the masks of one case together"
+            raise InputError(f"{wrong} voxels {what}", where=healthy_path, fix=fix)
+    return healthy, unhealthy
+
+
 def read_labels(
     path: str | Path,
     like: Volume,

@@ -17,6 +17,7 @@ import numpy as np
 
 from ldm_lib.errors import InputError
 from ldm_lib.files import replacing, require_writable
+from ldm_lib.geometry import axis_codes
 
 SUFFIXES = (".nii.gz", ".nii")
 MAX_VOXELS = 1 << 27  # a scan of 0.5 mm voxels has 72 million; each needs tens of bytes while it is processed
@@ -193,6 +194,14 @@ def _assumed_affine(header: nib.Nifti1Header, orientation: str) -> np.ndarray:
         affine[int(axis), column] = sign * abs(float(header["pixdim"][1 + column]))
     affine[:3, 3] = -affine[:3, :3] @ ((header["dim"][1:4] - 1) / 2)
     return affine
+
+
+def stated_orientation(header: nib.Nifti1Header) -> str:
+    """Return the orientation that a header states, such as "RAS"; empty if it states none or one that is invalid."""
+    try:
+        return axis_codes(header_affine(header))
+    except InputError:
+        return ""
 
 
 def header_warnings(header: nib.Nifti1Header, affine: np.ndarray) -> list[str]:

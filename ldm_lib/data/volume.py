@@ -22,6 +22,7 @@ from ldm_lib.data.nifti import (
     header_warnings,
     read_bytes,
     scrubbed,
+    stated_orientation,
     voxel_offset,
     write_bytes,
 )
@@ -93,6 +94,14 @@ class Volume:
         """The axis between left and right."""
         return next(axis for axis, code in enumerate(self.orientation) if code in "LR")
 
+    @property
+    def grid(self) -> str:
+        """Shape and voxel size in words, such as "240x240x155, 1x1x1 mm"."""
+        return ", ".join("x".join(f"{n:g}" for n in values) for values in (self.shape, self.spacing_mm)) + " mm"
+
+    def __repr__(self) -> str:
+        return f"Volume({self.path.name!r}, {self.grid}, {self.orientation}, {self.raw.dtype})"
+
 
 def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
     """Read one 3D scalar NIfTI file (.nii or .nii.gz) and check it.
@@ -108,7 +117,7 @@ def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> 
         affine = header_affine(header, read_options.assume_orientation)
         warnings += header_warnings(header, affine)
         if assumed := read_options.assume_orientation:
-            stated = _stated_orientation(header)
+            stated = stated_orientation(header)
             warnings += [] if stated == assumed else [f"states {stated or 'no orientation'}: {assumed} assumed"]
         offset, n_bytes = voxel_offset(header, content, warnings), math.prod(shape) * dtype.itemsize
         held = len(content) - offset
@@ -122,14 +131,6 @@ def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> 
         _require_exact(raw)
         preamble = scrubbed(header) if read_options.scrub_header else bytes(content[:offset])
         return _finite(Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings)), read_options)
-
-
-def _stated_orientation(header: nib.Nifti1Header) -> str:
-    """Return the orientation that a header states, such as "RAS"; empty if it states none or one that is invalid."""
-    try:
-        return axis_codes(header_affine(header))
-    except InputError:
-        return ""
 
 
 def _scaling(header: nib.Nifti1Header, warnings: list[str]) -> tuple[float, float]:

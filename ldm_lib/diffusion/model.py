@@ -107,6 +107,11 @@ class LatentDiffusion:
     temperature: float = 1.0
     process: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        weights = sum(p.numel() for p in self.denoiser.parameters())
+        facts = f"{weights:,} weights, {self.autoencoder.latent_channels} channels of {self.autoencoder.factor} voxels"
+        return f"LatentDiffusion({facts}, {self.prediction}, {self.schedule!r}, {self.device}, {self.precision})"
+
     @classmethod
     def load(
         cls, folder: str | Path | None = None, *, device: str = "auto", precision: str = "auto", temperature: float = 0

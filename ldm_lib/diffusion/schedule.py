@@ -29,6 +29,10 @@ class NoiseSchedule:
     alpha: Tensor
     sigma: Tensor
 
+    def __repr__(self) -> str:
+        kind = "rectified flow" if self.is_flow else "variance preserving"
+        return f"NoiseSchedule({self.steps} steps, {kind})"
+
     @property
     def steps(self) -> int:
         """Count the timesteps T."""

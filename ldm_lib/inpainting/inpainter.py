@@ -52,6 +52,9 @@ class Inpainter:
     model: LatentDiffusion
     blend_mm: float = DEFAULT_BLEND_MM
 
+    def __repr__(self) -> str:
+        return f"Inpainter({self.model!r}, blend_mm={self.blend_mm:g})"
+
     @classmethod
     def load(
         cls,

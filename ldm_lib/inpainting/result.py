@@ -51,6 +51,9 @@ class Inpainting:
     data: CaseData
     values: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"Inpainting({self.data!r}, {len(self.values)} samples)"
+
     @property
     def samples(self) -> Samples:
         """Return the K samples, each equal to the voided image outside the mask."""

@@ -26,6 +26,20 @@ def brain(folder, mask, image=HUNDRED):
     return written(folder, np.where(mask, 0, image).astype(np.float32), mask)
 
 
+def test_a_loaded_case_has_the_names_of_its_case_and_one_line_in_a_session(tmp_path):
+    data = brain(tmp_path, LESION & BRAIN)
+    assert (data.key, data.id, data.patient) == (data.case.key, data.case.id, data.case.patient) == ("A", "A", "A")
+    volume_ml = (LESION & BRAIN).sum() * SPACING_MM**3 / 1000
+    assert repr(data) == f"CaseData('A', 40x44x36, 2x2x2 mm, mask {volume_ml:.1f} mL, growth no, tissue no)"
+    assert repr(data.with_maps(tissue=np.zeros(SHAPE))).endswith("growth no, tissue yes)")
+    assert repr(data.source) == "Volume('A-t1n-voided.nii.gz', 40x44x36, 2x2x2 mm, LPS, float32)"
+
+
+def test_loading_a_loaded_case_returns_it(tmp_path):
+    data = brain(tmp_path, LESION & BRAIN)
+    assert load_case(data) is data
+
+
 def test_the_noise_is_named_by_the_mask_whatever_file_holds_it_and_in_which_order(tmp_path):
     mask = LESION & BRAIN
     data = brain(tmp_path / "a", mask)

@@ -68,6 +68,20 @@ def rewrite(path, change, dtype=None):
     nib.save(nib.Nifti1Image(voxels.astype(dtype or voxels.dtype), image.affine), path)
 
 
+def test_a_model_and_a_result_are_one_line_in_a_session(cases, inpainter):
+    result = inpainter(cases[0], n_samples=2, num_inference_steps=1)
+    assert repr(result) == f"Inpainting({load_case(cases[0])!r}, 2 samples)"
+    codec = inpainter.model.autoencoder
+    assert repr(inpainter.model.schedule) == "NoiseSchedule(1000 steps, variance preserving)"
+    assert repr(noise_schedule("flow", 10)) == "NoiseSchedule(10 steps, rectified flow)"
+    weights = sum(p.numel() for p in inpainter.model.denoiser.parameters())
+    assert repr(inpainter.model) == (
+        f"LatentDiffusion({weights:,} weights, {codec.latent_channels} channels of {codec.factor} voxels, "
+        f"{inpainter.model.prediction}, {inpainter.model.schedule!r}, cpu, 32)"
+    )
+    assert repr(inpainter) == f"Inpainter({inpainter.model!r}, blend_mm=16)"
+
+
 # ---- law 1: outside the mask
 
 
