@@ -1,6 +1,6 @@
 """Define the value types of parameters and the base class of all options.
 
-The options of a room stand in that room's `options.py`; the parameter models of the notebooks are composed of them in
+The options of a sub-package stand in its `options.py`; the parameter models of the notebooks are composed of them in
 `experiment/stages.py`.
 """
 

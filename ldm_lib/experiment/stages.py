@@ -1,4 +1,4 @@
-"""Compose the parameter models of the six notebooks from the options of the rooms.
+"""Compose the parameter models of the six notebooks from the options of the sub-packages.
 
 The parameters cell of a notebook has the fields of its model, name for name and default for default: `parameters_cell`
 writes the cell from the model, and a test compares them. Defaults are the `coarse` preset, so that a notebook that is
@@ -153,7 +153,7 @@ def stage_name(text: str) -> str:
 
 
 def parameter_groups(model: type[Options]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the heading and the parameter names of each group: run, the stage's own, then those of its rooms."""
+    """Yield the heading and the parameter names of each group: run, the stage's own, then those of its sub-packages."""
     owners = [cls for cls in model.__mro__ if issubclass(cls, Options)]
     order = sorted(owners, key=lambda cls: (cls is not StageConfig, cls is not SeedOptions, cls is not model))
     own = {cls: [name for name in model.model_fields if name in cls.__annotations__] for cls in order}

@@ -36,7 +36,7 @@ def run_sweep(sweep: Sweep, *, jobs: int, only: int | None, progress: Callable[[
     """Run a sweep's runs, `jobs` at a time, and return name -> reason of those that failed.
 
     A finished run skips its stages; a run that fails does not stop the others; `only` is the index, from 0, of a single
-    run. However this function ends, no process is left behind: those that are running are asked to end, and waited for.
+    run. However this function ends, no process is left behind: those that are running are terminated and waited for.
     """
     if only is not None and not 0 <= only < len(sweep.runs):
         raise ConfigError(f"--only {only}: the runs are 0 to {len(sweep.runs) - 1}", fix="see --count for their number")

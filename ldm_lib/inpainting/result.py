@@ -16,7 +16,7 @@ ENDINGS = (".nii", ".nii.gz")
 
 
 class Samples(Sequence[np.ndarray]):
-    """Give the samples of a result as volumes (x, y, z), each made when it is asked for."""
+    """Give the samples of a result as volumes (x, y, z), each made when it is read."""
 
     def __init__(self, result: "Inpainting") -> None:
         self._result = result

@@ -1,10 +1,12 @@
 """README and docs: links, commands and names that they mention exist, and pages stay short."""
 
 import argparse
+import ast
 import importlib.util
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +117,7 @@ def test_the_security_page_names_tests_that_exist():
 
 PRIVATE_WORDS = re.compile(
     r"\b(told|untold|tells?|holes?|ceilings?|obedience|obeys?|seams?|mend(?:ed|s)?|anew|likewise|altogether|shipped|ships?"
-    r"|beside|brought|bent|peek(?:ed|s)?)\b",
+    r"|beside|brought|bent|peek(?:ed|s)?|drafts?|wanted|rooms)\b",
     re.I,
 )
 
@@ -127,6 +129,23 @@ def test_pages_use_the_words_of_the_field(page):
     if page.name == "CONTRIBUTING.md":
         text = re.sub(r"^\|.*\|$", "", text, flags=re.M)
     found = PRIVATE_WORDS.findall(text)
+    assert not found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=name)
+def test_the_text_of_notebooks_uses_the_words_of_the_field(path):
+    cells = nbformat.read(path, 4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert not PRIVATE_WORDS.findall(re.sub(r"`[^`]*`", "", text))
+
+
+def test_docstrings_use_the_words_of_the_field():
+    found = []
+    for path in sorted((ROOT / "ldm_lib").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = re.sub(r"`[^`]*`", "", ast.get_docstring(node) or "")
+                found += [(name(path), getattr(node, "name", ""), word) for word in PRIVATE_WORDS.findall(text)]
     assert not found
 
 
