@@ -77,7 +77,15 @@ def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: f
 
 
 def with_target(cases: Sequence[Case]) -> list[Case]:
-    """Return the cases that have their full image, which training and validation need; at least one."""
+    """Return the cases that have their full image, which training and validation need; at least one.
+
+    Raises:
+        InputError: no such case, or something that is no case of `find_cases`.
+    """
+    cases = list(cases) if isinstance(cases, Iterable) else [cases]
+    for each in cases:
+        if not isinstance(each, Case):
+            raise InputError(f"needs cases, not {type(each).__name__}", where="cases", fix="take find_cases(folder)")
     found = [case for case in cases if case.t1n]
     if not found:
         raise InputError(f"none of {len(cases)} cases has a t1n next to its t1n-voided", where="cases",

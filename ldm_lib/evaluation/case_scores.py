@@ -45,7 +45,7 @@ def brats_metrics(prediction: ArrayLike, case: Case | CaseData) -> dict[str, flo
         >>> scores["ssim"], scores["psnr"], scores["mse"]
         (1.0, inf, 0.0)
     """
-    data = load_case(case) if isinstance(case, Case) else case
+    data = load_case(case)
     if data.target is None:
         raise InputError("has no t1n to compare with", where=data.case.key, fix="give a case with its full image")
     scores = brats_scores(prediction, data.target, data.voided, data.scored, where=data.case.key)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from ldm_lib.errors import InputError
 from ldm_lib.evaluation.case_scores import SAMPLE
 from ldm_lib.evaluation.metrics import bootstrap_by_patient
 from ldm_lib.files import markdown
@@ -34,6 +35,9 @@ def summarise(
     Returns:
         a row for each group, in the order of the table, with columns (score, "mean" | "low" | "high").
 
+    Raises:
+        InputError: a column that the table lacks.
+
     Examples:
         >>> import pandas as pd
         >>> rows = [("a", "estimate", 20.0), ("a", "estimate", 22.0), ("b", "estimate", 25.0)]
@@ -42,6 +46,10 @@ def summarise(
         [23.0, 21.0, 25.0]
     """
     scores = list(scores or [name for name in METRICS if name in table])
+    needed = ["patient", *([by] if isinstance(by, str) else by), *scores, *(["case", "method"] if reference else [])]
+    if missing := [name for name in needed if name not in table]:
+        raise InputError(f"the table has no column {missing[0]!r}, but {', '.join(map(str, table))}", where="summarise",
+                         fix="name the columns of the groups in `by`, and those of scores in `scores`")  # fmt: skip
     if reference:
         base = table[table["method"] == reference].set_index("case")[scores].reindex(table["case"])
         table = table.assign(**{name: table[name].to_numpy() - base[name].to_numpy() for name in scores})

@@ -268,6 +268,8 @@ def test_a_case_that_is_not_loaded_or_has_no_target_is_rejected(cases):
     data = ldm.load_case(cases[0].to_inpaint())
     with pytest.raises(InputError, match=r"has no t1n to compare with\. Fix: give a case with its full image"):
         ldm.brats_metrics(data.voided, data)
+    with pytest.raises(InputError, match="needs a case, not str"):
+        ldm.brats_metrics(data.voided, "x")
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 3}, {"samples": 2}])

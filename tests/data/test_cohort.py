@@ -334,6 +334,12 @@ def test_only_cases_with_their_full_image_train():
         with_target([blind, blind])
 
 
+@pytest.mark.parametrize(("given", "kind"), [("folder", "str"), (3, "int"), ([None], "NoneType")])
+def test_what_is_no_case_is_rejected_in_one_line(given, kind):
+    with pytest.raises(InputError, match=rf"^cases: needs cases, not {kind}\. Fix: take find_cases\(folder\)\.$"):
+        with_target(given)
+
+
 def test_other_maps_are_checked_and_replace_those_of_a_case(cases):
     data = load_case(cases[0])
     growth = np.zeros(data.mask.shape)

@@ -12,7 +12,7 @@ from ldm_lib.data.volume import read_volume
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation import evaluate as module
 from ldm_lib.evaluation.case_scores import ESTIMATE, MEDOID, SAMPLE, UPPER_BOUND, mean_of
-from ldm_lib.evaluation.evaluate import evaluate_folder
+from ldm_lib.evaluation.evaluate import evaluate, evaluate_folder
 from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.evaluation.summary import as_table, cases_table, interval_table, methods_table, summarise
 from ldm_lib.experiment.stages import SamplingConfig
@@ -72,6 +72,17 @@ def test_a_summary_holds_means_and_intervals_of_scores_and_of_their_differences(
     assert list(found.columns.levels[0]) == ["psnr", "ssim"] and list(found.index) == ["harmonic", "proposed"]
     gain = summarise(table, ["psnr"], reference="harmonic")
     assert gain.loc["proposed", "psnr"].to_dict() == {"mean": 1.5, "low": 1.0, "high": 2.0}
+
+
+@pytest.mark.parametrize(("wrong", "missing"), [
+    ({"by": "arm"}, "arm"), ({"by": ["method", "arm"]}, "arm"), ({"scores": ["dice"]}, "dice"),
+])  # fmt: skip
+def test_a_column_that_a_table_lacks_is_named(wrong, missing):
+    table = pd.DataFrame([*HARMONIC, *PROPOSED])
+    with pytest.raises(InputError, match=rf"^summarise: .* no column '{missing}', but method, case, .*Fix: "):
+        summarise(table, **wrong)
+    with pytest.raises(InputError, match="no column 'case', but"):
+        summarise(table.drop(columns="case"), reference="harmonic")
 
 
 # ---- two cases from end to end
@@ -207,6 +218,12 @@ def test_wrong_parameters_are_rejected_before_any_map_is_made(
     with pytest.raises(ConfigError, match=message):
         evaluate_folder(folder, tmp_path / "out", config, model=tiny_initial_estimate_folder, pictures=pictures)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_case_is_not_evaluated(tiny_initial_estimate_folder):
+    inpainter = Inpainter.load(tiny_initial_estimate_folder, device="cpu")
+    with pytest.raises(InputError, match="needs cases, not str"):
+        evaluate(inpainter, "x")
 
 
 def test_results_among_the_cases_are_rejected(folder, tiny_model_folder):
