@@ -64,6 +64,7 @@ def train_denoiser(
 
     Raises:
         ConfigError: the architecture of a given model differs from the options.
+        InputError: no case with a target.
         TrainingError: a loss that is not finite, or a checkpoint of another training in the folder.
 
     Examples:
@@ -78,7 +79,7 @@ def train_denoiser(
         ('velocity', 'composite')
         >>> digest = trained.save(folder / "model")
     """
-    options, folder = options or TrainingOptions(), Path(folder)
+    options, folder, cases = options or TrainingOptions(), Path(folder), with_target(cases)
     if shared := {case.patient for case in cases} & {case.patient for case in validation_cases}:
         raise ConfigError(f"patients {', '.join(sorted(shared)[:3])} are among both training and validation cases",
                           where="train_denoiser", fix="split the cases by patient")  # fmt: skip
@@ -88,7 +89,7 @@ def train_denoiser(
     start = replace(model, autoencoder=autoencoder) if isinstance(model, LatentDiffusion) else None
     initial = new_model(autoencoder, options, spec or (start.spec if start else LatentSpec()), start=start)
     cache = latent_cache(initial, options, folder)
-    cached, validation, _ = encode(cache, with_target(cases), validation_cases, options)
+    cached, validation, _ = encode(cache, cases, validation_cases, options)
     variants = {entry.case.key: entry for entry in cached}
     loaded, latents = [load_case(entry.case) for entry in validation], [entry[0] for entry in validation]
     return trained_model(train(initial, variants, loaded, latents, options, folder), folder)

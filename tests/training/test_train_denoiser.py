@@ -7,7 +7,7 @@ import torch
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.diffusion.model import LatentDiffusion
-from ldm_lib.errors import ConfigError
+from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.training.options import TrainingOptions
 from ldm_lib.training.train import train_denoiser
@@ -63,6 +63,13 @@ def test_the_training_of_a_model_continues_from_its_weights(trained, cases, tmp_
 def test_a_patient_is_never_on_both_sides(coarse, cases, tmp_path):
     with pytest.raises(ConfigError, match=r"patients Synthetic_00000 are among both training and validation cases"):
         train_denoiser(Autoencoder.load(coarse), cases[:1], OPTIONS, folder=tmp_path, validation_cases=cases[1:2])
+
+
+@pytest.mark.parametrize(("given", "line"), [([], "none of 0 cases has a t1n"), ("cases", "needs cases, not str")])
+def test_without_a_case_nothing_is_written(coarse, tmp_path, given, line):
+    with pytest.raises(InputError, match=line):
+        train_denoiser(Autoencoder.load(coarse), given, OPTIONS, folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("kept", [0, 2])
