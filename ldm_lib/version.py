@@ -1,3 +1,3 @@
 """The version of the package, for everything that records it."""
 
-__version__ = "0.8.0"
+__version__ = "0.9.0.dev0"

@@ -5,6 +5,8 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+from packaging.version import Version
+
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -28,15 +30,19 @@ def test_the_conda_environment_takes_its_packages_from_pyproject():
     assert "conda-forge" in lines and "defaults" not in lines
 
 
-def test_version_and_release_date_agree():
+def test_version_is_the_newest_release_or_in_development_of_a_later_one():
     import ldm_lib
 
-    version = PROJECT["version"]
     citation = (ROOT / "CITATION.cff").read_text()
-    released = re.search(r"^date-released: (\S+)$", citation, re.M).group(1)
-    assert ldm_lib.__version__ == version and f"\nversion: {version}\n" in citation
+    date, cited = (re.search(rf"^{key}: (\S+)$", citation, re.M).group(1) for key in ("date-released", "version"))
     entries = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert next(entry for entry in entries if entry != "Unreleased") == f"{version} ({released})"
+    assert next(entry for entry in entries if entry != "Unreleased") == f"{cited} ({date})"
+    version = Version(PROJECT["version"])
+    assert ldm_lib.__version__ == PROJECT["version"]
+    if "Unreleased" in entries:
+        assert version.is_devrelease and version > Version(cited)
+    else:
+        assert version == Version(cited)
 
 
 def test_the_metadata_declare_posix():
