@@ -14,7 +14,7 @@ class AutoencoderOptions(Options):
     """Describe the architecture of the autoencoder."""
 
     heading = "Architecture"
-    latent_channels: Positive = Field(6, description="latent channels")
+    latent_channels: Positive = Field(6, description="numbers that each latent voxel holds")
     channels: IntegerList = Field("16,32", description="width of each level; one halving fewer than levels")
     blocks: Positive = Field(1, description="residual blocks per level")
     input_transform: Literal["plain", "haar"] = Field(

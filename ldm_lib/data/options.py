@@ -33,7 +33,7 @@ class MadeCohortOptions(SeedOptions):
     heading = "Cohort to make (when data_dir is empty)"
     untracked = frozenset({"workers"})
     spacing_mm: Annotated[float, Field(ge=1, le=8)] = Field(4.0, description="voxel size, mm")
-    masks_per_patient: Annotated[int, Field(ge=1, le=8)] = Field(3, description="masks per patient")
+    masks_per_patient: Annotated[int, Field(ge=1, le=8)] = Field(3, description="masks made in each patient")
     workers: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that make the cohort")
 
 
@@ -41,10 +41,10 @@ class SyntheticCohortOptions(MadeCohortOptions):
     """Describe the synthetic cohort."""
 
     heading = "Synthetic cohort (when data_dir and brains_dir are empty)"
-    synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="number of synthetic patients")
+    synthetic_patients: Annotated[int, Field(ge=2, le=9000)] = Field(30, description="patients to make")
     synthetic_first: Annotated[int, Field(ge=0, le=9999)] = Field(8000, description="number of the first patient")
     deformation: Annotated[float, Field(ge=0, le=4)] = Field(
-        1.0, description="scale of the brains' deformation; 2 folds tissue"
+        1.0, description="scale of the brains' random deformation; from about 2 on, tissue is folded over itself"
     )
     domain_randomisation: Literal["narrow", "wide"] = Field(
         "narrow", description="range of contrast, noise, anatomy, mask size; wide for training"

@@ -50,7 +50,9 @@ class ScheduleOptions(Options):
 
     heading = "Diffusion process"
     prediction: Literal["noise", "x0", "velocity", "flow"] = Field("velocity", description="prediction target")
-    schedule: Literal["linear", "cosine", "flow"] = Field("linear", description="noise schedule; flow needs flow")
+    schedule: Literal["linear", "cosine", "flow"] = Field(
+        "linear", description="noise schedule; flow (straight lines to the noise) if prediction is flow"
+    )
     diffusion_steps: int = Field(1000, ge=2, le=10000, description="steps of the noise schedule")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="first variance of the linear schedule")
     beta_end: float = Field(0.02, gt=0, lt=1, description="last variance of the linear schedule")
@@ -60,7 +62,8 @@ class ScheduleOptions(Options):
         if self.beta_start > self.beta_end:
             raise ValueError(f"beta_start = {self.beta_start}: above beta_end = {self.beta_end}")
         if (self.prediction == "flow") != (self.schedule == "flow"):
-            raise ValueError(f"prediction = {self.prediction!r}: with schedule {self.schedule!r}; flow needs flow")
+            values = f"prediction = {self.prediction!r}: with schedule {self.schedule!r}"
+            raise ValueError(f"{values}; either both are flow or neither")
         return self
 
     @property

@@ -28,7 +28,7 @@ class TrainerOptions(DeviceOptions, SeedOptions):
     batch_size: Positive = Field(2, description="samples per device and step")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="largest learning rate of AdamW, after the warm-up")
     learning_rate_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="after the warm-up; cosine falls to 0 at the end of max_epochs"
+        "constant", description="learning rate after the warm-up: constant, or a cosine down to 0"
     )
     max_epochs: Positive = Field(40, description="epochs (passes over the training samples)")
     warmup_steps: Count = Field(50, description="optimiser steps of linear warm-up")
@@ -81,7 +81,7 @@ class LossOptions(Options):
         0.1, description="probability of dropping the conditioning, for classifier-free guidance"
     )
     noisiest_fraction: Fraction = Field(
-        0.0, description="fraction of timesteps drawn from the noisiest twentieth, for `estimate=mean`"
+        0.0, description="fraction of timesteps drawn from the noisiest twentieth, for the estimate `mean`"
     )
     outside_weight: Fraction = Field(0.0, description="loss weight of latent voxels outside the mask")
 
