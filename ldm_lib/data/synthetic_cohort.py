@@ -18,6 +18,7 @@ from ldm_lib.data.layouts import CONDITIONING_FOLDERS, DEFAULT_CONDITIONING
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_mask, void
 from ldm_lib.data.volume import write_map
 from ldm_lib.errors import ConfigError
+from ldm_lib.options import nearest
 from ldm_lib.process_control import parallel_map
 
 # Disjoint ranges: no training patient is used in a demo or for testing.
@@ -27,6 +28,7 @@ TEST_PATIENTS = range(9000, 10000)
 
 ANATOMY, TUMOUR, CONTRAST, NOISE, MASKS, DONORS = range(6)  # streams of random numbers; each donor takes two
 DEFORMATION, REGISTRATION = 1000, 1001  # beyond all donors
+PATIENT_PARAMETERS = ("masks", "deformation", "domain_randomisation", "tissue_map")  # of `make_patient`, for a cohort
 
 
 @dataclass(frozen=True)
@@ -153,5 +155,8 @@ def make_synthetic_cohort(
     if min(n_patients, workers) < 1:
         given = f"n_patients {n_patients}, workers {workers} given; allowed are 1 or more of each"
         raise ConfigError(given, where="make_synthetic_cohort")
+    if unknown := [name for name in patient_kwargs if name not in PATIENT_PARAMETERS]:
+        fix = nearest(unknown[0], PATIENT_PARAMETERS, f"allowed are {', '.join(PATIENT_PARAMETERS)}")
+        raise ConfigError(f"unknown parameter {unknown[0]!r}", where="make_synthetic_cohort", fix=fix)
     make = partial(write_patient, folder, seed, spacing_mm=spacing_mm, **patient_kwargs)
     return list(parallel_map(make, range(first, first + n_patients), workers))

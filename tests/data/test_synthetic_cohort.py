@@ -191,3 +191,12 @@ def test_numbers_out_of_range_are_rejected(numbers):
 def test_a_cohort_has_at_least_one_patient_and_one_worker(tmp_path, numbers):
     with pytest.raises(ConfigError, match=r"make_synthetic_cohort: n_patients .* given; allowed are 1 or more"):
         make_synthetic_cohort(tmp_path, **numbers)
+
+
+@pytest.mark.parametrize(("name", "fix"), [
+    ("mask", "did you mean 'masks'"), ("variety", "it is called 'domain_randomisation'"),
+    ("x", "allowed are masks, deformation, domain_randomisation, tissue_map"),
+])  # fmt: skip
+def test_an_unknown_parameter_of_a_cohort_is_rejected_with_the_allowed_ones(tmp_path, name, fix):
+    with pytest.raises(ConfigError, match=rf"^make_synthetic_cohort: unknown parameter '{name}'\. Fix: {fix}"):
+        make_synthetic_cohort(tmp_path, 1, **{name: 2})
