@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in words[:1]:
         if name in RENAMED_COMMANDS:
             parser.error(f"no command {name!r}: {RENAMED_COMMANDS[name]}")
-    options = parser.parse_args(words)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        options.misused(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     before = signal.signal(signal.SIGTERM, _stop)
     try:

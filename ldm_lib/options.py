@@ -139,13 +139,13 @@ class Options(BaseModel):
 
     Attributes:
         heading: title of the group in parameter cells and in the documentation.
-        hint: where the allowed parameters are documented, for error messages.
+        hint: where the allowed parameters are documented, or what else to do, for error messages.
         untracked: parameters of this group that change how a result is computed, but not the result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     heading: ClassVar[str] = ""
-    hint: ClassVar[str] = "see `ldm params 01` to `ldm params 06`"
+    hint: ClassVar[str] = "give an allowed value"
     untracked: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **values: Any) -> None:
@@ -169,7 +169,7 @@ class Options(BaseModel):
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            return ConfigError(f"unknown parameter {name!r}", fix=nearest(name, cls.model_fields))
+            return ConfigError(f"unknown parameter {name!r}", fix=nearest(name, cls.model_fields, cls.hint))
         if problem["type"] == "missing":
             return ConfigError(f"no {name!r} is given", fix=cls.hint)
         if not name:  # several parameters that contradict each other
@@ -215,10 +215,10 @@ class DeviceOptions(Options):
     )
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Suggest the parameter that was probably meant, as the fix of an error message."""
+def nearest(name: str, known: Iterable[str], otherwise: str = "give one of them") -> str:
+    """Suggest the name that was probably meant, or what to do otherwise, as the fix of an error message."""
     if name in RENAMED:
         new = RENAMED[name]
         return new if " " in new else f"it is called {new!r} since version 0.8"
     match = difflib.get_close_matches(name, list(known), 1, 0.6)
-    return f"did you mean {match[0]!r}?" if match else "see `ldm params 01` to `ldm params 06`"
+    return f"did you mean {match[0]!r}?" if match else otherwise

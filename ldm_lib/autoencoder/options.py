@@ -29,6 +29,8 @@ class AutoencoderOptions(Options):
 class AutoencoderTrainingOptions(AutoencoderOptions, SeedOptions):
     """Describe the training of the autoencoder."""
 
+    hint = "see `help(ldm.AutoencoderTrainingOptions)`"
+
     heading = "Training"
     autoencoder_steps: Positive = Field(100, description="optimiser steps")
     autoencoder_batch_size: Positive = Field(4, description="crops per step")

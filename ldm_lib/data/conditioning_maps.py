@@ -248,7 +248,7 @@ def make_conditioning_maps(
     """
     if (growth is not None) != ((seed_mm is None) != (segmentation is None)):
         raise InputError("a growth map needs an output and one start", where="growth",
-                         fix="give growth with either a seed point or a segmentation")  # fmt: skip
+                         fix="give --growth with either --seed-mm or --segmentation")  # fmt: skip
     case = case_of_files(t1n_voided, mask, read_options=read_options)
     outputs = [expand_path(path) for path in (tissue, growth) if path is not None]
     others = [expand_path(path) for path in (lesion, segmentation) if path is not None]

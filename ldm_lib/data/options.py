@@ -10,6 +10,8 @@ from ldm_lib.options import Fraction, Options, Orientation, SeedOptions, SomeInt
 class ReadOptions(Options):
     """Relax input validation: what would be rejected is read in the way that is stated here."""
 
+    hint = "see `help(ldm.ReadOptions)`"
+
     heading = "Reading"
     assume_orientation: Orientation = Field(
         "", description="orientation of the files, such as LPS, where headers state none or a wrong one"

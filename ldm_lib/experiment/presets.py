@@ -52,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"
+ALL_PARAMETERS = "see `ldm params 01` to `ldm params 06`"
 
 
 def require_fit(configs: Mapping[str, Any]) -> None:
@@ -72,6 +73,6 @@ def resolve(preset: str = DEFAULT_PRESET, overrides: dict[str, Any] | None = Non
     known = {name for model in STAGES.values() for name in model.model_fields}
     values = PRESETS[preset] | (overrides or {})
     if unknown := [name for name in values if name not in known]:
-        raise ConfigError(f"unknown parameter {unknown[0]!r}", fix=nearest(unknown[0], known))
+        raise ConfigError(f"unknown parameter {unknown[0]!r}", fix=nearest(unknown[0], known, ALL_PARAMETERS))
     return {stage: model.parse({k: v for k, v in values.items() if k in model.model_fields})
             for stage, model in STAGES.items()}  # fmt: skip

@@ -130,6 +130,8 @@ class TrainingOptions(
 ):
     """Hold all that decides how a denoiser is trained."""
 
+    hint = "see `help(ldm.TrainingOptions)`"
+
     @model_validator(mode="after")
     def _samples_exist(self) -> Self:
         if self.fresh_samples and not self.latent_crop:

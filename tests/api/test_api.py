@@ -253,8 +253,11 @@ def test_one_seed_is_one_result_on_every_processor(supported, cases, tiny_model_
         (lambda: ldm.TrainingOptions(shipped_weights=True), "it is called 'pretrained' since version 0.8"),
         (
             lambda: ldm.TrainingOptions(batch_size=0),
-            "batch_size = 0: allowed: integer from 1 to 100,000,000. Fix: see `ldm params",
+            r"batch_size = 0: allowed: integer from 1 to 100,000,000. Fix: see `help\(ldm.TrainingOptions\)`",
         ),
+        (lambda: ldm.TrainingOptions(wandb_mode="x"), r"'wandb_mode'. Fix: see `help\(ldm.TrainingOptions\)`"),
+        (lambda: ldm.AutoencoderTrainingOptions(xyz=1), r"'xyz'. Fix: see `help\(ldm.AutoencoderTrainingOptions\)`"),
+        (lambda: ldm.ReadOptions(mask_labels="a"), r"mask_labels = 'a': .* Fix: see `help\(ldm.ReadOptions\)`"),
     ],
 )
 def test_mistakes_in_python_are_explained_in_one_line(call, message):
