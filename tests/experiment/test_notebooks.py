@@ -79,14 +79,13 @@ def names_in(tree, context):
 
 
 def names_replaced(tree):
-    """Names that a cell assigns, but for those of `x = f(x)`."""
-    refined = {
-        name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        for name in names_in(node, ast.Store) & names_in(node.value, ast.Load)
-    }
-    return names_in(tree, ast.Store) - refined
+    """Names that a cell gives a new meaning: assigned otherwise than by `x = f(x)` or `x += y`."""
+    refined = set()
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.AugAssign)):
+        before = names_in(node.value, ast.Load) if isinstance(node, ast.Assign) else names_in(node, ast.Store)
+        refined |= {n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in before}
+    stored = {n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return {n.id for n in stored - refined}
 
 
 @named
