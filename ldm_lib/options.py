@@ -7,9 +7,10 @@ The options of a sub-package stand in its `options.py`; the parameter models of 
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from ldm_lib.errors import ConfigError
 
@@ -160,6 +161,14 @@ class Options(BaseModel):
             raise self._explained(error) from None
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **settings: Any) -> None:
+        """List the parameters in the docstring, for `help`."""
+        super().__pydantic_init_subclass__(**settings)
+        lines = [_attribute(name, field) for name, field in cls.model_fields.items() if field.description]
+        if lines and cls.__doc__:
+            cls.__doc__ = "\n        ".join([f"{cls.__doc__.rstrip()}\n\n    Attributes:", *lines]) + "\n    "
+
+    @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """Build the options from values by name, as the constructor does."""
         return cls(**values)
@@ -196,6 +205,14 @@ class Options(BaseModel):
         """Return the parameters that decide the result."""
         untracked = frozenset().union(*(cls.untracked for cls in type(self).__mro__ if issubclass(cls, Options)))
         return {name: value for name, value in self.model_dump().items() if name not in untracked}
+
+
+def _attribute(name: str, field: FieldInfo) -> str:
+    """Describe a parameter in one line: name, description, choices and default."""
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    default = "required" if field.is_required() else f"default {field.default!r}"
+    among = f"{', '.join(map(repr, choices))}; " if choices else ""
+    return f"{name}: {field.description} ({among}{default})"
 
 
 class SeedOptions(Options):

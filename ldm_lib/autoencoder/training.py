@@ -117,7 +117,7 @@ def train_autoencoder(
 
     Args:
         cases: training cases, all of one voxel size.
-        options: architecture and training; the defaults suit a first trial, not a good result.
+        options: architecture and training, see `help(ldm.AutoencoderTrainingOptions)`; the defaults suit a first trial.
         folder: takes the checkpoint, from which an interrupted training resumes; None writes nothing.
         device: "auto", "cpu" or "cuda".
         precision: "auto", "32", "bf16" or "16".

@@ -54,7 +54,7 @@ def train_denoiser(
     Args:
         model: a trained autoencoder, for a denoiser from random weights; or a model whose training continues.
         cases: training cases, with a target.
-        options: architecture and training; the defaults suit a first trial, not a good result.
+        options: architecture and training, see `help(ldm.TrainingOptions)`; the defaults suit a first trial.
         folder: takes latents/, autoencoder/, checkpoints/, metrics.csv and the validation's samples/ and panels/.
         validation_cases: cases with a target, of other patients; the first `val_cases` are scored.
         spec: how cases become latents and conditioning; that of the model, or the default one.

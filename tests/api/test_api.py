@@ -50,6 +50,19 @@ assert not {"torch", "monai", "dipy", "pandas", "matplotlib"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("name", ["TrainingOptions", "AutoencoderTrainingOptions", "ReadOptions"])
+def test_help_of_options_lists_every_parameter(name):
+    options = getattr(ldm, name)
+    first, _, listed = inspect.getdoc(options).partition("\n\nAttributes:\n")
+    assert first and "Attributes" not in first
+    lines = dict(line.strip().split(": ", 1) for line in listed.splitlines())
+    assert list(lines) == list(options.model_fields)
+    for field, text in lines.items():
+        assert text.endswith(f"default {getattr(options(), field)!r})")
+    if name == "TrainingOptions":
+        assert lines["keep_weights"] == "EMA weights to keep: last, or best val_loss ('last', 'best'; default 'last')"
+
+
 # ---- examples
 
 
