@@ -23,7 +23,6 @@ from ldm_lib.devices import pick_device, pick_precision
 from ldm_lib.errors import LdmError
 from ldm_lib.experiment.run_folder import outputs_folder, provenance
 from ldm_lib.files import write_json
-from ldm_lib.progress import report
 
 FULL_GRID = (240, 240, 160)
 
@@ -61,7 +60,7 @@ def bench(
         _add(found, "training", partial(bench_training, shape, encode_s=encode_s, changes=whole_latents))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, found)
-    report("\n".join(f"{name} {value:.2f}" for name, value in found["ratios"].items()))
+    print("\n".join(f"{name} {value:.2f}" for name, value in found["ratios"].items()))
     return found
 
 

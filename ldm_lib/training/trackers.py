@@ -26,7 +26,7 @@ ANONYMOUS = {"mlflow.user": "unknown", "mlflow.source.name": "ldm_lib.training"}
 PROXIED = "mlflow-artifacts:/"  # the server finds artifacts in its own folder, so the store holds no path
 # Parameters that are text and cannot hold a path; another text is not logged until it is named here.
 LOGGED_TEXTS = {"run", "device", "precision", "multipliers", "attention_rates", "keep_weights", "prediction",
-                "schedule", "allow_change", "wandb_mode"}  # fmt: skip
+                "schedule", "learning_rate_schedule", "allow_change", "wandb_mode"}  # fmt: skip
 
 
 class MetricsTable:
