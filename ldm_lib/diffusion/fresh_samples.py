@@ -75,10 +75,9 @@ class Scan:
             voxels = np.argwhere(mask[box])
             centres.append(voxels[:: max(1, len(voxels) // CENTRES)])
         growth = nothing if first.growth is None else first.lps(first.growth)
-        volumes = image.astype(np.float16), codes, np.rint(growth[box] * 255).astype(np.uint8)
-        return cls(
-            *(torch.from_numpy(volume).to(device) for volume in volumes), _tissue_means(image, tissue), tuple(centres)
-        )
+        grown = np.rint(growth[box] * 255).astype(np.uint8)
+        half, coded, grown = (torch.from_numpy(each).to(device) for each in (image.astype(np.float16), codes, grown))
+        return cls(half, coded, grown, _tissue_means(image, tissue), tuple(centres))
 
 
 def _tissue_means(image: np.ndarray, tissue: np.ndarray) -> tuple[float, float, float]:
@@ -121,9 +120,9 @@ class FreshSamples(Sequence[Latents]):
     def volumes(self, number: int) -> GridCase:
         """Return image, mask and maps of a draw, for inspection; the crop and a rim of a latent voxel around it."""
         with torch.inference_mode():
-            target, mask, codes, growth = (part.cpu() for part in _volumes([self], [number]))
-        growth = F.interpolate(growth, size=target.shape[2:])
-        target, mask, codes, growth = (part[0, 0].numpy() for part in (target, mask, codes, growth))
+            drawn = [part.cpu() for part in _volumes([self], [number])]
+            drawn[3] = F.interpolate(drawn[3], size=drawn[0].shape[2:])
+        target, mask, codes, growth = (part[0, 0].numpy() for part in drawn)
         return GridCase(
             voided=np.where(mask, np.float32(0), target), target=target, mask=mask, unknown=np.zeros_like(mask),
             growth=growth, tissue=(codes & TISSUE_BITS).astype(np.uint8),

@@ -99,7 +99,7 @@ class LatentCache:
         self.folder, self.autoencoder, self.spec, self.seed = folder, autoencoder, spec, seed
         self.augmentation = augmentation or Augmentation()
         self.costs: dict[str, Any] = {}
-        self._placement = {"device": device, "precision": precision}
+        self._placement: dict[str, Any] = {"device": device, "precision": precision}
         self._made_from = {"code": CODE_VERSION, "weights": weights_sha256, "build": autoencoder.config,
                            "settings": spec.model_dump(), "precision": precision}  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
