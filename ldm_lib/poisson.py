@@ -7,11 +7,9 @@ from scipy.sparse.linalg import cg
 KNOWN, IGNORED = -1, -2  # in the place of the number of a masked voxel
 
 
-def harmonic(
-    known: np.ndarray, mask: np.ndarray, *, rtol: float, dtype: type, air: np.ndarray | None = None
-) -> np.ndarray:
+def harmonic(known: np.ndarray, mask: np.ndarray, *, rtol: float, dtype: type) -> np.ndarray:
     """Continue the known voxels harmonically into the n masked ones: (n,), all 0 without any voxel around the mask."""
-    laplacian, edge_sum = masked_laplacian(known, mask, air)
+    laplacian, edge_sum = masked_laplacian(known, mask)
     if not (faces := laplacian.sum()):  # its sum counts the faces of the mask's edge
         return np.zeros(len(edge_sum), dtype)
     start = np.full(len(edge_sum), edge_sum.sum() / faces, dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_lib.anatomy.initial_estimate import gaussian_blur
-from ldm_lib.anatomy.tissue import cubic_weights
+from ldm_lib.anatomy.tissue import cubic_weights, spline_coefficients
 
 Range = tuple[float, float]
 LEAST_CONTRAST = 0.1  # between CSF and GM
@@ -61,10 +61,10 @@ class Appearance:
         """Draw the properties of a scan whose box has these edges."""
         kept = rng.random() < ranges.own_contrast
         csf, gm = rng.uniform(*ranges.csf), rng.uniform(*ranges.gm)
-        grey_field = rng.uniform(*ranges.grey_field) * coefficients(rng, extent_mm, GREY_NODE_MM)
+        grey_field = rng.uniform(*ranges.grey_field) * spline_coefficients(rng, extent_mm, GREY_NODE_MM)
         in_plane_mm = rng.uniform(*ranges.in_plane_mm)
         thick_mm = 0.0 if rng.random() < ranges.thin else rng.uniform(*ranges.thick_mm)
-        gain = rng.uniform(*ranges.gain) * coefficients(rng, extent_mm, GAIN_NODE_MM)
+        gain = rng.uniform(*ranges.gain) * spline_coefficients(rng, extent_mm, GAIN_NODE_MM)
         return cls(
             csf=None if kept else min(csf, gm - LEAST_CONTRAST), gm=gm, grey_field=grey_field,
             in_plane_mm=in_plane_mm, thick_mm=thick_mm, axis=int(rng.integers(3)), gain=gain,
@@ -86,14 +86,17 @@ def change_appearance(
         spacing_mm: edge of an isotropic voxel.
         noise: (b 2 x y z) of standard deviation 1.
     """
-    values = torch.cat([_remapped(image[k : k + 1], own[k], look, spacing_mm) for k, look in enumerate(drawn)])
-    values = torch.cat(
-        [_blurred(values[k : k + 1], brain[k : k + 1], look, spacing_mm) for k, look in enumerate(drawn)]
-    )
-    values = values * torch.cat([_field(look.gain, values, spacing_mm, GAIN_NODE_MM) for look in drawn]).exp()
+    parts = zip(image.split(1), brain.split(1), own, drawn, strict=True)
+    values = torch.cat([_noiseless(*part, spacing_mm) for part in parts])
     sd, gamma = (torch.tensor([[[[[getattr(look, name)]]]] for look in drawn]).to(image) for name in ("noise", "gamma"))
     values = torch.hypot(values + sd * noise[:, :1], sd * noise[:, 1:])
     return values.clamp(min=LEAST) ** gamma * brain
+
+
+def _noiseless(image: Tensor, brain: Tensor, own: Sequence[float], look: Appearance, spacing_mm: float) -> Tensor:
+    """Change the contrast, the resolution and the gain of one image (1 1 x y z)."""
+    values = _blurred(_remapped(image, own, look, spacing_mm), brain, look, spacing_mm)
+    return values * _field(look.gain, values, spacing_mm, GAIN_NODE_MM).exp()
 
 
 def _blurred(values: Tensor, brain: Tensor, look: Appearance, spacing_mm: float) -> Tensor:
@@ -122,15 +125,9 @@ def _field(spline: np.ndarray, like: Tensor, spacing_mm: float, node_mm: float) 
     return expand(torch.from_numpy(spline).to(like)[None, None], like.shape[2:], spacing_mm, node_mm)
 
 
-def coefficients(rng: np.random.Generator, extent_mm: Sequence[float], node_mm: float) -> np.ndarray:
-    """Draw the coefficients of a smooth field of standard deviation 1 on a box, see `tissue.smooth_field`."""
-    return rng.standard_normal([int(np.ceil(e / node_mm)) + 4 for e in extent_mm], dtype=np.float32)
-
-
-def expand(coefficients: Tensor, shape: Sequence[int], spacing_mm: float, node_mm: float) -> Tensor:
+def expand(spline: Tensor, shape: Sequence[int], spacing_mm: float, node_mm: float) -> Tensor:
     """Evaluate cubic B-splines at voxels: coefficients (b c i j k) -> (b c x y z)."""
     for axis, size in zip((2, 3, 4), shape, strict=True):
-        weights = cubic_weights(np.arange(size) * spacing_mm / node_mm, coefficients.shape[axis])
-        matrix = torch.from_numpy(weights).to(coefficients)
-        coefficients = torch.tensordot(coefficients, matrix, dims=([axis], [1])).movedim(-1, axis)
-    return coefficients
+        matrix = torch.from_numpy(cubic_weights(np.arange(size) * spacing_mm / node_mm, spline.shape[axis])).to(spline)
+        spline = torch.tensordot(spline, matrix, dims=([axis], [1])).movedim(-1, axis)
+    return spline

@@ -24,12 +24,16 @@ def smooth_field(
         positions_mm: three vectors, the positions of the grid's planes along x, y, z, from 0 to the extent.
         node_mm: distance between nodes; the field varies over about twice this length.
     """
-    counts = [int(np.ceil(e / node_mm)) + 4 for e in extent_mm]
-    field = rng.standard_normal(counts, dtype=np.float32)
-    for positions, count in zip(positions_mm, counts, strict=True):
+    field = spline_coefficients(rng, extent_mm, node_mm)
+    for positions, count in zip(positions_mm, field.shape, strict=True):
         weights = cubic_weights(np.asarray(positions) / node_mm, count)
         field = np.tensordot(field, weights, axes=(0, 1))
     return field
+
+
+def spline_coefficients(rng: np.random.Generator, extent_mm: Sequence[float], node_mm: float) -> np.ndarray:
+    """Draw the coefficients of a `smooth_field`: float32, as many as its extent and the distance of its nodes need."""
+    return rng.standard_normal([int(np.ceil(e / node_mm)) + 4 for e in extent_mm], dtype=np.float32)
 
 
 def cubic_weights(positions: np.ndarray, count: int) -> np.ndarray:

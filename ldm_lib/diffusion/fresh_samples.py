@@ -6,7 +6,6 @@ Image, masks and maps are warped together, so that the tissue map keeps the erro
 within the voxels that were hidden from that registration. A sample is a function of (seed, case, its number).
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,15 +16,15 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm_lib.anatomy.appearance import RANGES, Appearance, change_appearance, coefficients, expand
+from ldm_lib.anatomy.appearance import RANGES, Appearance, change_appearance, expand
 from ldm_lib.anatomy.initial_estimate import FAR_MM, NEAR_MM, SURFACE_MM, fill
-from ldm_lib.anatomy.tissue import TISSUES
+from ldm_lib.anatomy.tissue import TISSUES, spline_coefficients
 from ldm_lib.anatomy.tissue_segmentation import mixture_labels
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.model_grid import GridCase, require_spacing
 from ldm_lib.data.volume import normalise
-from ldm_lib.diffusion.latents import CPU, Latents, LatentSpec
+from ldm_lib.diffusion.latents import CPU, Latents, LatentSpec, case_seed
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
 
@@ -130,8 +129,7 @@ class FreshSamples(Sequence[Latents]):
 
     def rng(self, number: int) -> np.random.Generator:
         """Return the random numbers of one draw."""
-        digest = hashlib.sha256(self.case.key.encode()).digest()[:4]
-        return np.random.default_rng([self.seed, int.from_bytes(digest, "big"), number])
+        return np.random.default_rng([self.seed, case_seed(self.case), number])
 
 
 def fresh_samples(
@@ -193,7 +191,8 @@ def _warped(
     turn = Rotation.from_euler("xyz", rng.uniform(-DEGREES, DEGREES, 3), degrees=True).as_matrix()
     matrix = turn * np.exp(rng.uniform(-SCALE, SCALE, 3)) * np.array([-1 if rng.random() < MIRRORED else 1, 1, 1])
     extent = (size * mm,) * 3
-    nodes = np.stack([coefficients(rng, extent, NODE_MM) for _ in range(3)]) * (rng.uniform(0, DISPLACEMENT_MM) / mm)
+    nodes = np.stack([spline_coefficients(rng, extent, NODE_MM) for _ in range(3)])
+    nodes *= rng.uniform(0, DISPLACEMENT_MM) / mm
     field = expand(torch.from_numpy(nodes).to(device)[None], (size,) * 3, mm, NODE_MM)[0]
     line = torch.arange(size, device=device) - size // 2  # whole voxels: without a warp nothing is interpolated
     axes = [line.view(-1, 1, 1), line.view(1, -1, 1), line.view(1, 1, -1)]
@@ -217,7 +216,7 @@ def _mask(codes: Tensor, source: FreshSamples, rng: np.random.Generator, mm: flo
     """Draw the mask (1 1 x y z): the healthy mask, a part of it, or it and others; and the lesion in some samples."""
     own = (codes & (1 << (FIRST_HEALTHY + source.healthy))) > 0
     size, kind, shift = codes.shape[2], rng.random(), rng.uniform(-0.7, 0.5)
-    blob = coefficients(rng, (size * mm,) * 3, BLOB_NODE_MM)
+    blob = spline_coefficients(rng, (size * mm,) * 3, BLOB_NODE_MM)
     other = FIRST_HEALTHY + int(rng.integers(len(source.scan.centres)))
     mask = own
     if WHOLE <= kind < WHOLE + CUT:

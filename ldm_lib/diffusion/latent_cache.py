@@ -14,6 +14,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.model_grid import GridCase, grid_case, require_spacing
 from ldm_lib.diffusion.fresh_samples import FreshSamples, fresh_samples, fresh_version
-from ldm_lib.diffusion.latents import Latents, LatentSpec, encode_case
+from ldm_lib.diffusion.latents import Latents, LatentSpec, case_seed, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import fingerprint, replacing, sha256
 from ldm_lib.process_control import parallel_map
@@ -181,12 +183,10 @@ class LatentCache:
         progress = Progress(len(missing), name="encoding scan")
         if workers <= 1 or self._placement["device"].type != "cpu":
             return self._encode_entries(missing, progress)
-        scans: dict[tuple[Case, ...], list[_Entry]] = {}
-        for entry in missing:
-            scans.setdefault(entry.cases, []).append(entry)
+        scans = [list(own) for _, own in groupby(missing, attrgetter("cases"))]
         done = encoded = 0
-        counts = parallel_map(partial(_encode_scan, self), [*scans.values()], workers)
-        for own, count in zip(scans.values(), counts, strict=True):
+        counts = parallel_map(partial(_encode_scan, self), scans, workers)
+        for own, count in zip(scans, counts, strict=True):
             done, encoded = done + len(own), encoded + count
             progress.update(done, own[0].cases[0].id, now=done == len(missing))
         return encoded
@@ -225,20 +225,20 @@ class LatentCache:
     def _encode_entry(
         self, entry: _Entry, load: Callable[[Case], GridCase], read: Callable[..., list[FreshSamples]]
     ) -> None:
-        latents = {}
         if entry.fresh_crop:
-            sources = read(entry.cases, entry.fresh_crop)
-            latents = {source.case.key: source[entry.variant] for source in sources}
-        for case in () if entry.fresh_crop else entry.cases:
-            plain = load(case)
-            if entry.variant:
-                digest = hashlib.sha256(case.key.encode()).digest()[:4]
-                rng = np.random.default_rng([self.seed, entry.variant, int.from_bytes(digest, "big")])
-                plain = self.augmentation(plain, rng, spacing_mm=self.autoencoder.spacing_mm)
-            latents[case.key] = encode_case(plain, self.autoencoder, self.spec, **self._placement)
+            latents = {source.case.key: source[entry.variant] for source in read(entry.cases, entry.fresh_crop)}
+        else:
+            latents = {case.key: self._encoded(case, load(case), entry.variant) for case in entry.cases}
         tensors = _pack(latents)
         with replacing(entry.path) as partial:
             save_file(tensors, partial, {"digest": _digest(entry.key, tensors)})
+
+    def _encoded(self, case: Case, on_grid: GridCase, variant: int) -> Latents:
+        """Encode a case as it is, or augmented if the variant is not the first."""
+        if variant:
+            rng = np.random.default_rng([self.seed, variant, case_seed(case)])
+            on_grid = self.augmentation(on_grid, rng, spacing_mm=self.autoencoder.spacing_mm)
+        return encode_case(on_grid, self.autoencoder, self.spec, **self._placement)
 
 
 def _encode_scan(cache: LatentCache, entries: Sequence[_Entry]) -> int:

@@ -6,6 +6,7 @@ With the context "initial_estimate" the denoiser generates the residual of the l
 target = (z_target - initial_estimate) / residual_std;   voided = 0
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Annotated
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.autoencoder.model import Autoencoder
-from ldm_lib.data.case import CaseData
+from ldm_lib.data.case import Case, CaseData
 from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_mask
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.options import LatentOptions
@@ -83,6 +84,11 @@ def encode_case(
         "mask_fraction": block_mean(case.mask, factor)[None],
     }
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in on_grid.items()}
+
+
+def case_seed(case: Case) -> int:
+    """Return a number made of a case's name, for random numbers that depend on no other case."""
+    return int.from_bytes(hashlib.sha256(case.key.encode()).digest()[:4], "big")
 
 
 def measure_residual_std(spec: LatentSpec, cases: Iterable[CaseData], autoencoder: Autoencoder) -> LatentSpec:

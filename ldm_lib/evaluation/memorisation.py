@@ -16,6 +16,7 @@ from scipy.signal import fftconvolve
 
 from ldm_lib.data.case import Case, CaseData
 from ldm_lib.data.volume import normalise
+from ldm_lib.evaluation.case_scores import names
 
 EDGE_MM, REACH_MM = 32.0, 12.0  # of a patch, and of the search around its place in another head
 COPY = 0.5  # nearest-neighbour distance ratio below which a sample counts as a copy
@@ -43,7 +44,7 @@ class Patch:
             box = tuple(slice(0, n) for n in mask.shape)
         values = normalise(data.lps(volume)[box], data.scale)
         return cls(
-            {"case": data.case.key, "patient": data.case.patient} | about,
+            names(data) | about,
             values,
             mask[box],
             tuple(s.start for s in box),

@@ -57,15 +57,6 @@ class ResultOptions(InpaintOptions):
             raise ValueError(f"samples = {self.samples}: allowed: 1 with estimate 'mean', which is one volume")
         return self
 
-    @classmethod
-    def of_arguments(cls, *, n_samples: int, **arguments: Any) -> Self:
-        """Check the arguments of a Python function, in which the parameter `samples` is called `n_samples`."""
-        try:
-            return cls(samples=n_samples, **arguments)
-        except ConfigError as error:
-            cause = error.cause.replace("samples = ", "n_samples = ", 1)
-            raise ConfigError(cause, fix="give an allowed value") from None
-
     @property
     def sampling(self) -> dict[str, Any]:
         """Return the arguments of `Inpainter.__call__` that these options set."""

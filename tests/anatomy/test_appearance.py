@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lib.anatomy.appearance import RANGES, Appearance, change_appearance, coefficients, expand
-from ldm_lib.anatomy.tissue import smooth_field
+from ldm_lib.anatomy.appearance import RANGES, Appearance, change_appearance, expand
+from ldm_lib.anatomy.tissue import smooth_field, spline_coefficients
 
 SHAPE, OWN = (12, 10, 14), (0.3, 0.6, 0.8)
 PLAIN = Appearance(
@@ -39,7 +39,7 @@ def test_white_matter_becomes_1_when_the_contrast_is_kept():
 
 
 def test_a_field_changes_grey_matter_and_neither_csf_nor_white_matter():
-    field = {"csf": 0.2, "gm": 0.7, "grey_field": coefficients(np.random.default_rng(0), SHAPE, 30.0) * 0.1}
+    field = {"csf": 0.2, "gm": 0.7, "grey_field": spline_coefficients(np.random.default_rng(0), SHAPE, 30.0) * 0.1}
     assert changed(0.6, **field)[BRAIN].std() > 0.004
     for value, becomes in ((0.3, 0.2), (0.8, 1.0)):
         assert torch.allclose(changed(value, **field)[BRAIN], torch.tensor(becomes))
@@ -76,7 +76,7 @@ def test_noise_of_the_magnitude_is_rician():
 
 
 def test_gain_and_gamma_have_their_closed_forms():
-    gain = coefficients(np.random.default_rng(0), SHAPE, 60.0) * 0.1
+    gain = spline_coefficients(np.random.default_rng(0), SHAPE, 60.0) * 0.1
     expected = expand(torch.from_numpy(gain)[None, None], SHAPE, 1.0, 60.0).exp()
     torch.testing.assert_close(changed(0.6, gain=gain)[BRAIN], (0.75 * expected)[BRAIN])
     assert torch.allclose(changed(0.6, gamma=1.2)[BRAIN], torch.tensor(0.75**1.2))
@@ -86,7 +86,7 @@ def test_a_spline_field_is_that_of_the_synthetic_brains():
     rngs = [np.random.default_rng(3) for _ in range(2)]
     positions = [np.arange(n) * 2.0 for n in SHAPE]
     extent = [n * 2.0 for n in SHAPE]
-    found = expand(torch.from_numpy(coefficients(rngs[0], extent, 9.0))[None, None], SHAPE, 2.0, 9.0)
+    found = expand(torch.from_numpy(spline_coefficients(rngs[0], extent, 9.0))[None, None], SHAPE, 2.0, 9.0)
     np.testing.assert_allclose(found[0, 0], smooth_field(rngs[1], positions, 9.0, extent), atol=1e-5)
 
 
