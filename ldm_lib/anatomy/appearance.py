@@ -6,7 +6,7 @@ The ranges reach from MPRAGE to 2D spin echo: its grey-white contrast is a third
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,12 @@ class Appearance:
             in_plane_mm=in_plane_mm, thick_mm=thick_mm, axis=int(rng.integers(3)), gain=gain,
             noise=rng.uniform(*ranges.noise), gamma=rng.uniform(*ranges.gamma),
         )  # fmt: skip
+
+    def with_other_gain(
+        self, rng: np.random.Generator, extent_mm: Sequence[float], ranges: AppearanceRanges = RANGES
+    ) -> "Appearance":
+        """Draw the gain of another place in the same scan."""
+        return replace(self, gain=rng.uniform(*ranges.gain) * spline_coefficients(rng, extent_mm, GAIN_NODE_MM))
 
 
 def change_appearance(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.geometry import bounding_box
@@ -29,6 +30,7 @@ RIDGE = 1e-3  # relative to the mean variance of the regressors
 MIN_VISIBLE_VOXELS = 100  # with fewer there is no regression
 TRUNCATE = 4.0  # of a Gaussian kernel, standard deviations
 ESTIMATE_RTOL, MOST_ITERATIONS = 1e-4, 500  # of the conjugate gradients
+COARSE_MM = 2.0  # voxels of the estimate in training
 CHECK_EVERY = 10  # iterations, as a test of convergence waits for a GPU
 
 
@@ -109,6 +111,41 @@ def fill(image: Tensor, mask: Tensor, tissue: Tensor, air: Tensor, weight: Tenso
     filled = image.clone()
     filled[core] = torch.where(mask[core], inside.clamp(min=0), image[core])
     return filled
+
+
+def coarse_estimate(voided: Tensor, mask: Tensor, tissue: Tensor, near: Tensor, *, spacing_mm: float) -> Tensor:
+    """Make the initial estimates of a batch on voxels of about `COARSE_MM`, as training needs thousands of them.
+
+    Args:
+        voided: (b 1 x y z), 0 under the mask.
+        mask: (b 1 x y z) bool.
+        tissue: (b 1 x y z) labels.
+        near: (b 1 x y z) bool, within `SURFACE_MM` of tissue.
+        spacing_mm: edge of an isotropic voxel.
+    """
+    step = coarse_step(spacing_mm)
+    visible = F.avg_pool3d((~mask).float(), step)
+    hidden = visible < 0.5
+    image = torch.where(hidden, 0, F.avg_pool3d(voided, step) / visible.clamp(min=0.5))
+    every = (..., *(slice(None, None, step),) * 3)
+    air = ~hidden & (image <= 0) & near[every]
+    coarse_mm = step * spacing_mm
+    filled = fill(image, hidden, tissue[every], air, _weight(hidden, coarse_mm), spacing_mm=coarse_mm)
+    return torch.where(mask, F.interpolate(filled, scale_factor=step, mode="trilinear"), voided)
+
+
+def coarse_step(spacing_mm: float) -> int:
+    """Return how many voxels make one of `coarse_estimate`."""
+    return max(1, round(COARSE_MM / spacing_mm))
+
+
+def _weight(hidden: Tensor, mm: float) -> Tensor:
+    """Return the weights of the regression: exp(-distance / NEAR_MM), in steps of two voxels to the 26 neighbours."""
+    weight = F.max_pool3d(hidden.float(), 2, ceil_mode=True)
+    for _ in range(round(FAR_MM / (2 * mm))):
+        weight = torch.maximum(weight, F.max_pool3d(weight, 3, 1, 1) * float(np.exp(-2 * mm / NEAR_MM)))
+    weight = F.interpolate(weight, scale_factor=2, mode="nearest")[..., *(slice(0, n) for n in hidden.shape[2:])]
+    return torch.where(hidden | (weight < float(np.exp(-FAR_MM / NEAR_MM))), 0, weight)
 
 
 def gaussian_blur(volumes: Tensor, sigma_vox: float | Sequence[float]) -> Tensor:

@@ -4,6 +4,7 @@ GridCase => voided, target (c x y z), conditioning (4 x y z), mask, loss, mask_f
 
 With the context "initial_estimate" the denoiser generates the residual of the latent of an initial estimate:
 target = (z_target - initial_estimate) / residual_std;   voided = 0
+contralateral = (z_mirrored - initial_estimate) / residual_std, with `contralateral_known` of each latent voxel
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ldm_lib.anatomy.contralateral import contralateral_image
 from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import Case, CaseData
@@ -25,6 +27,7 @@ from ldm_lib.diffusion.options import LatentOptions
 from ldm_lib.geometry import block_mean, bounding_box, latent_mask
 
 CONCATENATED = {"concat": "voided", "initial_estimate": "initial_estimate"}  # context -> latent added to the input
+SIGNED = ("voided", "target", "initial_estimate", "contralateral")  # latents, whose signs change in a mirror image
 RESIDUAL_CASES = 48  # training cases on which `residual_std` is measured
 LEAST_STD = 1e-3  # of a channel, in latents of standard deviation 1
 CPU = torch.device("cpu")
@@ -58,13 +61,17 @@ def encode_case(
     """Encode one case, all float32 on the CPU.
 
     Returns:
-        voided, conditioning, mask, loss, mask_fraction; target if the case has one; initial_estimate in that context.
+        voided, conditioning, mask, loss, mask_fraction; target if the case has one; initial_estimate in that context;
+        contralateral and contralateral_known if the model sees them.
     """
     factor, residual = autoencoder.factor, spec.context == "initial_estimate"
     images = {"voided": case.voided}
     if residual:
         estimate = initial_estimate(case.voided, case.mask, case.tissue, spacing_mm=autoencoder.spacing_mm)
         images = {"initial_estimate": estimate}
+    if spec.contralateral:
+        mirrored, known = contralateral_image(estimate, case.mask, spacing_mm=autoencoder.spacing_mm)
+        images["contralateral"] = mirrored
     images |= {} if case.target is None else {"target": case.target}
     latents = {}
     for name, image in images.items():
@@ -74,8 +81,8 @@ def encode_case(
     if residual:
         start = latents["initial_estimate"]
         latents["voided"] = torch.zeros_like(start)
-        if "target" in latents:
-            latents["target"] = (latents["target"] - start) / spec.residual_scale(start)
+        for name in latents.keys() & {"target", "contralateral"}:
+            latents[name] = (latents[name] - start) / spec.residual_scale(start)
     pooled = {"factor": factor, "threshold": spec.growth_threshold, "pooling": spec.pooling}
     on_grid = {
         "conditioning": conditioning(case.growth, case.tissue, **pooled),
@@ -83,6 +90,8 @@ def encode_case(
         "loss": loss_mask(case, factor, spec.mask_dilation)[None],
         "mask_fraction": block_mean(case.mask, factor)[None],
     }
+    if spec.contralateral:
+        on_grid["contralateral_known"] = block_mean(known, factor)[None]
     return latents | {name: torch.from_numpy(array.astype(np.float32)) for name, array in on_grid.items()}
 
 
@@ -109,12 +118,15 @@ def denoiser_input(noisy: Tensor, batch: Latents, spec: LatentSpec) -> Tensor:
     channels = [keep_known(noisy, batch), batch["conditioning"], batch["mask"]]
     if spec.context in CONCATENATED:
         channels += [batch[CONCATENATED[spec.context]], batch["mask_fraction"]]
+    if spec.contralateral:
+        channels += [batch["contralateral"], batch["contralateral_known"]]
     return torch.cat(channels, dim=1)
 
 
 def input_channels(latent_channels: int, spec: LatentSpec) -> int:
     """Count the channels of `denoiser_input`."""
-    return latent_channels + 5 + (latent_channels + 1 if spec.context in CONCATENATED else 0)
+    more = (spec.context in CONCATENATED) + spec.contralateral
+    return latent_channels + 5 + more * (latent_channels + 1)
 
 
 def conditioning_channels(latent_channels: int) -> tuple[int, int]:

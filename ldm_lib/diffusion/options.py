@@ -23,6 +23,15 @@ class LatentOptions(Options):
     pooling: Literal["area", "nearest"] = Field(
         "area", description="pooling of voxels to a latent voxel: their mean, or the central voxel"
     )
+    contralateral: bool = Field(
+        False, description="show the other hemisphere, mirrored, to the denoiser; needs context initial_estimate"
+    )
+
+    @model_validator(mode="after")
+    def _contralateral_has_an_estimate(self) -> Self:
+        if self.contralateral and self.context != "initial_estimate":
+            raise ValueError(f"contralateral = True: with context {self.context!r}; it needs initial_estimate")
+        return self
 
 
 class DenoiserOptions(Options):

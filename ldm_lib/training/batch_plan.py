@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_lib.diffusion.fresh_samples import FreshSamples, draw
-from ldm_lib.diffusion.latents import Latents
+from ldm_lib.diffusion.latents import SIGNED, Latents
 from ldm_lib.training.options import TrainerOptions, TrainingOptions
 
 DEBUG_PAIRS = 16  # fixed (t, noise) pairs of the overfitting test; t from a tenth of the schedule to its end
 EARLY = 3  # quarters of the training with crops of `early_crop`
 NOISIEST = 20  # the part of the schedule that `noisiest_fraction` draws from is one in so many
 LEFT_RIGHT = 1  # axis of a latent (c x y z) in LPS
-LATENTS = ("voided", "target", "initial_estimate")  # parts of a sample whose signs change in a mirror image
 
 SampleIndex = tuple[int, int, int]  # optimiser step, index in its global batch, case
 
@@ -105,7 +104,7 @@ class TrainingSamples(Dataset):
     ) -> None:
         self.variants, self.config, self.steps, self.global_batch = list(variants), config, steps, global_batch
         self.early_steps = early_steps if config.early_crop else 0
-        self.signs = {} if mirror is None else dict.fromkeys(LATENTS, mirror.cpu().view(-1, 1, 1, 1))
+        self.signs = {} if mirror is None else dict.fromkeys(SIGNED, mirror.cpu().view(-1, 1, 1, 1))
 
     @property
     def workers(self) -> int:

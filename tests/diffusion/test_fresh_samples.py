@@ -110,9 +110,7 @@ def test_image_mask_and_tissue_map_move_together(cases, linear, monkeypatch):
     scan = Scan.of([replace(data, target=labels * data.scale)])
     source = replace(sources_of(cases, linear)[0], scan=scan)
     kept = {}
-    monkeypatch.setattr(
-        module, "_latents", lambda *args: kept.update(zip(("target", "mask", "codes"), args[2:5], strict=True)) or {}
-    )
+    monkeypatch.setattr(module, "_latents", lambda _, __, drawn: kept.update(vars(drawn)) or {})
     inside = 0
     for number in range(6):
         draw([source], [number])
@@ -129,7 +127,7 @@ def test_image_mask_and_tissue_map_move_together(cases, linear, monkeypatch):
 
 def test_masks_are_within_what_was_hidden_from_the_registration_and_vary(cases, autoencoder, monkeypatch):
     kept = []
-    monkeypatch.setattr(module, "_latents", lambda _, __, target, mask, codes, growth: kept.append((mask, codes)) or {})
+    monkeypatch.setattr(module, "_latents", lambda _, __, drawn: kept.append((drawn.mask, drawn.codes)) or {})
     for source in sources_of(cases, autoencoder):
         for number in range(30):
             draw([source], [number])
