@@ -203,7 +203,7 @@ def _volumes(sources: Sequence[FreshSamples], numbers: Sequence[int]) -> Volumes
     others = [box.reflected(scan, rng, mm) for (box, scan), rng in zip(pairs, rngs, strict=True)]
     pairs = list(zip(others, scans, strict=True))
     codes = [box.of_scan(scan.codes, "nearest").short() for box, scan in pairs]
-    looks = [look.with_other_gain(rng, (size * mm,) * 3) for look, rng in zip(looks, rngs, strict=True)]
+    looks = [look.with_other_gain(rng, (size * mm,) * 3, RANGES) for look, rng in zip(looks, rngs, strict=True)]
     hidden = [(box.of_box(m, at=other) > 0) | (lesion & ((c & UNHEALTHY) > 0))
               for box, other, m, c, lesion in zip(boxes, others, masks, codes, lesions, strict=True)]  # fmt: skip
     return replace(drawn, mirrored=_images(pairs, codes, looks, rngs, mm) / scale, hidden=torch.cat(hidden))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_lib.anatomy import contralateral
 from ldm_lib.anatomy.appearance import RANGES
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import load_case
@@ -39,19 +40,21 @@ def sources_of(cases, autoencoder, spec=SPEC, seed=0):
 @pytest.fixture
 def still(monkeypatch):
     """No randomness but the place of the box."""
-    for name, value in {"DEGREES": 0, "SCALE": 0, "DISPLACEMENT_MM": 0, "MIRRORED": 0, "WHOLE": 1, "LESION": 1}.items():
+    values = {"DEGREES": 0, "SCALE": 0, "DISPLACEMENT_MM": 0, "MIRRORED": 0, "WHOLE": 1, "LESION": 1}
+    for name, value in (values | {"PLANE_DEGREES": 0, "PLANE_MM": 0}).items():
         monkeypatch.setattr(module, name, value)
     plain = replace(RANGES, own_contrast=1, thin=1, in_plane_mm=(0, 0), gain=(0, 0), noise=(0, 0), gamma=(1, 1))
     monkeypatch.setattr(module, "RANGES", plain)
 
 
-def test_without_randomness_a_draw_is_the_encoding_of_the_case_around_a_voxel_of_its_mask(
-    cases, linear, still, monkeypatch
-):
-    """Around a voxel for which the box lies on whole blocks of voxels; a white matter of 1 leaves intensities alone."""
+def exactly(cases, linear, spec, monkeypatch, plane=None):
+    """A draw without randomness, and the encoding of the case at the same latent voxels; both by name.
+
+    The box is around a voxel for which it lies on whole blocks of voxels; a white matter of 1 leaves intensities alone.
+    """
     monkeypatch.setattr(module, "_scale", lambda target, mask: torch.ones(1, 1, 1, 1, 1))
     monkeypatch.setattr(module, "REACH", 0)
-    case, spec = load_case(cases[0]), LatentSpec(context="composite", mask_dilation=0)
+    case = load_case(cases[0])
     source = replace(sources_of(cases, linear)[0], spec=spec)
     exact = encode_case(grid_case(case, FACTOR), linear, spec, device=torch.device("cpu"), precision="32")
     kept = np.any([case.target > 0, case.tissue > 0, case.scored, load_case(cases[1]).scored], axis=0)
@@ -60,14 +63,36 @@ def test_without_randomness_a_draw_is_the_encoding_of_the_case_around_a_voxel_of
     middle = np.argwhere(case.scored).mean(axis=0) // FACTOR * FACTOR
     start = np.clip(middle.astype(int) - half, 0, np.array(case.scored.shape) - 2 * half)
     centre = start + half - corner
-    source = replace(source, scan=replace(source.scan, means=(0.2, 0.5, 1.0), centres=(centre[None],) * 2))
-    found, latent = source[0], start // FACTOR + RIM
+    scan = replace(source.scan, means=(0.2, 0.5, 1.0), centres=(centre[None],) * 2)
+    if plane is not None:
+        moved = plane.copy()
+        moved[:3, 3] += plane[:3, :3] @ corner - corner
+        scan = replace(scan, reflection=moved)
+    box = (slice(None), *(slice(k, k + CROP) for k in start // FACTOR + RIM))
+    return replace(source, scan=scan)[0], {name: tensor[box] for name, tensor in exact.items()}
+
+
+def test_without_randomness_a_draw_is_the_encoding_of_the_case_around_a_voxel_of_its_mask(
+    cases, linear, still, monkeypatch
+):
+    found, exact = exactly(cases, linear, LatentSpec(context="composite", mask_dilation=0), monkeypatch)
     assert found["mask"].any() and found["conditioning"][1:].any()
-    box = (slice(None), *(slice(k, k + CROP) for k in latent))
     for name, tensor in found.items():
-        torch.testing.assert_close(
-            tensor, exact[name][box], atol=5e-3, rtol=0, msg=lambda text, name=name: f"{name} {text}"
-        )
+        torch.testing.assert_close(tensor, exact[name], atol=5e-3, rtol=0, msg=lambda text, name=name: f"{name} {text}")
+
+
+def test_without_randomness_the_other_hemisphere_is_that_of_the_case(cases, linear, still, monkeypatch):
+    """Compared where both are known: an encoding shows it near the mask only."""
+    plane = np.diag([-1.0, 1, 1, 1])
+    plane[0, 3] = 31
+    monkeypatch.setattr(contralateral, "midsagittal_reflection", lambda *_, **__: plane)
+    spec = SPEC.model_copy(update={"contralateral": True})
+    found, exact = exactly(cases, linear, spec, monkeypatch, plane)
+    known = (found["contralateral_known"] == 1) & (exact["contralateral_known"] == 1)
+    assert known.sum() > 20 and found["mask"][known].any()
+    drawn, own = (each["contralateral"] + each["initial_estimate"] for each in (found, exact))
+    torch.testing.assert_close(drawn[:, known[0]], own[:, known[0]], atol=5e-3, rtol=0)
+    assert (own - exact["initial_estimate"])[:, known[0]].abs().max() > 0.1, "they differ"
 
 
 def test_a_draw_is_a_function_of_seed_case_and_number(cases, autoencoder):
@@ -86,9 +111,11 @@ def test_a_batch_is_its_samples(cases, autoencoder):
             torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("context", ["composite", "concat", "initial_estimate"])
-def test_a_draw_has_the_parts_and_shapes_of_an_encoding(cases, autoencoder, context):
-    spec = LatentSpec(context=context)
+SPECS = [LatentSpec(context=context) for context in ("composite", "concat", "initial_estimate")]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, LatentSpec(context="initial_estimate", contralateral=True)], ids=str)
+def test_a_draw_has_the_parts_and_shapes_of_an_encoding(cases, autoencoder, spec):
     exact = encode_case(
         grid_case(load_case(cases[0]), FACTOR), autoencoder, spec, device=torch.device("cpu"), precision="32"
     )

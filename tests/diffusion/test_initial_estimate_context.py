@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import changed
 
+from ldm_lib.anatomy.contralateral import contralateral_image
 from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import load_case
@@ -23,7 +24,7 @@ from ldm_lib.diffusion.latents import (
     keep_known,
     measure_residual_std,
 )
-from ldm_lib.errors import WeightsError
+from ldm_lib.errors import ConfigError, WeightsError
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.model_io import load_model
 
@@ -85,9 +86,11 @@ def test_what_was_made_of_the_truth_gives_it_back(autoencoder, case, truth, sett
 
 
 @pytest.mark.parametrize("hidden", [0.0, 7.0, np.nan])
-def test_nothing_under_the_mask_is_looked_at(autoencoder, case, hidden):
+@pytest.mark.parametrize("contralateral", [False, True])
+def test_nothing_under_the_mask_is_looked_at(autoencoder, case, hidden, contralateral):
+    spec = SCALED.model_copy(update={"contralateral": contralateral})
     other = replace(case, voided=np.where(case.mask, np.float32(hidden), case.voided), target=None)
-    own, found = (encode_case(seen, autoencoder, SCALED, **HOW) for seen in (case, other))
+    own, found = (encode_case(seen, autoencoder, spec, **HOW) for seen in (case, other))
     assert found.keys() == own.keys() - {"target"}
     assert all(torch.equal(found[name], own[name]) for name in found)
 
@@ -100,6 +103,36 @@ def test_the_denoiser_sees_the_initial_estimate_and_the_mask_fraction(autoencode
     assert torch.equal(seen[:, :3], batch["mask"] * noisy), "known voxels have no residual"
     assert torch.equal(seen[:, :3], keep_known(noisy, batch))
     assert torch.equal(seen[:, 8:11], batch["initial_estimate"]) and torch.equal(seen[:, 11:], batch["mask_fraction"])
+
+
+# ---- the other hemisphere
+
+BOTH = LatentSpec(context="initial_estimate", residual_std=STD, contralateral=True)
+
+
+def test_the_denoiser_sees_the_mirror_image_and_where_it_is_known(autoencoder, case):
+    latents = encode_case(case, autoencoder, BOTH, **HOW)
+    plain = encode_case(case, autoencoder, SCALED, **HOW)
+    assert latents.keys() - plain.keys() == {"contralateral", "contralateral_known"}
+    assert all(torch.equal(latents[name], tensor) for name, tensor in plain.items())
+    estimate = initial_estimate(case.voided, case.mask, case.tissue, spacing_mm=8.0)
+    mirrored, known = contralateral_image(estimate, case.mask, spacing_mm=8.0)
+    assert known.any() and np.abs(mirrored - estimate)[known & case.mask].max() > 0.05
+    expected = latent_of(autoencoder, mirrored) - latents["initial_estimate"]
+    torch.testing.assert_close(latents["contralateral"] * torch.tensor(STD).view(3, 1, 1, 1), expected)
+    fraction = known.reshape(15, 2, 15, 2, 10, 2).mean((1, 3, 5))
+    np.testing.assert_allclose(latents["contralateral_known"][0], fraction, atol=1e-6)
+    batch = collate([latents])
+    seen = denoiser_input(batch["target"], batch, BOTH)
+    assert seen.shape[1] == input_channels(3, BOTH) == 16
+    assert torch.equal(seen[:, :12], denoiser_input(batch["target"], batch, SCALED))
+    assert torch.equal(seen[:, 12:15], batch["contralateral"])
+    assert torch.equal(seen[:, 15:], batch["contralateral_known"])
+
+
+def test_only_a_model_of_initial_estimates_sees_the_other_hemisphere():
+    with pytest.raises(ConfigError, match="contralateral = True: with context 'concat'; it needs initial_estimate"):
+        LatentSpec.parse({"context": "concat", "contralateral": True})
 
 
 # ---- the residual of initial estimates
