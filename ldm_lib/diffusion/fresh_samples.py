@@ -140,17 +140,24 @@ class Box:
                 for row, part, start in zip(matrix, field, centre, strict=True)]  # fmt: skip
         return cls(torch.stack(rows), centre, matrix)
 
-    def of_scan(self, volume: Tensor, mode: str = "bilinear", step: int = 1) -> Tensor:
-        """Sample a volume (x y z) of the scan at every `step`-th voxel of the box: (1 1 x y z) float32."""
+    def linear(self, volume: Tensor, step: int = 1) -> Tensor:
+        """Interpolate a volume (x y z) of the scan at every `step`-th voxel of the box: (1 1 x y z) float32."""
         every = (slice(None), *(slice(None, None, step),) * 3)
-        return _sampled(volume[None, None].float(), self.positions[every], mode)
+        positions = self.positions[every]
+        places = [position * (2 / (n - 1)) - 1 for position, n in zip(positions, volume.shape, strict=True)]
+        grid = torch.stack(places[::-1], dim=-1)
+        return F.grid_sample(volume[None, None].float(), grid[None], mode="bilinear", align_corners=True)
+
+    def nearest(self, volume: Tensor) -> Tensor:
+        """Take a volume (x y z) of the scan at the nearest voxels: (1 1 x y z), 0 outside the scan."""
+        return _nearest(volume, self.positions)
 
     def of_box(self, volume: Tensor, at: "Box") -> Tensor:
-        """Sample a volume (1 1 x y z) of this box at the voxels of another of the same scan, without displacements."""
+        """Take a volume (1 1 x y z) of this box at the voxels of another of the same scan, without displacements."""
         inverse, size = np.linalg.inv(self.matrix), volume.shape[2]
         moved = at.positions - torch.from_numpy(self.centre).to(at.positions)[:, None, None, None]
         places = torch.einsum("ij,jxyz->ixyz", torch.from_numpy(inverse).to(moved), moved) + size // 2
-        return _sampled(volume.float(), places, "nearest")
+        return _nearest(volume[0, 0], places)
 
     def reflected(self, scan: Scan, rng: np.random.Generator, mm: float) -> "Box":
         """Return the mirror image of the box across a plane near the scan's mid-sagittal one."""
@@ -163,11 +170,14 @@ class Box:
         return replace(self, positions=positions)
 
 
-def _sampled(volume: Tensor, positions: Tensor, mode: str) -> Tensor:
-    """Sample (1 1 x y z) at positions (3 x y z) in voxels, 0 outside."""
-    places = [position * (2 / (n - 1)) - 1 for position, n in zip(positions, volume.shape[2:], strict=True)]
-    grid = torch.stack(places[::-1], dim=-1)
-    return F.grid_sample(volume, grid[None], mode=mode, align_corners=True)
+def _nearest(volume: Tensor, positions: Tensor) -> Tensor:
+    """Take a volume (x y z) at the voxels nearest to positions (3 x y z): (1 1 x y z), 0 outside."""
+    index, inside = torch.zeros_like(positions[0], dtype=torch.int64), torch.ones_like(positions[0], dtype=torch.bool)
+    for position, n in zip(positions, volume.shape, strict=True):
+        voxel = position.round().long()
+        inside &= (voxel >= 0) & (voxel < n)
+        index = index * n + voxel.clamp(0, n - 1)
+    return (volume.flatten()[index] * inside)[None, None]
 
 
 def draw(sources: Sequence[FreshSamples], numbers: Sequence[int]) -> list[Latents]:
@@ -190,21 +200,21 @@ def _volumes(sources: Sequence[FreshSamples], numbers: Sequence[int]) -> Volumes
     boxes = [Box.draw(*each, size, mm) for each in own]
     scans = [source.scan for source in sources]
     pairs = list(zip(boxes, scans, strict=True))
-    codes = [box.of_scan(scan.codes, "nearest").short() for box, scan in pairs]
+    codes = [box.nearest(scan.codes) for box, scan in pairs]
     masks, lesions = zip(*(_mask(c, *each, mm) for c, each in zip(codes, own, strict=True)), strict=True)
     looks = [Appearance.draw(rng, (size * mm,) * 3, RANGES) for rng in rngs]
     target = _images(pairs, codes, looks, rngs, mm)
     mask = torch.cat(masks)
     scale = _scale(target, mask)
-    growth = torch.cat([box.of_scan(scan.growth, step=coarse_step(mm)) / 255 for box, scan in pairs])
+    growth = torch.cat([box.linear(scan.growth, coarse_step(mm)) / 255 for box, scan in pairs])
     drawn = Volumes(target / scale, mask, torch.cat(codes), growth)
     if not first.spec.contralateral:
         return drawn
     others = [box.reflected(scan, rng, mm) for (box, scan), rng in zip(pairs, rngs, strict=True)]
     pairs = list(zip(others, scans, strict=True))
-    codes = [box.of_scan(scan.codes, "nearest").short() for box, scan in pairs]
+    codes = [box.nearest(scan.codes) for box, scan in pairs]
     looks = [look.with_other_gain(rng, (size * mm,) * 3, RANGES) for look, rng in zip(looks, rngs, strict=True)]
-    hidden = [(box.of_box(m, at=other) > 0) | (lesion & ((c & UNHEALTHY) > 0))
+    hidden = [box.of_box(m, at=other) | (lesion & ((c & UNHEALTHY) > 0))
               for box, other, m, c, lesion in zip(boxes, others, masks, codes, lesions, strict=True)]  # fmt: skip
     return replace(drawn, mirrored=_images(pairs, codes, looks, rngs, mm) / scale, hidden=torch.cat(hidden))
 
@@ -214,7 +224,7 @@ def _images(
     rngs: Sequence[np.random.Generator], mm: float,
 ) -> Tensor:  # fmt: skip
     """Sample the images of boxes in scans, and change their appearance: (b 1 x y z)."""
-    image, brain = torch.cat([box.of_scan(scan.image) for box, scan in pairs]), (torch.cat(list(codes)) & BRAIN) > 0
+    image, brain = torch.cat([box.linear(scan.image) for box, scan in pairs]), (torch.cat(list(codes)) & BRAIN) > 0
     noise = torch.cat([_noise(rng, image.shape[2], image.device) for rng in rngs])
     return change_appearance(image, brain, [scan.means for _, scan in pairs], looks, spacing_mm=mm, noise=noise)
 

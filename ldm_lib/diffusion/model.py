@@ -179,6 +179,8 @@ class LatentDiffusion:
 
         Args:
             names: with `seed` they determine the samples.
+            num_inference_steps: denoiser evaluations. One starts from the mean of the noise, 0, instead of a draw: what it
+                gives is the mean of all samples, whatever the seed.
             guidance: scale s of classifier-free guidance, see `predict`.
             callback: as in `samplers`, called with whole latents.
 
@@ -189,6 +191,7 @@ class LatentDiffusion:
         batch = on_device({name: part[box].expand(len(names), -1, -1, -1, -1) for name, part in latents.items()},
                           self.device)  # fmt: skip
         noise = CaseNoise(names, seed, whole.shape, self.device)
+        temperature = self.temperature if num_inference_steps > 1 else 0.0
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return to_x0_and_noise(self.prediction, self.schedule, self.predict(x, t, batch, guidance), x, t)
@@ -203,7 +206,7 @@ class LatentDiffusion:
 
         with torch.inference_mode():
             return in_whole(SAMPLERS[sampler](
-                denoise, self.temperature * noise(-1)[box], self.schedule, steps=num_inference_steps,
+                denoise, temperature * noise(-1)[box], self.schedule, steps=num_inference_steps,
                 noise=lambda step: noise(step)[box], keep=lambda z: keep_known(z, batch),
                 callback=report if callback else None,
             ))  # fmt: skip

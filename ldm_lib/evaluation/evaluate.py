@@ -144,7 +144,7 @@ def _inpaint_and_score(
     for k, case in enumerate(cases, start=1):
         data = load_case(case)
         write_upper_bound(inpainter, data, results / UPPER_BOUND_FOLDER / case.result_name)
-        write_estimate(inpainter, data, results / ESTIMATE / case.result_name, seed=options.seed)
+        write_estimate(inpainter, data, results / ESTIMATE / case.result_name)
         volumes = candidates(data, results, options.samples)
         rows += score_rows(data, {name: volume for name, volume in volumes.items() if name != mean_of(1)})[0]
         say(f"[{k}/{len(cases)}] {case.key}: scored")

@@ -259,10 +259,10 @@ def write_upper_bound(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
     return write_like(path, data.source, data.paste(coded.volume, autoencoder.factor), data.mask)
 
 
-def write_estimate(inpainter: Inpainter, data: CaseData, path: Path, *, seed: int) -> Path:
+def write_estimate(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
     """Write the mean of all samples, made in one denoiser evaluation."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_like(path, data.source, inpainter.estimate(data, seed=seed, make_missing=False).mean, data.mask)
+    return write_like(path, data.source, inpainter.estimate(data, make_missing=False).mean, data.mask)
 
 
 def is_unchanged_outside(case: Case, folder: Path) -> bool:

@@ -127,11 +127,12 @@ class Inpainter:
             values += [self._values(latent, case_grid) for latent in drawn]
         return Inpainting(data, np.stack(values))
 
-    def estimate(self, case: Case | CaseData, *, seed: int = 0, make_missing: bool | None = None) -> Inpainting:
+    def estimate(self, case: Case | CaseData, *, make_missing: bool | None = None) -> Inpainting:
         """Inpaint one case by the mean of all samples, in one denoiser evaluation at the noisiest step.
 
         It has the least squared error and is smooth: the volume for measurements and further processing, while a sample
-        is one plausible anatomy. Arguments are as in `__call__`.
+        is one plausible anatomy. It starts from the mean of the noise, and depends on no seed. Arguments are as in
+        `__call__`.
 
         Source: Vincent 2011 (Neural Computation 23:1661): a denoiser trained by squared error gives E[x_0 | x_t].
 
@@ -142,7 +143,7 @@ class Inpainter:
             >>> len(result.samples), bool((result.mean == case.voided)[~case.mask].all())
             (1, True)
         """
-        return self(case, seed=seed, make_missing=make_missing, **MEAN)
+        return self(case, make_missing=make_missing, **MEAN)
 
     def prepare(self, data: CaseData, *, make_missing: bool | None = None) -> CaseData:
         """Log what is unusual about a case, and add the tissue map that it lacks if the model needs one.

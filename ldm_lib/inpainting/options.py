@@ -40,6 +40,7 @@ class InpaintOptions(SamplerOptions, DeviceOptions, SeedOptions):
 
 
 # At the noisiest step nothing of the sample is known: what minimises the error there is the mean of all samples.
+# `LatentDiffusion.sample` starts a single step from the mean of the noise.
 MEAN = {"n_samples": 1, "sampler": "ddim", "num_inference_steps": 1}
 
 
