@@ -26,7 +26,7 @@ exec $(LDM) run $(1) --run "$${RUN:-$$PRESET}" --preset "$$PRESET" "$$@"
 endef
 
 help: ## print this list
-	@echo "make TARGET [PRESET=smoke|demo|coarse|weights|full] [RUN=name] [DATA_DIR=...] [CONDITIONING_DIR=...] [BRAINS=...] [SET=\"key=value ...\"] [OVERWRITE=1]"
+	@echo "make TARGET [PRESET=smoke|demo|coarse|weights|people|full] [RUN=name] [DATA_DIR=...] [CONDITIONING_DIR=...] [BRAINS=...] [SET=\"key=value ...\"] [OVERWRITE=1]"
 	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {printf "  %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready ## create .venv and install everything (other targets do it when needed); LOCKED=1 uses requirements.lock
@@ -54,11 +54,11 @@ run: .venv/ready ## run all six notebooks on the synthetic cohort, on DATA_DIR=.
 train: .venv/ready ## run stages 01 to 04 with BATCH_SIZE, LEARNING_RATE, MAX_EPOCHS, ACCUMULATE_GRAD_BATCHES, DEVICES
 	@$(call STAGES,01 02 03 04)
 
-weights: override export PRESET = weights
-weights: .venv/ready ## train the pretrained weights, on people with BRAINS=...: 2 hours for the cohort, then minutes on a GPU or a day on 2 cores
+weights: .venv/ready ## train the pretrained weights: further, on people with BRAINS=...; or from scratch, on synthetic patients
 	@if [ -n "$$DATA_DIR" ]; then \
 	  echo "ERROR DATA_DIR is set; pretrained weights are made from synthetic patients or BRAINS only. Fix: unset it, or make train PRESET=weights" >&2; exit 1; fi
-	@($(call STAGES,01 02 03 04)) && \
+	@PRESET=weights; if [ -n "$$BRAINS" ]; then PRESET=people; fi; \
+	($(call STAGES,01 02 03 04)) && \
 	  exec $(LDM) export "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model" --temperature 0.6
 
 picture: .venv/ready ## draw README's first figure: a synthetic test patient inpainted by the pretrained weights; 5 minutes

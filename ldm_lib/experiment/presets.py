@@ -13,7 +13,7 @@ from ldm_lib.options import nearest
 PRETRAINED_MODEL: dict[str, Any] = {
     "spacing_mm": 1.0, "domain_randomisation": "wide", "tissue_map": "registered", "workers": 2,
     "channels": "8,8,8,8", "latent_channels": 16, "learned": "none", "min_gain_over_pca": 0.0,
-    "context": "initial_estimate", "mask_dilation": 0, "training_tissue": "given",
+    "context": "initial_estimate", "contralateral": True, "mask_dilation": 0, "training_tissue": "given",
     "base_width": 48, "multipliers": "1,2,2", "schedule": "cosine", "latent_crop": 12, "cache_variants": 1,
     "latent_flip_probability": 0.5,
 }  # fmt: skip
@@ -49,6 +49,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 32, "num_workers": 2, "learning_rate": 5e-4, "warmup_steps": 500, "ema_decay": 0.9995,
         "checkpoint_every": 500, "log_every": 50, "max_epochs": 400, "val_every": 20, "val_cases": 6,
         "save_samples_every": 0, "patience": 400,
+    },
+    "people": PRETRAINED_MODEL | {
+        "pretrained": True, "masks_per_patient": 4, "validation_fraction": 0.2, "check_cases": 12, "max_cases": 12,
+        "fresh_samples": True, "cache_variants": 20, "early_crop": 8, "learning_rate_schedule": "cosine",
+        "noisiest_fraction": 0.3, "batch_size": 32, "num_workers": 2, "learning_rate": 4e-4, "warmup_steps": 100,
+        "ema_decay": 0.998, "checkpoint_every": 200, "log_every": 20, "max_epochs": 600, "val_every": 20,
+        "val_cases": 12, "save_samples_every": 0, "patience": 600,
     },
 }  # fmt: skip
 DEFAULT_PRESET = "demo"

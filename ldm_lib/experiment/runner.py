@@ -51,7 +51,7 @@ def run(stages: str | Sequence[str] = (), *, preset: str = DEFAULT_PRESET, run: 
 
     Args:
         stages: such as "04" or ["01_data_audit", "02"]; empty runs all six.
-        preset: "smoke", "demo", "coarse", "weights" or "full".
+        preset: "smoke", "demo", "coarse", "weights", "people" or "full".
         run: name of the run's folder in the outputs folder; empty takes the preset's name.
         parameters: by name; each reaches every stage that has it.
 
