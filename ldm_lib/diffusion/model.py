@@ -179,8 +179,8 @@ class LatentDiffusion:
 
         Args:
             names: with `seed` they determine the samples.
-            num_inference_steps: denoiser evaluations. One starts from the mean of the noise, 0, instead of a draw: what it
-                gives is the mean of all samples, whatever the seed.
+            num_inference_steps: denoiser evaluations. A single one starts from the mean of the noise, 0, and gives the
+                mean of all samples, whatever the seed.
             guidance: scale s of classifier-free guidance, see `predict`.
             callback: as in `samplers`, called with whole latents.
 

@@ -23,6 +23,7 @@ from ldm_lib.evaluation.case_scores import (
     UPPER_BOUND_FOLDER,
     candidates,
     mean_of,
+    read_sample,
     result_path,
     score_rows,
 )
@@ -167,11 +168,13 @@ def _with_map(
 
 
 def _plot(case: Case, results: Path, samples: int, output: Path) -> None:
-    """Plot the voided image, a sample and the ground truth; of several samples also their mean and deviation."""
+    """Plot the voided image, up to two samples, the estimate, the ground truth and the samples' standard deviation."""
     data = load_case(case)
     found = candidates(data, results, samples, baselines=False)
-    names = [SAMPLE, ESTIMATE] if samples == 1 else [SAMPLE, ESTIMATE, mean_of(samples)]
-    volumes = {"voided": data.voided} | {name: found[name] for name in names} | {"ground truth": data.target}
+    volumes = {"voided": data.voided, "sample 1": found[SAMPLE]}
+    if samples > 1:
+        volumes["sample 2"] = read_sample(results, data, 1)
+    volumes |= {"estimate": found[ESTIMATE], "ground truth": data.target}
     if samples > 1:
         volumes["standard deviation"] = read_volume(result_path(results, data, "std")).voxels
-    case_plots.plot(data, volumes).savefig(output / f"{case.key}.png", dpi=110)
+    case_plots.plot(data, volumes, across=True).savefig(output / f"{case.key}.png", dpi=110)

@@ -68,6 +68,7 @@ def plot(
     *,
     centre_on: np.ndarray | None = None,
     window: Window = None,
+    across: bool = False,
     title: str = "",
 ) -> InlineFigure:
     """Plot volumes of a case as rows and three planes through its mask as columns; a notebook displays the Figure.
@@ -78,6 +79,7 @@ def plot(
             Volumes named "std", "standard deviation", "growth" or "tissue" are no images: each has its own colours.
         centre_on: volume in whose largest voxel the planes meet; by default the centre of the mask.
         window: lowest and highest intensity; by default that of the first image.
+        across: volumes as columns and planes as rows, without ticks: for many volumes on a page.
 
     Examples:
         >>> figure = plot(case, {"voided": case.voided, "growth": case.growth})
@@ -86,7 +88,8 @@ def plot(
     """
     turned = _in_lps(case, volumes)
     maps = {name: turned.pop(name) for name in list(turned) if name in MAPS}
-    return figures.planes(turned, maps=maps, window=window, title=title or case.case.key, **_layout(case, centre_on))
+    layout = _layout(case, centre_on) | {"window": window, "across": across, "title": title or case.case.key}
+    return figures.planes(turned, maps=maps, **layout)
 
 
 def plot_difference(case: LoadedCase, prediction: np.ndarray, *, title: str = "") -> InlineFigure:

@@ -23,6 +23,7 @@ from ldm_lib.plots.slices import (
     intensity_window,
     slice_geometry,
     three_planes,
+    volumes_across,
 )
 
 TISSUE_COLOURS = {"CSF": "#0072B2", "GM": "#D55E00", "WM": "#F0E442"}  # Okabe and Ito: colour-blind safe
@@ -40,6 +41,7 @@ def planes(
     mask: np.ndarray | None = None,
     centre_vox: Sequence[int] | None = None,
     window: Window = None,
+    across: bool = False,
     title: str = "",
 ) -> InlineFigure:
     """Plot named volumes as rows and three planes as columns, with one intensity window for all.
@@ -53,6 +55,7 @@ def planes(
         centre_vox: voxel in which the planes meet; by default the centre of the mask's largest part, else the middle.
         window: lowest and highest intensity; by default 0 to the 99.5th percentile of the positive voxels of the
             first volume. The title states it.
+        across: volumes as columns and planes as rows, without ticks: for many volumes on a page.
         title: usually the case id.
 
     Raises:
@@ -63,12 +66,17 @@ def planes(
     if volumes:
         low, high = window or intensity_window(next(iter(volumes.values())))
         title = with_window(title, low, high)
-    figure, axes = three_planes(geometry, [*volumes, *maps], title=title, bar=BAR_INCHES if maps else 0.0)
+    names = [*volumes, *maps]
+    if across:
+        figure, axes = volumes_across(geometry, names, title=title)
+        axes = axes.T
+    else:
+        figure, axes = three_planes(geometry, names, title=title, bar=BAR_INCHES if maps else 0.0)
     for row, volume in zip(axes, volumes.values(), strict=False):
         draw_row(geometry, row, volume, vmin=low, vmax=high)
     for row, volume in zip(axes[len(volumes) :], maps.values(), strict=True):
         image = draw_row(geometry, row, volume, vmin=0, vmax=float(np.max(volume)) or 1.0, cmap="viridis")
-        colour_bar(figure, image, row, "")
+        colour_bar(figure, image, row[-1] if across else row, "", below=across)
     return figure
 
 

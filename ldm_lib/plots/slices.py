@@ -181,6 +181,25 @@ def three_planes(
     return figure, axes
 
 
+def volumes_across(
+    geometry: SliceGeometry, names: Sequence[str], *, title: str = ""
+) -> tuple[InlineFigure, np.ndarray]:
+    """Create empty axes without ticks, one row per plane and one column per name, all panels at one scale."""
+    sides = np.array([[np.ptp(geometry.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
+    height = sides[:, 1].sum() * (WIDTH - 0.3) / (len(names) * sides[:, 0].max())
+    figure = InlineFigure(figsize=(WIDTH, height + 0.9))
+    figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.02, w_pad=0.02, hspace=0.0, wspace=0.0))
+    axes = figure.subplots(3, len(names), squeeze=False, height_ratios=sides[:, 1])
+    for ax, name in zip(axes[0], names, strict=True):
+        ax.set_title(name, fontsize=FONT)
+    for ax, plane in zip(axes[:, 0], PLANES, strict=True):
+        ax.set_ylabel(geometry.position(plane).replace(", ", "\n"), fontsize=FONT)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    figure.suptitle(title, fontsize=FONT + 1)
+    return figure, axes
+
+
 def single_plane(
     geometry: SliceGeometry, names: Sequence[str], *, title: str = "", bar: float = 0.0
 ) -> tuple[InlineFigure, list[Axes]]:

@@ -31,6 +31,7 @@ def a_case(target, mask=MASK):
 CASE = a_case(TARGET)
 EVERY = {
     "planes": lambda: figures.planes({"voided": OTHER, "target": TARGET}, spacing_mm=SPACING, mask=MASK),
+    "across": lambda: figures.planes({"a": OTHER}, maps={"b": TARGET}, spacing_mm=SPACING, mask=MASK, across=True),
     "overlay": lambda: figures.overlay(TARGET, spacing_mm=SPACING, tissue=TISSUE, growth=GROWTH),
     "difference": lambda: case_plots.plot_difference(CASE, OTHER),
     "series": lambda: case_plots.plot_series(CASE, {"t = 1": OTHER, "t = 0": TARGET}, std=OTHER),
@@ -58,6 +59,20 @@ def test_all_images_share_one_window_and_the_title_states_it():
     high = np.percentile(TARGET / 5, 99.5)
     assert {ax.get_images()[0].get_clim() for ax in figure.axes} == {(0.0, high)}
     assert figure.get_suptitle() == f"case 7   window 0 to {high:.4g}"
+
+
+def test_across_has_the_same_panels_with_volumes_as_columns():
+    volumes, maps = {"voided": OTHER, "target": TARGET}, {"std": np.abs(OTHER - TARGET)}
+    layout = {"maps": maps, "spacing_mm": SPACING, "mask": MASK}
+    down, across = (figures.planes(volumes, across=turned, **layout).axes for turned in (False, True))
+    for volume in range(3):
+        for plane in range(3):
+            first, second = down[3 * volume + plane], across[3 * plane + volume]
+            np.testing.assert_array_equal(shown(first), shown(second))
+            assert first.get_images()[0].get_clim() == second.get_images()[0].get_clim()
+            assert (first.get_xlim(), first.get_ylim()) == (second.get_xlim(), second.get_ylim())
+    assert [ax.get_title() for ax in across[:3]] == ["voided", "target", "std"]
+    assert [ax.get_ylabel().split("\n")[0] for ax in across[:9:3]] == ["axial", "coronal", "sagittal"]
 
 
 def test_growth_lines_are_the_three_thresholds_and_have_a_legend():
