@@ -61,11 +61,17 @@ weights: .venv/ready ## train the pretrained weights: further, on people with BR
 	($(call STAGES,01 02 03 04)) && \
 	  exec $(LDM) export "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model" --temperature 0.6
 
-picture: .venv/ready ## draw README's first figure: a synthetic test patient inpainted by the pretrained weights; 5 minutes
+picture: .venv/ready ## draw README's first figure from a healthy person's scan, BRAIN=FILE; without it, a synthetic patient for the gallery
 	@set -e; \
-	$(LDM) run 01 --run picture --preset weights --set synthetic_first=9001 --set synthetic_patients=2 --set masks_per_patient=1; \
-	$(LDM) evaluate "$(PICTURE)/01_data_audit/synthetic/data" --output "$(PICTURE)/filled" --samples 16 --pictures 1; \
-	cp "$(PICTURE)/filled/Synthetic_09001-0000.png" docs/filled.png
+	if [ -n "$$BRAIN" ]; then \
+	  figure=person; data=$(PICTURE)/cohort/data; mkdir -p "$(PICTURE)/scan"; cp "$$BRAIN" "$(PICTURE)/scan/"; \
+	  $(LDM) cohort --from "$(PICTURE)/scan" --output "$(PICTURE)/cohort" --masks 1; \
+	else \
+	  figure=synthetic; data=$(PICTURE)/01_data_audit/synthetic/data; \
+	  $(LDM) run 01 --run picture --preset weights --set synthetic_first=9001 --set synthetic_patients=2 --set masks_per_patient=1; \
+	fi; \
+	$(LDM) evaluate "$$data" --output "$(PICTURE)/$$figure" --samples 8 --temperature 1 --pictures 1; \
+	cp "$(PICTURE)/$$figure"/*.png "docs/$$figure.png"
 
 sweep: .venv/ready ## run many parameter sets and write one table: make sweep GRID=docs/sweep.yaml JOBS=2
 	@if [ -z "$$GRID" ]; then echo "ERROR GRID is empty. Fix: make sweep GRID=docs/sweep.yaml JOBS=2" >&2; exit 1; fi
