@@ -12,22 +12,50 @@ from torch import Tensor, nn
 from ldm_lib.diffusion.latents import Latents, collate, denoiser_input, keep_known, on_device
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.parameterisation import prediction_target, to_x0_and_noise
+from ldm_lib.training.batch_plan import NOISIEST
 
 
-def training_loss(network: nn.Module, batch: Latents, model: LatentDiffusion, outside_weight: float = 0.0) -> Tensor:
+def training_loss(
+    network: nn.Module,
+    batch: Latents,
+    model: LatentDiffusion,
+    outside_weight: float = 0.0,
+    noisiest_weights: Tensor | None = None,
+) -> Tensor:
     """Return the masked error of what the network predicts, and a weighted one of the known latent voxels.
 
     Known latent voxels are clean in x_t, so that they were made of (z_voided, no noise): that pair gives their
     prediction target.
+
+    Args:
+        noisiest_weights: (c,) weights of the channels in samples of the noisiest twentieth, see `channel_weights`.
     """
     kind, schedule, t = model.prediction, model.schedule, batch["t"]
     _, prediction = _predict(network, batch, model)
     target = prediction_target(kind, schedule, batch["target"], batch["noise"], t)
-    loss = masked_loss(prediction, target, batch["loss"])
+    scale = torch.ones(()) if noisiest_weights is None else _root_weights(noisiest_weights, t, schedule.steps)
+    loss = masked_loss(prediction * scale.to(prediction), target * scale.to(target), batch["loss"])
     if outside_weight:
         known = prediction_target(kind, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
         loss = loss + outside_weight * masked_loss(prediction, known, batch["outside"])
     return loss
+
+
+def channel_weights(model: LatentDiffusion) -> Tensor:
+    """Return the weight of each latent channel in the image's squared error, (c,) of mean 1.
+
+    The estimate is one evaluation at the noisiest step, and is judged as an image; the latent channels, which are
+    generated at unit standard deviation, contribute to it by the square of theirs.
+    """
+    std = torch.tensor(model.spec.residual_std or 1.0, device=model.device)
+    weights = model.autoencoder.image_weights() * std.square()
+    return weights / weights.mean()
+
+
+def _root_weights(weights: Tensor, t: Tensor, steps: int) -> Tensor:
+    """Return the roots of the weights for samples of the noisiest twentieth, and 1 for the others: (b c 1 1 1)."""
+    noisiest = (t >= steps - steps // NOISIEST)[:, None]
+    return torch.where(noisiest, weights.to(t.device).sqrt(), 1.0)[..., None, None, None]
 
 
 def noise_loss(network: nn.Module, batch: Latents, model: LatentDiffusion) -> Tensor:

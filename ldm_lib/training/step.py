@@ -18,7 +18,7 @@ from ldm_lib.diffusion.latents import Latents
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.training.batch_plan import BatchPlan
 from ldm_lib.training.distributed import Processes
-from ldm_lib.training.objective import training_loss
+from ldm_lib.training.objective import channel_weights, training_loss
 from ldm_lib.training.options import TrainingOptions
 
 NEVER = 2**62  # the step of the first loss that was not finite, while all were
@@ -45,6 +45,8 @@ class Trainer:
             self.denoiser.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=model.precision != "16"
         )
         self.optimiser = processes.fabric.setup_optimizers(self._adamw)
+        weights = channel_weights(model) if config.noisiest_fraction else None
+        self._loss_weights = config.outside_weight, weights
         self.step, self.closed, self.waited, self.best = 0, 0, 0, []
         self.sums = torch.zeros(3, dtype=torch.float64, device=model.device)
         self.first_bad = torch.full((), NEVER, dtype=torch.int64, device=model.device)
@@ -82,7 +84,7 @@ class Trainer:
                 seed = np.random.SeedSequence([self.config.seed, self.step, index]).generate_state(1)[0]
                 torch.manual_seed(int(seed))
             with self.processes.accumulating(self.network, k < last):
-                loss = training_loss(self.network, batch, self._initial, self.config.outside_weight) / len(batches)
+                loss = training_loss(self.network, batch, self._initial, *self._loss_weights) / len(batches)
                 self.processes.fabric.backward(loss)
             self.sums[:2] += loss.detach().double()
             self._note_bad(loss.detach())

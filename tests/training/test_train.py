@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from ldm_lib.training import batch_plan, checkpoints, validation
 from ldm_lib.training import step as trainer
 from ldm_lib.training.batch_plan import BatchPlan, TrainingSamples
 from ldm_lib.training.initialise import new_model
-from ldm_lib.training.objective import loss_by_noise_level, noise_loss, noisy_composite, training_loss
+from ldm_lib.training.objective import channel_weights, loss_by_noise_level, noise_loss, noisy_composite, training_loss
 from ldm_lib.training.train import save_trained, train
 from ldm_lib.training.validation import Validation
 
@@ -387,9 +388,9 @@ def test_a_loss_that_is_not_finite_names_its_step_and_cases_and_is_never_saved(s
     """The check comes every few steps only, since it waits for a GPU; what it says is exact all the same."""
     loss, bad = trainer.training_loss, 3
 
-    def spoiled(network, batch, model, outside_weight):
+    def spoiled(network, batch, model, *weights):
         spoiled.calls += 1
-        return loss(network, batch, model, outside_weight) * (math.nan if spoiled.calls == bad else 1)
+        return loss(network, batch, model, *weights) * (math.nan if spoiled.calls == bad else 1)
 
     spoiled.calls = 0
     monkeypatch.setattr(trainer, "training_loss", spoiled)
@@ -523,6 +524,38 @@ def test_known_latent_voxels_have_the_target_of_clean_latents_without_noise(stud
     added = 0.25 * (factor * batch["voided"][outside]).square().mean()
     found = training_loss(model.denoiser, batch, model, outside_weight=0.25)
     assert found.item() == pytest.approx(float(alone + added), rel=1e-5)
+
+
+@pytest.mark.parametrize(("t", "weighted"), [(949, False), (950, True), (999, True)])
+def test_channels_are_weighted_in_the_noisiest_twentieth_alone(study, t, weighted):
+    """Closed form: an untrained denoiser is silent, so its loss is the weighted mean square of its target."""
+    model, batch, weights = study.model(settings()), batch_at(study, t), torch.tensor([2.0, 0.75, 0.25])
+    target = prediction_target(model.prediction, model.schedule, batch["target"], batch["noise"], batch["t"])
+    by_channel = target[:, :, batch["loss"][0, 0] > 0].square().mean(dim=(0, 2))
+    expected = (by_channel * (weights if weighted else 1)).mean()
+    found = training_loss(model.denoiser, batch, model, noisiest_weights=weights)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_channel_weights_are_those_of_the_residual_in_the_image(study):
+    """The mean squared change of the image is that of the latents under the weights, for independent changes."""
+    codec = Autoencoder.of(channels=(8, 8), latent_channels=4, blocks=1, learned="none", spacing_mm=8.0).eval()
+    mean, root = torch.zeros(8).double(), torch.diag(torch.tensor([8.0, 4, 2, 1, 1, 1, 1, 1])).double()
+    codec.linear.fit(mean, root @ root)
+    std = (0.5, 1.0, 2.0, 0.1)
+    spec = LatentSpec(context="initial_estimate", residual_std=std)
+    found = channel_weights(replace(study.model(settings()), autoencoder=codec, spec=spec))
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 4, 9, 9, 9, generator=draw)
+    energies = []
+    for channel, scale in enumerate(std):
+        alone = torch.zeros_like(latents)
+        alone[:, channel] = scale * latents[:, channel]
+        change = codec.decode(alone) - codec.decode(torch.zeros_like(latents))
+        energies.append(change.square().mean() / latents[:, channel].square().mean())
+    energies = torch.stack(energies)
+    torch.testing.assert_close(found, energies / energies.mean(), rtol=0.05, atol=0.02)
+    assert found.mean().item() == pytest.approx(1) and found.max() > 2 * found.min()
 
 
 # ---- validation, early stopping, checkpoints and samples
