@@ -31,6 +31,7 @@ SIGNED = ("voided", "target", "initial_estimate", "contralateral")  # latents, w
 RESIDUAL_CASES = 48  # training cases on which `residual_std` is measured
 LEAST_STD = 1e-3  # of a channel, in latents of standard deviation 1
 CPU = torch.device("cpu")
+LEFT_RIGHT = -3  # axis of latents (... c x y z) in LPS
 MARGIN = 1  # latent voxels around the mask that the denoiser sees at least
 
 Latents = dict[str, Tensor]
@@ -145,6 +146,16 @@ def keep_known(latent: Tensor, batch: Latents) -> Tensor:
     """Return (1 - m) * z_voided + m * z: known voxels are the clean z_voided at every t."""
     mask = batch["mask"]
     return (1 - mask) * batch["voided"] + mask * latent
+
+
+def mirror_image(latents: Latents, signs: Tensor) -> Latents:
+    """Return the latents (... c x y z) of the mirror image of a case, left and right exchanged.
+
+    Args:
+        signs: (c,) of `Autoencoder.mirror`.
+    """
+    signs = signs.view(-1, 1, 1, 1)
+    return {name: part.flip(LEFT_RIGHT) * (signs.to(part) if name in SIGNED else 1) for name, part in latents.items()}
 
 
 def context_box(mask: np.ndarray, *, edge: int, multiple: int) -> tuple[slice, ...]:

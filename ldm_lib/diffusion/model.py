@@ -21,6 +21,7 @@ from ldm_lib.diffusion.latents import (
     context_box,
     denoiser_input,
     keep_known,
+    mirror_image,
     on_device,
 )
 from ldm_lib.diffusion.options import SamplerOptions, ScheduleOptions
@@ -180,7 +181,7 @@ class LatentDiffusion:
         Args:
             names: with `seed` they determine the samples.
             num_inference_steps: denoiser evaluations. A single one starts from the mean of the noise, 0, and gives the
-                mean of all samples, whatever the seed.
+                mean of all samples, whatever the seed; see `predict_mean`.
             guidance: scale s of classifier-free guidance, see `predict`.
             callback: as in `samplers`, called with whole latents.
 
@@ -191,10 +192,10 @@ class LatentDiffusion:
         batch = on_device({name: part[box].expand(len(names), -1, -1, -1, -1) for name, part in latents.items()},
                           self.device)  # fmt: skip
         noise = CaseNoise(names, seed, whole.shape, self.device)
-        temperature = self.temperature if num_inference_steps > 1 else 0.0
+        temperature, predict = (self.temperature, self.predict) if num_inference_steps > 1 else (0.0, self.predict_mean)
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            return to_x0_and_noise(self.prediction, self.schedule, self.predict(x, t, batch, guidance), x, t)
+            return to_x0_and_noise(self.prediction, self.schedule, predict(x, t, batch, guidance), x, t)
 
         def in_whole(x: Tensor) -> Tensor:
             latent = whole.expand(len(names), -1, -1, -1, -1).clone()
@@ -232,6 +233,18 @@ class LatentDiffusion:
             conditioned = torch.arange(2, device=self.device).repeat_interleave(len(t)).to(shown.dtype)
             uncond, cond = self.denoiser(shown.repeat(2, 1, 1, 1, 1), t.repeat(2), conditioned).float().chunk(2)
         return uncond + guidance * (cond - uncond)
+
+    def predict_mean(self, x: Tensor, t: Tensor, batch: Latents, guidance: float) -> Tensor:
+        """Average the predictions for a case and for its mirror image, where latents can be mirrored exactly.
+
+        Left and right are equally likely in training, so that both are predictions of one mean.
+        """
+        own, signs = self.predict(x, t, batch, guidance), self.autoencoder.mirror
+        if signs is None:
+            return own
+        mirrored = mirror_image(batch | {"target": x}, signs)
+        other = self.predict(mirrored.pop("target"), t, mirrored, guidance)
+        return (own + mirror_image({"target": other}, signs)["target"]) / 2
 
     def samples_at_once(self, latents: Latents) -> int:
         """Return how many samples fit in one batch: a function of the installed memory, not of what is free now.

@@ -131,8 +131,9 @@ class Inpainter:
         """Inpaint one case by the mean of all samples, in one denoiser evaluation at the noisiest step.
 
         It has the least squared error and is smooth: the volume for measurements and further processing, while a sample
-        is one plausible anatomy. It starts from the mean of the noise, and depends on no seed. Arguments are as in
-        `__call__`.
+        It has the least squared error and is smooth: the volume for measurements and further processing, while a sample
+        is one plausible anatomy. It starts from the mean of the noise and depends on no seed. It is averaged over the
+        case and its mirror image where latents can be mirrored exactly. Arguments are as in `__call__`.
 
         Source: Vincent 2011 (Neural Computation 23:1661): a denoiser trained by squared error gives E[x_0 | x_t].
 

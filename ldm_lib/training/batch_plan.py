@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_lib.diffusion.fresh_samples import FreshSamples, draw
-from ldm_lib.diffusion.latents import SIGNED, Latents
+from ldm_lib.diffusion.latents import Latents, mirror_image
 from ldm_lib.training.options import TrainerOptions, TrainingOptions
 
 DEBUG_PAIRS = 16  # fixed (t, noise) pairs of the overfitting test; t from a tenth of the schedule to its end
 EARLY = 3  # quarters of the training with crops of `early_crop`
 NOISIEST = 20  # the part of the schedule that `noisiest_fraction` draws from is one in so many
-LEFT_RIGHT = 1  # axis of a latent (c x y z) in LPS
 
 SampleIndex = tuple[int, int, int]  # optimiser step, index in its global batch, case
 
@@ -104,7 +103,7 @@ class TrainingSamples(Dataset):
     ) -> None:
         self.variants, self.config, self.steps, self.global_batch = list(variants), config, steps, global_batch
         self.early_steps = early_steps if config.early_crop else 0
-        self.signs = {} if mirror is None else dict.fromkeys(SIGNED, mirror.cpu().view(-1, 1, 1, 1))
+        self.signs = torch.ones(1) if mirror is None else mirror.cpu()
 
     @property
     def workers(self) -> int:
@@ -151,7 +150,7 @@ class TrainingSamples(Dataset):
 
     def _augment(self, sample: Latents, rng: np.random.Generator, edge: int) -> Latents:
         if rng.random() < self.config.latent_flip_probability:
-            sample = {n: tensor.flip(LEFT_RIGHT) * self.signs.get(n, 1) for n, tensor in sample.items()}
+            sample = mirror_image(sample, self.signs)
         if edge:
             sample = crop_around_mask(sample, edge, rng)
         return sample

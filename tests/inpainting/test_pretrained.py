@@ -12,6 +12,7 @@ import torch
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.synthetic_cohort import TEST_PATIENTS, write_patient
+from ldm_lib.diffusion.latents import mirror_image
 from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED
@@ -77,6 +78,22 @@ def test_a_flip_of_its_latents_is_exact(pretrained):
         1, -1, 1, 1, 1
     )
     torch.testing.assert_close(flipped, again, atol=2e-2, rtol=0)  # of numbers around 1, from axes in half precision
+
+
+def test_the_estimate_of_a_mirror_image_is_the_mirror_image_of_the_estimate(pretrained):
+    model, draw = pretrained.model, torch.Generator().manual_seed(0)
+    shapes = {"conditioning": 4, "mask_fraction": 1, "contralateral_known": 1}
+    names = ("voided", "initial_estimate", "contralateral", *shapes)
+    latents = {n: torch.rand(shapes.get(n, 16), 12, 12, 12, generator=draw) for n in names}
+    latents["mask"] = torch.zeros(1, 12, 12, 12)
+    latents["mask"][:, 2:6, 3:8, 4:9] = 1
+    sampling = {"seed": 0, "sampler": "ddim", "num_inference_steps": 1}
+    own = model.sample(latents, ["a/0"], **sampling)
+    other = model.sample(mirror_image(latents, model.autoencoder.mirror), ["b/0"], **sampling)
+    turned = mirror_image({"target": other}, model.autoencoder.mirror)["target"]
+    torch.testing.assert_close(own, turned, atol=1e-4, rtol=1e-4)
+    masked = (latents["mask"] > 0).expand_as(own)
+    assert (own - latents["initial_estimate"])[masked].abs().max() > 0.01
 
 
 def test_the_log_of_its_training_and_its_card_are_there():
