@@ -131,7 +131,6 @@ class Inpainter:
         """Inpaint one case by the mean of all samples, in one denoiser evaluation at the noisiest step.
 
         It has the least squared error and is smooth: the volume for measurements and further processing, while a sample
-        It has the least squared error and is smooth: the volume for measurements and further processing, while a sample
         is one plausible anatomy. It starts from the mean of the noise and depends on no seed. It is averaged over the
         case and its mirror image where latents can be mirrored exactly. Arguments are as in `__call__`.
 
