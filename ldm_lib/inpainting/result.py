@@ -24,7 +24,9 @@ class Samples(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self._result.values)
 
-    def __getitem__(self, k: int) -> np.ndarray:
+    def __getitem__(self, k: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
         return self._result.pasted(self._result.values[k])
 
 

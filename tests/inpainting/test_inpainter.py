@@ -132,6 +132,7 @@ def test_mean_and_deviation_outside_the_mask_are_exact():
     voxels = np.random.default_rng(0).uniform(0, 4000, (20, 20, 20)).astype(np.float32)
     mask = voxels > 2000
     filled = Inpainting(SimpleNamespace(voided=np.where(mask, 0, voxels), mask=mask), np.stack([voxels[mask]] * 3))
+    assert [np.array_equal(a, filled.samples[k]) for k, a in enumerate(filled.samples[:2])] == [True, True]
     for volume in (filled.mean, filled.medoid, filled.samples[2]):
         assert np.array_equal(volume, voxels)
     assert not filled.std.any()
