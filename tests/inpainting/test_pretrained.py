@@ -52,7 +52,7 @@ def test_the_networks_are_small(pretrained):
 NETWORKS = ("autoencoder", "denoiser")
 
 
-@pytest.mark.parametrize("preset", ["demo", "weights"])
+@pytest.mark.parametrize("preset", ["demo", "weights", "people"])
 def test_the_presets_describe_the_pretrained_model(pretrained, preset):
     """Else `demo` could not go on from it, and `make weights` would make another."""
     from ldm_lib.training.initialise import build_denoiser
@@ -63,10 +63,8 @@ def test_the_presets_describe_the_pretrained_model(pretrained, preset):
     built = build_denoiser(training, in_channels=pretrained.model.denoiser.config["in_channels"], out_channels=channels)
     assert {**built.config, "dropout": 0} == {**pretrained.model.denoiser.config, "dropout": 0}
     assert (training.prediction, training.latent_crop) == (pretrained.model.prediction, pretrained.model.crop)
-    assert (conditioning.context, conditioning.mask_dilation) == (
-        pretrained.model.spec.context,
-        pretrained.model.spec.mask_dilation,
-    )
+    for name in ("context", "contralateral", "mask_dilation", "pooling", "growth_threshold"):
+        assert getattr(conditioning, name) == getattr(pretrained.model.spec, name)
     assert configs["02_autoencoder_check"].latent_channels == channels
     assert configs["01_data_audit"].spacing_mm == pretrained.model.autoencoder.spacing_mm == 1.0
 
@@ -107,7 +105,7 @@ def test_the_log_of_its_training_and_its_card_are_there():
 
 def test_the_makefile_exports_at_the_temperature_of_the_pretrained_model(pretrained):
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    assert re.findall(r"--temperature ([\d.]+)", makefile) == [f"{pretrained.model.temperature:g}"]
+    assert re.findall(r" export .*--temperature ([\d.]+)", makefile) == [f"{pretrained.model.temperature:g}"]
 
 
 @pytest.mark.slow
