@@ -1,7 +1,7 @@
 """Reflect a scan across its mid-sagittal plane: what the other hemisphere shows at the place of the mask.
 
 The plane is where the visible brain correlates best with its mirror image. Hemispheres are alike in the size of their
-ventricles, in deep nuclei and in large sulci, so that the healthy one tells about the masked one.
+ventricles, in deep nuclei and in large sulci, so that the visible one informs about the masked one.
 """
 
 from collections.abc import Sequence
