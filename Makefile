@@ -64,7 +64,7 @@ weights: .venv/ready ## train the pretrained weights: further, on people with BR
 picture: .venv/ready ## draw README's first figure from a healthy person's scan, BRAIN=FILE; without it, a synthetic patient for the gallery
 	@set -e; \
 	if [ -n "$$BRAIN" ]; then \
-	  figure=person; data=$(PICTURE)/cohort/data; mkdir -p "$(PICTURE)/scan"; cp "$$BRAIN" "$(PICTURE)/scan/"; \
+	  figure=person; data=$(PICTURE)/cohort/data; mkdir -p "$(PICTURE)/scan"; cp -- "$$BRAIN" "$(PICTURE)/scan/"; \
 	  $(LDM) cohort --from "$(PICTURE)/scan" --output "$(PICTURE)/cohort" --masks 1; \
 	else \
 	  figure=synthetic; data=$(PICTURE)/01_data_audit/synthetic/data; \

@@ -114,7 +114,7 @@ def test_the_example_works_on_a_synthetic_case(
 def _session(data: Path, model: Path) -> dict:
     code = SESSION.replace("~/brats/data", str(data)).replace("Inpainter.load()", f"Inpainter.load({str(model)!r})")
     code = code.replace("cases[:20]", "cases[:2], num_inference_steps=1").replace(
-        "n_samples=8", "n_samples=2, num_inference_steps=1"
+        "n_samples=8", "n_samples=2, num_inference_steps=2"
     )
     names: dict = {}
     exec(compile(code, "docs/api.md", "exec"), names)  # noqa: S102

@@ -111,7 +111,7 @@ def test_wrong_usage_is_status_2(arguments, message, capsys):
         (["run", "--set", "max_epochs"], "ERROR --set max_epochs: not KEY=VALUE. Fix: write for example --set max_epo"),
         (["run", "--set", "seed=1", "--set", "seed=2"], "ERROR --set seed is given twice, '1' and '2'. Fix: keep one."),
         (["run", "--preset", "huge"],
-         "ERROR no preset 'huge'; there are smoke, demo, coarse, full, weights. Fix: give one of them."),
+         "ERROR no preset 'huge'; there are smoke, demo, coarse, full, weights, people. Fix: give one of them."),
         (["run", "09"], f"ERROR no stage '09'; there are {', '.join(STAGES)}. Fix: give one of them."),
         (["compare", "a", "b"], f"ERROR no stage 'a'; there are {', '.join(STAGES)}. Fix: give one of them."),
         (["export", "m", "--temperature", "9"],

@@ -156,7 +156,8 @@ def test_names_that_are_file_names_are_kept(name):
 
 def test_unknown_preset_and_stage_name_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"no preset 'smok'; there are smoke, demo, coarse, full, weights.*did you mean 'smoke'"
+        ConfigError,
+        match=r"no preset 'smok'; there are smoke, demo, coarse, full, weights, people.*did you mean 'smoke'",
     ):
         resolve("smok")
     with pytest.raises(ConfigError, match=r"no stage '04_trainig'.*did you mean '04_training'"):

@@ -24,7 +24,7 @@ TYPED = pytest.mark.parametrize("value", [v for v in HOSTILE.values() if "$" not
 OF_STAGES = ["DATA_DIR", "CONDITIONING_DIR", "BRAINS", "BATCH_SIZE", "LEARNING_RATE", "MAX_EPOCHS",
              "ACCUMULATE_GRAD_BATCHES", "DEVICES"]  # fmt: skip
 ALL = {*OF_STAGES, "RUN", "PRESET", "OVERWRITE", "GRID", "JOBS", "NB", "RESULTS", "OUTPUT", "FULL"}
-SETUP = {"PYTHON", "LOCKED"}
+SETUP, PICTURE = {"PYTHON", "LOCKED"}, {"BRAIN"}  # with tests of their own
 FAKE = """#!/bin/sh
 if [ "$1" = -c ]; then exit 0; elif [ "$1" = --version ]; then echo 'Python 3.11.0'; exit; fi
 if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
@@ -128,8 +128,22 @@ def test_every_variable_of_the_makefile_is_tested():
     read = set(re.findall(r"\$\$\{?([A-Z][A-Z_]+)", MAKEFILE)) | set(
         re.findall(r"for name in ([A-Z_ ]+);", MAKEFILE)[0].split()
     )
-    assert read - {"PWD", "HEAD", "LDM_OUTPUTS"} == ALL | SETUP | {"SET", "LAB_OPTIONS"}
+    assert read - {"PWD", "HEAD", "LDM_OUTPUTS"} == ALL | SETUP | PICTURE | {"SET", "LAB_OPTIONS"}
     assert not set(re.findall(r"(?<!\$)\$\(([A-Z_]+)\)", MAKEFILE)) & (ALL | SETUP | {"SET"}), "spliced by make itself"
+
+
+@FROM_ENVIRONMENT
+def test_a_picture_is_drawn_of_a_scan_of_any_name(project, value):
+    scan, results = project / "scans" / value, project / "outputs" / "picture"
+    for folder in (scan.parent, results / "person", project / "docs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    scan.write_text("a scan")
+    (results / "person" / "case.png").write_text("a figure")
+    cohort, evaluation = called(project, "picture", BRAIN=f"scans/{value}")
+    assert cohort[2:6] == ["cohort", "--from", "outputs/picture/scan", "--output"]
+    assert evaluation[2:4] == ["evaluate", "outputs/picture/cohort/data"]
+    assert [path.read_text() for path in (results / "scan").iterdir()] == ["a scan"]
+    assert (project / "docs" / "person.png").read_text() == "a figure"
 
 
 @FROM_ENVIRONMENT
