@@ -64,14 +64,14 @@ weights: .venv/ready ## train the pretrained weights: further, on people with BR
 picture: .venv/ready ## draw README's first figure from a healthy person's scan, BRAIN=FILE; without it, a synthetic patient for the gallery
 	@set -e; \
 	if [ -n "$$BRAIN" ]; then \
-	  figure=person; data=$(PICTURE)/cohort/data; mkdir -p "$(PICTURE)/scan"; cp -- "$$BRAIN" "$(PICTURE)/scan/"; \
-	  $(LDM) cohort --from "$(PICTURE)/scan" --output "$(PICTURE)/cohort" --masks 1; \
+	  figure=person; made="$(PICTURE)/$$(basename -- "$$BRAIN")"; mkdir -p "$$made/scan"; cp -- "$$BRAIN" "$$made/scan/"; \
+	  $(LDM) cohort --from "$$made/scan" --output "$$made" --masks 1; \
 	else \
-	  figure=synthetic; data=$(PICTURE)/01_data_audit/synthetic/data; \
+	  figure=synthetic; made="$(PICTURE)/01_data_audit/synthetic"; \
 	  $(LDM) run 01 --run picture --preset weights --set synthetic_first=9001 --set synthetic_patients=2 --set masks_per_patient=1; \
 	fi; \
-	$(LDM) evaluate "$$data" --output "$(PICTURE)/$$figure" --samples 8 --temperature 1 --pictures 1; \
-	cp "$(PICTURE)/$$figure"/*.png "docs/$$figure.png"
+	$(LDM) evaluate "$$made/data" --output "$$made/filled" --samples 8 --temperature 1 --pictures 1; \
+	cp -- "$$made"/filled/*.png "docs/$$figure.png"
 
 sweep: .venv/ready ## run many parameter sets and write one table: make sweep GRID=docs/sweep.yaml JOBS=2
 	@if [ -z "$$GRID" ]; then echo "ERROR GRID is empty. Fix: make sweep GRID=docs/sweep.yaml JOBS=2" >&2; exit 1; fi

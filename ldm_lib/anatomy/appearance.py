@@ -64,7 +64,7 @@ class Appearance:
         grey_field = rng.uniform(*ranges.grey_field) * spline_coefficients(rng, extent_mm, GREY_NODE_MM)
         in_plane_mm = rng.uniform(*ranges.in_plane_mm)
         thick_mm = 0.0 if rng.random() < ranges.thin else rng.uniform(*ranges.thick_mm)
-        gain = rng.uniform(*ranges.gain) * spline_coefficients(rng, extent_mm, GAIN_NODE_MM)
+        gain = _draw_gain(rng, extent_mm, ranges)
         return cls(
             csf=None if kept else min(csf, gm - LEAST_CONTRAST), gm=gm, grey_field=grey_field,
             in_plane_mm=in_plane_mm, thick_mm=thick_mm, axis=int(rng.integers(3)), gain=gain,
@@ -75,7 +75,11 @@ class Appearance:
         self, rng: np.random.Generator, extent_mm: Sequence[float], ranges: AppearanceRanges = RANGES
     ) -> "Appearance":
         """Draw the gain of another place in the same scan."""
-        return replace(self, gain=rng.uniform(*ranges.gain) * spline_coefficients(rng, extent_mm, GAIN_NODE_MM))
+        return replace(self, gain=_draw_gain(rng, extent_mm, ranges))
+
+
+def _draw_gain(rng: np.random.Generator, extent_mm: Sequence[float], ranges: AppearanceRanges) -> np.ndarray:
+    return rng.uniform(*ranges.gain) * spline_coefficients(rng, extent_mm, GAIN_NODE_MM)
 
 
 def change_appearance(

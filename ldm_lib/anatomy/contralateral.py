@@ -84,17 +84,21 @@ def contralateral_image(estimate: np.ndarray, mask: np.ndarray, *, spacing_mm: f
     voided = np.where(mask, 0, values)
     matrix = midsagittal_reflection(voided, mask, spacing_mm=spacing_mm)
     box = bounding_box(mask, int(np.ceil(REACH_MM / spacing_mm)))
-    grid = sampling_grid(matrix, box, mask.shape)
     both = torch.from_numpy(np.stack([voided, mask.astype(np.float32)]))[None]
-    other, hidden = F.grid_sample(both, grid[None], align_corners=True)[0].numpy()
+    other, hidden = interpolate(both, _mapped(matrix, box))[0].numpy()
     known[box] = hidden < 0.5
     values[box] = np.where(known[box], other / np.maximum(1 - hidden, 0.5), values[box])
     return values, known
 
 
-def sampling_grid(matrix: np.ndarray, box: Sequence[slice], shape: Sequence[int]) -> Tensor:
-    """Return where the voxels of a box are mapped to, as `grid_sample` takes it: (x y z 3), the last axis first."""
+def _mapped(matrix: np.ndarray, box: Sequence[slice]) -> Tensor:
+    """Return where the voxels of a box are mapped to: (3 x y z), in voxels."""
     axes = [torch.arange(side.start, side.stop, dtype=torch.float32) for side in box]
     x, y, z = axes[0].view(-1, 1, 1), axes[1].view(1, -1, 1), axes[2].view(1, 1, -1)
-    rows = [a * x + b * y + c * z + d for a, b, c, d in matrix[:3].tolist()]
-    return torch.stack([row * (2 / (n - 1)) - 1 for row, n in zip(rows, shape, strict=True)][::-1], dim=-1)
+    return torch.stack([a * x + b * y + c * z + d for a, b, c, d in matrix[:3].tolist()])
+
+
+def interpolate(volumes: Tensor, positions: Tensor) -> Tensor:
+    """Interpolate volumes (1 c x y z) linearly at positions (3 x' y' z') in voxels: (1 c x' y' z'), 0 outside."""
+    places = [p * (2 / (n - 1)) - 1 for p, n in zip(positions, volumes.shape[2:], strict=True)]
+    return F.grid_sample(volumes, torch.stack(places[::-1], dim=-1)[None], align_corners=True)

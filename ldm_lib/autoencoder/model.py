@@ -201,19 +201,15 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def image_weights(self) -> Tensor:
-        """Return how much a unit change of each latent channel changes the squared image, (c,) of mean 1.
+        """Return the sum of squares by which a unit change of each latent channel changes the image, (c,).
 
         Exact for a linear codec; for a network, the change is that of one latent voxel among latents of 0.
         """
-        edge, channels = 5, range(self.latent_channels)
-        latent = torch.zeros(1, self.latent_channels, *[edge] * 3, device=self.latent_mean.device)
-        unchanged = self.decode(latent)
-        energy = []
-        for channel in channels:
-            changed = latent.clone()
-            changed[0, channel, edge // 2, edge // 2, edge // 2] = 1
-            energy.append((self.decode(changed) - unchanged).square().sum())
-        return torch.stack(energy) / torch.stack(energy).mean()
+        edge, channels = 5, torch.arange(self.latent_channels)
+        latents = torch.zeros(len(channels), len(channels), *[edge] * 3, device=self.latent_mean.device)
+        unchanged = self.decode(latents[:1])
+        latents[channels, channels, edge // 2, edge // 2, edge // 2] = 1
+        return (self.decode(latents) - unchanged).square().sum(dim=(1, 2, 3, 4))
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Set shift and scale from mean and standard deviation (c,) of latents; scale factor = 1 / std.

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_lib.anatomy.appearance import RANGES, Appearance, change_appearance, expand
+from ldm_lib.anatomy.contralateral import interpolate
 from ldm_lib.anatomy.initial_estimate import coarse_estimate, coarse_step
 from ldm_lib.anatomy.tissue import TISSUES, spline_coefficients
 from ldm_lib.autoencoder.model import Autoencoder
@@ -143,10 +144,7 @@ class Box:
     def linear(self, volume: Tensor, step: int = 1) -> Tensor:
         """Interpolate a volume (x y z) of the scan at every `step`-th voxel of the box: (1 1 x y z) float32."""
         every = (slice(None), *(slice(None, None, step),) * 3)
-        positions = self.positions[every]
-        places = [position * (2 / (n - 1)) - 1 for position, n in zip(positions, volume.shape, strict=True)]
-        grid = torch.stack(places[::-1], dim=-1)
-        return F.grid_sample(volume[None, None].float(), grid[None], mode="bilinear", align_corners=True)
+        return interpolate(volume[None, None].float(), self.positions[every])
 
     def nearest(self, volume: Tensor) -> Tensor:
         """Take a volume (x y z) of the scan at the nearest voxels: (1 1 x y z), 0 outside the scan."""

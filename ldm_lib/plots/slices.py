@@ -52,6 +52,11 @@ class SliceGeometry:
         across, down = (np.asarray(self.shape) * self.spacing_mm)[list(PLANES[plane][:2])]
         return (0.0, across, down, 0.0) if plane == "axial" else (0.0, across, 0.0, down)
 
+    @property
+    def panel_sides_mm(self) -> np.ndarray:
+        """Return the width and height that are shown of each plane, (3, 2)."""
+        return np.array([[np.ptp(self.box_mm[axis]) for axis in axes[:2]] for axes in PLANES.values()])
+
     def position(self, plane: str) -> str:
         """Describe the position of the plane, such as "axial, z = 77.5 mm"."""
         through = PLANES[plane][2]
@@ -164,7 +169,7 @@ def three_planes(
 
     Of its width, `bar` inches at the right are for a colour bar.
     """
-    sides = np.array([[np.ptp(geometry.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
+    sides = geometry.panel_sides_mm
     height = sides[:, 1].max() * (WIDTH - 1.4 - bar) / sides[:, 0].sum() + 0.1
     figure = InlineFigure(figsize=(WIDTH, height * len(rows) + 0.9))
     figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.04, w_pad=0.08, hspace=0.01, wspace=0.0))
@@ -185,7 +190,7 @@ def volumes_across(
     geometry: SliceGeometry, names: Sequence[str], *, title: str = ""
 ) -> tuple[InlineFigure, np.ndarray]:
     """Create empty axes without ticks, one row per plane and one column per name, all panels at one scale."""
-    sides = np.array([[np.ptp(geometry.box_mm[axis]) for axis in PLANES[p][:2]] for p in PLANES])
+    sides = geometry.panel_sides_mm
     height = sides[:, 1].sum() * (WIDTH - 0.3) / (len(names) * sides[:, 0].max())
     figure = InlineFigure(figsize=(WIDTH, height + 0.9))
     figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.02, w_pad=0.02, hspace=0.0, wspace=0.0))

@@ -76,6 +76,11 @@ class BatchPlan:
             yield from self.batches(later)
 
 
+def first_noisiest(steps: int) -> int:
+    """Return the first timestep of the noisiest twentieth of a schedule."""
+    return steps - 1 - (steps - 1) // NOISIEST
+
+
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm_lib.diffusion.latents import Latents, collate, denoiser_input, keep_known, on_device
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.parameterisation import prediction_target, to_x0_and_noise
-from ldm_lib.training.batch_plan import NOISIEST
+from ldm_lib.training.batch_plan import first_noisiest
 
 
 def training_loss(
@@ -33,8 +33,11 @@ def training_loss(
     kind, schedule, t = model.prediction, model.schedule, batch["t"]
     _, prediction = _predict(network, batch, model)
     target = prediction_target(kind, schedule, batch["target"], batch["noise"], t)
-    scale = torch.ones(()) if noisiest_weights is None else _root_weights(noisiest_weights, t, schedule.steps)
-    loss = masked_loss(prediction * scale.to(prediction), target * scale.to(target), batch["loss"])
+    weights = None
+    if noisiest_weights is not None:
+        noisiest = (t >= first_noisiest(schedule.steps))[:, None]
+        weights = torch.where(noisiest, noisiest_weights, 1.0)[..., None, None, None]
+    loss = masked_loss(prediction, target, batch["loss"], weights)
     if outside_weight:
         known = prediction_target(kind, schedule, batch["voided"], torch.zeros_like(batch["noise"]), t)
         loss = loss + outside_weight * masked_loss(prediction, known, batch["outside"])
@@ -50,12 +53,6 @@ def channel_weights(model: LatentDiffusion) -> Tensor:
     std = torch.tensor(model.spec.residual_std or 1.0, device=model.device)
     weights = model.autoencoder.image_weights() * std.square()
     return weights / weights.mean()
-
-
-def _root_weights(weights: Tensor, t: Tensor, steps: int) -> Tensor:
-    """Return the roots of the weights for samples of the noisiest twentieth, and 1 for the others: (b c 1 1 1)."""
-    noisiest = (t >= steps - steps // NOISIEST)[:, None]
-    return torch.where(noisiest, weights.to(t.device).sqrt(), 1.0)[..., None, None, None]
 
 
 def noise_loss(network: nn.Module, batch: Latents, model: LatentDiffusion) -> Tensor:
@@ -102,12 +99,14 @@ def noisy_composite(batch: Latents, model: LatentDiffusion, *, t: int, seed: int
     return keep_known(model.schedule.add_noise(batch["target"], noise, times), batch)
 
 
-def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the mean over samples of the mean squared error over a sample's mask (b 1 x y z).
 
-    A sample with an empty mask adds nothing.
+    A sample with an empty mask adds nothing. Squares are multiplied by the weights, (b c 1 1 1), if there are any.
     """
-    error = ((prediction.float() - target.float()).square() * mask).sum(dim=(1, 2, 3, 4))
+    squares = (prediction.float() - target.float()).square()
+    squares = squares if weights is None else squares * weights
+    error = (squares * mask).sum(dim=(1, 2, 3, 4))
     count = mask.sum(dim=(1, 2, 3, 4)) * prediction.shape[1]
     return (error / count.clamp(min=1)).mean()
 

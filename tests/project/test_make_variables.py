@@ -134,15 +134,16 @@ def test_every_variable_of_the_makefile_is_tested():
 
 @FROM_ENVIRONMENT
 def test_a_picture_is_drawn_of_a_scan_of_any_name(project, value):
-    scan, results = project / "scans" / value, project / "outputs" / "picture"
-    for folder in (scan.parent, results / "person", project / "docs"):
+    scan = project / "scans" / value
+    made = f"outputs/picture/{scan.name}"
+    for folder in (scan.parent, project / made / "filled", project / "docs"):
         folder.mkdir(parents=True, exist_ok=True)
     scan.write_text("a scan")
-    (results / "person" / "case.png").write_text("a figure")
+    (project / made / "filled" / "case.png").write_text("a figure")
     cohort, evaluation = called(project, "picture", BRAIN=f"scans/{value}")
-    assert cohort[2:6] == ["cohort", "--from", "outputs/picture/scan", "--output"]
-    assert evaluation[2:4] == ["evaluate", "outputs/picture/cohort/data"]
-    assert [path.read_text() for path in (results / "scan").iterdir()] == ["a scan"]
+    assert cohort[2:7] == ["cohort", "--from", f"{made}/scan", "--output", made]
+    assert evaluation[2:6] == ["evaluate", f"{made}/data", "--output", f"{made}/filled"]
+    assert [path.read_text() for path in (project / made / "scan").iterdir()] == ["a scan"]
     assert (project / "docs" / "person.png").read_text() == "a figure"
 
 

@@ -537,6 +537,12 @@ def test_channels_are_weighted_in_the_noisiest_twentieth_alone(study, t, weighte
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("steps", [2, 10, 30, 999, 1000])
+def test_the_weighted_timesteps_are_those_that_are_drawn_for_the_estimate(steps):
+    drawn = {steps - 1 - t // batch_plan.NOISIEST for t in range(steps)}
+    assert min(drawn) == batch_plan.first_noisiest(steps) and max(drawn) == steps - 1
+
+
 def test_channel_weights_are_those_of_the_residual_in_the_image(study):
     """The mean squared change of the image is that of the latents under the weights, for independent changes."""
     codec = Autoencoder.of(channels=(8, 8), latent_channels=4, blocks=1, learned="none", spacing_mm=8.0).eval()
