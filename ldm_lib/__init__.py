@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ldm_lib.data.cohort import audit as audit
     from ldm_lib.data.cohort import find_cases as find_cases
     from ldm_lib.data.conditioning_maps import add_conditioning_maps as add_conditioning_maps
-    from ldm_lib.data.options import ReadOptions as ReadOptions
     from ldm_lib.data.scan_cohort import make_scan_cohort as make_scan_cohort
     from ldm_lib.data.synthetic_cohort import make_synthetic_cohort as make_synthetic_cohort
     from ldm_lib.diffusion.model import LatentDiffusion as LatentDiffusion
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from ldm_lib.evaluation.summary import summarise as summarise
     from ldm_lib.experiment.runner import run as run
     from ldm_lib.experiment.stage import open_stage as open_stage
+    from ldm_lib.images.options import ReadOptions as ReadOptions
     from ldm_lib.inpainting.inpainter import Inpainter as Inpainter
     from ldm_lib.inpainting.result import Inpainting as Inpainting
     from ldm_lib.inpainting.single_file import inpaint as inpaint
@@ -58,7 +58,7 @@ _MODULES = {  # name -> where it is defined
     "view": "plots.case_plots",
     "open_stage": "experiment.stage",
     "run": "experiment.runner",
-    "ReadOptions": "data.options",
+    "ReadOptions": "images.options",
     "AutoencoderTrainingOptions": "autoencoder.options",
     "TrainingOptions": "training.options",
 }

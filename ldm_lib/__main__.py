@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from ldm_lib.cli.arguments import ARGUMENTS
 from ldm_lib.cli.commands import COMMANDS
 from ldm_lib.cli.options import RENAMED_COMMANDS, build_parser, joined
 from ldm_lib.errors import InputError, InterruptionError, LdmError
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; an error that users can fix is printed as one line."""
     os.umask(0o077)  # files made from patients' data belong to their owner alone; kernels and processes inherit this
     words = joined(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser(COMMANDS)
+    parser = build_parser(COMMANDS, ARGUMENTS)
     for name in words[:1]:
         if name in RENAMED_COMMANDS:
             parser.error(f"no command {name!r}: {RENAMED_COMMANDS[name]}")

@@ -9,7 +9,10 @@ from types import EllipsisType
 
 import numpy as np
 
-from ldm_lib.data.masks import (
+from ldm_lib.errors import InputError
+from ldm_lib.files import sha256
+from ldm_lib.geometry import Frame
+from ldm_lib.images.masks import (
     read_labels,
     read_mask,
     read_parts,
@@ -18,9 +21,9 @@ from ldm_lib.data.masks import (
     require_in_brain,
     require_labels,
 )
-from ldm_lib.data.nifti import require_file, stem
-from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.data.volume import (
+from ldm_lib.images.nifti import require_file, stem
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
+from ldm_lib.images.volume import (
     SPIKE,
     Volume,
     image_warnings,
@@ -29,9 +32,6 @@ from ldm_lib.data.volume import (
     require_same_grid,
     without_spikes,
 )
-from ldm_lib.errors import InputError
-from ldm_lib.files import sha256
-from ldm_lib.geometry import Frame
 
 TISSUE_LABELS = (0, 1, 2, 3)
 GivenMap = np.ndarray | EllipsisType | None  # the ellipsis: not named

@@ -11,10 +11,10 @@ import numpy as np
 
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.layouts import Exclusion, list_cases, list_scans, listing
-from ldm_lib.data.nifti import require_file
-from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, fingerprint, sha256
+from ldm_lib.images.nifti import require_file
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
 log = logging.getLogger("ldm_lib")
 

@@ -18,12 +18,12 @@ from ldm_lib.anatomy.options import DEFAULT_RATES, GrowthRates
 from ldm_lib.data.case import TISSUE_LABELS, Case, CaseData, case_of_files, load_case
 from ldm_lib.data.layouts import CONDITIONING_FOLDERS
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, shrink_mm
-from ldm_lib.data.masks import read_labels, read_mask
-from ldm_lib.data.nifti import require_results_writable, stem
-from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, now, read_json, sha256, write_json
+from ldm_lib.images.masks import read_labels, read_mask
+from ldm_lib.images.nifti import require_results_writable, stem
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
+from ldm_lib.images.volume import write_map
 
 if TYPE_CHECKING:  # dipy and torch take seconds to load: they are imported where a map is made
     from ldm_lib.anatomy.registration import Registration

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldm_lib.data.case import Case
-from ldm_lib.data.nifti import stem
 from ldm_lib.errors import InputError, printable
 from ldm_lib.files import expand_path
+from ldm_lib.images.nifti import stem
 from ldm_lib.options import safe_name
 
 MASK_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")

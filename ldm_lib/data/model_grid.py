@@ -15,9 +15,9 @@ from scipy import ndimage
 from ldm_lib.anatomy.tissue import one_hot
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.volume import normalise
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import block_centre, block_mean, blur_for, latent_mask
+from ldm_lib.images.volume import normalise
 
 CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
 SAME_SPACING = 0.01  # relative difference of voxel sizes that is ignored: 2 mm over a head

@@ -1,32 +1,10 @@
-"""Options of reading data, of cohorts that are made and of augmentation in image space."""
+"""Options of cohorts that are made and of augmentation in image space."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ldm_lib.options import Fraction, Options, Orientation, SeedOptions, SomeIntegers, integers
-
-
-class ReadOptions(Options):
-    """Relax input validation: what would be rejected is read in the way that is stated here."""
-
-    hint = "see `help(ldm.ReadOptions)`"
-
-    heading = "Reading"
-    assume_orientation: Orientation = Field(
-        "", description="orientation of the files, such as LPS, where headers state none or a wrong one"
-    )
-    nan_as_zero: bool = Field(False, description="read NaN voxels as 0")
-    mask_labels: SomeIntegers = Field("", description="labels to inpaint, where masks are segmentations, such as 1,2,4")
-    scrub_header: bool = Field(False, description="drop free text and extensions from the headers of results")
-
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """The labels of `mask_labels`; empty if masks are binary."""
-        return integers(self.mask_labels) if self.mask_labels else ()
-
-
-READ_STRICTLY = ReadOptions()
+from ldm_lib.options import Fraction, Options, SeedOptions
 
 
 class MadeCohortOptions(SeedOptions):

@@ -23,9 +23,9 @@ from ldm_lib.anatomy.tissue_segmentation import mixture_labels, tissue_from_scan
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_mask, void
 from ldm_lib.data.synthetic_cohort import CONTRAST, DONORS, MASKS, TUMOUR, SyntheticPatient, stream_of
-from ldm_lib.data.volume import LARGEST_BRAIN_L, intensity_scale, read_image
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box, cropped_affine
+from ldm_lib.images.volume import LARGEST_BRAIN_L, intensity_scale, read_image
 
 MASK_ML = (10.0, 120.0)  # volume of a healthy mask, drawn log-uniformly
 DONORS_PER_MASK = 12  # shapes and sizes that are tried before placing a mask fails

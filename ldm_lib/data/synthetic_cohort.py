@@ -16,8 +16,8 @@ from ldm_lib.anatomy.synthetic_tumour import from_growth_grid, synthetic_tumour
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
 from ldm_lib.data.layouts import CONDITIONING_FOLDERS, DEFAULT_CONDITIONING
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_mask, void
-from ldm_lib.data.volume import write_map
 from ldm_lib.errors import ConfigError
+from ldm_lib.images.volume import write_map
 from ldm_lib.options import nearest
 from ldm_lib.process_control import parallel_map
 

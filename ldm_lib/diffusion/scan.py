@@ -13,9 +13,9 @@ from ldm_lib.anatomy.initial_estimate import SURFACE_MM
 from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.anatomy.tissue_segmentation import mixture_labels
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.volume import normalise
 from ldm_lib.diffusion.latents import CPU
 from ldm_lib.geometry import bounding_box
+from ldm_lib.images.volume import normalise
 
 TISSUE_BITS, BRAIN, NEAR, UNHEALTHY, FIRST_HEALTHY = 3, 4, 8, 16, 5  # of `Scan.codes`; the last is a bit's number
 MOST_MASKS = 10  # bits of int16 that are left

@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike
 from ldm_lib.anatomy.tissue import WM
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.conditioning_maps import NO_MAP, made_by
-from ldm_lib.data.volume import read_image
 from ldm_lib.errors import InputError
 from ldm_lib.evaluation.boundary import boundary_scores
 from ldm_lib.evaluation.conditioning_fidelity import growth_response, tissue_by_intensity, tissue_dice
 from ldm_lib.evaluation.metrics import brats_scores, mask_size_class, scores_by_tissue
+from ldm_lib.images.volume import read_image
 from ldm_lib.inpainting.baselines import BASELINES, OF_TISSUE
 
 SAMPLE, MEDOID, UPPER_BOUND, TISSUE_PAINT = "sample", "medoid sample", "upper bound", "tissue paint"

@@ -11,11 +11,11 @@ from scipy import ndimage
 from ldm_lib.anatomy.tissue import GM, WM
 from ldm_lib.anatomy.tumour_growth import grow_tumour
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.volume import write_like, write_map
 from ldm_lib.diffusion.latents import Latents
 from ldm_lib.errors import InputError
 from ldm_lib.evaluation.case_scores import conditioned_path
 from ldm_lib.evaluation.conditioning_fidelity import class_shift
+from ldm_lib.images.volume import write_like, write_map
 from ldm_lib.inpainting.inpainter import Inpainter
 
 AS_USED, GIVEN, SHUFFLED, EMPTY = "as used", "given", "shuffled", "empty"

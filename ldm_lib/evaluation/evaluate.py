@@ -14,7 +14,6 @@ from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import find_cases, with_target
 from ldm_lib.data.conditioning_maps import add_conditioning_maps
 from ldm_lib.data.layouts import require_outside
-from ldm_lib.data.volume import read_volume
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation.case_scores import (
@@ -29,6 +28,7 @@ from ldm_lib.evaluation.case_scores import (
 )
 from ldm_lib.evaluation.summary import as_table, report
 from ldm_lib.files import expand_path, replacing, write_csv
+from ldm_lib.images.volume import read_volume
 from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_estimate, write_upper_bound
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import InpaintOptions

@@ -15,8 +15,8 @@ import numpy as np
 from scipy.signal import fftconvolve
 
 from ldm_lib.data.case import Case, CaseData
-from ldm_lib.data.volume import normalise
 from ldm_lib.evaluation.case_scores import names
+from ldm_lib.images.volume import normalise
 
 EDGE_MM, REACH_MM = 32.0, 12.0  # of a patch, and of the search around its place in another head
 COPY = 0.5  # nearest-neighbour distance ratio below which a sample counts as a copy

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lib.data.case import Case
-from ldm_lib.data.options import ReadOptions
 from ldm_lib.errors import InputError
 from ldm_lib.experiment.path_aliases import from_alias, to_alias
 from ldm_lib.files import read_json, write_json
+from ldm_lib.images.options import ReadOptions
 
 _PLAIN = ("id", "patient", "index", "digests")  # fields of a case that are no paths
 

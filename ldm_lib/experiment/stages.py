@@ -12,10 +12,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ldm_lib.autoencoder.options import AutoencoderTrainingOptions
-from ldm_lib.data.options import ReadOptions, SyntheticCohortOptions
+from ldm_lib.data.options import SyntheticCohortOptions
 from ldm_lib.diffusion.options import LatentOptions
 from ldm_lib.errors import ConfigError
 from ldm_lib.files import AUTOENCODER_FOLDER, PRETRAINED
+from ldm_lib.images.options import ReadOptions
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.options import (
     Count,

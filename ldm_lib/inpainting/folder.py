@@ -21,11 +21,11 @@ from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.cohort import survey_cases
 from ldm_lib.data.layouts import require_outside
 from ldm_lib.data.model_grid import grid_case
-from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.data.volume import read_volume, write_like
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
+from ldm_lib.images.volume import read_volume, write_like
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock

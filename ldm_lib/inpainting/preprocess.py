@@ -11,8 +11,8 @@ import numpy as np
 from ldm_lib.anatomy.initial_estimate import air_at_surface
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.model_grid import GridCase, Resampling, grid_case, resample_case, resampling_to
-from ldm_lib.data.volume import normalise
 from ldm_lib.geometry import Frame
+from ldm_lib.images.volume import normalise
 from ldm_lib.inpainting.edge_blending import EdgeCorrection, rim
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.nifti import require_results_writable, stem
-from ldm_lib.data.volume import write_like, write_map
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path
+from ldm_lib.images.nifti import require_results_writable, stem
+from ldm_lib.images.volume import write_like, write_map
 
 ENDINGS = (".nii", ".nii.gz")
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ldm_lib.data.case import case_of_files, load_case
-from ldm_lib.data.nifti import require_results_writable
-from ldm_lib.data.options import READ_STRICTLY, ReadOptions
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.files import expand_path
+from ldm_lib.images.nifti import require_results_writable
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import ResultOptions
 from ldm_lib.inpainting.result import result_paths

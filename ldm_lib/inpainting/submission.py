@@ -10,9 +10,9 @@ import numpy as np
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import find_cases, survey_cases
 from ldm_lib.data.layouts import require_outside
-from ldm_lib.data.volume import GRID_TOLERANCE_MM, read_volume
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, replacing, require_writable
+from ldm_lib.images.volume import GRID_TOLERANCE_MM, read_volume
 
 PATTERN = "*-t1n-inference*.nii.gz"
 OTHER_FILES = ("-std.nii.gz", "-nearest.nii.gz")  # of a result, next to samples: these are not submitted

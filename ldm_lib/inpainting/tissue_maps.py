@@ -18,9 +18,9 @@ import numpy as np
 
 from ldm_lib.data.case import TISSUE_LABELS, CaseData
 from ldm_lib.data.conditioning_maps import make_tissue_map
-from ldm_lib.data.masks import read_labels
 from ldm_lib.errors import LdmError
 from ldm_lib.files import expand_path, fingerprint, require_writable
+from ldm_lib.images.masks import read_labels
 
 log = logging.getLogger("ldm_lib")
 

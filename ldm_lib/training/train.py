@@ -15,13 +15,13 @@ from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.cohort import with_target
-from ldm_lib.data.volume import read_volume
 from ldm_lib.diffusion.fresh_samples import FreshSamples
 from ldm_lib.diffusion.latent_cache import CachedCase, LatentCache
 from ldm_lib.diffusion.latents import Latents, LatentSpec
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.errors import ConfigError, TrainingError
 from ldm_lib.files import AUTOENCODER_FOLDER, fingerprint
+from ldm_lib.images.volume import read_volume
 from ldm_lib.model_io import load_model, without_derived
 from ldm_lib.options import names
 from ldm_lib.training import checkpoints

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.volume import normalise, write_like, write_map
 from ldm_lib.diffusion.latents import Latents
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.unet import ADM
 from ldm_lib.evaluation.metrics import brats_scores
+from ldm_lib.images.volume import normalise, write_like, write_map
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, Inpainter, sample_name
 from ldm_lib.plots.figures import planes
 from ldm_lib.training.objective import loss_by_noise_level

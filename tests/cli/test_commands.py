@@ -16,14 +16,15 @@ import pytest
 from scipy import ndimage
 
 from ldm_lib.__main__ import main
-from ldm_lib.cli.options import ARGUMENTS, joined
-from ldm_lib.data.options import ReadOptions
+from ldm_lib.cli.arguments import ARGUMENTS
+from ldm_lib.cli.options import joined
 from ldm_lib.diffusion.samplers import SAMPLERS
 from ldm_lib.errors import ConfigError, RunError
 from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.experiment import runner
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
 from ldm_lib.experiment.stages import STAGES, parameter_groups
+from ldm_lib.images.options import ReadOptions
 from ldm_lib.inpainting.options import InpaintOptions
 
 pytestmark = pytest.mark.usefixtures("outputs")

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_lib.data.volume import Volume, read_volume
 from ldm_lib.errors import InputError
+from ldm_lib.images.volume import Volume, read_volume
 
 LIMIT_S, LIMIT_BYTES = 10, 16 << 20  # of files of some kilobytes
 PROFILE = {"derandomize": True, "deadline": None, "database": None}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import case_of_files, load_case
-from ldm_lib.data.volume import read_volume, write_like
+from ldm_lib.images.volume import read_volume, write_like
 
 SHAPE, RADIUS, SPACING_MM = (40, 44, 36), 14.0, 2.0
 INDICES = np.indices(SHAPE) - np.array([20, 22, 18]).reshape(3, 1, 1, 1)

@@ -11,9 +11,9 @@ import pytest
 
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import audit, find_cases, source_digests, split_patients, survey_cases, with_target
-from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
 from ldm_lib.experiment.cohort_file import read_cohort, write_cohort
+from ldm_lib.images.volume import write_map
 
 SHAPE = (12, 11, 10)
 LPS = np.diag([-1.0, -1, 1, 1])

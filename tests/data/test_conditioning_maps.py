@@ -20,10 +20,10 @@ from ldm_lib.data.conditioning_maps import (
     make_tissue_map,
 )
 from ldm_lib.data.mask_synthesis import void
-from ldm_lib.data.masks import read_labels, read_unit_map
 from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
-from ldm_lib.data.volume import write_map
 from ldm_lib.errors import InputError
+from ldm_lib.images.masks import read_labels, read_unit_map
+from ldm_lib.images.volume import write_map
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from ldm_lib.data.case import Case, CaseData
 from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_mask
-from ldm_lib.data.volume import Volume
+from ldm_lib.images.volume import Volume
 
 SHAPE = (12, 8, 16)
 FACTOR = 4

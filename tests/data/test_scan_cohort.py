@@ -28,8 +28,8 @@ from ldm_lib.data.layouts import list_scans, patient_of
 from ldm_lib.data.person import MASK_ML, align_head, read_head
 from ldm_lib.data.scan_cohort import make_scan_cohort
 from ldm_lib.data.synthetic_cohort import make_patient
-from ldm_lib.data.volume import intensity_scale, write_map
 from ldm_lib.errors import ConfigError, InputError
+from ldm_lib.images.volume import intensity_scale, write_map
 
 SPACING_MM = 8.0
 make_person = module.make_person  # before any test replaces it

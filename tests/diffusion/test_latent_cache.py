@@ -19,12 +19,12 @@ from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.model_grid import grid_case
-from ldm_lib.data.volume import read_volume, write_map
 from ldm_lib.diffusion import latent_cache as module
 from ldm_lib.diffusion.latent_cache import LatentCache
 from ldm_lib.diffusion.latents import LatentSpec, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import sha256
+from ldm_lib.images.volume import read_volume, write_map
 from ldm_lib.model_io import load_model
 
 MASKS = {"mask", "loss"}

@@ -10,11 +10,11 @@ import torch
 from models import changed
 
 from ldm_lib.data.case import load_case
-from ldm_lib.data.volume import read_volume
 from ldm_lib.diffusion.samplers import samplers_for
 from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.errors import ConfigError, WeightsError
 from ldm_lib.experiment.presets import resolve
+from ldm_lib.images.volume import read_volume
 from ldm_lib.inpainting.folder import FILLED, FOUND, fill_cases
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.single_file import inpaint

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import load_case
-from ldm_lib.data.volume import write_like
 from ldm_lib.errors import InputError
 from ldm_lib.evaluation.case_scores import (
     MEDOID,
@@ -18,6 +17,7 @@ from ldm_lib.evaluation.case_scores import (
     score_rows,
 )
 from ldm_lib.evaluation.metrics import brats_scores, mask_size_class
+from ldm_lib.images.volume import write_like
 from ldm_lib.inpainting.baselines import BASELINES
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import find_cases
-from ldm_lib.data.volume import read_volume
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.evaluation import evaluate as module
 from ldm_lib.evaluation.case_scores import ESTIMATE, MEDOID, SAMPLE, UPPER_BOUND, mean_of
@@ -17,6 +16,7 @@ from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.evaluation.summary import as_table, cases_table, interval_table, methods_table, summarise
 from ldm_lib.experiment.stages import SamplingConfig
 from ldm_lib.files import markdown
+from ldm_lib.images.volume import read_volume
 from ldm_lib.inpainting.baselines import BASELINES, harmonic_fill
 from ldm_lib.inpainting.folder import fill_cases
 from ldm_lib.inpainting.inpainter import Inpainter

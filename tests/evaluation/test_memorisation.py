@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import load_case
-from ldm_lib.data.volume import normalise
 from ldm_lib.evaluation.memorisation import COPY, REACH_MM, Patch, memorisation_rows, one_per_patient
+from ldm_lib.images.volume import normalise
 
 
 @pytest.fixture(scope="module")

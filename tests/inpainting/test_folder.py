@@ -12,10 +12,10 @@ import pytest
 
 from ldm_lib.__main__ import main
 from ldm_lib.data.cohort import find_cases
-from ldm_lib.data.volume import read_volume
 from ldm_lib.errors import ConfigError, InputError, RunError
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.stages import SamplingConfig
+from ldm_lib.images.volume import read_volume
 from ldm_lib.inpainting.folder import (
     FILLED,
     FOUND,

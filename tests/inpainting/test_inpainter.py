@@ -17,7 +17,6 @@ from torch import nn
 
 from ldm_lib.data.case import case_of_files, load_case
 from ldm_lib.data.model_grid import grid_case, resample_case, resampling_to
-from ldm_lib.data.volume import read_volume, write_map
 from ldm_lib.diffusion import model as model_module
 from ldm_lib.diffusion.latents import LatentSpec, context_box, encode_case
 from ldm_lib.diffusion.model import CaseNoise, LatentDiffusion
@@ -25,6 +24,7 @@ from ldm_lib.diffusion.parameterisation import prediction_target
 from ldm_lib.diffusion.samplers import samplers_for
 from ldm_lib.diffusion.schedule import noise_schedule
 from ldm_lib.errors import ConfigError, InputError
+from ldm_lib.images.volume import read_volume, write_map
 from ldm_lib.inpainting import single_file
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.result import Inpainting

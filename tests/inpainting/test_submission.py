@@ -12,7 +12,7 @@ import pytest
 from ldm_lib.__main__ import main
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import find_cases
-from ldm_lib.data.volume import read_volume, write_like, write_map
+from ldm_lib.images.volume import read_volume, write_like, write_map
 from ldm_lib.inpainting.submission import check, pack
 
 

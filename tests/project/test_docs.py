@@ -71,10 +71,11 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", CURRENT, ids=name)
 def test_commands_and_their_options_exist(page):
+    from ldm_lib.cli.arguments import ARGUMENTS
     from ldm_lib.cli.commands import COMMANDS
     from ldm_lib.cli.options import build_parser
 
-    parser = build_parser(COMMANDS)
+    parser = build_parser(COMMANDS, ARGUMENTS)
     subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
     for command in commands(page):
         first, *rest = command.split()

@@ -15,7 +15,6 @@ from ldm_lib.autoencoder.region_decoding import reconstruct
 from ldm_lib.autoencoder.training import build_autoencoder, fit_autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
-from ldm_lib.data.volume import normalise, read_volume
 from ldm_lib.diffusion.fresh_samples import fresh_samples
 from ldm_lib.diffusion.latent_cache import LatentCache
 from ldm_lib.diffusion.latents import LatentSpec, collate, encode_case, input_channels
@@ -26,6 +25,7 @@ from ldm_lib.errors import ConfigError, InterruptionError, TrainingError, Weight
 from ldm_lib.evaluation.metrics import brats_scores
 from ldm_lib.evaluation.reconstruction import upper_bound
 from ldm_lib.experiment.presets import resolve
+from ldm_lib.images.volume import normalise, read_volume
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.single_file import inpaint
 from ldm_lib.model_io import load_model, save_model

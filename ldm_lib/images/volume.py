@@ -13,7 +13,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from ldm_lib.data.nifti import (
+from ldm_lib.errors import InputError, located
+from ldm_lib.geometry import axis_codes
+from ldm_lib.images.nifti import (
     AGAIN,
     corner_distance_mm,
     header_affine,
@@ -26,9 +28,7 @@ from ldm_lib.data.nifti import (
     voxel_offset,
     write_bytes,
 )
-from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.errors import InputError, located
-from ldm_lib.geometry import axis_codes
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
 GRID_TOLERANCE_MM = 1e-3
 MOST_BELOW = 0.01  # voxels darker than the background, for one that is brighter

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from nibabel.processing import resample_from_to
 
-from ldm_lib.data.masks import read_labels, read_mask, read_unit_map
-from ldm_lib.data.options import ReadOptions
-from ldm_lib.data.volume import (
+from ldm_lib.errors import InputError
+from ldm_lib.images.masks import read_labels, read_mask, read_unit_map
+from ldm_lib.images.options import ReadOptions
+from ldm_lib.images.volume import (
     intensity_scale,
     normalise,
     read_image,
@@ -19,7 +20,6 @@ from ldm_lib.data.volume import (
     write_like,
     write_map,
 )
-from ldm_lib.errors import InputError
 
 SHAPE = (24, 22, 19)
 LPS = np.array([[-1.0, 0, 0, 12], [0, -1, 0, 30], [0, 0, 1, -7], [0, 0, 0, 1]])

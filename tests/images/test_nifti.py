@@ -11,9 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ldm_lib.data.nifti import require_results_writable, write_bytes
-from ldm_lib.data.volume import read_volume
 from ldm_lib.errors import InputError
+from ldm_lib.images.nifti import require_results_writable, write_bytes
+from ldm_lib.images.volume import read_volume
 
 SHAPE = (24, 22, 20)
 LPS = np.diag([-1.0, -1, 1, 1])

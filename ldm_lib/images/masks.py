@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_lib.data.nifti import corner_distance_mm
-from ldm_lib.data.options import READ_STRICTLY, ReadOptions
-from ldm_lib.data.volume import GRID_TOLERANCE_MM, Volume, read_volume, require_same_grid
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
+from ldm_lib.images.nifti import corner_distance_mm
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
+from ldm_lib.images.volume import GRID_TOLERANCE_MM, Volume, read_volume, require_same_grid
 
 MASK_TOLERANCE = 1e-3
 LARGEST_MASK = 0.2  # fraction of the head; the challenge's largest masks cover a fifth
