@@ -10,7 +10,7 @@ from ldm_lib.files import PRETRAINED
 from ldm_lib.images.options import ReadOptions
 from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
 
-SCAN = "3D T1n, skull-stripped, .nii or .nii.gz"
+SCAN = "3D T1n, skull-stripped, .nii, .nii.gz, .mgh or .mgz"
 CASES = "folder of cases: several masks per patient, or the BraTS challenge's layout"
 MODEL = arg("--model", "model folder (default: the pretrained weights)", metavar="DIR")
 MAPS = arg(
@@ -77,7 +77,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         *parameters(ReadOptions, *READING),
     ],
     "cohort": [
-        arg("--from", "skull-stripped T1w of healthy people: a folder of NIfTI files, or a BIDS data set",
+        arg("--from", "skull-stripped T1w of healthy people: a folder of scans, or a BIDS data set",
             required=True, dest="source", metavar="DIR"),
         arg("--output", "folder to write: data, conditioning_data, cohort.csv, exclusions.csv, pictures", required=True,
             metavar="DIR"),

@@ -67,7 +67,7 @@ def prior(options: argparse.Namespace) -> int:
     """Make tissue and growth maps from a scan and its mask."""
     rates, seed_mm = parse(GrowthRates, options), point(options.seed_mm) if options.seed_mm else None
     from ldm_lib.data.conditioning_maps import make_conditioning_maps
-    from ldm_lib.images.nifti import stem
+    from ldm_lib.images.image_files import stem
     from ldm_lib.plots.figures import planes
 
     made = make_conditioning_maps(

@@ -12,6 +12,7 @@ import numpy as np
 from ldm_lib.errors import InputError
 from ldm_lib.files import sha256
 from ldm_lib.geometry import Frame
+from ldm_lib.images.image_files import require_file, stem
 from ldm_lib.images.masks import (
     read_labels,
     read_mask,
@@ -21,7 +22,6 @@ from ldm_lib.images.masks import (
     require_in_brain,
     require_labels,
 )
-from ldm_lib.images.nifti import require_file, stem
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import (
     SPIKE,

@@ -13,7 +13,7 @@ from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.layouts import Exclusion, list_cases, list_scans, listing
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, fingerprint, sha256
-from ldm_lib.images.nifti import require_file
+from ldm_lib.images.image_files import require_file
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
 log = logging.getLogger("ldm_lib")
@@ -56,7 +56,7 @@ def survey_cases(
     cases, exclusions = list_cases(data_dir, conditioning_dir)
     if not cases:
         reasons = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
-        of_one = any(expand_path(data_dir).glob("*-mask*.nii.gz"))
+        of_one = any(expand_path(data_dir).glob("*-mask*.[nm]*"))
         usual = "give a folder with one folder for each patient (see `ldm validate --help`)"
         fix = "give the folder above this one, which is of one patient" if of_one else usual
         raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{reasons}",

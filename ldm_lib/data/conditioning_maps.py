@@ -20,8 +20,8 @@ from ldm_lib.data.layouts import CONDITIONING_FOLDERS
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, shrink_mm
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, now, read_json, sha256, write_json
+from ldm_lib.images.image_files import require_results_writable, stem
 from ldm_lib.images.masks import read_labels, read_mask
-from ldm_lib.images.nifti import require_results_writable, stem
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import write_map
 
@@ -156,7 +156,7 @@ def make_growth_map(
 
     Args:
         labels: tissue (x, y, z) on the case's grid, 0 none, 1 CSF, 2 GM, 3 WM.
-        path: .nii or .nii.gz; its folder is made if needed.
+        path: .nii, .nii.gz, .mgh or .mgz; its folder is made if needed.
         seed_mm, segmentation: where the tumour starts; without both, in the case's unhealthy mask less the margin that
             the challenge puts around a segmentation.
     """
@@ -239,7 +239,7 @@ def make_conditioning_maps(
 
     Args:
         t1n_voided, mask: skull-stripped 3D T1n, and binary mask on its grid, 1 = voxels to inpaint.
-        tissue, growth: files of the maps, .nii or .nii.gz, each with a JSON file next to it.
+        tissue, growth: files of the maps, .nii, .nii.gz, .mgh or .mgz, each with a JSON file next to it.
         seed_mm, segmentation: where the tumour starts, as in `make_growth_map`; one of them if there is `growth`.
         lesion: binary, on the same grid: visible tissue that is not healthy.
 

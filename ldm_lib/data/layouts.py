@@ -16,7 +16,7 @@ from pathlib import Path
 from ldm_lib.data.case import Case
 from ldm_lib.errors import InputError, printable
 from ldm_lib.files import expand_path
-from ldm_lib.images.nifti import stem
+from ldm_lib.images.image_files import SUFFIXES, stem
 from ldm_lib.options import safe_name
 
 MASK_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
@@ -24,11 +24,12 @@ CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation
 DEFAULT_CONDITIONING = "conditioning_data"
 _TIME_POINT = re.compile(r"(?P<brats>BraTS-[A-Za-z]+-\d+)-\d{3}|(?P<bids>sub-[A-Za-z0-9]+)_ses-[A-Za-z0-9]+")
 _SCAN_OF = re.compile(r"(?P<id>sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?)(_.*)?|(?P<other>.*?)([-_](t1n?|T1w))?")
-_BIDS = ("sub-*/anat/*T1w.nii*", "sub-*/ses-*/anat/*T1w.nii*")
-_NIFTI = re.compile(r"\.nii(\.gz)?", re.IGNORECASE)
-_ROLE = re.compile(rf"-(?P<role>t1n|{'|'.join(MASK_ROLES)})(?P<index>-\d{{4}})?(\.nii(\.gz)?|\.hdr)", re.IGNORECASE)
+_BIDS = ("sub-*/anat/*T1w.*", "sub-*/ses-*/anat/*T1w.*")
+_ENDING = r"\.(nii(\.gz)?|mg[hz])"
+_IMAGE = re.compile(_ENDING, re.IGNORECASE)
+_ROLE = re.compile(rf"-(?P<role>t1n|{'|'.join(MASK_ROLES)})(?P<index>-\d{{4}})?({_ENDING}|\.hdr)", re.IGNORECASE)
 _NEARLY = re.compile(r"t1n|mask|void|healthy", re.IGNORECASE)
-_LEFTOVER = re.compile(r".*(\.(part|partial|tmp|crdownload|download)| \(\d+\)(\.nii)?(\.gz)?)", re.IGNORECASE)
+_LEFTOVER = re.compile(r".*(\.(part|partial|tmp|crdownload|download)| \(\d+\)(\.nii)?(\.gz|\.mg[hz])?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def list_scans(folder: str | Path) -> list[Scan]:
             raise InputError(f"two files of one id, {identity}: {names}", where=root, fix="keep one of each")
         scans[identity] = Scan(identity, path)
     if not scans:
-        looked = ", ".join(("*.nii", "*.nii.gz", *_BIDS))
+        looked = ", ".join((*(f"*{suffix}" for suffix in SUFFIXES), *_BIDS))
         raise InputError(f"0 scans found ({looked}); present: {listing(root)}", where=root, fix=fix)
     return [scans[identity] for identity in sorted(scans)]
 
@@ -150,9 +151,8 @@ def _maps_in(folder: Path) -> dict[str, list[Path]]:
     """Return id -> its maps in a conditioning folder."""
     maps = defaultdict(list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        dot = path.name.lower().find(".nii")
-        if _NIFTI.fullmatch(path.name[dot:]) and not _LEFTOVER.fullmatch(path.name):
-            maps[path.name[:dot]].append(path)
+        if (name := stem(path)) != path.name and not _LEFTOVER.fullmatch(path.name):
+            maps[name].append(path)
     return maps
 
 
@@ -169,7 +169,7 @@ def _cases_of(
     if not files.indices:
         notes = "".join(f"; {note}" for note in files.notes)
         fix = f"Fix: name it {identity}-mask.nii.gz, or {identity}-mask-0000.nii.gz and so on."
-        if any(folder.glob("*/*-mask*.nii*")):
+        if any(folder.glob("*/*-mask*.[nm]*")):
             fix = f"Fix: give the folder {folder.name}, one level down: its folders are the cases."
         return [], [Exclusion(identity, f"{identity}: no mask file; present: {listing(folder)}{notes}. {fix}")]
     patient, cases, exclusions = patient_of(identity), [], []
@@ -203,7 +203,7 @@ def _files_in(folder: Path) -> _Files:
             files.found[match["role"].lower(), match["index"] or ""].append(folder / name)
         elif _LEFTOVER.fullmatch(name):
             unfinished.append(name)
-        elif _NIFTI.search(name) and (_NEARLY if name.startswith(identity) else _ROLE).search(name):
+        elif _IMAGE.search(name) and (_NEARLY if name.startswith(identity) else _ROLE).search(name):
             strange.append(name)
     for (role, index), paths in files.found.items():
         if (index and role == "t1n") or (role != "t1n" and index not in files.indices):

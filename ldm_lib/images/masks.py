@@ -6,7 +6,7 @@ import numpy as np
 
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
-from ldm_lib.images.nifti import corner_distance_mm
+from ldm_lib.images.affines import corner_distance_mm
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import GRID_TOLERANCE_MM, Volume, read_volume, require_same_grid
 

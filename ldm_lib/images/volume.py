@@ -1,33 +1,24 @@
-"""Read 3D images from NIfTI files, check that they are plausible, and write results with the source's own header.
+"""Read 3D images from NIfTI and MGH files, check that they are plausible, and write results with the source's header.
 
 A `Volume` holds the raw voxels and the bytes in front of them, so that a result differs from its source in the voxels
-under the mask and in nothing else: same header, extensions, byte order, slope and intercept.
+under the mask and in nothing else: same header, extensions, byte order, slope and intercept. A result in the other
+format keeps voxels and affine.
 """
 
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from ldm_lib.errors import InputError, located
 from ldm_lib.geometry import axis_codes
-from ldm_lib.images.nifti import (
-    AGAIN,
-    corner_distance_mm,
-    header_affine,
-    header_dtype,
-    header_shape,
-    header_warnings,
-    read_bytes,
-    scrubbed,
-    stated_orientation,
-    voxel_offset,
-    write_bytes,
-)
+from ldm_lib.images import mgh, nifti
+from ldm_lib.images.affines import corner_distance_mm
+from ldm_lib.images.image_files import AGAIN, is_mgh, read_bytes, write_bytes
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
 GRID_TOLERANCE_MM = 1e-3
@@ -51,6 +42,8 @@ class Volume:
     intercept: float
     warnings: tuple[str, ...] = ()  # what is odd about the file but does not forbid its use
     nan_as_zero: bool = False  # NaN counts as 0 in `voxels`
+    trailer: bytes = b""  # what follows the voxels
+    background: float = 0.0  # value in the file's units from which `voxels` count, already subtracted from `intercept`
 
     @cached_property
     def voxels(self) -> np.ndarray:
@@ -104,44 +97,36 @@ class Volume:
 
 
 def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Volume:
-    """Read one 3D scalar NIfTI file (.nii or .nii.gz) and check it.
+    """Read one 3D scalar image (.nii, .nii.gz, .mgh or .mgz) and check it.
 
     Raises:
-        InputError: the file is missing, unreadable, damaged, not a 3D scalar NIfTI, has no usable orientation,
+        InputError: the file is missing, unreadable, damaged, not a 3D scalar image, has no usable orientation,
             or holds a voxel that is not finite or that float32 cannot represent.
     """
-    path, warnings = Path(path), []
+    path = Path(path)
     with located(path):
-        header, content = read_bytes(path)
-        shape, dtype = header_shape(header), header_dtype(header)
-        affine = header_affine(header, read_options.assume_orientation)
-        warnings += header_warnings(header, affine)
-        if assumed := read_options.assume_orientation:
-            stated = stated_orientation(header)
-            warnings += [] if stated == assumed else [f"states {stated or 'no orientation'}: {assumed} assumed"]
-        offset, n_bytes = voxel_offset(header, content, warnings), math.prod(shape) * dtype.itemsize
-        held = len(content) - offset
-        if held < n_bytes:
-            raise InputError(f"expected {n_bytes} bytes of voxels, got {held}", fix=AGAIN)
-        if held > n_bytes:
-            warnings.append(f"{held - n_bytes} bytes after the last voxel are ignored")
-        slope, intercept = _scaling(header, warnings)
-        raw = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
-        raw.flags.writeable = False
-        _require_exact(raw)
-        preamble = scrubbed(header) if read_options.scrub_header else bytes(content[:offset])
-        return _finite(Volume(path, raw, preamble, affine, slope, intercept, tuple(warnings)), read_options)
+        kind = _format(path)
+        content = read_bytes(path, kind.claimed_bytes, header_bytes=kind.HEADER_BYTES)
+        return _finite(_parsed(path, content, read_options), read_options)
 
 
-def _scaling(header: nib.Nifti1Header, warnings: list[str]) -> tuple[float, float]:
-    """Return slope and intercept; a slope of 0 or one that is not finite means 1 and 0."""
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or not math.isfinite(slope):
-        warnings += [f"scl_slope {slope} read as 1"] if slope else []
-        return 1.0, 0.0
-    if not math.isfinite(intercept) or abs(slope) < 1e-30:
-        raise InputError(f"scl_slope {slope:g}, scl_inter {intercept:g}: not a usable range", fix=AGAIN)
-    return slope, intercept
+def _parsed(path: Path, content: bytearray, read_options: ReadOptions) -> Volume:
+    kind, warnings = _format(path), []
+    stored = kind.layout(content, read_options, warnings)
+    if (held := len(content) - stored.offset) < (n_bytes := stored.end - stored.offset):
+        raise InputError(f"expected {n_bytes} bytes of voxels, got {held}", fix=AGAIN)
+    if kind is nifti and len(content) > stored.end:
+        warnings.append(f"{len(content) - stored.end} bytes after the last voxel are ignored")
+    raw = np.frombuffer(content, stored.dtype, math.prod(stored.shape), stored.offset)
+    raw = raw.reshape(stored.shape, order="F")
+    raw.flags.writeable = False
+    _require_exact(raw)
+    scaling = {"slope": stored.slope, "intercept": stored.intercept, "warnings": tuple(warnings)}
+    return Volume(path, raw, stored.preamble, stored.affine, **scaling, trailer=stored.trailer)
+
+
+def _format(path: Path) -> ModuleType:
+    return mgh if is_mgh(path) else nifti
 
 
 def _require_exact(raw: np.ndarray) -> None:
@@ -200,7 +185,8 @@ def _from_background(volume: Volume) -> Volume:
     if np.count_nonzero((voxels < np.float32(background)) & ~void) > MOST_BELOW * np.count_nonzero(voxels > background):
         return volume
     note = f"the background is {background:g}, not 0: intensities are shifted for the model, and back in results"
-    return replace(volume, intercept=-float(stored * volume.slope), warnings=(*volume.warnings, note))
+    intercept = -float(stored * volume.slope)
+    return replace(volume, intercept=intercept, background=background, warnings=(*volume.warnings, note))
 
 
 def _face(axis: int, index: int) -> list[Any]:
@@ -269,16 +255,33 @@ def normalise(voxels: np.ndarray, scale: float) -> np.ndarray:
     return (np.maximum(voxels, 0) / scale).astype(np.float32)
 
 
+def in_format_of(path: Path, source: Volume) -> Volume:
+    """Return a volume as a file of this name holds it: itself, or, in the other format, with its voxels and affine.
+
+    Types that the other format lacks become the next larger one, float64 and scaled integers float32.
+    """
+    kind, intercept = _format(path), source.intercept + source.background
+    if kind is _format(source.path):
+        return source
+    raw = source.raw
+    if (source.slope, intercept) != (1.0, 0.0):
+        raw = (raw * np.float64(source.slope) + intercept).astype(np.float32)
+    content = bytearray(kind.new_file(raw.astype(raw.dtype.newbyteorder("=")), source.affine))
+    return replace(_parsed(path, content, READ_STRICTLY), intercept=-source.background, background=source.background)
+
+
 def write_like(path: str | Path, source: Volume, voxels: np.ndarray, mask: np.ndarray) -> Path:
     """Write `source` with the voxels under `mask` replaced, and nothing else changed: the other bits are the same.
 
     Args:
-        path: ends in .nii or .nii.gz; replaced atomically.
+        path: ends in .nii, .nii.gz, .mgh or .mgz; replaced atomically. For the other format see `in_format_of`.
         voxels: (x, y, z) in the source's scaled units; rounded and saturated to its dtype.
 
     Raises:
         InputError: a value to paste is not finite, or the file cannot be written or read back.
     """
+    path = Path(path)
+    source = in_format_of(path, source)
     values = (np.asarray(voxels, np.float64)[mask] - source.intercept) / source.slope
     if not np.isfinite(values).all():
         raise InputError(f"{np.count_nonzero(~np.isfinite(values))} inpainted voxels are not finite", where=path)
@@ -287,13 +290,9 @@ def write_like(path: str | Path, source: Volume, voxels: np.ndarray, mask: np.nd
     values = np.clip(np.rint(values) if whole else values, limits.min, limits.max)
     pasted = source.raw.copy(order="F")
     pasted[mask] = values.astype(source.raw.dtype)
-    return write_bytes(Path(path), source.preamble + pasted.tobytes(order="F"))
+    return write_bytes(path, source.preamble + pasted.tobytes(order="F") + source.trailer)
 
 
 def write_map(path: str | Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
-    """Write a new NIfTI of the array's own dtype (x, y, z), slope 1, intercept 0, scanner coordinates."""
-    image = nib.Nifti1Image(np.asarray(voxels), affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, 1)
-    image.set_qform(affine, 1)
-    return write_bytes(Path(path), image.to_bytes())
+    """Write a new file of the array's own dtype (x, y, z), scanner coordinates; MGH may need a larger type."""
+    return write_bytes(Path(path), _format(Path(path)).new_file(np.asarray(voxels), affine))

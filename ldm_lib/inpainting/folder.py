@@ -25,7 +25,7 @@ from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
-from ldm_lib.images.volume import read_volume, write_like
+from ldm_lib.images.volume import in_format_of, read_volume, write_like
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock
@@ -268,5 +268,6 @@ def write_estimate(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
 def is_unchanged_outside(case: Case, folder: Path) -> bool:
     """Read a case's result back, and return whether header and voxels outside the mask are those of the source."""
     data, result = load_case(case), read_volume(folder / case.result_name)
-    same = np.array_equal(result.raw[~data.mask], data.source.raw[~data.mask])
-    return same and result.preamble == data.source.preamble
+    source = in_format_of(result.path, data.source)
+    same = np.array_equal(result.raw[~data.mask], source.raw[~data.mask])
+    return same and result.preamble == source.preamble

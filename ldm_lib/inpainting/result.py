@@ -9,10 +9,8 @@ import numpy as np
 from ldm_lib.data.case import CaseData
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path
-from ldm_lib.images.nifti import require_results_writable, stem
+from ldm_lib.images.image_files import ANY_OF_SUFFIXES, SUFFIXES, require_results_writable, stem
 from ldm_lib.images.volume import write_like, write_map
-
-ENDINGS = (".nii", ".nii.gz")
 
 
 class Samples(Sequence[np.ndarray]):
@@ -92,8 +90,8 @@ class Inpainting:
         deviation (float32, source units) and `<output>-nearest` the medoid sample.
 
         Args:
-            path: a file that ends in .nii or .nii.gz, or a folder, which takes `<case>-t1n-inference.nii.gz`. A new
-                folder whose name has another suffix ends in "/".
+            path: a file that ends in .nii, .nii.gz, .mgh or .mgz, or a folder, which takes
+                `<case>-t1n-inference.nii.gz`. A new folder whose name has another suffix ends in "/".
             samples: write each sample too, as `<output>-sample-000k`.
 
         Raises:
@@ -101,9 +99,9 @@ class Inpainting:
                 finite.
         """
         output = expand_path(path)
-        if not output.name.lower().endswith(ENDINGS):
+        if not output.name.lower().endswith(SUFFIXES):
             if output.is_file() or (output.suffix and not output.is_dir() and not str(path).endswith("/")):
-                raise InputError("is neither a folder nor named .nii or .nii.gz", where=output,
+                raise InputError(f"is neither a folder nor named {ANY_OF_SUFFIXES}", where=output,
                                  fix='name a file .nii.gz, or end a new folder in "/"')  # fmt: skip
             output.mkdir(parents=True, exist_ok=True)
             output /= self.data.case.result_name

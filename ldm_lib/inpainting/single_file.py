@@ -5,7 +5,7 @@ from pathlib import Path
 from ldm_lib.data.case import case_of_files, load_case
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.files import expand_path
-from ldm_lib.images.nifti import require_results_writable
+from ldm_lib.images.image_files import require_results_writable
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import ResultOptions
@@ -39,7 +39,7 @@ def inpaint(
     Args:
         t1n_voided: 3D T1n; voided here, with a warning, if it is not void under the mask.
         mask: binary, on the same grid, 1 = inpaint this.
-        output: .nii or .nii.gz; of several samples it is their mean, as `Inpainting.save` writes it.
+        output: .nii, .nii.gz, .mgh or .mgz; of several samples it is their mean, as `Inpainting.save` writes it.
         growth: tumour-cell concentration in [0, 1]; None means zero, healthy tissue.
         tissue: labels 1 CSF, 2 GM, 3 WM, made by one method inside and outside the mask; None means unknown, unless
             the map is made.

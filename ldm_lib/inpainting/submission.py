@@ -12,7 +12,7 @@ from ldm_lib.data.cohort import find_cases, survey_cases
 from ldm_lib.data.layouts import require_outside
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, replacing, require_writable
-from ldm_lib.images.volume import GRID_TOLERANCE_MM, read_volume
+from ldm_lib.images.volume import GRID_TOLERANCE_MM, in_format_of, read_volume
 
 PATTERN = "*-t1n-inference*.nii.gz"
 OTHER_FILES = ("-std.nii.gz", "-nearest.nii.gz")  # of a result, next to samples: these are not submitted
@@ -86,7 +86,7 @@ def _problem(case: Case, folder: Path) -> str:
         data, result = load_case(case.to_inpaint()), read_volume(path)
     except LdmError as error:
         return str(error)
-    source = data.source
+    source = in_format_of(path, data.source)
     if result.shape != source.shape:
         shape, due = ("x".join(map(str, volume.shape)) for volume in (result, source))
         return f"{path.name} has shape {shape}, must have {due}"

@@ -376,7 +376,7 @@ def test_ids_are_those_of_the_file_names(tmp_path):
     [
         (["sub-1_T1w.nii", "sub-1_run-2_T1w.nii"], [], "two files of one id, sub-1: sub-1_T1w.nii and sub-1_run-2_T1w"),
         (["a b.nii"], [], "a b.nii: its name is no id: letters, digits"),
-        (["notes.txt"], [], r"0 scans found \(\*.nii, .*\); present: notes.txt. Fix: give a folder"),
+        (["notes.txt"], [], r"0 scans found \(\*.nii.gz, .*\); present: notes.txt. Fix: give a folder"),
         (None, [], "nowhere: no such folder. Fix: give a folder of skull-stripped T1w, or a BIDS data set"),
         (["a.nii"], ["--masks", "9"], "--masks 9: allowed: integer from 1 to 8. Fix: see `ldm cohort"),
         (["a.nii"], ["--output", "{source}/out"], "lies inside the folder of cases"),

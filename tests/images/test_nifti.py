@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ldm_lib.errors import InputError
-from ldm_lib.images.nifti import require_results_writable, write_bytes
+from ldm_lib.images.image_files import require_results_writable, write_bytes
 from ldm_lib.images.volume import read_volume
 
 SHAPE = (24, 22, 20)
@@ -156,13 +156,13 @@ def test_a_qform_that_contradicts_the_sform_is_reported(tmp_path, qfac, quaterni
 def test_what_is_no_file_is_rejected_without_waiting(tmp_path):
     (tmp_path / "folder.nii.gz").mkdir()
     (tmp_path / "loop.nii.gz").symlink_to("loop.nii.gz")
-    for name in ("a.hdr", "a.mgz"):
+    for name in ("a.hdr", "a.nrrd"):
         (tmp_path / name).write_bytes(RAW)
     for name, match in (
-        ("folder.nii.gz", "is a directory, not a NIfTI file"),
+        ("folder.nii.gz", "is a directory, not an image file"),
         ("loop.nii.gz", r"broken link to loop\.nii\.gz"),
         ("a.hdr", r"a pair of \.hdr and \.img, as Analyze has"),
-        ("a.mgz", r"not named \.nii\.gz or \.nii"),
+        ("a.nrrd", r"not named \.nii\.gz, \.nii, \.mgz or \.mgh"),
         ("missing.nii.gz", "no such file"),
         ("x" * 300 + ".nii.gz", r"cannot be read \(File name too long\)"),
     ):
@@ -212,7 +212,7 @@ def test_a_planted_link_is_replaced_not_followed(tmp_path, planted):
 def test_an_output_that_cannot_be_written_is_rejected_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "folder.nii.gz").mkdir()
     for name, match in (
-        ("a.png", r"an output must end in \.nii\.gz or \.nii"),
+        ("a.png", r"an output must end in \.nii\.gz, \.nii, \.mgz or \.mgh"),
         ("folder.nii.gz", r"is a directory\. Fix: name a file"),
         ("missing/a.nii.gz", r"its folder does not exist\. Fix: mkdir -p '.*missing'"),
         ("x" * 250 + ".nii.gz", r"its name is too long. Fix: shorten it"),

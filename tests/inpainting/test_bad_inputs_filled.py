@@ -87,6 +87,27 @@ def test_a_ras_copy_gives_the_result_of_its_lps_original(tmp_path, fill, plain):
     np.testing.assert_array_equal(result.get_fdata()[::-1, ::-1], plain)
 
 
+@pytest.mark.parametrize("ending", [".mgz", ".nii.gz"])
+def test_mgh_files_give_the_result_of_nifti_files_in_the_format_of_the_outputs_name(
+    ending, tmp_path, tiny_model_folder, plain
+):
+    place = Place(tmp_path / "data", CASE)
+    scan, mask = (path.with_name(path.name.replace(".nii.gz", ".mgz")) for path in (place.P, place.K))
+    for given, path in ((place.P, scan), (place.K, mask)):
+        image = nib.load(given)
+        nib.save(nib.MGHImage(np.asarray(image.dataobj), image.affine), path)
+        given.unlink()
+    assert main(["validate", str(tmp_path / "data")]) == 0
+    output = tmp_path / f"filled{ending}"
+    few = ["--model", str(tiny_model_folder), "--steps", "2", "--device", "cpu"]
+    assert main(["inpaint", "--t1n-voided", str(scan), "--mask", str(mask), "--output", str(output), *few]) == 0
+    result = nib.load(output)
+    assert isinstance(result, nib.MGHImage if ending == ".mgz" else nib.Nifti1Image)
+    assert result.get_data_dtype().newbyteorder("=") == np.int16
+    np.testing.assert_array_equal(result.get_fdata(), plain)
+    np.testing.assert_allclose(result.affine, nib.load(scan).affine, atol=1e-5)
+
+
 def test_an_outlier_changes_next_to_nothing_and_comes_back(tmp_path, fill, plain):
     place = spoilt("one outlier 1e30", tmp_path / "data", CASE)
     result = fill(place)

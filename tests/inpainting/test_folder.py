@@ -115,7 +115,7 @@ def test_what_is_not_a_file_is_rejected_without_waiting(inpainter, cohort, tmp_p
     spoilt = {
         "not a regular file": os.mkfifo,
         "broken link to m.nii.gz": lambda path: path.symlink_to("/data/JOHN_DOE/m.nii.gz"),
-        "is a directory, not a NIfTI file": lambda path: path.mkdir(),
+        "is a directory, not an image file": lambda path: path.mkdir(),
     }
     for case, spoil_mask in zip(cases, spoilt.values(), strict=False):
         case.mask.unlink()
