@@ -24,6 +24,32 @@ def axis_codes(affine: np.ndarray) -> str:
     return "".join(nib.aff2axcodes(affine))
 
 
+def nearest_rotation(affine: np.ndarray) -> np.ndarray:
+    """Return the rotation (3, 3) from the world's axes, in the order and directions nearest to a grid's, to the grid's.
+
+    For orthogonal axes it is the identity, whatever their order.
+    """
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    world = np.zeros((3, 3))
+    for column, (axis, sign) in enumerate(nib.orientations.io_orientation(affine)):
+        world[int(axis), column] = sign
+    return axes.T @ world
+
+
+def oblique_degrees(affine: np.ndarray) -> float:
+    """Return the angle by which a grid is rotated away from the nearest axes of the world, degrees.
+
+    Examples:
+        >>> turn = np.radians(12)
+        >>> affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+        >>> affine[:2, :2] = [[-np.cos(turn), np.sin(turn)], [-np.sin(turn), -np.cos(turn)]]
+        >>> round(oblique_degrees(affine), 3)
+        12.0
+    """
+    cosine = (np.trace(nearest_rotation(affine)) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+
+
 def cropped_affine(affine: np.ndarray, box: Sequence[slice]) -> np.ndarray:
     """Return the affine (4, 4) of `array[box]`, given that of the array (x, y, z)."""
     cropped = affine.copy()
@@ -84,7 +110,7 @@ class Frame:
         """Build the frame of a grid for a network that divides each axis by `multiple`.
 
         Args:
-            affine: voxel to world (RAS, mm), 4 x 4; an oblique grid is assigned to its nearest axes.
+            affine: voxel to world (RAS, mm), 4 x 4; a grid that is a little oblique is assigned to its nearest axes.
             shape: shape of the file's grid.
             multiple: what every axis of the model's grid is divisible by.
         """

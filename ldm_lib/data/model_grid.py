@@ -1,6 +1,6 @@
 """Convert a case to the grid of a network and back, and its maps to the conditioning tensor.
 
-    file's grid (x y z) => same axes and centre, the model's voxel size (x y z) => LPS, padded, normalised
+    file's grid (x y z) => the model's voxel size, axes of the world if oblique (x y z) => LPS, padded, normalised
                         => results: the file's grid again, under the mask only
 
 Resampling never reads voxels under the mask, and never replaces voxels outside it.
@@ -8,6 +8,7 @@ Resampling never reads voxels under the mask, and never replaces voxels outside 
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy import ndimage
@@ -16,21 +17,25 @@ from ldm_lib.anatomy.tissue import one_hot
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
 from ldm_lib.data.case import CaseData
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import block_centre, block_mean, blur_for, latent_mask
+from ldm_lib.geometry import block_centre, block_mean, blur_for, latent_mask, nearest_rotation, oblique_degrees
 from ldm_lib.images.volume import normalise
 
 CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
 SAME_SPACING = 0.01  # relative difference of voxel sizes that is ignored: 2 mm over a head
+LARGEST_TILT_DEGREES = 15.0  # of a grid that is treated as if it lay along the axes of the world
+AROUND_MM = 8.0  # of air around the head in the grid of a scan that was oblique
 LEAST_WEIGHT = 1e-3  # weight of voxels in a mean below which they are left out
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """Map a source grid to a target grid with the same axes and the same centre."""
+    """Map a source grid to a target grid of isotropic voxels."""
 
     source_shape: tuple[int, ...]
     shape: tuple[int, ...]  # of the target grid
-    step: tuple[float, ...]  # source voxels per target voxel, along each axis
+    step: tuple[float, ...]  # source voxels per target voxel, along each axis of the source
+    rotation: np.ndarray | None = None  # (3, 3) from the target's axes to the source's; None keeps the axes
+    centre: tuple[float, ...] | None = None  # of the target grid, source voxels; None is the centre of the source
 
     @classmethod
     def of(cls, shape: tuple[int, ...], spacing_mm: tuple[float, ...], target_mm: float) -> "Resampling":
@@ -38,21 +43,43 @@ class Resampling:
         step = tuple(target_mm / s for s in spacing_mm)
         return cls(shape, tuple(max(2, math.ceil(n / k - 1e-6)) for n, k in zip(shape, step, strict=True)), step)
 
+    @classmethod
+    def to_axes(cls, affine: np.ndarray, needed: np.ndarray, target_mm: float) -> "Resampling":
+        """Make the resampling of an oblique grid to isotropic voxels along the nearest axes of the world.
+
+        Args:
+            affine: (4, 4) of the source.
+            needed: (x, y, z) bool, source voxels that the target grid covers, with `AROUND_MM` more on every side.
+        """
+        rotation, spacing_mm = nearest_rotation(affine), np.linalg.norm(affine[:3, :3], axis=0)
+        turned = (np.argwhere(needed) * spacing_mm) @ rotation
+        low, high = turned.min(axis=0) - AROUND_MM, turned.max(axis=0) + AROUND_MM
+        shape = tuple(math.ceil(extent / target_mm) + 1 for extent in high - low)
+        centre = tuple((rotation @ ((low + high) / 2) / spacing_mm).tolist())
+        return cls(needed.shape, shape, tuple((target_mm / spacing_mm).tolist()), rotation, centre)
+
     def affine(self, affine: np.ndarray) -> np.ndarray:
         """Return the (4, 4) affine of the target grid, given that of the source."""
-        matrix = np.diag([*self.step, 1.0])
+        matrix = np.eye(4)
+        matrix[:3, :3] = self._matrix
         matrix[:3, 3] = self._offset
         return affine @ matrix
 
-    @property
+    @cached_property
+    def _matrix(self) -> np.ndarray:
+        """Return the (3, 3) matrix from target voxels to source voxels."""
+        return np.diag(self.step) @ (np.eye(3) if self.rotation is None else self.rotation)
+
+    @cached_property
     def _offset(self) -> np.ndarray:
-        """Source voxel index, with fraction, of the first target voxel."""
+        """Return the source voxel index, with fraction, of the first target voxel."""
         source, target = ((np.array(shape) - 1) / 2 for shape in (self.source_shape, self.shape))
-        return source - np.array(self.step) * target
+        return (source if self.centre is None else np.array(self.centre)) - self._matrix @ target
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """Resample a mask (x, y, z): True where a target voxel covers or interpolates any masked source voxel."""
-        reach = [2 * math.floor(step / 2) + 1 if step > 1 else 1 for step in self.step]
+        extent = np.abs(self._matrix).sum(axis=1)  # of a target voxel along the source's axes
+        reach = [2 * math.floor(step / 2) + 1 if step > 1 else 1 for step in extent]
         return self._sampled(ndimage.maximum_filter(mask, reach).astype(np.float32)) > LEAST_WEIGHT
 
     def labels(self, labels: np.ndarray) -> np.ndarray:
@@ -70,17 +97,31 @@ class Resampling:
 
     def back(self, volume: np.ndarray, voxels: np.ndarray) -> np.ndarray:
         """Interpolate a volume (x, y, z) on the target grid at source voxels, (n, 3) indices, by cubic splines."""
-        positions = (voxels - self._offset) / np.array(self.step)
+        offset = voxels - self._offset
+        positions = offset / np.array(self.step) if self.rotation is None else offset @ np.linalg.inv(self._matrix).T
         return ndimage.map_coordinates(volume, positions.T, order=3, mode="nearest", output=np.float32)
 
     def _sampled(self, array: np.ndarray) -> np.ndarray:
-        options = {"output_shape": self.shape, "order": 1, "mode": "nearest"}
-        return ndimage.affine_transform(array, np.array(self.step), offset=self._offset, **options)
+        options = {"output_shape": self.shape, "offset": self._offset, "order": 1}
+        if self.rotation is None:
+            return ndimage.affine_transform(array, np.array(self.step), mode="nearest", **options)
+        return ndimage.affine_transform(array, self._matrix, mode="constant", **options)  # corners lie outside the scan
+
+
+def _has_spacing(data: CaseData, spacing_mm: float) -> bool:
+    return all(abs(s / spacing_mm - 1) < SAME_SPACING for s in data.source.spacing_mm)
+
+
+def is_oblique(data: CaseData) -> bool:
+    """Return whether the grid of a case is rotated too far to be treated as if it lay along the axes of the world."""
+    return oblique_degrees(data.affine) > LARGEST_TILT_DEGREES
 
 
 def resampling_to(data: CaseData, spacing_mm: float) -> Resampling | None:
-    """Return how to resample a case to isotropic voxels of a size; None if it has that size already."""
-    if all(abs(s / spacing_mm - 1) < SAME_SPACING for s in data.source.spacing_mm):
+    """Return how to resample a case to isotropic voxels of a size; None if it has that size and is not oblique."""
+    if is_oblique(data):
+        return Resampling.to_axes(data.affine, (data.voided != 0) | data.mask, spacing_mm)
+    if _has_spacing(data, spacing_mm):
         return None
     return Resampling.of(data.source.shape, data.source.spacing_mm, spacing_mm)
 
@@ -91,7 +132,7 @@ def require_spacing(data: CaseData, spacing_mm: float) -> None:
     Raises:
         InputError: another voxel size.
     """
-    if resampling_to(data, spacing_mm):
+    if not _has_spacing(data, spacing_mm):
         voxels = "x".join(f"{mm:g}" for mm in data.source.spacing_mm)
         raise InputError(f"has voxels of {voxels} mm, the autoencoder was trained at {spacing_mm:g} mm",
                          where=data.case.key, fix="train an autoencoder on these cases (pretrained=false, "

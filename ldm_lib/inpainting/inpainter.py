@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ldm_lib.autoencoder.region_decoding import decode_box
 from ldm_lib.data.case import NO_MAP, Case, CaseData, load_case
-from ldm_lib.data.model_grid import resampling_to
+from ldm_lib.data.model_grid import is_oblique, resampling_to
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import Latents, encode_case
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.samplers import Callback, check_sampler
 from ldm_lib.errors import InputError
+from ldm_lib.geometry import oblique_degrees
 from ldm_lib.inpainting.options import MEAN, InpaintOptions
 from ldm_lib.inpainting.preprocess import CaseGrid
 from ldm_lib.inpainting.result import Inpainting
@@ -153,7 +154,10 @@ class Inpainter:
         trained_mm = self.model.autoencoder.spacing_mm
         silent = {NO_MAP.format("growth"), *([NO_MAP.format("tissue")] if self.makes_maps(make_missing) else [])}
         warnings = [text for text in data.warnings if text not in silent]
-        if resampling_to(data, trained_mm):
+        if is_oblique(data):
+            degrees = oblique_degrees(data.affine)
+            warnings.append(f"oblique by {degrees:.0f} degrees; inpainted on a grid along the axes of the world")
+        elif resampling_to(data, trained_mm):
             warnings.append(f"voxels of {data.source.spacing_mm} mm; inpainted at the model's {trained_mm:g} mm")
         for warning in warnings:
             log.warning("%s: %s", data.case.t1n_voided or data.case.t1n, warning)

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.ndimage import grey_erosion as erosion
+from scipy.spatial.transform import Rotation
 
 from ldm_lib.data.case import load_case
-from ldm_lib.data.model_grid import Resampling, resample_case, resampling_to
+from ldm_lib.data.model_grid import Resampling, require_spacing, resample_case, resampling_to
 
 SHAPE = (24, 21, 18)
 targets = pytest.mark.parametrize("target_mm", [4.0, 2.0, 1.5, 0.7])
@@ -89,6 +91,50 @@ def test_a_label_there_is_the_one_that_covers_most():
     labels[:12], labels[12:] = 3, 1
     found = resampling(3.0).labels(labels)
     assert (found[:4] == 3).all() and (found[4:] == 1).all() and found.dtype == np.uint8
+
+
+@pytest.mark.parametrize("degrees", [0, 17, 30, 45])
+@pytest.mark.parametrize("target_mm", [2.0, 1.0, 0.7])
+def test_an_oblique_grid_is_resampled_along_the_axes_of_the_world(degrees, target_mm):
+    """Places keep their values, hidden voxels stay hidden, and the grid covers what it is to cover, with 8 mm more."""
+    shape = 44, 42, 40
+    turn = Rotation.from_rotvec(np.array([1, 2, -2]) / 3 * degrees, degrees=True).as_matrix()
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.array([[0, -1.0, 0], [1.3, 0, 0], [0, 0, 0.9]])
+    affine[:3, 3] = 5, -8, 3
+    needed, mask = np.zeros(shape, bool), np.zeros(shape, bool)
+    needed[3:20, 2:19, 1:16], mask[9:13, 9:12, 7:11] = True, True
+    chosen = Resampling.to_axes(affine, needed, target_mm)
+    found = chosen.affine(affine)
+    np.testing.assert_allclose(np.sort(np.abs(found[:3, :3]), axis=0), [[0] * 3, [0] * 3, [target_mm] * 3], atol=1e-9)
+    places = np.linalg.solve(found, affine @ np.c_[np.argwhere(needed), np.ones(needed.sum())].T)[:3]
+    assert (places >= 8 / target_mm - 1e-6).all()
+    assert (places <= np.array(chosen.shape)[:, None] - 1 - 8 / target_mm + 1e-6).all()
+    world = np.einsum("ij,jxyz->ixyz", affine, np.stack([*np.indices(shape), np.ones(shape)]))
+    image = 3 * world[0] - 2 * world[1] + world[2]
+    there = chosen.image(image, np.ones(shape, bool))
+    world = np.einsum("ij,jxyz->ixyz", found, np.stack([*np.indices(there.shape), np.ones(there.shape)]))
+    inner = chosen.image(erosion(np.ones(shape), size=17), np.ones(shape, bool)) == 1
+    expected = 3 * world[0] - 2 * world[1] + world[2]
+    assert inner.sum() > 10
+    np.testing.assert_allclose(there[inner], expected[inner], atol=0.05)
+    back = chosen.back(expected.astype(np.float32), np.argwhere(mask))
+    np.testing.assert_allclose(back, image[mask], atol=1e-3)
+    hidden = chosen.mask(mask)
+    assert np.array_equal(
+        chosen.image(np.where(mask, 0, image), ~mask), chosen.image(np.where(mask, 1e6, image), ~mask)
+    )
+    assert (chosen.back(hidden.astype(np.float32), np.argwhere(mask)) > 0.4).all()
+
+
+def test_small_tilts_as_scanners_write_them_change_nothing(cases):
+    data = load_case(cases[0])
+    for degrees, same in ((0.5, True), (14.9, True), (15.1, False)):
+        turn = np.eye(4)
+        turn[:3, :3] = Rotation.from_euler("y", degrees, degrees=True).as_matrix()
+        tilted = replace(data, source=replace(data.source, affine=turn @ data.affine))
+        assert (resampling_to(tilted, 8.0) is None) == same
+        require_spacing(tilted, 8.0)
 
 
 def test_a_case_of_the_models_voxels_is_left_alone(cases):

@@ -7,10 +7,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from ldm_lib import geometry
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import Frame, Padding, block_centre, block_mean, bounding_box, latent_mask
+from ldm_lib.geometry import (
+    Frame,
+    Padding,
+    block_centre,
+    block_mean,
+    bounding_box,
+    latent_mask,
+    nearest_rotation,
+    oblique_degrees,
+)
 
 ORIENTATIONS = [(axes, signs) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3)]
 
@@ -202,3 +212,18 @@ def test_the_blur_makes_up_for_the_wider_voxels():
     """Gaussians of full width at half maximum: their squares add up, as 1 + blur = step."""
     blur = np.array(geometry.blur_for((0.5, 1.0, 2.0, 5.0)))
     np.testing.assert_allclose(1 + blur**2 * 8 * np.log(2), [1, 1, 4, 25])
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "LIA", "SPR"])
+@pytest.mark.parametrize("degrees", [0.0, 3.0, 20.0, 44.0])
+def test_the_tilt_of_a_grid_is_that_of_its_nearest_axes(orientation, degrees):
+    """Whatever the order, directions and lengths of its voxel axes."""
+    affine = np.diag([0.0, 0, 0, 1])
+    for column, (axis, sign) in enumerate(nib.orientations.axcodes2ornt(orientation)):
+        affine[int(axis), column] = sign * (0.7, 1.0, 1.9)[column]
+    turn = Rotation.from_rotvec(np.array([2, 2, 1]) / 3 * degrees, degrees=True).as_matrix()
+    tilted = affine.copy()
+    tilted[:3, :3] = turn @ affine[:3, :3]
+    assert oblique_degrees(tilted) == pytest.approx(degrees, abs=1e-4)
+    there = tilted[:3, :3] @ np.diag(1 / np.linalg.norm(affine[:3, :3], axis=0)) @ nearest_rotation(tilted)
+    np.testing.assert_allclose(there, np.sign(affine[:3, :3]), atol=1e-9)

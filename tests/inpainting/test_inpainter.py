@@ -13,6 +13,7 @@ import pytest
 import torch
 from einops import rearrange
 from models import changed
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 from ldm_lib.data.case import case_of_files, load_case
@@ -248,7 +249,8 @@ def test_the_order_of_a_files_voxels_does_not_matter(tmp_path, inpainter):
     assert np.allclose(results[0].affine, results[1].affine)
 
 
-def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, inpainter):
+@pytest.mark.parametrize("degrees", [0, 14, 16, 45])
+def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, inpainter, degrees):
     """With the ground truth in the model's voxels, a smooth head of other voxels comes back within a few percent."""
     grid, step = np.indices((40, 44, 36)), np.array([0.8, 1.0, 1.3])
     millimetres = grid * step[:, None, None, None] - np.array([16, 22, 23])[:, None, None, None]
@@ -256,6 +258,7 @@ def test_a_file_of_other_voxels_is_resampled_to_the_models_and_back(tmp_path, in
     head = np.where(radius < 15, 1000 + 300 * np.cos(radius / 4), 0).astype(np.float32)
     masked = np.square(millimetres - np.array([3, 2, -4])[:, None, None, None]).sum(axis=0) < 25
     affine = np.diag([*-step[:2], step[2], 1])
+    affine[:3, :3] = Rotation.from_rotvec(np.array([2, -1, 2]) / 3 * degrees, degrees=True).as_matrix() @ affine[:3, :3]
     for name, volume in {"head": head, "head-t1n-voided": head * ~masked, "head-mask": masked.astype(np.uint8)}.items():
         write_map(tmp_path / f"{name}.nii.gz", volume, affine)
     files = [tmp_path / f"head{name}.nii.gz" for name in ("-t1n-voided", "-mask")]
