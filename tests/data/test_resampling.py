@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.ndimage import grey_erosion as erosion
 from scipy.spatial.transform import Rotation
 
 from ldm_lib.data.case import load_case
@@ -114,7 +113,8 @@ def test_an_oblique_grid_is_resampled_along_the_axes_of_the_world(degrees, targe
     image = 3 * world[0] - 2 * world[1] + world[2]
     there = chosen.image(image, np.ones(shape, bool))
     world = np.einsum("ij,jxyz->ixyz", found, np.stack([*np.indices(there.shape), np.ones(there.shape)]))
-    inner = chosen.image(erosion(np.ones(shape), size=17), np.ones(shape, bool)) == 1
+    away = np.pad(np.ones([n - 16 for n in shape]), 8)
+    inner = chosen.image(away, np.ones(shape, bool)) > 1 - 1e-6
     expected = 3 * world[0] - 2 * world[1] + world[2]
     assert inner.sum() > 10
     np.testing.assert_allclose(there[inner], expected[inner], atol=0.05)
