@@ -13,9 +13,9 @@ from ldm_lib.errors import InputError
 from ldm_lib.files import sha256
 from ldm_lib.geometry import Frame
 from ldm_lib.images.image_files import require_file, stem
+from ldm_lib.images.masked_scan import from_darkest, read_masked_scan
 from ldm_lib.images.masks import (
     read_labels,
-    read_mask,
     read_parts,
     read_unit_map,
     require_concentration,
@@ -251,9 +251,8 @@ def load_case(case: Case | CaseData) -> CaseData:
         given = f"needs a case, not {type(case).__name__}"
         raise InputError(given, where="load_case", fix="take one of find_cases(folder)")
     case.require_unchanged()
-    source = read_image(case.t1n_voided or case.t1n, case.read_options)
-    warnings = [*case.notes, *source.warnings]
-    mask = read_mask(case.mask, source, case.read_options, warnings=warnings)
+    warnings = list(case.notes)
+    source, mask = read_masked_scan(case.t1n_voided or case.t1n, case.mask, case.read_options, warnings)
     voided = _voided(case, source, mask, warnings)
     scale = intensity_scale(voided, mask, where=source.path)
     target = _read_target(case, source, mask, warnings)
@@ -292,7 +291,7 @@ def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[st
         return None
     if case.t1n_voided is None:
         return source.voxels
-    target = read_image(case.t1n, case.read_options)
+    target = from_darkest(read_image(case.t1n, case.read_options), mask, [])
     require_same_grid(target, source)
     warnings += target.named_warnings
     if changed := int(np.count_nonzero((target.voxels != source.voxels) & ~mask)):

@@ -183,3 +183,14 @@ def require_3d(shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) < 3 or min(shape[:3]) < 2:
         raise InputError(f"shape {shape} is not 3D", fix="give the whole volume")
     return shape[:3]
+
+
+def require_exact(raw: np.ndarray) -> None:
+    """Raise InputError if float32, in which all is computed, cannot represent stored integers exactly."""
+    if raw.dtype.kind not in "iu" or raw.dtype.itemsize < 4 or (abs(int(raw.min())) | int(raw.max())) <= 1 << 24:
+        return
+    with np.errstate(invalid="ignore"):  # beyond the integer type comes back as another number
+        rounded = raw.astype(np.float32).astype(raw.dtype)
+    if lost := int(np.count_nonzero(rounded != raw)):
+        cause = f"{lost} voxels of type {raw.dtype} do not fit float32, up to {raw.max()}"
+        raise InputError(cause, fix="store intensities below 16777216, or as float32")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from ldm_lib.errors import InputError, located
 from ldm_lib.geometry import axis_codes
 from ldm_lib.images import mgh, nifti
 from ldm_lib.images.affines import corner_distance_mm
-from ldm_lib.images.image_files import AGAIN, is_mgh, read_bytes, write_bytes
+from ldm_lib.images.image_files import AGAIN, is_mgh, read_bytes, require_exact, write_bytes
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
 GRID_TOLERANCE_MM = 1e-3
@@ -44,6 +43,7 @@ class Volume:
     nan_as_zero: bool = False  # NaN counts as 0 in `voxels`
     trailer: bytes = b""  # what follows the voxels
     background: float = 0.0  # value in the file's units from which `voxels` count, already subtracted from `intercept`
+    air: np.generic | None = None  # stored value of air that is 0 in `voxels`, though darker voxels exist
 
     @cached_property
     def voxels(self) -> np.ndarray:
@@ -55,6 +55,8 @@ class Volume:
                 voxels = (self.raw * np.float64(self.slope) + self.intercept).astype(np.float32)
         if self.nan_as_zero:
             voxels[np.isnan(voxels)] = 0
+        if self.air is not None:
+            voxels[self.raw == self.air] = 0
         return voxels
 
     @property
@@ -120,24 +122,13 @@ def _parsed(path: Path, content: bytearray, read_options: ReadOptions) -> Volume
     raw = np.frombuffer(content, stored.dtype, math.prod(stored.shape), stored.offset)
     raw = raw.reshape(stored.shape, order="F")
     raw.flags.writeable = False
-    _require_exact(raw)
+    require_exact(raw)
     scaling = {"slope": stored.slope, "intercept": stored.intercept, "warnings": tuple(warnings)}
     return Volume(path, raw, stored.preamble, stored.affine, **scaling, trailer=stored.trailer)
 
 
 def _format(path: Path) -> ModuleType:
     return mgh if is_mgh(path) else nifti
-
-
-def _require_exact(raw: np.ndarray) -> None:
-    """Raise InputError if float32, in which all is computed, cannot represent stored integers exactly."""
-    if raw.dtype.kind not in "iu" or raw.dtype.itemsize < 4 or (abs(int(raw.min())) | int(raw.max())) <= 1 << 24:
-        return
-    with np.errstate(invalid="ignore"):  # beyond the integer type comes back as another number
-        rounded = raw.astype(np.float32).astype(raw.dtype)
-    if lost := int(np.count_nonzero(rounded != raw)):
-        cause = f"{lost} voxels of type {raw.dtype} do not fit float32, up to {raw.max()}"
-        raise InputError(cause, fix="store intensities below 16777216, or as float32")
 
 
 def _finite(volume: Volume, read_options: ReadOptions) -> Volume:
@@ -175,8 +166,8 @@ def _from_background(volume: Volume) -> Volume:
 
     Only the intercept changes, so that results are written in the file's own range.
     """
-    faces = [volume.raw[tuple(index)] for axis in range(3) for index in (_face(axis, 0), _face(axis, -1))]
-    values, counts = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
+    faces = [np.take(volume.raw, (0, -1), axis).ravel() for axis in range(3)]
+    values, counts = np.unique(np.concatenate(faces), return_counts=True)
     stored = np.float64(values[counts.argmax()])
     background = float(stored * volume.slope + volume.intercept)
     if background == 0 or not np.isfinite(background) or counts.max() < LEAST_BACKGROUND * counts.sum():
@@ -187,10 +178,6 @@ def _from_background(volume: Volume) -> Volume:
     note = f"the background is {background:g}, not 0: intensities are shifted for the model, and back in results"
     intercept = -float(stored * volume.slope)
     return replace(volume, intercept=intercept, background=background, warnings=(*volume.warnings, note))
-
-
-def _face(axis: int, index: int) -> list[Any]:
-    return [index if k == axis else slice(None) for k in range(3)]
 
 
 def require_same_grid(volume: Volume, like: Volume) -> None:

@@ -72,6 +72,32 @@ def test_intensities_count_from_the_background_and_are_written_in_the_files_own_
     np.testing.assert_allclose(result[mask], stored, atol=1e-4)
 
 
+@pytest.mark.parametrize("ending", [".nii.gz", ".mgz"])
+@pytest.mark.parametrize("hidden", [0.0, -9.0, 9.0])
+def test_z_scores_of_the_brain_count_from_its_dark_end_while_air_is_0(tmp_path, ending, hidden):
+    """The same brain in other units, whatever lies under the mask: equal up to the 0.1 % that are darker."""
+    mask, rng = LESION & BRAIN, np.random.default_rng(0)
+    image = rng.integers(20, 100, SHAPE)
+    z = np.where(BRAIN, (image - 60) / 25, 0).astype(np.float32)
+    shown = np.where(mask, hidden, z).astype(np.float32)
+    data = written(tmp_path, shown, mask)
+    assert any("air is 0, the brain begins at -1.6" in text for text in data.warnings)
+    assert (data.voided[~BRAIN] == 0).all() and not data.voided[mask].any()
+    seen = BRAIN & ~mask & (image != 60)  # a z-score of exactly 0 counts as air
+    np.testing.assert_allclose(data.voided[seen] * 25, image[seen] - 20, atol=1e-3)
+    path = write_like(tmp_path / f"out{ending}", data.source, np.where(mask, 1.0, data.voided), mask)
+    result = read_volume(path).raw
+    np.testing.assert_array_equal(result[~mask], shown[~mask])
+    np.testing.assert_allclose(result[mask], -0.6, atol=1e-6)
+
+
+def test_a_few_negative_voxels_of_an_interpolation_shift_nothing(tmp_path):
+    mask = LESION & BRAIN
+    image = np.where(BRAIN & (INDICES[0] % 20 == 0), -30, HUNDRED)
+    data = brain(tmp_path, mask, image)
+    assert data.source.background == 0 and any("negative voxels" in text for text in data.warnings)
+
+
 def test_a_border_of_many_values_is_no_background(tmp_path):
     noise = np.random.default_rng(0).integers(1, 9, SHAPE).astype(np.float32)
     data = written(tmp_path, np.where(LESION, 0, noise + 100 * BRAIN), LESION)
