@@ -18,7 +18,7 @@ MAPS = arg(
 )
 STAGE = arg("stage", "such as 04 or 04_training", metavar="STAGE")
 SAMPLING = ("sampler", "num_inference_steps", "temperature", "seed", "device", "precision")
-READING = ("assume_orientation", "nan_as_zero", "mask_labels")
+READING = ("assume_orientation", "nan_as_zero", "mask_labels", "resample_mask")
 # Command -> its options; a list of several options holds those of which only one may be given.
 ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
     "run": [
@@ -55,6 +55,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--data", CASES, required=True, metavar="DIR"),
         arg("--results", "folder of their <ID>-t1n-inference.nii.gz", required=True, metavar="DIR"),
         arg("--output", "zip file to write (default: submission.zip in the results)", metavar="OUT"),
+        *parameters(ReadOptions, *READING),
     ],
     "prior": [
         arg("--t1n-voided", SCAN, required=True, metavar="F"),
@@ -82,10 +83,14 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--output", "folder to write: data, conditioning_data, cohort.csv, exclusions.csv, pictures", required=True,
             metavar="DIR"),
         *parameters(MadeCohortOptions, "masks_per_patient", "seed", "spacing_mm", "workers", spacing_mm=1.0),
+        *parameters(ReadOptions, "assume_orientation", "nan_as_zero"),
     ],
-    "score": [arg(f"--{name}", text, required=True, metavar="F") for name, text in
-              (("prediction", "inpainted volume"), ("target", "true volume"), ("voided", "voided volume"),
-               ("mask-healthy", "mask of the healthy tissue that is scored"))],
+    "score": [
+        *(arg(f"--{name}", text, required=True, metavar="F") for name, text in
+          (("prediction", "inpainted volume"), ("target", "true volume"), ("voided", "voided volume"),
+           ("mask-healthy", "mask of the healthy tissue that is scored"))),
+        *parameters(ReadOptions, *READING),
+    ],
     "evaluate": [
         arg("data_dir", f"{CASES}, with their t1n", metavar="DATA_DIR"),
         arg("--output", "folder for maps, results, metrics.csv and table.md", required=True, metavar="DIR"),
@@ -94,6 +99,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
             "(default: atlas)", default="atlas", choices=["atlas", "given"]),
         *parameters(InpaintOptions, *SAMPLING, "samples", samples=16),
         arg("--pictures", "number of cases to draw (default: 0)", type=int, default=0, metavar="N"),
+        *parameters(ReadOptions, *READING),
     ],
     "export": [
         arg("model", "model folder of a stage 04", metavar="DIR"),

@@ -105,7 +105,7 @@ def cohort(options: argparse.Namespace) -> int:
     output = expand_path(options.output)
     require_outside(output, options.source)
     settings = made.model_dump()
-    settings["masks"] = settings.pop("masks_per_patient")
+    settings["masks"], settings["read_options"] = settings.pop("masks_per_patient"), parse(ReadOptions, options)
     people, exclusions = make_scan_cohort(options.source, output, **settings, draw=save_planes, say=say)
     say(
         f"{len(people)} people in {output}, {len(exclusions)} scans excluded; see cohort.csv, exclusions.csv, pictures/"
@@ -143,9 +143,10 @@ def submission(options: argparse.Namespace) -> int:
     from ldm_lib.inpainting.submission import check, has_several_masks, pack, require_archive
 
     output, findings = expand_path(options.output or f"{options.results}/submission.zip"), []
+    reading = parse(ReadOptions, options)
     if options.output:
         require_archive(output, options.data)
-    for finding in check(options.data, options.results):
+    for finding in check(options.data, options.results, reading):
         findings.append(finding)
         print(finding, flush=True)
     if invalid := sum(bool(finding.problem) for finding in findings):
@@ -159,14 +160,16 @@ def submission(options: argparse.Namespace) -> int:
 def score(options: argparse.Namespace) -> int:
     """Print the challenge's scores of one prediction."""
     from ldm_lib.evaluation.metrics import brats_scores
+    from ldm_lib.images.grid import on_grid_of
     from ldm_lib.images.masks import read_mask
-    from ldm_lib.images.volume import read_image, require_same_grid
+    from ldm_lib.images.volume import read_image
 
-    voided = read_image(options.voided)
-    volumes = [read_image(path) for path in (options.prediction, options.target)]
-    for volume in volumes:
-        require_same_grid(volume, voided)
-    healthy = read_mask(options.mask_healthy, voided)
+    reading, notes = parse(ReadOptions, options), []
+    voided = read_image(options.voided, reading)
+    volumes = [on_grid_of(read_image(path, reading), voided, notes) for path in (options.prediction, options.target)]
+    healthy = read_mask(options.mask_healthy, voided, reading, warnings=notes)
+    for note in notes:
+        print(f"WARNING {note}", file=sys.stderr)
     if leaked := int((voided.voxels[healthy] != 0).sum()):
         raise InputError(f"{leaked} of {int(healthy.sum())} voxels are not void under the healthy mask",
                          where=options.voided, fix="give the voided image, which sets the intensity range")  # fmt: skip
@@ -185,6 +188,7 @@ def evaluate(options: argparse.Namespace) -> int:
         options.data_dir,
         options.output,
         parse(InpaintOptions, options),
+        read_options=parse(ReadOptions, options),
         model=options.model,
         tissue=options.tissue,
         pictures=options.pictures,

@@ -12,6 +12,7 @@ import numpy as np
 from ldm_lib.errors import InputError
 from ldm_lib.files import sha256
 from ldm_lib.geometry import Frame
+from ldm_lib.images.grid import on_grid_of
 from ldm_lib.images.image_files import require_file, stem
 from ldm_lib.images.masked_scan import from_darkest, read_masked_scan
 from ldm_lib.images.masks import (
@@ -23,19 +24,18 @@ from ldm_lib.images.masks import (
     require_labels,
 )
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
+from ldm_lib.images.void import require_void_covered
 from ldm_lib.images.volume import (
     SPIKE,
     Volume,
     image_warnings,
     intensity_scale,
     read_image,
-    require_same_grid,
     without_spikes,
 )
 
 TISSUE_LABELS = (0, 1, 2, 3)
 GivenMap = np.ndarray | EllipsisType | None  # the ellipsis: not named
-NO_MAP = "no {} map"  # the warning of a kind of map that a case lacks
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,8 @@ class CaseData:
             InputError: a map of another shape, or with other values.
         """
         maps = {kind: given for kind, given in (("growth", growth), ("tissue", tissue)) if given is not ...}
-        warnings = [text for text in self.warnings if text not in [NO_MAP.format(kind) for kind in maps]]
         for kind, given in maps.items():
             if given is None:
-                warnings.append(NO_MAP.format(kind))
                 continue
             given = np.asarray(given)
             where = f"{kind} map of {self.case.key}"
@@ -181,7 +179,7 @@ class CaseData:
                 maps[kind] = require_concentration(given, where).astype(np.float32)
             else:
                 maps[kind] = require_labels(given, TISSUE_LABELS, where).astype(np.uint8)
-        return replace(self, **maps, warnings=tuple(warnings))
+        return replace(self, **maps)
 
     @cached_property
     def mask_digest(self) -> str:
@@ -258,11 +256,11 @@ def load_case(case: Case | CaseData) -> CaseData:
     target = _read_target(case, source, mask, warnings)
     parts = read_parts(case.mask_healthy, case.mask_unhealthy, mask, source, case.read_options, warnings=warnings)
     require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
+    require_void_covered(source, mask, where=case.mask, warnings=warnings)
     growth = read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
     tissue = None
     if case.tissue:
         tissue = read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings)
-    warnings += [NO_MAP.format(kind) for kind, found in (("growth", growth), ("tissue", tissue)) if found is None]
     warnings += image_warnings(voided, source)
     voided, spikes = without_spikes(voided, scale)
     target = target if target is None else without_spikes(target, scale)[0]
@@ -291,9 +289,9 @@ def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[st
         return None
     if case.t1n_voided is None:
         return source.voxels
-    target = from_darkest(read_image(case.t1n, case.read_options), mask, [])
-    require_same_grid(target, source)
+    target = read_image(case.t1n, case.read_options)
     warnings += target.named_warnings
+    target = from_darkest(on_grid_of(target, source, warnings), mask, [])
     if changed := int(np.count_nonzero((target.voxels != source.voxels) & ~mask)):
         warnings.append(f"{changed} voxels outside the mask differ between t1n and t1n-voided")
     return target.voxels

@@ -18,6 +18,8 @@ from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
 log = logging.getLogger("ldm_lib")
 
+MAPS = ("growth", "tissue")
+
 
 def find_cases(
     data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY
@@ -123,6 +125,7 @@ class Audit:
         for exclusion in self.exclusions:
             yield AuditRow(exclusion.case, "refused", exclusion.reason, None, {})
         owners: dict[bytes, Case] = {}
+        held = {role for case in self.cases for role in case.files()}
         for case in self.cases:
             try:
                 data = load_case(case)
@@ -133,8 +136,10 @@ class Audit:
                 cause, fix = f"could not be read ({type(error).__name__})", "check the disk and the memory"
                 yield AuditRow(case.key, "refused", str(InputError(cause, where=case.key, fix=fix)), case, {})
             else:
-                without_target = () if case.t1n else ("no t1n: can be inpainted, but neither trained on nor scored",)
-                warnings = "; ".join(data.warnings + without_target)
+                lacking = (
+                    f"no {kind} map, which other cases have" for kind in MAPS if kind in held - set(case.files())
+                )
+                warnings = "; ".join((*data.warnings, *lacking))
                 status = "warning" if warnings else "ok"
                 yield AuditRow(case.key, status, warnings, case.with_digests(), _facts(data))
 

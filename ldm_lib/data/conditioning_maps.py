@@ -258,9 +258,9 @@ def make_conditioning_maps(
     if len(set(outputs)) < len(outputs):
         raise InputError("would hold both maps", where=outputs[0], fix="name two files")
     data = load_case(case)
-    binary = read_options.model_copy(update={"mask_labels": ""})
     lesion, segmentation = (
-        None if path is None else read_mask(path, data.source, binary) for path in (lesion, segmentation)
+        None if path is None else read_mask(path, data.source, read_options, labelled=False)
+        for path in (lesion, segmentation)
     )
     made = [make_tissue_map(data, tissue, lesion=lesion, refine=refine)]
     if growth is not None and not made[0].failure:

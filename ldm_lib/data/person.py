@@ -25,6 +25,7 @@ from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_
 from ldm_lib.data.synthetic_cohort import CONTRAST, DONORS, MASKS, TUMOUR, SyntheticPatient, stream_of
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box, cropped_affine
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import LARGEST_BRAIN_L, intensity_scale, read_image
 
 MASK_ML = (10.0, 120.0)  # volume of a healthy mask, drawn log-uniformly
@@ -52,13 +53,13 @@ class Head:
         return register(self.image / intensity_scale(self.image, nothing), self.affine, nothing)
 
 
-def read_head(path: Path) -> Head:
+def read_head(path: Path, read_options: ReadOptions = READ_STRICTLY) -> Head:
     """Read a skull-stripped scan: its largest connected part above 0; further parts are left by the strip.
 
     Raises:
         InputError: the file is rejected, or it does not hold a whole skull-stripped brain; with the numbers.
     """
-    volume = read_image(path)
+    volume = read_image(path, read_options)
     voxels, sizes = volume.voxels, np.array(volume.spacing_mm)
     voxel_l, visible = float(np.prod(sizes)) / 1e6, np.count_nonzero(voxels)
     if (litres := visible * voxel_l) > LARGEST_BRAIN_L:

@@ -19,6 +19,7 @@ from ldm_lib.data.person import align_head, make_person, read_head
 from ldm_lib.data.synthetic_cohort import SyntheticPatient, write_training_files
 from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.files import expand_path, read_json, sha256, write_csv, write_json
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.locking import FolderLock
 from ldm_lib.process_control import parallel_map
 
@@ -39,6 +40,7 @@ def make_scan_cohort(
     spacing_mm: float = 1.0,
     workers: int = 1,
     limit: int = 0,
+    read_options: ReadOptions = READ_STRICTLY,
     draw: Draw | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[dict[str, Any]], list[Exclusion]]:
@@ -54,6 +56,7 @@ def make_scan_cohort(
         spacing_mm: isotropic voxel size of the cases; 1 is the BraTS grid of 240 x 240 x 155 voxels.
         workers: processes that make the people; 1 makes them in this process. The files do not depend on it.
         limit: number of scans to take, in order of id; 0 takes all.
+        read_options: how input validation is relaxed.
         draw: draws the registration of each person to a file, such as `plots.figures.save_planes`; it is called with
             the path, a title and the arguments of `Registration.plot_arguments`.
         say: takes a line per person.
@@ -86,6 +89,7 @@ def make_scan_cohort(
         for scan in scans:
             _require_ours(folder, scan)
         settings = {"masks": masks, "seed": seed, "spacing_mm": spacing_mm}
+        settings |= read_options.model_dump(exclude_defaults=True)
         make, records = partial(_finish, folder=folder, settings=settings, draw=draw), []
         for number, record in enumerate(parallel_map(make, scans, workers), start=1):
             records.append(record)
@@ -149,10 +153,10 @@ class _Outcome:
     registration: Registration | None = None  # that the picture shows: the last one
 
 
-def _make(scan: Scan, *, masks: int, seed: int, spacing_mm: float) -> _Outcome:
+def _make(scan: Scan, *, masks: int, seed: int, spacing_mm: float, **reading: Any) -> _Outcome:
     outcome, grid = _Outcome(), brats_grid(spacing_mm)
     try:
-        head = read_head(scan.path)
+        head = read_head(scan.path, ReadOptions(**reading))
         registration = outcome.registration = head.register()
         aligned = align_head(head, registration, grid, where=scan.path)
         made, outcome.registration = make_person(aligned, scan.id, grid, seed=seed, masks=masks)

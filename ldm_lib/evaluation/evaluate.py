@@ -28,6 +28,7 @@ from ldm_lib.evaluation.case_scores import (
 )
 from ldm_lib.evaluation.summary import as_table, report
 from ldm_lib.files import expand_path, replacing, write_csv
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import read_volume
 from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_estimate, write_upper_bound
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
@@ -113,6 +114,7 @@ def evaluate_folder(
     options: InpaintOptions,
     *,
     model: str | Path | None = None,
+    read_options: ReadOptions = READ_STRICTLY,
     **rest: object,
 ) -> str:
     """Evaluate a model folder, or the pretrained weights, on a folder of cases; return the tables as Markdown.
@@ -121,7 +123,7 @@ def evaluate_folder(
     """
     root, output = expand_path(data_dir), expand_path(output)
     require_outside(output, root)
-    cases = with_target(find_cases(root))
+    cases = with_target(find_cases(root, read_options=read_options))
     inpainter = Inpainter.for_sampling(model, options)
     return report(evaluate(inpainter, cases, output=output, **options.sampling, **rest))
 

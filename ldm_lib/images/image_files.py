@@ -56,7 +56,9 @@ class Layout:
 
 def free_text(what: str) -> str:
     """Return the warning about texts in a header."""
-    return f"free text in the header ({what}) may name the patient; outputs keep it, unless --scrub-header"
+    return (
+        f"free text in the header ({what}) may name the patient; outputs keep it, unless `ldm inpaint --scrub-header`"
+    )
 
 
 def stem(path: Path) -> str:

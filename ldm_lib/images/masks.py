@@ -5,31 +5,33 @@ from pathlib import Path
 import numpy as np
 
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import bounding_box
-from ldm_lib.images.affines import corner_distance_mm
+from ldm_lib.geometry import face_neighbours
+from ldm_lib.images.grid import EXACT_MM, RESAMPLE, has_grid_of, on_grid_of, reordered
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
-from ldm_lib.images.volume import GRID_TOLERANCE_MM, Volume, read_volume, require_same_grid
+from ldm_lib.images.volume import Volume, read_volume
 
 MASK_TOLERANCE = 1e-3
+INVERTED_MASK = 0.8
 LARGEST_MASK = 0.2  # fraction of the head; the challenge's largest masks cover a fifth
 
 
 def require_in_brain(
     mask: np.ndarray, voided: np.ndarray, target: np.ndarray | None, *, where: Path, warnings: list[str]
 ) -> None:
-    """Raise InputError if the ground truth is known and no brain is under the mask; warn if none is around it."""
+    """Raise InputError for a mask that looks inverted, and for one without brain where the ground truth is known.
+
+    A large mask, and one without brain around it, is a warning.
+    """
     if target is not None and not (target[mask] > 0).any():
         raise InputError(f"0 % of its {int(mask.sum())} voxels lie in the brain: there is nothing to learn or to score",
                          where=where, fix="check that mask and image belong together")  # fmt: skip
-    if (fraction := mask.sum() / (mask.sum() + np.count_nonzero(voided))) > LARGEST_MASK:
+    fraction = mask.sum() / (mask.sum() + np.count_nonzero(voided))
+    if fraction > INVERTED_MASK:
+        cause = f"the mask covers {fraction:.0%} of the head: it looks inverted"
+        raise InputError(cause, where=where, fix="exchange its 0 and 1: 1 marks the voxels to inpaint")
+    if fraction > LARGEST_MASK:
         warnings.append(f"the mask covers {fraction:.0%} of the head: little context is left to inpaint it from")
-    box = bounding_box(mask, 1)
-    around = np.zeros_like(mask[box])  # the faces' neighbours, by numpy because scipy.ndimage takes 0.4 s to load
-    for axis in range(3):
-        inside, neighbours = np.moveaxis(mask[box], axis, 0), np.moveaxis(around, axis, 0)
-        neighbours[1:] |= inside[:-1]
-        neighbours[:-1] |= inside[1:]
-    if not (voided[box][around & ~mask[box]] > 0).any():
+    if not (voided[face_neighbours(mask)] > 0).any():
         warnings.append(f"0 % of the voxels around the mask ({int(mask.sum())} voxels) lie in the brain")
 
 
@@ -38,39 +40,49 @@ def read_mask(
     like: Volume,
     read_options: ReadOptions = READ_STRICTLY,
     *,
+    labelled: bool = True,
     allow_empty: bool = False,
     warnings: list[str] | None = None,
 ) -> np.ndarray:
     """Read a binary mask on the grid of `like`: bool (x, y, z), True = voxels to inpaint (0/1 or 0/255 on disk).
 
-    What is odd but usable is appended to `warnings`.
+    A mask whose axes are in another order is brought to the order of `like`.
+
+    Args:
+        labelled: the file may be a segmentation, whose labels `read_options` names.
+        allow_empty: no voxel needs to be set.
+        warnings: what is odd but usable is appended.
 
     Raises:
         InputError: another grid, values that are not binary, or no voxel set.
     """
-    volume = read_volume(path, read_options.model_copy(update={"nan_as_zero": False}))
-    require_same_grid(volume, like)
-    warnings, voxels = [] if warnings is None else warnings, volume.voxels
-    warnings += volume.named_warnings
-    if read_options.labels:
-        mask, labels = np.isin(voxels, read_options.labels), ", ".join(map(str, read_options.labels))
-        warnings.append(f"{volume.path.name}: the labels {labels} are the mask")
+    warnings, volume = [] if warnings is None else warnings, read_volume(path, read_options)
+    if read_options.resample_mask and not has_grid_of(reordered(volume, like), like):
+        voxels = _resampled_to(volume, like, order=0, warnings=warnings)
+    else:
+        warnings += volume.named_warnings
+        fix = f"{RESAMPLE}, or let it be resampled with --resample-mask"
+        voxels = on_grid_of(volume, like, warnings, fix=fix).voxels
+    labels = read_options.labels if labelled else ()
+    if labels:
+        mask = np.isin(voxels, labels)
+        warnings.append(f"{volume.path.name}: the labels {', '.join(map(str, labels))} are the mask")
     else:
         mask = voxels == 1
         if np.count_nonzero(voxels) != np.count_nonzero(mask):
-            mask = _as_binary(volume, warnings)
+            mask = _as_binary(voxels, volume.path, warnings, labelled=labelled)
     if not mask.any() and not allow_empty:
         fix = "mark the voxels to inpaint with 1"
-        if read_options.labels and voxels.any():
+        if labels and voxels.any():
             held = ", ".join(f"{value:g}" for value in np.unique(voxels)[:6] if value)
-            fix = f"name labels that it holds ({held}), not {', '.join(map(str, read_options.labels))}"
+            fix = f"name labels that it holds ({held}), not {', '.join(map(str, labels))}"
         raise InputError(f"the mask is empty (0 of {mask.size} voxels)", where=path, fix=fix)
     return mask
 
 
-def _as_binary(volume: Volume, warnings: list[str]) -> np.ndarray:
+def _as_binary(voxels: np.ndarray, path: Path, warnings: list[str], *, labelled: bool) -> np.ndarray:
     """Convert a mask of 0 and 255, or of values near 0 and 1."""
-    values = np.unique(volume.voxels)
+    values = np.unique(voxels)
     levels = np.rint(values)  # a tool that saves 0 and 1 as scaled integers returns 0.00001 and 0.99999
     if np.abs(values - levels).max() > MASK_TOLERANCE or not (set(levels) <= {0, 1} or set(levels) <= {0, 255}):
         shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if values.size > 6 else "")
@@ -78,11 +90,12 @@ def _as_binary(volume: Volume, warnings: list[str]) -> np.ndarray:
         fix = "store 0 outside the mask and 1 inside"
         if values.size < 10 and (values == levels).all():
             kind = f"labels {{{', '.join(f'{v:g}' for v in values if v)}}}: looks like a tumour segmentation"
-            fix += f", or name the labels to inpaint: --mask-labels {','.join(f'{v:g}' for v in values if v > 0)}"
-        raise InputError(f"not binary: {values.size} values ({shown}), {kind}", where=volume.path, fix=fix)
+            if labelled and values[-1] > 0:
+                fix += f", or name the labels to inpaint: --mask-labels {','.join(f'{v:g}' for v in values if v > 0)}"
+        raise InputError(f"not binary: {values.size} values ({shown}), {kind}", where=path, fix=fix)
     if levels[-1] == 255:
-        warnings.append(f"{volume.path.name}: 255 read as 1")
-    return volume.voxels > 0.5
+        warnings.append(f"{path.name}: 255 read as 1")
+    return voxels > 0.5
 
 
 def read_parts(
@@ -95,9 +108,8 @@ def read_parts(
     warnings: list[str],
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Read the healthy and the unhealthy part of a mask, which must be disjoint and cover it; None without a file."""
-    read_options = read_options.model_copy(update={"mask_labels": ""})
     healthy, unhealthy = (
-        read_mask(path, like, read_options, allow_empty=empty, warnings=warnings) if path else None
+        read_mask(path, like, read_options, labelled=False, allow_empty=empty, warnings=warnings) if path else None
         for path, empty in ((healthy_path, False), (unhealthy_path, True))
     )
     first, second = (np.zeros((1, 1, 1), bool) if part is None else part for part in (healthy, unhealthy))
@@ -162,9 +174,10 @@ def require_concentration(values: np.ndarray, where: object) -> np.ndarray:
 
 def _resampled_to(volume: Volume, like: Volume, *, order: int, warnings: list[str] | None) -> np.ndarray:
     """Return a map's voxels on the grid of `like`, by both affines; 0 outside the map."""
-    warnings, voxels = [] if warnings is None else warnings, volume.voxels
+    warnings, turned = [] if warnings is None else warnings, reordered(volume, like)
     warnings += volume.named_warnings
-    if volume.shape != like.shape or corner_distance_mm(volume.shape, volume.affine, like.affine) > GRID_TOLERANCE_MM:
+    voxels = turned.voxels
+    if not has_grid_of(turned, like, EXACT_MM):
         from scipy import ndimage  # it takes 0.4 s to load, and few maps need it
 
         to_map = np.linalg.solve(volume.affine, like.affine)
@@ -175,7 +188,7 @@ def _resampled_to(volume: Volume, like: Volume, *, order: int, warnings: list[st
             apart_mm = np.linalg.norm(centres[0] - centres[1])
             raise InputError(f"does not overlap {like.path.name}: their centres lie {apart_mm:.0f} mm apart",
                              where=volume.path, fix="check the map's affine, or register it first")  # fmt: skip
-        voxels = ndimage.affine_transform(voxels, to_map, order=order, **options)
+        voxels = ndimage.affine_transform(volume.voxels, to_map, order=order, **options)
         name = "/".join(volume.path.parts[-2:])  # the maps of a case differ only in their folder
         warnings.append(f"{name}: resampled from its grid {volume.shape} {volume.orientation} to the image's by its "
                      f"affine; it covers {covered:.0%} of the image")  # fmt: skip

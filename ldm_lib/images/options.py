@@ -14,8 +14,9 @@ class ReadOptions(Options):
     assume_orientation: Orientation = Field(
         "", description="orientation of the files, such as LPS, where headers state none or a wrong one"
     )
-    nan_as_zero: bool = Field(False, description="read NaN voxels as 0")
+    nan_as_zero: bool = Field(False, description="read NaN voxels as 0, in images, maps and masks")
     mask_labels: SomeIntegers = Field("", description="labels to inpaint, where masks are segmentations, such as 1,2,4")
+    resample_mask: bool = Field(False, description="resample masks on another grid, by nearest neighbour")
     scrub_header: bool = Field(False, description="drop free text and extensions from the headers of results")
 
     @property

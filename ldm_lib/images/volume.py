@@ -16,11 +16,8 @@ import numpy as np
 from ldm_lib.errors import InputError, located
 from ldm_lib.geometry import axis_codes
 from ldm_lib.images import mgh, nifti
-from ldm_lib.images.affines import corner_distance_mm
-from ldm_lib.images.image_files import AGAIN, is_mgh, read_bytes, require_exact, write_bytes
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
-GRID_TOLERANCE_MM = 1e-3
 MOST_BELOW = 0.01  # voxels darker than the background, for one that is brighter
 LEAST_BACKGROUND = 0.5  # fraction of the voxels at the border that have one value
 SPIKE = 10.0  # times the scale; the brightest voxel of real brains is at 1.2 to 1.7 times it
@@ -178,18 +175,6 @@ def _from_background(volume: Volume) -> Volume:
     note = f"the background is {background:g}, not 0: intensities are shifted for the model, and back in results"
     intercept = -float(stored * volume.slope)
     return replace(volume, intercept=intercept, background=background, warnings=(*volume.warnings, note))
-
-
-def require_same_grid(volume: Volume, like: Volume) -> None:
-    """Raise InputError if the shapes or corner positions (beyond 1e-3 mm) of two files differ."""
-    fix = "resample it onto the image's grid"
-    if volume.shape != like.shape:
-        raise InputError(f"shape {volume.shape}, but {like.path.name} has {like.shape}", where=volume.path, fix=fix)
-    distance = corner_distance_mm(volume.shape, volume.affine, like.affine)
-    if distance > GRID_TOLERANCE_MM:
-        axes = f"{volume.orientation} against {like.orientation}"
-        cause = f"its corners lie {distance:.1f} mm from those of {like.path.name} ({axes})"
-        raise InputError(cause, where=volume.path, fix=fix)
 
 
 def without_spikes(voxels: np.ndarray, scale: float) -> tuple[np.ndarray, int]:

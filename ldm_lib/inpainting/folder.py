@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel
 
 from ldm_lib.autoencoder.region_decoding import reconstruct
@@ -267,7 +266,7 @@ def write_estimate(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
 
 def is_unchanged_outside(case: Case, folder: Path) -> bool:
     """Read a case's result back, and return whether header and voxels outside the mask are those of the source."""
-    data, result = load_case(case), read_volume(folder / case.result_name)
+    data, result = load_case(case), read_volume(folder / case.result_name, case.read_options)
     source = in_format_of(result.path, data.source)
-    same = np.array_equal(result.raw[~data.mask], source.raw[~data.mask])
+    same = result.raw[~data.mask].tobytes() == source.raw[~data.mask].tobytes()
     return same and result.preamble == source.preamble

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_lib.autoencoder.region_decoding import decode_box
-from ldm_lib.data.case import NO_MAP, Case, CaseData, load_case
+from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.model_grid import is_oblique, resampling_to
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import Latents, encode_case
@@ -147,13 +147,11 @@ class Inpainter:
         return self(case, make_missing=make_missing, **MEAN)
 
     def prepare(self, data: CaseData, *, make_missing: bool | None = None) -> CaseData:
-        """Log what is unusual about a case, and add the tissue map that it lacks if the model needs one.
-
-        A missing growth map is not unusual: it means healthy tissue.
-        """
+        """Log what is unusual about a case, and add the tissue map that it lacks if the model needs one."""
         trained_mm = self.model.autoencoder.spacing_mm
-        silent = {NO_MAP.format("growth"), *([NO_MAP.format("tissue")] if self.makes_maps(make_missing) else [])}
-        warnings = [text for text in data.warnings if text not in silent]
+        warnings = list(data.warnings)
+        if data.tissue is None and not self.makes_maps(make_missing) and self.makes_maps(None):
+            warnings.append("no tissue map, which this model needs: inpainted without")
         if is_oblique(data):
             degrees = oblique_degrees(data.affine)
             warnings.append(f"oblique by {degrees:.0f} degrees; inpainted on a grid along the axes of the world")
@@ -188,7 +186,6 @@ class Inpainter:
         with_map = add_tissue_map(data, refine=self.model.spec.refinement)
         # The caller's case keeps its map too: it is part of what the result was made from, and of the next call.
         object.__setattr__(data, "tissue", with_map.tissue)
-        object.__setattr__(data, "warnings", with_map.warnings)
         return with_map
 
     def _values(self, latent: Tensor, case_grid: CaseGrid) -> np.ndarray:

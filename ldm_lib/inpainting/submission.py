@@ -12,7 +12,9 @@ from ldm_lib.data.cohort import find_cases, survey_cases
 from ldm_lib.data.layouts import require_outside
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, replacing, require_writable
-from ldm_lib.images.volume import GRID_TOLERANCE_MM, in_format_of, read_volume
+from ldm_lib.images.grid import EXACT_MM
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
+from ldm_lib.images.volume import in_format_of, read_volume
 
 PATTERN = "*-t1n-inference*.nii.gz"
 OTHER_FILES = ("-std.nii.gz", "-nearest.nii.gz")  # of a result, next to samples: these are not submitted
@@ -31,7 +33,7 @@ class Finding:
         return f"{self.name}: {self.problem or 'ok'}"
 
 
-def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
+def check(data_dir: str | Path, results: str | Path, read_options: ReadOptions = READ_STRICTLY) -> Iterator[Finding]:
     """Yield one finding for each case of a folder and, last, for each result that belongs to no case.
 
     Raises:
@@ -40,7 +42,7 @@ def check(data_dir: str | Path, results: str | Path) -> Iterator[Finding]:
     folder = expand_path(results)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, fix="give the output folder of `inpaint --data`")
-    cases, exclusions = survey_cases(data_dir)
+    cases, exclusions = survey_cases(data_dir, read_options=read_options)
     yield from (Finding(exclusion.case, exclusion.reason) for exclusion in exclusions)
     for case in cases:
         yield Finding(case.key, _problem(case, folder))
@@ -83,23 +85,24 @@ def _problem(case: Case, folder: Path) -> str:
     if not path.exists():
         return f"no {path.name}. Fix: inpaint it"
     try:
-        data, result = load_case(case.to_inpaint()), read_volume(path)
+        data, result = load_case(case.to_inpaint()), read_volume(path, case.read_options)
     except LdmError as error:
         return str(error)
-    source = in_format_of(path, data.source)
+    source = in_format_of(path, read_volume(data.source.path, case.read_options))  # with the intercept of the file
     if result.shape != source.shape:
         shape, due = ("x".join(map(str, volume.shape)) for volume in (result, source))
         return f"{path.name} has shape {shape}, must have {due}"
-    if (apart := np.abs(result.affine - source.affine).max()) > GRID_TOLERANCE_MM:
+    if (apart := np.abs(result.affine - source.affine).max()) > EXACT_MM:
         return f"{path.name} has another affine, {apart:.3g} off"
     if result.raw.dtype != source.raw.dtype:
         return f"{path.name} holds {result.raw.dtype}, must hold {source.raw.dtype}"
     if (result.slope, result.intercept) != (source.slope, source.intercept):
         scaling, due = (f"{volume.slope:g}, {volume.intercept:g}" for volume in (result, source))
         return f"{path.name} is scaled by {scaling}; must be by {due}"
-    if changed := int(np.count_nonzero((result.raw != source.raw) & ~data.mask)):
+    differs = ~np.isclose(result.raw, source.raw, rtol=0, atol=0, equal_nan=True)
+    if changed := int(np.count_nonzero(differs & ~data.mask)):
         return f"{path.name} differs from its source in {changed} voxels outside the mask"
-    filled = np.count_nonzero(result.voxels[data.mask])
+    filled = np.count_nonzero(~np.isin(result.voxels[data.mask], (0, data.source.background)))
     if filled < LEAST_BRAIN * data.mask.sum():
         return f"{path.name} is void under the mask: {filled} of its {int(data.mask.sum())} voxels are not 0"
     return ""

@@ -9,6 +9,7 @@ import pytest
 from nibabel.processing import resample_from_to
 
 from ldm_lib.errors import InputError
+from ldm_lib.images.grid import on_grid_of
 from ldm_lib.images.masks import read_labels, read_mask, read_unit_map
 from ldm_lib.images.options import ReadOptions
 from ldm_lib.images.volume import (
@@ -16,7 +17,6 @@ from ldm_lib.images.volume import (
     normalise,
     read_image,
     read_volume,
-    require_same_grid,
     write_like,
     write_map,
 )
@@ -196,10 +196,58 @@ def test_a_map_somewhere_else_is_rejected(tmp_path, like):
 
 
 def test_rounding_of_an_affine_is_the_same_grid(tmp_path, like):
-    near = read_volume(_save(tmp_path / "m.nii", VOXELS, _moved(4e-4)))
-    require_same_grid(near, like)
-    with pytest.raises(InputError, match=r"its corners lie 0\.0 mm"):
-        require_same_grid(read_volume(_save(tmp_path / "m.nii", VOXELS, _moved(2e-3))), like)
+    for shift, notes in ((4e-4, 0), (9e-4, 1), (0.05, 1)):  # mm along each axis, sqrt(3) times as much together
+        warnings = []
+        moved = read_volume(_save(tmp_path / "m.nii", VOXELS, _moved(shift)))
+        np.testing.assert_array_equal(on_grid_of(moved, like, warnings).raw, VOXELS)
+        assert len(warnings) == notes and all(f"{shift * 3**0.5:.2g} mm from the image's" in w for w in warnings)
+    with pytest.raises(InputError, match=r"its corners lie 0\.104 mm \(0\.104 voxels\) from .*--resample-mask"):
+        read_mask(_save(tmp_path / "m.nii", BALL.astype("u1"), _moved(0.06)), like)
+
+
+def test_cosines_rounded_to_six_digits_are_the_same_grid(tmp_path):
+    turn = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))[0]
+    affine = np.eye(4)
+    affine[:3, :3] = turn
+    like = read_volume(_save(tmp_path / "t1n.nii", VOXELS, affine))
+    mask = _save(tmp_path / "m.nii", BALL.astype("u1"), affine.round(4))
+    np.testing.assert_array_equal(read_mask(mask, like), BALL)
+
+
+@pytest.mark.parametrize("order", ["RAS", "PIR", "ASL", "IPR"])
+@pytest.mark.parametrize("oblique", [False, True])
+def test_a_mask_in_another_voxel_order_is_brought_to_the_images_exactly(tmp_path, order, oblique):
+    affine = LPS.copy()
+    if oblique:  # 44 degrees about one axis: close to where the names of the axes change
+        c, s = np.cos(0.768), np.sin(0.768)
+        affine = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ LPS
+    like, mask = read_volume(_save(tmp_path / "t1n.nii", VOXELS, affine)), np.random.default_rng(1).random(SHAPE) < 0.3
+    turned = nib.Nifti1Image(mask.astype("u1"), affine)
+    here, there = nib.orientations.axcodes2ornt("LPS"), nib.orientations.axcodes2ornt(order)
+    turned = turned.as_reoriented(nib.orientations.ornt_transform(here, there))
+    warnings, path = [], tmp_path / "m.nii"
+    nib.save(turned, path)
+    np.testing.assert_array_equal(read_mask(path, like, warnings=warnings), mask)
+    assert warnings == []
+
+
+def test_a_mask_on_another_grid_is_resampled_if_requested(tmp_path, like):
+    coarse = BALL[::2, ::2, ::2].astype("u1")
+    affine = LPS @ np.diag([2, 2, 2, 1.0])
+    path, warnings = _save(tmp_path / "m.nii", coarse, affine), []
+    with pytest.raises(InputError, match=r"shape \(12, 11, 10\), but .*--resample-mask"):
+        read_mask(path, like)
+    mask = read_mask(path, like, ReadOptions(resample_mask=True), warnings=warnings)
+    oracle = resample_from_to(nib.Nifti1Image(coarse, affine), (SHAPE, LPS), order=0).get_fdata() > 0
+    np.testing.assert_array_equal(mask, oracle)
+    assert "resampled from its grid" in warnings[0]
+
+
+def test_nan_in_a_mask_is_zero_if_requested(tmp_path, like):
+    path = _save(tmp_path / "m.nii", np.where(BALL, 1, np.nan).astype("f4"))
+    with pytest.raises(InputError, match=r"voxels are not finite .*--nan-as-zero"):
+        read_mask(path, like)
+    np.testing.assert_array_equal(read_mask(path, like, ReadOptions(nan_as_zero=True)), BALL)
 
 
 def test_labels_are_those_allowed(tmp_path, like):
