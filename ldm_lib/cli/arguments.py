@@ -16,6 +16,7 @@ MODEL = arg("--model", "model folder (default: the pretrained weights)", metavar
 MAPS = arg(
     "--conditioning-dir", "folder of growth and tissue maps (default: next to the data)", default="", metavar="DIR"
 )
+PATIENTS = arg("--patients", "CSV file of case,patient, for names that do not say the patient", default="", metavar="F")
 STAGE = arg("stage", "such as 04 or 04_training", metavar="STAGE")
 SAMPLING = ("sampler", "num_inference_steps", "temperature", "seed", "device", "precision")
 READING = ("assume_orientation", "nan_as_zero", "mask_labels", "resample_mask")
@@ -74,6 +75,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
     "validate": [
         arg("data_dir", CASES, metavar="DATA_DIR"),
         MAPS,
+        PATIENTS,
         arg("--json", "JSON file of the findings to write", metavar="OUT"),
         *parameters(ReadOptions, *READING),
     ],
@@ -98,6 +100,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--tissue", "source of the tissue maps: each voided scan, or given maps, which may leak the hidden region "
             "(default: atlas)", default="atlas", choices=["atlas", "given"]),
         *parameters(InpaintOptions, *SAMPLING, "samples", samples=16),
+        PATIENTS,
         arg("--pictures", "number of cases to draw (default: 0)", type=int, default=0, metavar="N"),
         *parameters(ReadOptions, *READING),
     ],

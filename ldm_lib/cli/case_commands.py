@@ -125,7 +125,7 @@ def validate(options: argparse.Namespace) -> int:
     if findings:
         require_writable(findings)
         require_outside(findings, options.data_dir)
-    rows, cases = [], audit(options.data_dir, options.conditioning_dir, parse(ReadOptions, options))
+    rows, cases = [], audit(options.data_dir, options.conditioning_dir, parse(ReadOptions, options), options.patients)
     for number, row in enumerate(cases, start=1):
         rows.append(row.as_dict())
         reason = f": {row.reason}" if row.reason else ""
@@ -151,9 +151,9 @@ def submission(options: argparse.Namespace) -> int:
         print(finding, flush=True)
     if invalid := sum(bool(finding.problem) for finding in findings):
         raise InputError(f"{invalid} of {len(findings)} are not valid results", where=options.results, fix="see above")
-    if has_several_masks(options.data):
+    if has_several_masks(options.data, reading):
         print("WARNING names carry the number of a mask; the challenge has one mask per case", file=sys.stderr)
-    print(f"{output}: {pack(options.data, options.results, output)} results")
+    print(f"{output}: {pack(options.data, options.results, output, reading)} results")
     return 0
 
 
@@ -189,6 +189,7 @@ def evaluate(options: argparse.Namespace) -> int:
         options.output,
         parse(InpaintOptions, options),
         read_options=parse(ReadOptions, options),
+        patients_file=options.patients,
         model=options.model,
         tissue=options.tissue,
         pictures=options.pictures,

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.layouts import Exclusion, list_cases, list_scans, listing
 from ldm_lib.errors import InputError
-from ldm_lib.files import expand_path, fingerprint, sha256
+from ldm_lib.files import digests, expand_path, fingerprint, sha256
 from ldm_lib.images.image_files import require_file
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
@@ -22,7 +22,10 @@ MAPS = ("growth", "tissue")
 
 
 def find_cases(
-    data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY
+    data_dir: str | Path,
+    conditioning_dir: str | Path = "",
+    read_options: ReadOptions = READ_STRICTLY,
+    patients_file: str | Path = "",
 ) -> list[Case]:
     """Find the cases of a folder: every mask of every patient, in order of id.
 
@@ -32,6 +35,7 @@ def find_cases(
         data_dir: folder that holds one folder per patient.
         conditioning_dir: folder of growth and tissue maps; empty looks for `conditioning_data` in `data_dir` and next
             to it.
+        patients_file: CSV file with the columns `case` and `patient`, of cases whose names do not say their patient.
 
     Raises:
         InputError: the folder does not exist or holds no case at all.
@@ -45,17 +49,20 @@ def find_cases(
         >>> [case.key for case in cases]
         ['Synthetic_08000-0000', 'Synthetic_08000-0001']
     """
-    cases, exclusions = survey_cases(data_dir, conditioning_dir, read_options)
+    cases, exclusions = survey_cases(data_dir, conditioning_dir, read_options, patients_file)
     for exclusion in exclusions:
         log.warning("%s", exclusion.reason)
     return cases
 
 
 def survey_cases(
-    data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY
+    data_dir: str | Path,
+    conditioning_dir: str | Path = "",
+    read_options: ReadOptions = READ_STRICTLY,
+    patients_file: str | Path = "",
 ) -> tuple[list[Case], list[Exclusion]]:
     """Find the cases of a folder as `find_cases` does, and return what was excluded as well."""
-    cases, exclusions = list_cases(data_dir, conditioning_dir)
+    cases, exclusions = list_cases(data_dir, conditioning_dir, read_options, patients_file)
     if not cases:
         reasons = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
         of_one = any(expand_path(data_dir).glob("*-mask*.[nm]*"))
@@ -63,7 +70,7 @@ def survey_cases(
         fix = "give the folder above this one, which is of one patient" if of_one else usual
         raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{reasons}",
                          where=data_dir, fix=fix)  # fmt: skip
-    return [replace(case, read_options=read_options) for case in cases], exclusions
+    return cases, exclusions
 
 
 def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: float) -> dict[str, list[str]]:
@@ -144,7 +151,12 @@ class Audit:
                 yield AuditRow(case.key, status, warnings, case.with_digests(), _facts(data))
 
 
-def audit(data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY) -> Audit:
+def audit(
+    data_dir: str | Path,
+    conditioning_dir: str | Path = "",
+    read_options: ReadOptions = READ_STRICTLY,
+    patients_file: str | Path = "",
+) -> Audit:
     """Validate every case of a folder: iterate over the result for one row a case.
 
     Raises:
@@ -159,10 +171,10 @@ def audit(data_dir: str | Path, conditioning_dir: str | Path = "", read_options:
         >>> [(row.key, row.status, row.facts["shape"]) for row in rows]
         [('Synthetic_08000-0000', 'ok', '30x30x20')]
     """
-    cases, exclusions = list_cases(data_dir, conditioning_dir)
-    if not exclusions:
-        cases, _ = survey_cases(data_dir, conditioning_dir)  # raises if there is none
-    return Audit([replace(case, read_options=read_options) for case in cases], exclusions)
+    cases, exclusions = list_cases(data_dir, conditioning_dir, read_options, patients_file)
+    if not cases and not exclusions:
+        survey_cases(data_dir, conditioning_dir)  # raises
+    return Audit(cases, exclusions)
 
 
 def _require_new(data: CaseData, owners: dict[bytes, Case]) -> None:
@@ -172,8 +184,9 @@ def _require_new(data: CaseData, owners: dict[bytes, Case]) -> None:
     digest = hashlib.sha256(np.ascontiguousarray(data.target.T)).digest()
     owner = owners.setdefault(digest, data.case)
     if owner.patient != data.case.patient:
-        raise InputError(f"holds the same voxels as the t1n of {owner.id}: one patient under two names",
-                         where=data.case.t1n, fix="remove one, or name both as time points of one patient")  # fmt: skip
+        fix = "remove one, or name both as of one patient with --patients"
+        cause = f"holds the same voxels as the t1n of {owner.id}: one patient under two names"
+        raise InputError(cause, where=data.case.t1n, fix=fix)
 
 
 def _facts(data: CaseData) -> dict[str, Any]:
@@ -193,15 +206,20 @@ def _facts(data: CaseData) -> dict[str, Any]:
 
 
 def source_digests(
-    data_dir: str | Path, conditioning_dir: str | Path = "", brains_dir: str | Path = ""
+    data_dir: str | Path,
+    conditioning_dir: str | Path = "",
+    brains_dir: str | Path = "",
+    read_options: ReadOptions = READ_STRICTLY,
+    patients_file: str | Path = "",
 ) -> dict[str, str]:
     """Return {"data": digest of the bytes of every file of every case, or scan}; empty for the synthetic cohort."""
     if brains_dir:
         return {"data": fingerprint({scan.id: _digest(scan.path) for scan in list_scans(brains_dir)})}
     if not data_dir:
         return {}
-    cases, _ = list_cases(data_dir, conditioning_dir)
-    return {"data": fingerprint({c.key: {role: _digest(path) for role, path in c.files().items()} for c in cases})}
+    cases, _ = list_cases(data_dir, conditioning_dir, read_options)
+    found = {"data": fingerprint({c.key: {role: _digest(path) for role, path in c.files().items()} for c in cases})}
+    return found | digests(str(patients_file))
 
 
 def _digest(path: Path) -> str:

@@ -14,20 +14,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldm_lib.data.case import Case
+from ldm_lib.data.patients import patient_of, read_patients
 from ldm_lib.errors import InputError, printable
 from ldm_lib.files import expand_path
 from ldm_lib.images.image_files import SUFFIXES, stem
+from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.options import safe_name
 
 MASK_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
 CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}
 DEFAULT_CONDITIONING = "conditioning_data"
-_TIME_POINT = re.compile(r"(?P<brats>BraTS-[A-Za-z]+-\d+)-\d{3}|(?P<bids>sub-[A-Za-z0-9]+)_ses-[A-Za-z0-9]+")
 _SCAN_OF = re.compile(r"(?P<id>sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?)(_.*)?|(?P<other>.*?)([-_](t1n?|T1w))?")
 _BIDS = ("sub-*/anat/*T1w.*", "sub-*/ses-*/anat/*T1w.*")
 _ENDING = r"\.(nii(\.gz)?|mg[hz])"
 _IMAGE = re.compile(_ENDING, re.IGNORECASE)
-_ROLE = re.compile(rf"-(?P<role>t1n|{'|'.join(MASK_ROLES)})(?P<index>-\d{{4}})?({_ENDING}|\.hdr)", re.IGNORECASE)
+_ROLE = re.compile(rf"-(?P<role>t1n|seg|{'|'.join(MASK_ROLES)})(?P<index>-\d{{4}})?({_ENDING}|\.hdr)", re.IGNORECASE)
+_OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # folders
 _NEARLY = re.compile(r"t1n|mask|void|healthy", re.IGNORECASE)
 _LEFTOVER = re.compile(r".*(\.(part|partial|tmp|crdownload|download)| \(\d+\)(\.nii)?(\.gz|\.mg[hz])?)", re.IGNORECASE)
 
@@ -79,12 +81,6 @@ def list_scans(folder: str | Path) -> list[Scan]:
     return [scans[identity] for identity in sorted(scans)]
 
 
-def patient_of(identity: str) -> str:
-    """Return the patient of an id, which may name a time point: BraTS-GLI-00000-000, sub-01_ses-02."""
-    match = _TIME_POINT.fullmatch(identity)
-    return (match["brats"] or match["bids"]) if match else identity
-
-
 @dataclass
 class _Files:
     """Hold what one patient's folder contains: files by role and index, and warnings about those that are ignored."""
@@ -98,8 +94,17 @@ class _Files:
         return sorted({index for role, index in self.found if role in ("mask", "t1n-voided")})
 
 
-def list_cases(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple[list[Case], list[Exclusion]]:
-    """List the cases of a folder, in order of id, and what cannot be used as one; both may be empty."""
+def list_cases(
+    data_dir: str | Path,
+    conditioning_dir: str | Path = "",
+    read_options: ReadOptions = READ_STRICTLY,
+    patients_file: str | Path = "",
+) -> tuple[list[Case], list[Exclusion]]:
+    """List the cases of a folder, in order of id, and what cannot be used as one; both may be empty.
+
+    With `mask_labels` the segmentation of a case without mask is its mask. `patients_file` names the patients of cases
+    whose names do not (`read_patients`).
+    """
     root, fix = expand_path(data_dir), "give the folder that holds one folder per patient"
     if not str(data_dir):
         raise InputError("no folder of cases is given", fix=fix)
@@ -110,16 +115,18 @@ def list_cases(data_dir: str | Path, conditioning_dir: str | Path = "") -> tuple
     maps = {role: _maps_in(conditioning / name) for role, name in CONDITIONING_FOLDERS.items()} if conditioning else {}
     inside = tuple(os.path.realpath(folder) for folder in (root, conditioning) if folder)
     cases, exclusions = [], []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", *_OF_SYSTEMS))):
         if folder.name == DEFAULT_CONDITIONING or (conditioning and folder.samefile(conditioning)):
             continue
-        found, excluded = _cases_of(folder, maps, inside)
+        found, excluded = _cases_of(folder, maps, inside, labelled=bool(read_options.labels))
         cases += found
         exclusions += excluded
     loose = [path.name for path in root.iterdir() if _ROLE.search(path.name) and not path.is_dir()]
     if cases and loose:
         note = f"ignored, not in a folder of a case: {_first(loose)}"
         cases[0] = replace(cases[0], notes=(*cases[0].notes, note))
+    given = read_patients(patients_file) if patients_file else {}
+    cases = [replace(case, patient=given.get(case.id, case.patient), read_options=read_options) for case in cases]
     return cases, exclusions
 
 
@@ -157,7 +164,7 @@ def _maps_in(folder: Path) -> dict[str, list[Path]]:
 
 
 def _cases_of(
-    folder: Path, maps: dict[str, dict[str, list[Path]]], inside: tuple[str, ...]
+    folder: Path, maps: dict[str, dict[str, list[Path]]], inside: tuple[str, ...], *, labelled: bool
 ) -> tuple[list[Case], list[Exclusion]]:
     try:
         identity, files = safe_name(folder.name), _files_in(folder)
@@ -166,11 +173,11 @@ def _cases_of(
     except OSError as error:
         reason = f"cannot be listed ({error.strerror}). Fix: check the rights of its folder."
         return [], [Exclusion(folder.name, reason)]
+    if labelled and not files.indices and (segmentation := files.found.get(("seg", ""))):
+        files.found["mask", ""] = segmentation
     if not files.indices:
         notes = "".join(f"; {note}" for note in files.notes)
-        fix = f"Fix: name it {identity}-mask.nii.gz, or {identity}-mask-0000.nii.gz and so on."
-        if any(folder.glob("*/*-mask*.[nm]*")):
-            fix = f"Fix: give the folder {folder.name}, one level down: its folders are the cases."
+        fix = f"Fix: {_without_mask(folder, files)}."
         return [], [Exclusion(identity, f"{identity}: no mask file; present: {listing(folder)}{notes}. {fix}")]
     patient, cases, exclusions = patient_of(identity), [], []
     for index in files.indices:
@@ -195,6 +202,17 @@ def _cases_of(
     return cases, exclusions
 
 
+def _without_mask(folder: Path, files: _Files) -> str:
+    """Return what to do about a folder without masks."""
+    for pattern in ("*/*-t1n*", "*/*-mask*", "*/*/*-t1n*", "*/*/*-mask*"):
+        if inner := next(folder.glob(pattern), None):
+            cases = inner.parent.parent.relative_to(folder.parent)
+            return f"give the folder {cases}, {len(cases.parts)} level down: its folders are the cases"
+    if ("seg", "") in files.found:
+        return "name the labels of its segmentation to inpaint, such as --mask-labels 1,2,3, or put a mask there"
+    return f"name it {folder.name}-mask.nii.gz, or {folder.name}-mask-0000.nii.gz and so on"
+
+
 def _files_in(folder: Path) -> _Files:
     """Return the files of the patient whose id is the folder's name, and notes on files with similar names."""
     files, identity, unfinished, strange = _Files(), folder.name, [], []
@@ -206,7 +224,7 @@ def _files_in(folder: Path) -> _Files:
         elif _IMAGE.search(name) and (_NEARLY if name.startswith(identity) else _ROLE).search(name):
             strange.append(name)
     for (role, index), paths in files.found.items():
-        if (index and role == "t1n") or (role != "t1n" and index not in files.indices):
+        if (index and role == "t1n") or (role in MASK_ROLES and index not in files.indices):
             strange += [path.name for path in paths]
     if unfinished:
         files.notes.append(f"ignored, unfinished or a second copy: {_first(unfinished)}")

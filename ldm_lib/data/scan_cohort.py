@@ -14,7 +14,8 @@ from typing import Any
 
 from ldm_lib.anatomy.registration import Registration
 from ldm_lib.anatomy.synthetic_brain import brats_grid
-from ldm_lib.data.layouts import CONDITIONING_FOLDERS, DEFAULT_CONDITIONING, Exclusion, Scan, list_scans, patient_of
+from ldm_lib.data.layouts import CONDITIONING_FOLDERS, DEFAULT_CONDITIONING, Exclusion, Scan, list_scans
+from ldm_lib.data.patients import patient_of
 from ldm_lib.data.person import align_head, make_person, read_head
 from ldm_lib.data.synthetic_cohort import SyntheticPatient, write_training_files
 from ldm_lib.errors import ConfigError, InputError

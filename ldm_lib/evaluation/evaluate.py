@@ -115,6 +115,7 @@ def evaluate_folder(
     *,
     model: str | Path | None = None,
     read_options: ReadOptions = READ_STRICTLY,
+    patients_file: str | Path = "",
     **rest: object,
 ) -> str:
     """Evaluate a model folder, or the pretrained weights, on a folder of cases; return the tables as Markdown.
@@ -123,7 +124,7 @@ def evaluate_folder(
     """
     root, output = expand_path(data_dir), expand_path(output)
     require_outside(output, root)
-    cases = with_target(find_cases(root, read_options=read_options))
+    cases = with_target(find_cases(root, read_options=read_options, patients_file=patients_file))
     inpainter = Inpainter.for_sampling(model, options)
     return report(evaluate(inpainter, cases, output=output, **options.sampling, **rest))
 

@@ -17,8 +17,8 @@ from ldm_lib.errors import RunError
 from ldm_lib.files import expand_path, read_json, replacing, write_json
 
 FILE = ".places.json"
-_FOLDERS = ("data_dir", "conditioning_dir", "brains_dir", "autoencoder_dir", "start_dir")
-ALIASES = {name: f"LDM_{name.upper()}" for name in _FOLDERS}
+_PATHS = ("data_dir", "conditioning_dir", "brains_dir", "patients_file", "autoencoder_dir", "start_dir")
+ALIASES = {name: f"LDM_{name.upper()}" for name in _PATHS}
 _MACHINE = {Path(__file__).parents[2]: "$PROJECT", Path(sys.prefix): "$PYTHON", Path(sys.base_prefix): "$PYTHON_BASE",
             Path(tempfile.gettempdir()): "$TMPDIR", Path.home(): "$HOME"}  # fmt: skip
 

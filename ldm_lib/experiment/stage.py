@@ -31,6 +31,7 @@ from ldm_lib.experiment.run_folder import (
 )
 from ldm_lib.experiment.stages import STAGES, AuditConfig, AutoencoderConfig, StageConfig, stage_name
 from ldm_lib.files import digests, now, sha256, write_csv, write_json
+from ldm_lib.images.options import ReadOptions
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 from ldm_lib.options import DeviceOptions
 
@@ -208,7 +209,9 @@ def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] 
 def stage_inputs(name: str, config: StageConfig, run_folder: Path) -> dict[str, str]:
     """Return name -> digest of what a stage is made from: source files, outputs of earlier stages, given weights."""
     if isinstance(config, AuditConfig):
-        return cohort.source_digests(config.data_dir, config.conditioning_dir, config.brains_dir)
+        return cohort.source_digests(
+            config.data_dir, config.conditioning_dir, config.brains_dir, config.part(ReadOptions), config.patients_file
+        )
     weights = (config.given_weights,) if isinstance(config, AutoencoderConfig) else ()
     return upstream_digests(run_folder, name) | digests(*weights)
 

@@ -53,6 +53,7 @@ class AuditConfig(SyntheticCohortOptions, ReadOptions, StageConfig):
     data_dir: str = Field("", description="folder of cases; empty makes a cohort")
     conditioning_dir: str = Field("", description="folder of growth and tissue maps; empty searches next to data_dir")
     brains_dir: str = Field("", description="skull-stripped T1w of healthy people to make the cohort of, or empty")
+    patients_file: str = Field("", description="CSV of case,patient, for names that do not say the patient; or empty")
     max_brains: Count = Field(0, description="scans of brains_dir to take, in order of id; 0 for all")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="fraction of the patients used for validation"

@@ -60,9 +60,11 @@ def require_archive(output: Path, data_dir: str | Path) -> None:
     require_writable(output)
 
 
-def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
+def pack(
+    data_dir: str | Path, results: str | Path, output: str | Path, read_options: ReadOptions = READ_STRICTLY
+) -> int:
     """Write the results of every case into a flat zip file, and read it back; return their number."""
-    names = sorted(case.result_name for case in find_cases(data_dir))
+    names = sorted(case.result_name for case in find_cases(data_dir, read_options=read_options))
     with replacing(expand_path(output)) as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for name in names:
@@ -74,9 +76,9 @@ def pack(data_dir: str | Path, results: str | Path, output: str | Path) -> int:
     return len(names)
 
 
-def has_several_masks(data_dir: str | Path) -> bool:
+def has_several_masks(data_dir: str | Path, read_options: ReadOptions = READ_STRICTLY) -> bool:
     """Return whether file names carry the number of a mask, which the challenge's names do not have."""
-    return any(case.index for case in find_cases(data_dir))
+    return any(case.index for case in find_cases(data_dir, read_options=read_options))
 
 
 def _problem(case: Case, folder: Path) -> str:

@@ -16,6 +16,7 @@ from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import audit, find_cases, split_patients
 from ldm_lib.errors import InputError
 from ldm_lib.experiment.cohort_file import read_cohort, write_cohort
+from ldm_lib.images.options import ReadOptions
 
 FIRST, SECOND = "BraTS-GLI-00001-000", "BraTS-GLI-00002-000"
 
@@ -32,6 +33,46 @@ def error_line(root: Path | str, capsys) -> str:
 
 
 # ---- no case at all
+
+
+def _ordinary(folder: Path, identity: str) -> Place:
+    """A folder of BraTS as it comes: a t1n and a segmentation, no mask."""
+    place = Place(folder, identity, complete=True)
+    for role in ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy"):
+        place.paths[role].unlink()
+    for contrast in ("t1c", "t2w", "t2f"):
+        place.save(place.head.t1n, place.folder / f"{identity}-{contrast}.nii.gz")
+    place.save(np.where(place.m > 0, 3, 0).astype(np.uint8), place.folder / f"{identity}-seg.nii.gz")
+    return place
+
+
+def test_the_segmentations_of_ordinary_folders_are_masks_by_their_labels(tmp_path, capsys):
+    place = _ordinary(tmp_path, FIRST)
+    assert main(["validate", str(tmp_path)]) == 1
+    assert "name the labels of its segmentation to inpaint, such as --mask-labels 1,2,3" in capsys.readouterr().out
+    assert main(["validate", str(tmp_path), "--mask-labels", "1,2,3"]) == 0
+    (case,) = find_cases(tmp_path, read_options=ReadOptions(mask_labels="1,2,3"))
+    np.testing.assert_array_equal(load_case(case).mask, place.m > 0)
+    (mask,) = find_cases(Place(tmp_path / "with", SECOND).root, read_options=ReadOptions(mask_labels="1"))
+    assert mask.mask.name == f"{SECOND}-mask.nii.gz"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_folder_that_is_too_high_is_named_with_the_right_one(tmp_path, capsys, depth):
+    inner = tmp_path.joinpath(*["a", "b"][:depth])
+    _ordinary(inner, FIRST)
+    assert main(["validate", str(tmp_path), "--mask-labels", "3"]) == 1
+    assert f"Fix: give the folder {inner.relative_to(tmp_path)}, " in capsys.readouterr().out
+
+
+def test_folders_of_operating_systems_are_passed_over(tmp_path):
+    Place(tmp_path, FIRST)
+    for name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", ".Trashes"):
+        (tmp_path / name / FIRST).mkdir(parents=True)
+        (tmp_path / name / FIRST / f"._{FIRST}-mask.nii.gz").write_bytes(b"Mac OS X")
+    (tmp_path / FIRST / f"._{FIRST}-mask.nii.gz").write_bytes(b"Mac OS X")
+    rows = list(audit(tmp_path))
+    assert [(row.key, row.status) for row in rows] == [(FIRST, "ok")]
 
 
 def test_the_error_of_a_folder_without_cases_names_what_was_looked_for_and_what_is_there(tmp_path, capsys):

@@ -24,7 +24,8 @@ from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
 from ldm_lib.data import scan_cohort as module
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import survey_cases
-from ldm_lib.data.layouts import list_scans, patient_of
+from ldm_lib.data.layouts import list_scans
+from ldm_lib.data.patients import patient_of
 from ldm_lib.data.person import MASK_ML, align_head, read_head
 from ldm_lib.data.scan_cohort import make_scan_cohort
 from ldm_lib.data.synthetic_cohort import make_patient
