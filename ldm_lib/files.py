@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ def require_writable(path: str | Path) -> None:
     probe = _partial_path(path)
     try:
         if not path.parent.is_dir():
-            raise InputError("its folder does not exist", where=path, fix=f"mkdir -p '{path.parent}'")
+            raise InputError("its folder does not exist", where=path, fix=f"mkdir -p {shlex.quote(str(path.parent))}")
         if path.is_dir():
             raise InputError("is a directory", where=path, fix="name a file")
         _require_replaceable(path)
@@ -147,15 +148,23 @@ def now() -> str:
 
 
 def expand_path(text: str | Path) -> Path:
-    """Expand `~` and environment variables in a path.
+    """Expand `~` and environment variables in a path; a part of it that exists as it is written stays as it is.
 
     Raises:
         ConfigError: a zero byte, or `~name` of an unknown user.
     """
     if "\0" in str(text):
         raise ConfigError("holds a zero byte, which no path may", where=repr(str(text)), fix="write the path again")
+    if "$" not in str(text) and not str(text).startswith("~"):
+        return Path(text)
+    path = Path()
     try:
-        return Path(os.path.expandvars(text)).expanduser()
+        for part in Path(text).parts:
+            if "$" in part and not (path / part).exists():
+                value = os.path.expandvars(part)  # that of $HOME, a path, has no place within one
+                part = part if path.parts and value.startswith("/") else value
+            path /= part
+        return path if path.exists() else path.expanduser()
     except RuntimeError as error:
         raise ConfigError(
             "no such user: ~name cannot be expanded", where=str(text), fix="write the path out"

@@ -10,7 +10,7 @@ from types import EllipsisType
 import numpy as np
 
 from ldm_lib.errors import InputError
-from ldm_lib.files import sha256
+from ldm_lib.files import expand_path, sha256
 from ldm_lib.geometry import Frame
 from ldm_lib.images.grid import on_grid_of
 from ldm_lib.images.image_files import require_file, stem
@@ -219,10 +219,11 @@ def case_of_files(
     read_options: ReadOptions = READ_STRICTLY,
 ) -> Case:
     """Make a case of single files; its id is taken from the image's name."""
-    identity, _, index = stem(Path(t1n_voided)).partition("-t1n-voided")
+    t1n_voided, mask, growth, tissue = (p and expand_path(p) for p in (t1n_voided, mask, growth, tissue))
+    identity, _, index = stem(t1n_voided).partition("-t1n-voided")
     return Case(
-        id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=Path(t1n_voided), mask=Path(mask),
-        mask_healthy=None, mask_unhealthy=None, growth=growth and Path(growth), tissue=tissue and Path(tissue),
+        id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=t1n_voided, mask=mask,
+        mask_healthy=None, mask_unhealthy=None, growth=growth, tissue=tissue,
         read_options=read_options,
     )  # fmt: skip
 

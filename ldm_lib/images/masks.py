@@ -46,7 +46,7 @@ def read_mask(
 ) -> np.ndarray:
     """Read a binary mask on the grid of `like`: bool (x, y, z), True = voxels to inpaint (0/1 or 0/255 on disk).
 
-    A mask whose axes are in another order is brought to the order of `like`.
+    A mask whose axes are in another order is reordered to that of `like`.
 
     Args:
         labelled: the file may be a segmentation, whose labels `read_options` names.

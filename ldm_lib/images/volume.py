@@ -14,8 +14,10 @@ from types import ModuleType
 import numpy as np
 
 from ldm_lib.errors import InputError, located
+from ldm_lib.files import expand_path
 from ldm_lib.geometry import axis_codes
 from ldm_lib.images import mgh, nifti
+from ldm_lib.images.image_files import AGAIN, is_mgh, read_bytes, require_exact, write_bytes
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 
 MOST_BELOW = 0.01  # voxels darker than the background, for one that is brighter
@@ -102,7 +104,7 @@ def read_volume(path: str | Path, read_options: ReadOptions = READ_STRICTLY) -> 
         InputError: the file is missing, unreadable, damaged, not a 3D scalar image, has no usable orientation,
             or holds a voxel that is not finite or that float32 cannot represent.
     """
-    path = Path(path)
+    path = expand_path(path)
     with located(path):
         kind = _format(path)
         content = read_bytes(path, kind.claimed_bytes, header_bytes=kind.HEADER_BYTES)

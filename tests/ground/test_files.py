@@ -242,3 +242,24 @@ def test_replacing_without_writing_fails_and_keeps_the_old_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a\.json"), replacing(path):
         pass
     assert path.read_text() == "old"
+
+
+def test_a_part_of_a_path_that_exists_as_it_is_written_is_not_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/people/anna")
+    monkeypatch.setenv("WHO", "anna")
+    assert str(expand_path("$HOME/x.nii")) == str(expand_path("~/x.nii")) == "/people/anna/x.nii"
+    assert str(expand_path("/scratch/$WHO/x.nii")) == "/scratch/anna/x.nii"
+    (tmp_path / "$HOME").mkdir()
+    (tmp_path / "~odd").touch()
+    monkeypatch.chdir(tmp_path)
+    assert str(expand_path(f"{tmp_path}/$HOME/x.nii")) == f"{tmp_path}/$HOME/x.nii"
+    assert str(expand_path("$HOME/x.nii")) == "$HOME/x.nii" and str(expand_path("~odd")) == "~odd"
+    assert str(expand_path("/data/$HOME/x.nii")) == "/data/$HOME/x.nii"  # a path has no place within one
+
+
+def test_the_advice_to_make_a_folder_can_be_pasted_into_a_shell(tmp_path):
+    folder = tmp_path / "it's $HOME"
+    with pytest.raises(InputError, match="its folder does not exist") as caught:
+        require_writable(folder / "x.nii")
+    subprocess.run(["sh", "-c", caught.value.fix], check=True)
+    assert folder.is_dir()
