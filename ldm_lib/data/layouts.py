@@ -207,7 +207,8 @@ def _without_mask(folder: Path, files: _Files) -> str:
     for pattern in ("*/*-t1n*", "*/*-mask*", "*/*/*-t1n*", "*/*/*-mask*"):
         if inner := next(folder.glob(pattern), None):
             cases = inner.parent.parent.relative_to(folder.parent)
-            return f"give the folder {cases}, {('one level', 'two levels')[len(cases.parts) - 1]} down: its folders are the cases"
+            depth = ("one level", "two levels")[len(cases.parts) - 1]
+            return f"give the folder {cases}, {depth} down: its folders are the cases"
     if ("seg", "") in files.found:
         return "name the labels of its segmentation to inpaint, such as --mask-labels 1,2,3, or put a mask there"
     return f"name it {folder.name}-mask.nii.gz, or {folder.name}-mask-0000.nii.gz and so on"
