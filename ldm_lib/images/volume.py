@@ -219,8 +219,9 @@ def intensity_scale(voided: np.ndarray, mask: np.ndarray, *, where: object = "")
     """Return the divisor that normalises a case: 99.5th percentile of the voxels above 0 outside the mask."""
     seen = voided[(voided > 0) & ~mask]
     if seen.size == 0:
+        inverted = "it looks inverted: exchange its 0 and 1" if mask.mean() > 0.5 else ""
         raise InputError("no voxel above 0 outside the mask: nothing to derive the intensity scale from", where=where,
-                         fix="check that mask and image belong together")  # fmt: skip
+                         fix=inverted or "check that mask and image belong together")  # fmt: skip
     return float(np.percentile(seen, 99.5))
 
 

@@ -6,7 +6,7 @@ import pytest
 from ldm_lib.errors import InputError
 from ldm_lib.images.masks import require_in_brain
 from ldm_lib.images.void import require_void_covered
-from ldm_lib.images.volume import read_volume, write_map
+from ldm_lib.images.volume import intensity_scale, read_volume, write_map
 
 SPACING = 2.0
 POSITION = (np.indices((90, 100, 80)).T - (45, 50, 40)).T * SPACING
@@ -63,3 +63,9 @@ def test_an_inverted_mask_is_named(keep):
     voided = np.where(BRAIN & ~keep, 100.0, 0)
     with pytest.raises(InputError, match=r"covers \d+% of the head: it looks inverted. Fix: exchange its 0 and 1"):
         require_in_brain(keep, voided, None, where="mask", warnings=[])
+
+
+def test_an_inverted_mask_of_a_voided_scan_leaves_nothing_and_is_named_too():
+    lesion = _ball(DEEP)
+    with pytest.raises(InputError, match=r"no voxel above 0 outside the mask.*Fix: it looks inverted"):
+        intensity_scale(np.where(BRAIN & ~lesion, 100.0, 0), ~lesion)
