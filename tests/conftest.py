@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,15 @@ def fast_registration():
     """Registrations of half a second, for properties that hold for every one: `with fast_registration(): ...`."""
     from unittest import mock
 
-    from ldm_lib.anatomy import registration
+    from ldm_lib.anatomy import deformation, registration
 
-    return lambda: mock.patch.multiple(registration, AFFINE_ITERATIONS=5, SYN_ITERATIONS=(3,))
+    @contextmanager
+    def fast():
+        affine = mock.patch.object(registration, "AFFINE_ITERATIONS", 5)
+        with affine, mock.patch.object(deformation, "ITERATIONS", (0, 0, 3)):
+            yield
+
+    return fast
 
 
 @pytest.fixture(scope="session")

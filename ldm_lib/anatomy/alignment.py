@@ -54,7 +54,7 @@ def rigid_map(registration: Registration, grid: Grid) -> np.ndarray:
     1986, SIAM J Sci Stat Comput 7:1160). The point that the affine map takes to the atlas's centre comes to the place
     that this centre has in the grid.
     """
-    to_scan = registration.mapping.prealign  # from the atlas
+    to_scan = np.linalg.inv(registration.start)  # from the atlas
     rotation, _ = linalg.polar(np.linalg.inv(to_scan[:3, :3]))
     centre = (to_scan @ registration.atlas.affine @ [*ATLAS_CENTRE_VOX, 1])[:3]
     target = (grid.affine @ [*(np.array(CENTRE_MM) / grid.spacing_mm - 0.5), 1])[:3]

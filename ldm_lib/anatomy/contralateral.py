@@ -11,8 +11,8 @@ import torch
 from scipy import ndimage, optimize
 from scipy.spatial.transform import Rotation
 from torch import Tensor
-from torch.nn import functional as F
 
+from ldm_lib.anatomy.deformation import interpolate
 from ldm_lib.geometry import block_mean, bounding_box
 
 COARSE_MM = 4.0  # voxels on which the plane is found
@@ -96,9 +96,3 @@ def _mapped(matrix: np.ndarray, box: Sequence[slice]) -> Tensor:
     axes = [torch.arange(side.start, side.stop, dtype=torch.float32) for side in box]
     x, y, z = axes[0].view(-1, 1, 1), axes[1].view(1, -1, 1), axes[2].view(1, 1, -1)
     return torch.stack([a * x + b * y + c * z + d for a, b, c, d in matrix[:3].tolist()])
-
-
-def interpolate(volumes: Tensor, positions: Tensor) -> Tensor:
-    """Interpolate volumes (1 c x y z) linearly at positions (3 x' y' z') in voxels: (1 c x' y' z'), 0 outside."""
-    places = [p * (2 / (n - 1)) - 1 for p, n in zip(positions, volumes.shape[2:], strict=True)]
-    return F.grid_sample(volumes, torch.stack(places[::-1], dim=-1)[None], align_corners=True)

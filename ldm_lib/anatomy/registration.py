@@ -1,8 +1,7 @@
-"""Register the atlas to a patient whose scan is voided under a mask: affine first, then SyN, both without the mask.
+"""Register the atlas to a patient whose scan is voided under a mask: affine first, then a deformation.
 
-Affine: mutual information on a coarse grid outside mask and lesion (Mattes et al. 2003, IEEE TMI 22:120). SyN: the
-diffeomorphism that maximises the correlation of local patches (Avants et al. 2008, Med Image Anal 12:26). SyN has no
-masks; the masked region is therefore filled from the atlas in every iteration, and exerts no force.
+Affine: mutual information on a coarse grid outside mask and lesion (Mattes et al. 2003, IEEE TMI 22:120). Deformation:
+local correlation, see `deformation`. Neither reads the masked region.
 """
 
 import itertools
@@ -15,23 +14,19 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import torch
 from dipy.align.imaffine import AffineMap, AffineRegistration, MutualInformationMetric, transform_centers_of_mass
-from dipy.align.imwarp import DiffeomorphicMap, SymmetricDiffeomorphicRegistration
-from dipy.align.metrics import CCMetric
 from dipy.align.transforms import AffineTransform3D, RigidTransform3D
 from scipy import ndimage
 
 from ldm_lib.anatomy.atlas import Atlas, mni152
+from ldm_lib.anatomy.deformation import deform, interpolate, transformed, voxels
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import Frame, axis_codes, block_mean, bounding_box, cropped_affine
 
-AFFINE_MM, SYN_MM = 8.0, 2.0  # voxel size for each step; the affine step at 4 mm takes 6 times as long
-SYN_ITERATIONS = (40, 40, 20)  # from coarse to fine
+AFFINE_MM, DEFORMATION_MM = 8.0, 2.0  # voxel size for each step; the affine step at 4 mm takes 6 times as long
 AFFINE_ITERATIONS = 200
-CC_RADIUS = 4  # radius of the patches that are correlated, voxels
-SMALLEST_AXIS = 2 * CC_RADIUS + 2  # at the coarsest level of SyN
-MARGIN = 5  # around the brain for SyN, voxels
-RING = 6  # width of the ring around the mask that sets the contrast of the filling, voxels
+MARGIN = 5  # around the brain for the deformation, voxels
 BRIGHTEST = 1.2  # upper limit of normalised intensities, so that vessels and fat do not dominate the histogram
 ORIENTATION_GAIN = 0.05  # of the correlation by which another orientation fits better; right ones lead by 0.03 to 0.2
 MIN_DICE, MIN_CORRELATION = 0.9, 0.5  # of the brains, and of the intensities, outside mask and lesion
@@ -43,7 +38,9 @@ logging.getLogger("dipy").setLevel(logging.WARNING)  # it logs every level of ev
 class Registration:
     """Hold a map from the atlas to a patient, and measure how well it fits."""
 
-    mapping: DiffeomorphicMap  # from the atlas to the patient
+    displacement: torch.Tensor  # (3 x y z), of the voxels of a grid on the patient
+    grid: np.ndarray  # (4, 4) from a voxel of that grid to the patient's world (RAS, mm)
+    start: np.ndarray  # (4, 4) affine map from the patient's world to the atlas's
     atlas: Atlas
     affine: np.ndarray  # of the patient's grid, voxel to world (RAS, mm)
     image: np.ndarray  # the patient's scan (x, y, z), 0 under the mask
@@ -51,17 +48,17 @@ class Registration:
     seconds: float
     better_orientation: str = ""  # why the orientation that the affine states is likely wrong
 
-    def to_patient(self, volume: np.ndarray) -> np.ndarray:
-        """Resample volumes (..., x, y, z) on the atlas's grid to the patient's: float32, linear, 0 outside."""
-        if volume.ndim > 3:
-            return np.stack([self.to_patient(part) for part in volume])
-        return self.mapping.transform(
-            np.asarray(volume, np.float32),
-            interpolation="linear",
-            image_world2grid=np.linalg.inv(self.atlas.affine),
-            out_shape=self.image.shape,
-            out_grid2world=self.affine,
-        )
+    def to_patient(self, volumes: np.ndarray) -> np.ndarray:
+        """Resample volumes ([c,] x, y, z) on the atlas's grid to the patient's: float32, linear, 0 outside."""
+        stacked = torch.from_numpy(np.ascontiguousarray(volumes, np.float32).reshape(1, -1, *volumes.shape[-3:]))
+        return interpolate(stacked, self._positions)[0].numpy().reshape(*volumes.shape[:-3], *self.image.shape)
+
+    @cached_property
+    def _positions(self) -> torch.Tensor:
+        """Where the patient's voxels are in the atlas, (3 x y z)."""
+        on_grid = transformed(voxels(self.image.shape), np.linalg.solve(self.grid, self.affine))
+        moved = on_grid + interpolate(self.displacement[None], on_grid, outside="border")[0]
+        return transformed(moved, np.linalg.solve(self.atlas.affine, self.start @ self.grid))
 
     @cached_property
     def brain(self) -> np.ndarray:
@@ -126,12 +123,14 @@ def register(
             coarse = _downsampled(image, mask, affine, AFFINE_MM), _downsampled(*head, AFFINE_MM)
             better = _better_orientation(*coarse, stated=affine if stated is None else stated)
             start = _affine(*coarse)
-            patient = _cropped(*_downsampled(image, mask, affine, SYN_MM))
-            mapping = _syn(patient, _downsampled(*head, SYN_MM), start)
+            patient, hidden, grid = _cropped(*_downsampled(image, mask, affine, DEFORMATION_MM))
+            moving, _, moving_affine = _downsampled(*head, DEFORMATION_MM)
+            displacement = deform(patient, hidden, moving, np.linalg.solve(moving_affine, start @ grid))
     except ValueError as error:
         raise InputError(f"the atlas cannot be registered to it ({error})", where="registration",
                          fix="check that it is a skull-stripped brain, and its orientation") from error  # fmt: skip
-    return Registration(mapping, atlas, affine, image, mask, time.monotonic() - started, better)
+    seconds = time.monotonic() - started
+    return Registration(displacement, grid, start, atlas, affine, image, mask, seconds, better)
 
 
 MIRROR = np.diag([-1.0, 1, 1, 1])  # of left and right
@@ -191,43 +190,6 @@ def _shape(image: np.ndarray, mask: np.ndarray | bool = False) -> np.ndarray:
     return ((image > 0) | mask).astype(np.float64)
 
 
-def _syn(static: MaskedImage, moving: MaskedImage, start: np.ndarray) -> DiffeomorphicMap:
-    (image, mask, affine), (head, _, head_affine) = static, moving
-    levels = 1 + int(np.log2(max(min(image.shape) / SMALLEST_AXIS, 1)))
-    metric = MaskedCorrelation(mask.astype(np.float32))
-    step = SymmetricDiffeomorphicRegistration(metric, level_iters=list(SYN_ITERATIONS[-levels:]))
-    return step.optimize(image, head, static_grid2world=affine, moving_grid2world=head_affine, prealign=start)
-
-
-class MaskedCorrelation(CCMetric):
-    """Correlate local patches of two images without a force from the masked region of the static one.
-
-    Patches next to the mask would include its empty voxels. The mask is therefore filled first with the moving image,
-    scaled to the contrast of the static image around the mask.
-    """
-
-    def __init__(self, mask: np.ndarray) -> None:
-        super().__init__(3, radius=CC_RADIUS)
-        self.mask, self._warped = mask, mask > 0
-
-    def use_static_image_dynamics(self, _: np.ndarray, transformation: DiffeomorphicMap) -> None:
-        """Warp the mask as dipy has just warped the static image."""
-        shape, affine = self.static_image.shape, self.static_affine
-        moved = transformation.transform(self.mask, interpolation="linear", out_shape=shape, out_grid2world=affine)
-        self._warped = moved > 0.01
-
-    def initialize_iteration(self) -> None:
-        """Fill the mask, compute the factors of the correlation, and set them to 0 in the mask."""
-        fixed, moving = np.array(self.static_image), np.asarray(self.moving_image)
-        ring = ndimage.binary_dilation(self._warped, iterations=RING) & ~self._warped & (fixed > 0) & (moving > 0)
-        if ring.sum() > 1:
-            gain = fixed[ring].std() / max(moving[ring].std(), 1e-6)
-            fixed[self._warped] = fixed[ring].mean() + gain * (moving[self._warped] - moving[ring].mean())
-        self.static_image = fixed
-        super().initialize_iteration()
-        self.factors[self._warped] = 0
-
-
 def _downsampled(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, size_mm: float) -> MaskedImage:
     """Average blocks of voxels to voxels of about `size_mm`; a block with any masked voxel is masked."""
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0).mean()
@@ -241,6 +203,6 @@ def _downsampled(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, size_m
 
 
 def _cropped(image: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> MaskedImage:
-    """Crop to the brain and a margin, because SyN fixes the deformation at the border of the grid."""
+    """Crop to the brain and a margin, because the deformation is blurred at the border of its grid."""
     box = bounding_box(image != 0, MARGIN)
     return np.ascontiguousarray(image[box]), mask[box], cropped_affine(affine, box)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_lib.anatomy.appearance import RANGES, Appearance, change_appearance, expand
-from ldm_lib.anatomy.contralateral import interpolate
+from ldm_lib.anatomy.deformation import interpolate
 from ldm_lib.anatomy.initial_estimate import coarse_estimate, coarse_step
 from ldm_lib.anatomy.tissue import TISSUES, spline_coefficients
 from ldm_lib.autoencoder.model import Autoencoder

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,7 +118,7 @@ def test_the_rigid_map_has_the_rotation_of_the_affine_map_and_keeps_the_place_of
     stretch[0, 1] = stretch[1, 0] = 0.1  # symmetric and positive: a pure stretch, in whatever order
     grid = brats_grid(spacing_mm)
     for to_atlas in (stretch @ turn, turn @ stretch):
-        fit = SimpleNamespace(atlas=mni152(), mapping=SimpleNamespace(prealign=np.linalg.inv(to_atlas)))
+        fit = SimpleNamespace(atlas=mni152(), start=to_atlas)
         found = rigid_map(fit, grid)
         np.testing.assert_allclose(found[:3, :3], turn[:3, :3], atol=1e-12)
         centre = np.linalg.solve(to_atlas, mni152().affine @ [*ATLAS_CENTRE_VOX, 1])
@@ -153,8 +154,8 @@ def test_a_scan_that_lies_in_the_grid_already_is_returned_as_it_is(brains):
     to_scan = np.eye(4)
     to_scan[:3, 3] = (centre - atlas.affine @ [*ATLAS_CENTRE_VOX, 1])[:3]
     fit = register(brain / 1000, affine, np.zeros(brain.shape, bool))
-    fit.mapping.prealign = to_scan
-    aligned = align(brain.astype(np.float32), fit, grid)
+    placed = replace(fit, start=np.linalg.inv(to_scan))
+    aligned = align(brain.astype(np.float32), placed, grid)
     np.testing.assert_allclose(aligned.image, brain, atol=1e-3 * brain.max())
     np.testing.assert_array_equal(aligned.image > 0, brain > 0)
 

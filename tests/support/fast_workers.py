@@ -2,10 +2,10 @@
 
 import multiprocessing
 
-from ldm_lib.anatomy import registration
+from ldm_lib.anatomy import deformation, registration
 
 if multiprocessing.parent_process():  # in a worker, which the fixture `fast_registration` does not reach
-    registration.AFFINE_ITERATIONS, registration.SYN_ITERATIONS = 5, (3,)
+    registration.AFFINE_ITERATIONS, deformation.ITERATIONS = 5, (0, 0, 3)
 
 
 def draw(path, **planes_kwargs):

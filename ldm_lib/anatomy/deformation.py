@@ -1,0 +1,150 @@
+"""Deform an atlas to a scan that is voided under a mask: the smooth map that maximises local correlation.
+
+The map is composed of small steps along the gradient of the squared correlation of the voxels around each voxel, as in
+greedy SyN (Avants et al. 2008, Med Image Anal 12:26), in windows that are Gaussians. The sums of a window run over
+visible voxels only, so that the masked region exerts no force. Steps are smooth (a viscous fluid), and so is their
+composition (an elastic body): inside the mask the map continues what surrounds it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm_lib.anatomy.initial_estimate import gaussian_blur
+
+ITERATIONS = (40, 40, 20)  # from coarse to fine
+REDUCTIONS = (4, 2, 1)  # voxels of each level along an axis, in voxels of the static image
+REDUCTION_BLUR = 0.4  # standard deviation of the blur before a reduction, in voxels of the coarser level
+SMALLEST_AXIS = 10  # voxels; a level with fewer is left out
+WINDOW_VOX, STEP_BLUR_VOX, MAP_BLUR_VOX = 1.5, 2.0, 0.6  # standard deviations of Gaussians, in voxels of a level
+STEP_VOX = 0.5  # longest displacement of the first step of a level
+VISIBLE = 0.9  # fraction of a voxel of a level that must be visible
+LEAST_FORCE = 0.02  # of the voxel that moves farthest; with less, steps are shorter, as images agree
+LEAST_VARIANCE = 1e-5  # of a window; below it there is nothing to correlate
+
+
+@torch.inference_mode()
+def deform(static: np.ndarray, mask: np.ndarray, moving: np.ndarray, affine: np.ndarray) -> Tensor:
+    """Find the deformation of a moving image that correlates best with a static one.
+
+    Args:
+        static: float32 (x, y, z), of about 1 at its brightest.
+        mask: (x, y, z) bool, voxels of the static image that are not read.
+        moving: float32 (x', y', z').
+        affine: (4, 4) from a voxel of the static image to one of the moving image, before any deformation.
+
+    Raises:
+        ValueError: an image of too few voxels.
+
+    Returns:
+        float32 (3 x y z), displacements in voxels of the static image, applied before the affine map.
+    """
+    if min(static.shape) < SMALLEST_AXIS:
+        raise ValueError(f"an image of {static.shape} voxels; needed are {SMALLEST_AXIS} along each axis")
+    image, hidden, atlas = (torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None]
+                            for volume in (static, mask, moving))  # fmt: skip
+    visible, full = 1 - hidden, static.shape
+    image = image.where(visible > 0, 0)
+    field = torch.zeros(1, 3, *full)
+    for iterations, reduction in zip(ITERATIONS, REDUCTIONS, strict=True):
+        shape = [-(-n // reduction) for n in full]
+        if reduction > 1 and min(shape) < SMALLEST_AXIS:
+            continue
+        field = _resized(field, shape)
+        seen = _reduced(visible, shape, reduction)
+        level = Level(
+            torch.where(seen > 0.5, _reduced(image, shape, reduction) / seen.clamp(min=0.5), 0),
+            (seen > VISIBLE).float(),
+            gaussian_blur(atlas, REDUCTION_BLUR * reduction * (reduction > 1)),
+            affine @ np.diag([*[(n - 1) / (m - 1) for n, m in zip(full, shape, strict=True)], 1]),
+        )
+        for k in range(iterations):
+            field = level.improved(field, STEP_VOX * (1 - k / iterations))  # shorter and shorter, so that it converges
+    return _resized(field, full)[0]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Improve a displacement field (1 3 x y z) at one resolution."""
+
+    static: Tensor  # (1 1 x y z)
+    weight: Tensor  # (1 1 x y z), 1 where the static image is visible and 0 elsewhere
+    moving: Tensor  # (1 1 x' y' z'), blurred as the static image is
+    affine: np.ndarray  # voxel of the static image to one of the moving image
+
+    def improved(self, field: Tensor, longest_vox: float) -> Tensor:
+        """Take one step of a given longest displacement."""
+        positions = voxels(field.shape[2:])
+        warped = interpolate(self.moving, transformed(positions + field[0], self.affine))
+        gradient = torch.cat([_central_difference(warped, axis) for axis in (2, 3, 4)], dim=1)
+        force = correlation_slope(self.static, warped, self.weight) * gradient
+        step = gaussian_blur(force, STEP_BLUR_VOX)
+        step = step * (longest_vox / step.square().sum(1).max().sqrt().clamp(min=LEAST_FORCE))
+        composed = step + interpolate(field, positions + step[0], outside="border")
+        return gaussian_blur(composed, MAP_BLUR_VOX)
+
+
+def correlation_slope(static: Tensor, moving: Tensor, weight: Tensor) -> Tensor:
+    """Differentiate the squared correlation in each voxel's window by the moving image's value in that voxel.
+
+    Args:
+        static, moving, weight: (1 1 x y z); the weight is 0 or 1, and voxels of weight 0 enter no window.
+
+    Returns:
+        (1 1 x y z), in units of the weight that a window gives to its centre; 0 where the weight is 0.
+    """
+    products = torch.cat([torch.ones_like(static), static, moving, static**2, moving**2, static * moving], dim=1)
+    sums = gaussian_blur(products * weight, WINDOW_VOX)
+    s, m, ss, mm, sm = (sums[:, 1:] / sums[:, :1].clamp(min=1e-3)).split(1, dim=1)
+    static_variance, moving_variance, covariance = ss - s**2, mm - m**2, sm - s * m
+    usable = (static_variance > LEAST_VARIANCE) & (moving_variance > LEAST_VARIANCE) & (weight > 0)
+    both = static_variance.clamp(min=LEAST_VARIANCE) * moving_variance.clamp(min=LEAST_VARIANCE)
+    fitted = covariance / moving_variance.clamp(min=LEAST_VARIANCE) * (moving - m)
+    return torch.where(usable, 2 * covariance / both * (static - s - fitted), 0)
+
+
+def _reduced(volume: Tensor, shape: Sequence[int], reduction: int) -> Tensor:
+    if reduction == 1:
+        return volume
+    return F.interpolate(gaussian_blur(volume, REDUCTION_BLUR * reduction), shape, mode="trilinear", align_corners=True)
+
+
+def _resized(field: Tensor, shape: Sequence[int]) -> Tensor:
+    """Resample displacements to another grid over the same region, in its voxels."""
+    factors = [(n - 1) / (m - 1) for n, m in zip(shape, field.shape[2:], strict=True)]
+    resized = F.interpolate(field, list(shape), mode="trilinear", align_corners=True)
+    return resized * torch.tensor(factors).view(1, 3, 1, 1, 1)
+
+
+def voxels(shape: Sequence[int]) -> Tensor:
+    """Return the positions of all voxels, (3 x y z)."""
+    return torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float32) for n in shape], indexing="ij"))
+
+
+def transformed(positions: Tensor, matrix: np.ndarray) -> Tensor:
+    """Apply an affine map (4, 4) to positions (3 x y z)."""
+    x, y, z = positions
+    return torch.stack([a * x + b * y + c * z + d for a, b, c, d in matrix[:3].tolist()])
+
+
+def interpolate(volumes: Tensor, positions: Tensor, *, outside: str = "zeros") -> Tensor:
+    """Interpolate volumes (1 c x y z) linearly at positions (3 x' y' z') in voxels: (1 c x' y' z').
+
+    Args:
+        outside: "zeros", or "border": the nearest voxel's value.
+    """
+    places = [p * (2 / (n - 1)) - 1 for p, n in zip(positions, volumes.shape[2:], strict=True)]
+    grid = torch.stack(places[::-1], dim=-1)[None]
+    return F.grid_sample(volumes, grid, align_corners=True, padding_mode=outside)
+
+
+def _central_difference(volume: Tensor, axis: int) -> Tensor:
+    """Return the slope along an axis, 0 at both ends."""
+    inner = (volume.narrow(axis, 2, volume.shape[axis] - 2) - volume.narrow(axis, 0, volume.shape[axis] - 2)) / 2
+    padding = [0] * 6
+    padding[2 * (4 - axis)] = padding[2 * (4 - axis) + 1] = 1
+    return F.pad(inner, padding)
