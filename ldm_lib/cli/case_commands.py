@@ -44,7 +44,7 @@ def inpaint(options: argparse.Namespace) -> int:
     return 0
 
 
-def _inpaint_folder(options: argparse.Namespace, sampling: InpaintOptions, reading: ReadOptions) -> int:
+def _inpaint_folder(options: argparse.Namespace, sampling: ResultOptions, reading: ReadOptions) -> int:
     from ldm_lib.inpainting.folder import REFUSED, inpaint_folder
 
     rows = inpaint_folder(
@@ -56,6 +56,7 @@ def _inpaint_folder(options: argparse.Namespace, sampling: InpaintOptions, readi
         model=options.model,
         make_missing=options.make_missing,
         each=options.write_samples,
+        dilate=sampling.dilate,
         say=say,
     )
     counts = Counter(row["status"] for row in rows)

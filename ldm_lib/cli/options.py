@@ -75,10 +75,16 @@ def build_parser(
             if isinstance(given, list):
                 group = sub.add_mutually_exclusive_group(required=command.__name__ == "inpaint")
                 for name, settings in given:
-                    group.add_argument(name, **settings)
+                    _add(group, name, settings)
             else:
-                sub.add_argument(given[0], **given[1])
+                _add(sub, *given)
     return parser
+
+
+def _add(parser: argparse._ActionsContainer, name: str, settings: dict[str, Any]) -> None:
+    """Add an option under its name, and under another name where it has one."""
+    names = [name, settings["also"]] if "also" in settings else [name]
+    parser.add_argument(*names, **{key: value for key, value in settings.items() if key != "also"})
 
 
 def parse(model: type[AnyOptions], options: argparse.Namespace) -> AnyOptions:

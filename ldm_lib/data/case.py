@@ -12,17 +12,10 @@ import numpy as np
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, sha256
 from ldm_lib.geometry import Frame
+from ldm_lib.images import masks
 from ldm_lib.images.grid import on_grid_of
 from ldm_lib.images.image_files import require_file, stem
 from ldm_lib.images.masked_scan import from_darkest, read_masked_scan
-from ldm_lib.images.masks import (
-    read_labels,
-    read_parts,
-    read_unit_map,
-    require_concentration,
-    require_in_brain,
-    require_labels,
-)
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.void import require_void_covered
 from ldm_lib.images.volume import (
@@ -58,6 +51,8 @@ class Case:
     read_options: ReadOptions = READ_STRICTLY
     notes: tuple[str, ...] = ()  # what is odd about the files' names and places
     digests: Mapping[str, str] = field(default_factory=dict, compare=False)
+    dilate: int = 0  # voxels by which the mask grows when it is read
+    derivative: str = ""  # path of the result in a BIDS derivative data set
 
     @property
     def key(self) -> str:
@@ -66,8 +61,8 @@ class Case:
 
     @property
     def result_name(self) -> str:
-        """The challenge's file name of a result, with the mask's number where a patient has several."""
-        return f"{self.id}-t1n-inference{'-' + self.index if self.index else ''}.nii.gz"
+        """The challenge's file name of a result, with the mask's number where there are several, or BIDS's."""
+        return self.derivative or f"{self.id}-t1n-inference{'-' + self.index if self.index else ''}.nii.gz"
 
     def files(self) -> dict[str, Path]:
         """Return role -> path of every file that the case has."""
@@ -176,9 +171,9 @@ class CaseData:
                 raise InputError(f"shape {given.shape}, but the case has {self.mask.shape}", where=where,
                                  fix="resample it to the case's grid")  # fmt: skip
             if kind == "growth":
-                maps[kind] = require_concentration(given, where).astype(np.float32)
+                maps[kind] = masks.require_concentration(given, where).astype(np.float32)
             else:
-                maps[kind] = require_labels(given, TISSUE_LABELS, where).astype(np.uint8)
+                maps[kind] = masks.require_labels(given, TISSUE_LABELS, where).astype(np.uint8)
         return replace(self, **maps)
 
     @cached_property
@@ -217,6 +212,7 @@ def case_of_files(
     growth: str | Path | None = None,
     tissue: str | Path | None = None,
     read_options: ReadOptions = READ_STRICTLY,
+    dilate: int = 0,
 ) -> Case:
     """Make a case of single files; its id is taken from the image's name."""
     t1n_voided, mask, growth, tissue = (p and expand_path(p) for p in (t1n_voided, mask, growth, tissue))
@@ -224,7 +220,7 @@ def case_of_files(
     return Case(
         id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=t1n_voided, mask=mask,
         mask_healthy=None, mask_unhealthy=None, growth=growth, tissue=tissue,
-        read_options=read_options,
+        read_options=read_options, dilate=dilate,
     )  # fmt: skip
 
 
@@ -251,17 +247,20 @@ def load_case(case: Case | CaseData) -> CaseData:
         raise InputError(given, where="load_case", fix="take one of find_cases(folder)")
     case.require_unchanged()
     warnings = list(case.notes)
-    source, mask = read_masked_scan(case.t1n_voided or case.t1n, case.mask, case.read_options, warnings)
-    voided = _voided(case, source, mask, warnings)
+    source, given = read_masked_scan(case.t1n_voided or case.t1n, case.mask, case.read_options, warnings)
+    voided, mask = _voided(case, source, given, warnings), masks.dilated(given, case.dilate)
+    voided[mask] = 0
     scale = intensity_scale(voided, mask, where=source.path)
-    target = _read_target(case, source, mask, warnings)
-    parts = read_parts(case.mask_healthy, case.mask_unhealthy, mask, source, case.read_options, warnings=warnings)
-    require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
+    target = _read_target(case, source, given, warnings)
+    parts = masks.read_parts(
+        case.mask_healthy, case.mask_unhealthy, given, source, case.read_options, warnings=warnings
+    )
+    masks.require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
     require_void_covered(source, mask, where=case.mask, warnings=warnings)
-    growth = read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
+    growth = masks.read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
     tissue = None
     if case.tissue:
-        tissue = read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings)
+        tissue = masks.read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings)
     warnings += image_warnings(voided, source)
     voided, spikes = without_spikes(voided, scale)
     target = target if target is None else without_spikes(target, scale)[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm_lib.data import bids
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.layouts import Exclusion, list_cases, list_scans, listing
 from ldm_lib.errors import InputError
@@ -63,6 +64,8 @@ def survey_cases(
 ) -> tuple[list[Case], list[Exclusion]]:
     """Find the cases of a folder as `find_cases` does, and return what was excluded as well."""
     cases, exclusions = list_cases(data_dir, conditioning_dir, read_options, patients_file)
+    if not cases and bids.is_data_set(data_dir):
+        cases, exclusions = bids.list_cases(data_dir, conditioning_dir, read_options)
     if not cases:
         reasons = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
         of_one = any(expand_path(data_dir).glob("*-mask*.[nm]*"))

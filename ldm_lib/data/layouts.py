@@ -111,8 +111,7 @@ def list_cases(
     if not root.is_dir():
         raise InputError("is a file" if root.is_file() else "no such folder", where=root, fix=fix)
     root = root.resolve()
-    conditioning = _conditioning_folder(root, conditioning_dir)
-    maps = {role: _maps_in(conditioning / name) for role, name in CONDITIONING_FOLDERS.items()} if conditioning else {}
+    conditioning, maps = conditioning_maps(root, conditioning_dir)
     inside = tuple(os.path.realpath(folder) for folder in (root, conditioning) if folder)
     cases, exclusions = [], []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", *_OF_SYSTEMS))):
@@ -144,6 +143,12 @@ def listing(folder: str | Path) -> str:
 def _first(names: Iterable[str]) -> str:
     names = sorted(map(printable, names))
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def conditioning_maps(root: Path, conditioning_dir: str | Path) -> tuple[Path | None, dict[str, dict[str, list[Path]]]]:
+    """Return the folder of maps, if any, and kind -> id -> its maps."""
+    folder = _conditioning_folder(root, conditioning_dir)
+    return folder, {role: _maps_in(folder / name) for role, name in CONDITIONING_FOLDERS.items()} if folder else {}
 
 
 def _conditioning_folder(root: Path, given: str | Path) -> Path | None:

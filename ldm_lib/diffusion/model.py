@@ -87,6 +87,7 @@ class LatentDiffusion:
         crop: edge of the latents that the denoiser was trained on, latent voxels; 0 for whole latents.
         temperature: scale of the initial noise.
         process: arguments of `noise_schedule` from which `schedule` was made; `save` needs them.
+        name: "pretrained", or the name of the folder that the model was loaded from.
 
     Examples:
         >>> model = LatentDiffusion.load(device="cpu")
@@ -107,6 +108,7 @@ class LatentDiffusion:
     crop: int = 0
     temperature: float = 1.0
     process: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     def __repr__(self) -> str:
         weights = sum(p.numel() for p in self.denoiser.parameters())
@@ -128,7 +130,7 @@ class LatentDiffusion:
             ConfigError: a device, precision or temperature that is not allowed.
             WeightsError: no model folder, a damaged one, or a denoiser of another autoencoder.
         """
-        folder = Path(folder) if folder else PRETRAINED
+        folder, name = (Path(folder), Path(folder).resolve().name) if folder else (PRETRAINED, "pretrained")
         place = pick_device(device)
         precision, temperature = pick_precision(precision, place), SamplerOptions(temperature=temperature).temperature
         denoiser = load_model(folder, ADM)
@@ -144,7 +146,7 @@ class LatentDiffusion:
         return cls(
             autoencoder.to(place), denoiser.to(place), noise_schedule(**settings.process), spec, place,
             precision, settings.prediction, settings.box_margin, settings.latent_crop,
-            temperature or settings.temperature or 1.0, settings.process,
+            temperature or settings.temperature or 1.0, settings.process, name,
         )  # fmt: skip
 
     def save(self, folder: str | Path, *, autoencoder_folder: str | Path | None = None, **facts: Any) -> str:

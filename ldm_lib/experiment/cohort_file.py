@@ -11,6 +11,7 @@ from ldm_lib.files import read_json, write_json
 from ldm_lib.images.options import ReadOptions
 
 _PLAIN = ("id", "patient", "index", "digests")  # fields of a case that are no paths
+_NOT_KEPT = ("notes", "dilate", "derivative")  # of the files' names, and of inpainting
 
 
 def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]], root: Path) -> None:
@@ -25,7 +26,7 @@ def write_cohort(path: Path, cases: Sequence[Case], split: dict[str, list[str]],
             return absolute.relative_to(root).as_posix()
         return to_alias(absolute, path.absolute().parents[1])
 
-    rows = [{k: plain(v) for k, v in vars(case.with_digests()).items() if k != "notes"} for case in cases]
+    rows = [{k: plain(v) for k, v in vars(case.with_digests()).items() if k not in _NOT_KEPT} for case in cases]
     write_json(path, {"split": split, "cases": rows})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import face_neighbours
+from ldm_lib.geometry import bounding_box, face_neighbours
 from ldm_lib.images.grid import EXACT_MM, RESAMPLE, has_grid_of, on_grid_of, reordered
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import Volume, read_volume
@@ -96,6 +96,17 @@ def _as_binary(voxels: np.ndarray, path: Path, warnings: list[str], *, labelled:
     if levels[-1] == 255:
         warnings.append(f"{path.name}: 255 read as 1")
     return voxels > 0.5
+
+
+def dilated(mask: np.ndarray, voxels: int) -> np.ndarray:
+    """Grow a mask (x, y, z) by a ball of this radius in voxels; a radius of 1 adds the neighbours at the faces."""
+    if not voxels:
+        return mask
+    from scipy import ndimage  # it takes 0.4 s to load, and few masks grow
+
+    grown, box = mask.copy(), bounding_box(mask, voxels)
+    grown[box] = ndimage.distance_transform_edt(~mask[box]) <= voxels
+    return grown
 
 
 def read_parts(

@@ -7,7 +7,7 @@ written: a case whose record and files agree is not inpainted again.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,10 @@ from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import in_format_of, read_volume, write_like
+from ldm_lib.inpainting.derivatives import describe_data_set, sidecar_path, write_sidecars
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
+from ldm_lib.inpainting.result import result_path
 from ldm_lib.locking import FolderLock
 from ldm_lib.version import __version__
 
@@ -46,16 +48,19 @@ def inpaint_folder(
     model: str | Path | None = None,
     make_missing: bool | None = None,
     each: bool = False,
+    dilate: int = 0,
     say: Callable[[str], None] = _print,
 ) -> list[Row]:
-    """Inpaint every case of a folder, in either layout, and write `results.csv` with a row for each.
+    """Inpaint every case of a folder, in either layout or as BIDS, and write `results.csv` with a row for each.
 
     The same call continues where an interrupted one stopped.
 
     Args:
-        output: takes `<ID>-t1n-inference.nii.gz`, and for several samples the other files of `Inpainting.save`.
+        output: takes `<ID>-t1n-inference.nii.gz`, or BIDS derivatives (`inpainting.derivatives`), and for
+            several samples the other files of `Inpainting.save`.
         make_missing: make the tissue maps that cases lack from their scans; None makes them if the model needs them.
         each: write every sample.
+        dilate: voxels by which masks grow in every direction before they are inpainted.
 
     Returns:
         rows as of `fill_cases`, first those of folders that hold no case.
@@ -70,13 +75,15 @@ def inpaint_folder(
     lock = FolderLock(output)
     try:
         require_writable(output / TABLE)
-        for pattern in (".*.nii.gz.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part", TABLE):
+        for pattern in (".*.nii.gz.*.part", "sub-*/**/.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part", TABLE):
             for path in output.glob(pattern):  # partial files of a killed process, and the table of an earlier call
                 path.unlink()
         rows = [_failed(exclusion.case, exclusion.reason) for exclusion in exclusions]
         for row in rows:
             say(_line(row))
-        cases = [case.to_inpaint() for case in cases]
+        cases = [replace(case.to_inpaint(), dilate=dilate) for case in cases]
+        if any(case.derivative for case in cases):
+            describe_data_set(output, root)
         rows += fill_cases(inpainter, cases, options, output, make_missing=make_missing, each=each, say=say)
         write_csv(output / TABLE, rows)
     finally:
@@ -173,15 +180,20 @@ class Job:
             if "memory" not in str(error):
                 raise
             raise InputError("not enough memory", where=case.key, fix="take fewer samples") from error
-        for pattern in ("", "-std", "-nearest", "-sample-*"):  # of other settings: none may stay next to the new files
-            for path in self.folder.glob(case.result_name.replace(".nii.gz", f"{pattern}.nii.gz")):
+        output = self.folder / case.result_name
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for kind in ("", "std", "nearest", "sample-*"):  # of other settings: none may stay next to the new files
+            for path in output.parent.glob(result_path(output, kind).name):
                 if not path.is_dir():
                     path.unlink()
-        written = result.save(self.folder / case.result_name, samples=self.each)
+                    sidecar_path(path).unlink(missing_ok=True)
+        written = result.save(output, samples=self.each)
+        if case.derivative:
+            written += write_sidecars(self.inpainter, self.options, result, written)
         std = float(result.std[data.mask].mean() / data.scale)
         seconds = round(time.monotonic() - started, 2)
-        row = _row(case.key, FILLED, result=written[0].name, spread=std, seconds=seconds)
-        outputs = {path.name: sha256(path) for path in written}
+        row = _row(case.key, FILLED, result=case.result_name, spread=std, seconds=seconds)
+        outputs = {path.relative_to(self.folder).as_posix(): sha256(path) for path in written}
         record = Record(made_from=made_from, version=__version__, outputs=outputs, row=row)
         write_json(record_path(case, self.folder), record.model_dump())
         return row
@@ -209,6 +221,7 @@ class Job:
         description |= {name: getattr(model, name) for name in ("crop", "box_margin", "prediction")}
         weights = [network.folder_config["sha256"] for network in (model.denoiser, model.autoencoder)]
         settings |= {"read_options": case.read_options.model_dump()} if case.read_options != READ_STRICTLY else {}
+        settings |= {"dilate": case.dilate} if case.dilate else {}
         sources = {"weights": weights, "model": description, "files": dict(case.digests)}
         return fingerprint(sources | {"settings": settings})
 

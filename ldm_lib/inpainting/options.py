@@ -51,6 +51,9 @@ class ResultOptions(InpaintOptions):
     estimate: Literal["samples", "mean"] = Field(
         "samples", description="what is computed: samples, or the mean of all samples in one denoiser evaluation"
     )
+    dilate: Annotated[int, Field(ge=0, le=50)] = Field(
+        0, description="voxels by which the mask grows in every direction before it is inpainted"
+    )
 
     @model_validator(mode="after")
     def _one_volume(self) -> Self:

@@ -12,6 +12,8 @@ from ldm_lib.files import expand_path
 from ldm_lib.images.image_files import ANY_OF_SUFFIXES, SUFFIXES, require_results_writable, stem
 from ldm_lib.images.volume import write_like, write_map
 
+BIDS_RESULT = "_desc-inpainted_T1w."  # in the names of results in a BIDS derivative data set
+
 
 class Samples(Sequence[np.ndarray]):
     """Give the samples of a result as volumes (x, y, z), each made when it is read."""
@@ -120,6 +122,13 @@ class Inpainting:
 def result_paths(output: Path, samples: int, *, each: bool) -> dict[str, Path]:
     """Return the files of a result by what they hold: "" the volume, "std", "nearest" and "sample-000k"."""
     names = (["std", "nearest"] if samples > 1 else []) + [f"sample-{k:04d}" for k in range(samples if each else 0)]
+    return {name: result_path(output, name) for name in ("", *names)}
+
+
+def result_path(output: Path, name: str) -> Path:
+    """Return the file that holds `name` of a result: `O-std.nii.gz`, in BIDS `sub-01_desc-inpaintedStd_T1w.nii.gz`."""
+    if name and BIDS_RESULT in output.name:
+        label = "".join(part.capitalize() for part in name.split("-"))
+        return output.with_name(output.name.replace(BIDS_RESULT, f"_desc-inpainted{label}_T1w."))
     first = stem(output)
-    ending = output.name[len(first) :]
-    return {"": output} | {name: output.with_name(f"{first}-{name}{ending}") for name in names}
+    return output.with_name(f"{first}-{name}{output.name[len(first) :]}") if name else output

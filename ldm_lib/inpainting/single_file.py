@@ -29,6 +29,7 @@ def inpaint(
     temperature: float = 0.0,
     n_samples: int = 1,
     estimate: str = "samples",
+    dilate: int = 0,
     write_samples: bool = False,
     seed: int = 0,
     device: str = "auto",
@@ -49,6 +50,7 @@ def inpaint(
         model: model folder; None takes the pretrained weights. A file of other voxel sizes is resampled to the model's,
             and the inpainted voxels are resampled back.
         estimate: "samples", or "mean": the mean of all samples in one denoiser evaluation (`Inpainter.estimate`).
+        dilate: voxels by which the mask grows in every direction (a ball of this radius) before it is inpainted.
         num_inference_steps: denoiser evaluations of a sample.
         guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
@@ -65,10 +67,10 @@ def inpaint(
         >>> [path.name for path in files]
         ['inpainted.nii.gz']
     """
-    case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, read_options=read_options)
+    case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, read_options=read_options, dilate=dilate)
     loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
-    options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, **sampling, **loading)
+    options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, dilate=dilate, **sampling, **loading)
     results = result_paths(expand_path(output), n_samples, each=write_samples)
     require_results_writable(results.values(), case.files().values())
     data, inpainter = load_case(case), Inpainter.load(model, **loading)

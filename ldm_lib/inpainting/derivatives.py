@@ -1,0 +1,76 @@
+"""Describe results as BIDS derivatives: `dataset_description.json`, and a JSON sidecar next to every image."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_lib.data.bids import data_set_of, uri
+from ldm_lib.files import write_json
+from ldm_lib.images.image_files import stem
+from ldm_lib.inpainting.inpainter import Inpainter
+from ldm_lib.inpainting.options import InpaintOptions
+from ldm_lib.inpainting.result import Inpainting
+from ldm_lib.version import __version__
+
+BIDS_VERSION = "1.10.0"
+IGNORED = "filled\nresults.csv\n"  # records and table, which BIDS has no names for
+
+
+def describe_data_set(output: Path, source: Path) -> None:
+    """Write `dataset_description.json`, `README.md` and `.bidsignore` of the results of a BIDS data set."""
+    generated = {"Name": "ldm_lib", "Version": __version__, "Description": "lesions inpainted by latent diffusion"}
+    description = {
+        "Name": f"Inpainted T1w of {source.name}",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [generated],
+        "DatasetLinks": {"raw": Path(os.path.relpath(source, output)).as_posix()},
+    }
+    write_json(output / "dataset_description.json", description)
+    readme = (
+        f"T1w of {source.name} whose lesions were inpainted by ldm_lib {__version__}: voxels in a mask are synthetic,"
+    )
+    for name, text in ((".bidsignore", IGNORED), ("README.md", f"{readme}\nall others are those of the source.\n")):
+        if not (output / name).exists():
+            (output / name).write_text(text)
+
+
+def write_sidecars(
+    inpainter: Inpainter, options: InpaintOptions, result: Inpainting, images: Sequence[Path]
+) -> list[Path]:
+    """Write the sidecar of each image of a result, and return the files."""
+    written = []
+    for image in images:
+        write_json(sidecar_path(image), _sidecar(inpainter, options, result))
+        written.append(sidecar_path(image))
+    return written
+
+
+def sidecar_path(image: Path) -> Path:
+    """Return the sidecar of an image."""
+    return image.with_name(f"{stem(image)}.json")
+
+
+def _sidecar(inpainter: Inpainter, options: InpaintOptions, result: Inpainting) -> dict[str, Any]:
+    """Return what an image was made from and how, in the terms of BIDS where it has them."""
+    case, model, sampling = result.data.case, inpainter.model, options.sampling
+    root = data_set_of(case)
+    source, mask = (uri(path, root) for path in (case.t1n_voided or case.mask, case.mask))
+    weights = {"Denoiser": model.denoiser, "Autoencoder": model.autoencoder}
+    estimate = getattr(options, "estimate", "samples")
+    return {
+        "Description": "T1w with synthetic tissue in the mask; all other voxels are those of the source",
+        "Sources": [source, mask],
+        "SkullStripped": True,
+        "Synthetic": True,
+        "SyntheticRegion": {"Mask": mask, "Dilation": case.dilate, "Voxels": int(result.data.mask.sum())},
+        "Model": {"Name": model.name} | {name: network.folder_config["sha256"] for name, network in weights.items()},
+        "SoftwareVersion": f"ldm_lib {__version__}",
+        "Estimate": estimate,
+        "Samples": sampling["n_samples"],
+        **({} if estimate == "mean" else {"Seed": options.seed}),  # the mean depends on no seed
+        "Sampler": sampling["sampler"],
+        "Steps": sampling["num_inference_steps"],
+        "TissueMap": "given" if case.tissue else "none" if result.data.tissue is None else "made from the scan",
+    }

@@ -1,0 +1,166 @@
+"""Laws of BIDS data sets: scans find their masks, results are valid derivatives equal to those of single files."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from ldm_lib.__main__ import main
+from ldm_lib.data.bids import list_cases
+from ldm_lib.data.case import case_of_files, load_case
+from ldm_lib.data.cohort import find_cases
+from ldm_lib.errors import ConfigError
+from ldm_lib.images.masks import dilated
+from ldm_lib.images.options import ReadOptions
+from ldm_lib.images.volume import read_volume
+from ldm_lib.inpainting.single_file import inpaint
+
+MASKS = {  # subject -> scan and mask, where they are in data sets that people have
+    "01": ("anat/sub-01_T1w.nii.gz", "anat/sub-01_T1w_label-lesion_roi.nii.gz"),
+    "02": ("ses-1/anat/sub-02_ses-1_run-2_T1w.nii.gz",
+           "../derivatives/manual/sub-02/ses-1/anat/sub-02_ses-1_run-2_space-orig_label-lesion_mask.nii.gz"),
+    "03": ("anat/sub-03_T1w.nii.gz", "anat/sub-03_label-L_desc-T1lesion_mask.nii.gz"),
+}  # fmt: skip
+
+
+def put(source, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, path)
+
+
+@pytest.fixture(scope="module")
+def case(cases):
+    return cases[0].to_inpaint()
+
+
+@pytest.fixture
+def data_set(case, tmp_path):
+    root = tmp_path / "raw"
+    for subject, (scan, mask) in MASKS.items():
+        folder = root / f"sub-{subject}"
+        put(case.t1n_voided, folder / scan)
+        put(case.mask, root / mask[3:] if mask.startswith("..") else folder / mask)
+    put(case.t1n_voided, root / "sub-04/anat/sub-04_T1w.nii.gz")  # a healthy control
+    put(case.mask, root / "derivatives/fmriprep/sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+    put(case.mask, root / "derivatives/manual/sub-01/anat/sub-01_space-MNI152_label-lesion_mask.nii.gz")
+    description = {"Name": "raw", "BIDSVersion": "1.10.0", "DatasetType": "raw"}
+    (root / "dataset_description.json").write_text(json.dumps(description))
+    return root
+
+
+def run(data_set, output, tiny_model_folder, *more):
+    words = ["inpaint", "--data", data_set, "--output", output, "--model", tiny_model_folder]
+    return main([*map(str, words), "--steps", "2", "--device", "cpu", *more])
+
+
+def test_each_scan_has_its_own_lesion_mask_and_controls_are_counted(data_set, caplog):
+    with caplog.at_level(logging.WARNING):
+        found, exclusions = list_cases(data_set)
+    assert not exclusions and [case.id for case in found] == ["sub-01", "sub-02_ses-1_run-2", "sub-03"]
+    assert [case.mask.name for case in found] == [Path(mask).name for _, mask in MASKS.values()]
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 of 4 T1w have no lesion mask and are left out: sub-04_T1w.nii.gz"
+    ]
+
+
+def test_labels_of_the_mask_are_known_to_every_case(data_set):
+    assert {case.read_options.labels for case in find_cases(data_set, "", ReadOptions(mask_labels="2"))} == {(2,)}
+
+
+def test_two_lesion_masks_of_one_scan_are_excluded(data_set, case):
+    put(case.mask, data_set / "sub-01/anat/sub-01_label-lesion_mask.nii.gz")
+    found, exclusions = list_cases(data_set)
+    assert len(found) == 2 and "sub-01: ambiguous: " in exclusions[0].reason
+
+
+def test_a_data_set_without_lesion_masks_is_one_error_with_its_fix(data_set, tmp_path, tiny_model_folder, capsys):
+    for path in [*data_set.rglob("*lesion*")]:
+        path.unlink()
+    assert run(data_set, tmp_path / "out", tiny_model_folder) == 1
+    error = capsys.readouterr().err.strip()
+    assert (
+        "4 T1w of a BIDS data set, 4 of them without a lesion mask. Fix: put sub-01_label-lesion_mask.nii.gz" in error
+    )
+    assert error.count("\n") == 0 and not (tmp_path / "out").exists()
+
+
+def test_results_are_those_of_single_files_and_are_found_again(data_set, case, tmp_path, tiny_model_folder, capsys):
+    output = tmp_path / "out"
+    assert run(data_set, output, tiny_model_folder, "--samples", "2", "--dilate", "1") == 0
+    single = tmp_path / "single.nii.gz"
+    options = {"model": tiny_model_folder, "num_inference_steps": 2, "device": "cpu", "n_samples": 2, "dilate": 1}
+    inpaint(case.t1n_voided, case.mask, single, **options)
+    anat = output / "sub-02/ses-1/anat"
+    names = {"": single, "Std": tmp_path / "single-std.nii.gz", "Nearest": tmp_path / "single-nearest.nii.gz"}
+    for label, oracle in names.items():
+        name = f"sub-02_ses-1_run-2_desc-inpainted{label}_T1w"
+        assert (anat / f"{name}.nii.gz").read_bytes() == oracle.read_bytes()
+        sidecar = json.loads((anat / f"{name}.json").read_text())
+    assert sidecar["Synthetic"] is True and sidecar["SyntheticRegion"]["Dilation"] == 1 and sidecar["Samples"] == 2
+    assert sidecar["Model"]["Name"] == tiny_model_folder.name and sidecar["Seed"] == 0
+    assert all((data_set / uri.removeprefix("bids:raw:")).is_file() for uri in sidecar["Sources"])
+    description = json.loads((output / "dataset_description.json").read_text())
+    assert (output / description["DatasetLinks"]["raw"]).resolve() == data_set
+    capsys.readouterr()
+    assert run(data_set, output, tiny_model_folder, "--samples", "2", "--dilate", "1") == 0
+    assert "3 cases: 3 found" in capsys.readouterr().out
+    assert run(data_set, output, tiny_model_folder) == 0  # of other settings: no file of two samples may stay
+    assert len([*anat.iterdir()]) == 2
+    assert run(data_set, output, tiny_model_folder, "--estimate", "mean") == 0
+    assert "Seed" not in json.loads((anat / "sub-02_ses-1_run-2_desc-inpainted_T1w.json").read_text())
+
+
+def test_derivatives_are_valid_bids(data_set, tmp_path, tiny_model_folder):
+    validator = Path(sys.executable).with_name("bids-validator-deno")
+    if not validator.exists():
+        pytest.skip("bids-validator-deno is not installed")
+    output = tmp_path / "out"
+    assert run(data_set, output, tiny_model_folder, "--samples", "2") == 0
+    done = subprocess.run([validator, "--json", output], capture_output=True, text=True, check=False)
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    assert [issue for issue in issues if issue["severity"] == "error"] == []
+
+
+# ---- dilation
+
+
+@pytest.mark.parametrize("voxels", [1, 3])
+def test_a_mask_grows_by_a_ball_also_at_the_border(voxels):
+    mask = np.random.default_rng(0).random((20, 18, 16)) < 0.003
+    mask[0, 0, 0] = True
+    ball = np.sum(np.square(np.indices((2 * voxels + 1,) * 3) - voxels), axis=0) <= voxels**2
+    assert np.array_equal(dilated(mask, voxels), ndimage.binary_dilation(mask, ball))
+
+
+def test_a_dilated_mask_is_as_good_as_its_file(case, tmp_path):
+    from nibabel import Nifti1Image, load, save
+
+    grown = case_of_files(case.t1n_voided, case.mask, dilate=2)
+    image = load(case.mask)
+    save(Nifti1Image(dilated(image.get_fdata() > 0, 2).astype(np.uint8), image.affine), tmp_path / "m.nii.gz")
+    one, other = load_case(grown), load_case(case_of_files(case.t1n_voided, tmp_path / "m.nii.gz"))
+    assert np.array_equal(one.mask, other.mask) and np.array_equal(one.voided, other.voided)
+    assert one.scale == other.scale and one.mask.sum() > load_case(case).mask.sum()
+
+
+def test_the_other_name_of_the_mask_gives_the_same_file(case, tmp_path, tiny_model_folder):
+    for name in ("--mask", "--lesion-mask"):
+        words = ["inpaint", "--t1n-voided", case.t1n_voided, name, case.mask, "--model", tiny_model_folder]
+        assert main([*map(str, words), "--output", str(tmp_path / f"{name}.nii.gz"), "--steps", "2"]) == 0
+    one, other = (read_volume(tmp_path / f"{name}.nii.gz") for name in ("--mask", "--lesion-mask"))
+    assert np.array_equal(one.raw, other.raw)
+
+
+def test_a_dilation_out_of_range_is_rejected(case, tmp_path):
+    with pytest.raises(ConfigError, match="dilate = -1"):
+        inpaint(case.t1n_voided, case.mask, tmp_path / "o.nii.gz", dilate=-1)
+
+
+def test_a_training_layout_is_not_taken_for_bids(cohort_folder):
+    assert not any(case.derivative for case in find_cases(cohort_folder))
