@@ -44,6 +44,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--output", "result file (mean of several samples); a folder with --data", required=True, metavar="OUT"),
         arg("--growth", "tumour-cell concentration in [0, 1] (default: 0, healthy)", metavar="F"),
         arg("--tissue", "tissue labels: 1 CSF, 2 GM, 3 WM", metavar="F"),
+        arg("--brain-mask", "of a whole head: the brain is above 0", metavar="F"),
         MAPS,
         arg("--make-missing", "make missing tissue maps from the scans (default: if the model needs them)",
             action=argparse.BooleanOptionalAction),

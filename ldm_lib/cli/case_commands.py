@@ -18,9 +18,11 @@ from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
 
 def inpaint(options: argparse.Namespace) -> int:
     """Inpaint one volume, or every case of a folder."""
-    maps = {name: getattr(options, name) for name in ("mask", "growth", "tissue")}
+    maps = {name: getattr(options, name) for name in ("mask", "growth", "tissue", "brain_mask")}
     if options.data and any(maps.values()):
-        options.misused("--mask, --growth and --tissue go with --t1n-voided; with --data goes --conditioning-dir")
+        options.misused(
+            "--mask, --growth, --tissue and --brain-mask go with --t1n-voided; with --data goes --conditioning-dir"
+        )
     if not options.data and (not options.mask or options.conditioning_dir):
         options.misused("--t1n-voided needs --mask, and takes no --conditioning-dir")
     sampling, reading = parse(ResultOptions, options), parse(ReadOptions, options)

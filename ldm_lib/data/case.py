@@ -13,9 +13,10 @@ from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, sha256
 from ldm_lib.geometry import Frame
 from ldm_lib.images import masks
+from ldm_lib.images.brain_masks import read_brain
 from ldm_lib.images.grid import on_grid_of
 from ldm_lib.images.image_files import require_file, stem
-from ldm_lib.images.masked_scan import from_darkest, read_masked_scan
+from ldm_lib.images.masked_scan import from_darkest, read_masked_scan, void_under
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.void import require_void_covered
 from ldm_lib.images.volume import (
@@ -49,6 +50,7 @@ class Case:
     growth: Path | None
     tissue: Path | None
     read_options: ReadOptions = READ_STRICTLY
+    brain_mask: Path | None = None  # of a whole head
     notes: tuple[str, ...] = ()  # what is odd about the files' names and places
     digests: Mapping[str, str] = field(default_factory=dict, compare=False)
     dilate: int = 0  # voxels by which the mask grows when it is read
@@ -104,9 +106,9 @@ class CaseData:
     Every array is (x, y, z) in the file's voxel order; images are in source units.
 
     Attributes:
-        source: the voided file (or the full image, if there is no voided one).
-        voided: float32, 0 under the mask.
-        mask: bool, True = voxels to inpaint.
+        source: the voided file (or the full image, if there is no voided one), with all that is not brain.
+        voided: float32, 0 under the mask and, with a brain mask, outside the brain.
+        mask: bool, True = voxels to inpaint, all of them in the brain mask, if there is one.
         scale: intensity divisor of this case.
         target: the full image, or None.
         healthy, unhealthy: bool parts of the mask, or None.
@@ -211,16 +213,18 @@ def case_of_files(
     *,
     growth: str | Path | None = None,
     tissue: str | Path | None = None,
+    brain_mask: str | Path | None = None,
     read_options: ReadOptions = READ_STRICTLY,
     dilate: int = 0,
 ) -> Case:
     """Make a case of single files; its id is taken from the image's name."""
-    t1n_voided, mask, growth, tissue = (p and expand_path(p) for p in (t1n_voided, mask, growth, tissue))
+    paths = (t1n_voided, mask, growth, tissue, brain_mask)
+    t1n_voided, mask, growth, tissue, brain_mask = (path and expand_path(path) for path in paths)
     identity, _, index = stem(t1n_voided).partition("-t1n-voided")
     return Case(
         id=identity, patient=identity, index=index.lstrip("-"), t1n=None, t1n_voided=t1n_voided, mask=mask,
         mask_healthy=None, mask_unhealthy=None, growth=growth, tissue=tissue,
-        read_options=read_options, dilate=dilate,
+        brain_mask=brain_mask, read_options=read_options, dilate=dilate,
     )  # fmt: skip
 
 
@@ -248,40 +252,29 @@ def load_case(case: Case | CaseData) -> CaseData:
     case.require_unchanged()
     warnings = list(case.notes)
     source, given = read_masked_scan(case.t1n_voided or case.t1n, case.mask, case.read_options, warnings)
-    voided, mask = _voided(case, source, given, warnings), masks.dilated(given, case.dilate)
-    voided[mask] = 0
+    named = {"hidden": bool(case.t1n_voided), "scored": bool(case.t1n)}
+    voided, mask = void_under(source, given, **named, warnings=warnings), masks.dilated(given, case.dilate)
+    brain, mask = read_brain(case.brain_mask, source, mask, case.read_options, warnings)
+    voided = np.where(brain & ~mask, voided, np.float32(0))
     scale = intensity_scale(voided, mask, where=source.path)
     target = _read_target(case, source, given, warnings)
     parts = masks.read_parts(
         case.mask_healthy, case.mask_unhealthy, given, source, case.read_options, warnings=warnings
     )
     masks.require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
-    require_void_covered(source, mask, where=case.mask, warnings=warnings)
+    if not case.brain_mask:
+        require_void_covered(source, mask, where=case.mask, warnings=warnings)
     growth = masks.read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
     tissue = None
     if case.tissue:
         tissue = masks.read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings)
     warnings += image_warnings(voided, source)
     voided, spikes = without_spikes(voided, scale)
-    target = target if target is None else without_spikes(target, scale)[0]
+    target = target if target is None else without_spikes(np.where(brain, target, np.float32(0)), scale)[0]
     if spikes:
         warnings.append(f"{spikes} voxels above {SPIKE:g} times the 99.5th percentile ({scale:g}), up to "
                         f"{source.voxels.max():g}, replaced by the median of their neighbours")  # fmt: skip
     return CaseData(case, source, voided, mask, scale, target, *parts, growth, tissue, tuple(warnings))
-
-
-def _voided(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray:
-    """Return the image with 0 under the mask; an image that is not void there is an error if it can be scored."""
-    under = source.voxels[mask]
-    void = (0, source.intercept, source.voxels.min()) if under.any() else (0,)
-    if case.t1n_voided and (shown := int(np.count_nonzero(~np.isin(under, void)))):
-        cause = f"{shown} of {under.size} voxels under the mask were not void"
-        if case.t1n:
-            raise InputError(f"{cause}: it shows the ground truth", where=source.path, fix="void it under its own mask")
-        warnings.append(f"{cause}; voided here")
-    voided = source.voxels.copy()
-    voided[mask] = 0
-    return voided
 
 
 def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray | None:

@@ -129,6 +129,7 @@ def make_tissue_map(
     from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
 
     sources = {"scan": data.case.t1n_voided or data.case.t1n, "mask": data.case.mask}
+    sources |= {"brain_mask": data.case.brain_mask} if data.case.brain_mask else {}
     path, claim = Path(path), _claim("MNI152 by registration", sources, {"refine": refine}, lesion=lesion)
     if found := _found(path, claim):
         return found

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm_lib.errors import InputError
 from ldm_lib.images.masks import read_mask
 from ldm_lib.images.options import ReadOptions
 from ldm_lib.images.volume import Volume, read_image
@@ -39,3 +40,22 @@ def from_darkest(volume: Volume, mask: np.ndarray, warnings: list[str]) -> Volum
     warnings.append(f"air is 0, the brain begins at {darkest:g}: shifted for the model, and back in results")
     stored = air[0] if air.size else None
     return replace(volume, intercept=volume.intercept - darkest, background=darkest, air=stored)
+
+
+def void_under(source: Volume, mask: np.ndarray, *, hidden: bool, scored: bool, warnings: list[str]) -> np.ndarray:
+    """Return the image (x, y, z) with 0 under the mask.
+
+    Args:
+        hidden: the file is said to be void there already; if it is not, that is a warning,
+        scored: or an InputError, because the region can be scored.
+    """
+    under = source.voxels[mask]
+    void = (0, source.intercept, source.voxels.min()) if under.any() else (0,)
+    if hidden and (shown := int(np.count_nonzero(~np.isin(under, void)))):
+        cause = f"{shown} of {under.size} voxels under the mask were not void"
+        if scored:
+            raise InputError(f"{cause}: it shows the ground truth", where=source.path, fix="void it under its own mask")
+        warnings.append(f"{cause}; voided here")
+    voided = source.voxels.copy()
+    voided[mask] = 0
+    return voided

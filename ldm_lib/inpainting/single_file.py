@@ -19,6 +19,7 @@ def inpaint(
     *,
     growth: str | Path | None = None,
     tissue: str | Path | None = None,
+    brain_mask: str | Path | None = None,
     read_options: ReadOptions = READ_STRICTLY,
     make_missing: bool | None = None,
     model: str | Path | None = None,
@@ -44,6 +45,8 @@ def inpaint(
         growth: tumour-cell concentration in [0, 1]; None means zero, healthy tissue.
         tissue: labels 1 CSF, 2 GM, 3 WM, made by one method inside and outside the mask; None means unknown, unless
             the map is made.
+        brain_mask: of a whole head, on the same grid: what is above 0 is brain. Only the part of the mask in the brain
+            is inpainted, from the brain alone; skull and scalp stay as they are.
         read_options: how input validation is relaxed.
         make_missing: make the tissue map from the scan where none is given, and keep it in the user's cache
             (`inpainting.tissue_maps`); None makes it if the model needs one.
@@ -67,7 +70,8 @@ def inpaint(
         >>> [path.name for path in files]
         ['inpainted.nii.gz']
     """
-    case = case_of_files(t1n_voided, mask, growth=growth, tissue=tissue, read_options=read_options, dilate=dilate)
+    maps = {"growth": growth, "tissue": tissue, "brain_mask": brain_mask}
+    case = case_of_files(t1n_voided, mask, **maps, read_options=read_options, dilate=dilate)
     loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
     options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, dilate=dilate, **sampling, **loading)

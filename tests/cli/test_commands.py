@@ -90,7 +90,7 @@ def error_line(arguments, capsys):
         (["inpaint", "--mask", "m", "--output", "o"], "one of the arguments --t1n-voided --data is required"),
         (["inpaint", "--t1n-voided", "v", "--output", "o"], "--t1n-voided needs --mask"),
         (["inpaint", "--t1n-voided", "v", "--data", "d", "--output", "o"], "not allowed with argument"),
-        (["inpaint", "--data", "d", "--mask", "m", "--output", "o"], "--mask, --growth and --tissue go with"),
+        (["inpaint", "--data", "d", "--mask", "m", "--output", "o"], "--growth, --tissue and --brain-mask go with"),
         ([*INPAINT, "--conditioning-dir", "c"], "takes no --conditioning-dir"),
         ([*INPAINT, "--sampler", "heun"], "invalid choice: 'heun'"),
         ([*INPAINT, "--steps", "x"], "invalid int value: 'x'"),
