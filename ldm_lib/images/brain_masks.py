@@ -53,7 +53,7 @@ def read_brain_mask(path: Path, like: Volume, read_options: ReadOptions, warning
     if (brain_ml := _ml(brain, like)) < LEAST_BRAIN_ML:
         cause = f"the brain mask covers {brain_ml:.3g} mL, less than any brain ({LEAST_BRAIN_ML:g} mL)"
         raise InputError(cause if brain.any() else f"the brain mask is empty (0 of {brain.size} voxels)", where=path,
-                         fix="mark the whole brain with 1, or let it be made with --skull-strip")  # fmt: skip
+                         fix="mark the whole brain with 1")  # fmt: skip
     return brain
 
 
