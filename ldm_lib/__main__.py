@@ -3,18 +3,21 @@
 Exit status: 0 done, 1 rejected or failed (one line), 2 wrong usage, 143 on SIGTERM, 130 on Ctrl-C.
 """
 
+import argparse
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from ldm_lib.cli.arguments import ARGUMENTS
 from ldm_lib.cli.commands import COMMANDS
 from ldm_lib.cli.options import RENAMED_COMMANDS, build_parser, joined
 from ldm_lib.errors import InputError, InterruptionError, LdmError
+from ldm_lib.progress import AboveBars, close_bars, report, show_progress
 
-STOPPED = InterruptionError("stopped", fix="give the same command again: finished work is not repeated")
+FINISHED = {"run": "stages", "sweep": "runs", "cohort": "scans", "evaluate": "cases", "inpaint": "cases"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,15 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(words)
     if unknown:
         options.misused(f"unrecognized arguments: {' '.join(unknown)}")
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    before = signal.signal(signal.SIGTERM, _stop)
+    handler = logging.StreamHandler(AboveBars())
+    handler.setLevel(logging.ERROR if options.quiet else logging.WARNING)
+    logging.basicConfig(format="%(levelname)s %(message)s", handlers=[handler])
+    show_progress(not options.quiet)
+    before = signal.signal(signal.SIGTERM, partial(_stop, options))
     try:
         return options.command(options)
     except InterruptionError as error:
-        print(f"ERROR {error}", file=sys.stderr)
+        report(f"ERROR {error}", error=True)
         return error.status
     except KeyboardInterrupt:
-        print(f"ERROR {STOPPED}", file=sys.stderr)
+        close_bars()
+        report(f"ERROR {stopped(options)}", error=True)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has left
         sys.stdout = None
@@ -44,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LdmError, MemoryError, OSError) as error:
         if options.debug:
             raise
-        print(f"ERROR {_readable(error)}", file=sys.stderr)
+        report(f"ERROR {_readable(error)}", error=True)
     finally:
+        close_bars()
+        show_progress(True)
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return 1
 
@@ -59,8 +68,19 @@ def _readable(error: LdmError | MemoryError | OSError) -> LdmError:
     return error
 
 
-def _stop(number: int, frame: object) -> None:  # noqa: ARG001
-    print(f"ERROR {STOPPED}", file=sys.stderr, flush=True)
+def stopped(options: argparse.Namespace) -> InterruptionError:
+    """Return the line about a command that was stopped: how to go on."""
+    kept = FINISHED.get(options.command.__name__, "")
+    if not kept or getattr(options, "t1n_voided", ""):
+        fix = "give the same command again: it starts over"
+    else:
+        fix = f"give the same command again: it continues, finished {kept} are not repeated"
+    return InterruptionError("stopped", fix=fix)
+
+
+def _stop(options: argparse.Namespace, number: int, frame: object) -> None:  # noqa: ARG001
+    close_bars()
+    report(f"ERROR {stopped(options)}", error=True)
     sys.exit(128 + number)
 
 

@@ -8,12 +8,13 @@ import sys
 from collections import Counter
 
 from ldm_lib.anatomy.options import GrowthRates
-from ldm_lib.cli.options import parse, point, say
+from ldm_lib.cli.options import parse, point
 from ldm_lib.data.options import MadeCohortOptions
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, require_writable, write_json
 from ldm_lib.images.options import ReadOptions
 from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
+from ldm_lib.progress import report
 
 
 def inpaint(options: argparse.Namespace) -> int:
@@ -47,7 +48,7 @@ def inpaint(options: argparse.Namespace) -> int:
 
 
 def _inpaint_folder(options: argparse.Namespace, sampling: ResultOptions, reading: ReadOptions) -> int:
-    from ldm_lib.inpainting.folder import REFUSED, inpaint_folder
+    from ldm_lib.inpainting.folder import REFUSED, TABLE, inpaint_folder
 
     rows = inpaint_folder(
         options.data,
@@ -59,10 +60,10 @@ def _inpaint_folder(options: argparse.Namespace, sampling: ResultOptions, readin
         make_missing=options.make_missing,
         each=options.write_samples,
         dilate=sampling.dilate,
-        say=say,
     )
     counts = Counter(row["status"] for row in rows)
-    say(f"{len(rows)} cases: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    report(f"{len(rows)} cases: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    print(expand_path(options.output) / TABLE)
     return 1 if counts[REFUSED] else 0
 
 
@@ -109,10 +110,11 @@ def cohort(options: argparse.Namespace) -> int:
     require_outside(output, options.source)
     settings = made.model_dump()
     settings["masks"], settings["read_options"] = settings.pop("masks_per_patient"), parse(ReadOptions, options)
-    people, exclusions = make_scan_cohort(options.source, output, **settings, draw=save_planes, say=say)
-    say(
+    people, exclusions = make_scan_cohort(options.source, output, **settings, draw=save_planes)
+    report(
         f"{len(people)} people in {output}, {len(exclusions)} scans excluded; see cohort.csv, exclusions.csv, pictures/"
     )
+    print(output / "cohort.csv")
     return 0
 
 
@@ -196,7 +198,6 @@ def evaluate(options: argparse.Namespace) -> int:
         model=options.model,
         tissue=options.tissue,
         pictures=options.pictures,
-        say=say,
     )
     print(table)
     return 0

@@ -7,10 +7,11 @@ import argparse
 import sys
 
 from ldm_lib.cli.case_commands import cohort, evaluate, inpaint, prior, score, submission, validate
-from ldm_lib.cli.options import assignments, say
+from ldm_lib.cli.options import assignments
 from ldm_lib.experiment.presets import DEFAULT_PRESET
 from ldm_lib.experiment.stages import stage_name
 from ldm_lib.files import expand_path
+from ldm_lib.progress import report
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
         preset=options.preset or runner.preset_of(name),
         overrides=overrides | ({"overwrite": True} if options.overwrite else {}),
         command=["python", "-m", "ldm_lib", *sys.argv[1:]],
-        progress=say,
+        progress=report,
     )
     print(f"report: {folder / 'index.html'}")
     return 0
@@ -42,7 +43,7 @@ def sweep(options: argparse.Namespace) -> int:
         print(len(described.runs))
         return 0
     if not options.table:
-        failed = run_sweep(described, jobs=options.jobs, only=options.only, progress=say)
+        failed = run_sweep(described, jobs=options.jobs, only=options.only, progress=report)
     if options.only is None:  # each task of an array job would write the table of all
         print(write_results(described))
     for name, reason in failed.items():

@@ -65,11 +65,14 @@ def build_parser(
     prog = "ldm" if Path(sys.argv[0]).name == "ldm" else "python -m ldm_lib"
     parser = Parser(prog=prog, description="3D brain MRI inpainting by latent diffusion")
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
+    quiet = {"action": "store_true", "help": "show no progress and no warnings, only errors and results"}
+    parser.add_argument("--quiet", **quiet)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in commands:
         text = str(command.__doc__).splitlines()[0].rstrip(".")
         sub = subparsers.add_parser(command.__name__, help=text, description=text)
+        sub.add_argument("--quiet", default=argparse.SUPPRESS, **quiet)  # before the command or after it
         sub.set_defaults(command=command, misused=sub.error)
         for given in arguments.get(command.__name__, []):
             if isinstance(given, list):
@@ -133,11 +136,3 @@ def assignments(texts: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"--set {name} is given twice, {values[name]!r} and {value!r}", fix="keep one")
         values[name] = value
     return values
-
-
-def say(line: str) -> None:
-    """Print a line of work that continues when its reader, such as `head`, has left."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        sys.stdout = None

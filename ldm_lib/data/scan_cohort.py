@@ -5,7 +5,6 @@ interruptions.
 """
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from ldm_lib.files import expand_path, read_json, sha256, write_csv, write_json
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.locking import FolderLock
 from ldm_lib.process_control import parallel_map
+from ldm_lib.progress import Progress
 
 CODE_VERSION = 2  # raise it when a person would come out differently
 MOST_MASKS = 8  # all masks of a person are hidden at once from the registration of the tissue map
@@ -43,7 +43,7 @@ def make_scan_cohort(
     limit: int = 0,
     read_options: ReadOptions = READ_STRICTLY,
     draw: Draw | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[Exclusion]]:
     """Write a training cohort made from skull-stripped T1w scans of healthy people.
 
@@ -60,7 +60,7 @@ def make_scan_cohort(
         read_options: how input validation is relaxed.
         draw: draws the registration of each person to a file, such as `plots.figures.save_planes`; it is called with
             the path, a title and the arguments of `Registration.plot_arguments`.
-        say: takes a line per person.
+        say: receives a line for each person, instead of the bar, or the lines every 30 s, on standard error.
 
     Returns:
         A row per person, and what was excluded.
@@ -83,7 +83,7 @@ def make_scan_cohort(
         allowed = f"masks 1 to {MOST_MASKS}, spacing_mm 0.5 to 12, workers from 1, seed and limit from 0"
         raise ConfigError(f"{given} given; allowed are {allowed}", where="make_scan_cohort")
     scans, folder = list_scans(source), expand_path(folder)
-    scans, started = scans[: limit or None], time.monotonic()
+    scans = scans[: limit or None]
     lock = FolderLock(folder)
     try:
         shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a call that was killed
@@ -92,9 +92,10 @@ def make_scan_cohort(
         settings = {"masks": masks, "seed": seed, "spacing_mm": spacing_mm}
         settings |= read_options.model_dump(exclude_defaults=True)
         make, records = partial(_finish, folder=folder, settings=settings, draw=draw), []
-        for number, record in enumerate(parallel_map(make, scans, workers), start=1):
-            records.append(record)
-            say(f"[{number}/{len(scans)}] {_summary(record)} ({time.monotonic() - started:.0f} s)")
+        with Progress(len(scans), name="scan", say=say) as progress:
+            for number, record in enumerate(parallel_map(make, scans, workers), start=1):
+                records.append(record)
+                progress.update(number, _summary(record))
     finally:
         shutil.rmtree(folder / STAGING, ignore_errors=True)
         lock.release()

@@ -35,8 +35,7 @@ from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Inpaint
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock
 from ldm_lib.plots import case_plots
-
-_print = partial(print, flush=True)
+from ldm_lib.progress import Progress
 
 
 def evaluate(
@@ -51,7 +50,7 @@ def evaluate(
     tissue: str = "atlas",
     output: str | Path | None = None,
     pictures: int = 0,
-    say: Callable[[str], None] = _print,
+    say: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """Inpaint and score every case that has its full T1n; return a row for each case and method.
 
@@ -64,7 +63,8 @@ def evaluate(
             case where there is one, which may leak the masked region.
         output: folder for `maps/`, `results/`, `metrics.csv`, `table.md` and `<case>.png`; None keeps no file.
         pictures: number of cases to plot into the output folder.
-        say: receives a line for each case that is prepared, inpainted or scored.
+        say: receives a line for each case that is prepared, inpainted or scored, instead of the bar, or the lines every
+            30 s, on standard error.
 
     Returns:
         columns "case", "patient", "mask_size" (its class), "tissue_map", "method", "psnr" (dB), "ssim", "mse",
@@ -136,28 +136,27 @@ def _inpaint_and_score(
     folder: Path,
     *,
     atlas: bool,
-    say: Callable[[str], None],
+    say: Callable[[str], None] | None,
 ) -> list[Row]:
     """Write the results of all cases into a folder, and return their scores."""
-    cases = [_with_map(case, folder / "maps", inpainter, f"[{k}/{len(cases)}]", atlas=atlas, say=say)
-             for k, case in enumerate(cases, start=1)]  # fmt: skip
+    with Progress(len(cases), name="tissue map", say=say) as progress:
+        cases = [_with_map(case, folder / "maps", inpainter, partial(progress.update, k), atlas=atlas)
+                 for k, case in enumerate(cases, start=1)]  # fmt: skip
     results = folder / "results"
     results.mkdir(exist_ok=True)
     require_all(fill_cases(inpainter, [case.to_inpaint() for case in cases], options, results, say=say))
-    rows = []
+    rows, progress = [], Progress(len(cases), name="score", say=say)
     for k, case in enumerate(cases, start=1):
         data = load_case(case)
         write_upper_bound(inpainter, data, results / UPPER_BOUND_FOLDER / case.result_name)
         write_estimate(inpainter, data, results / ESTIMATE / case.result_name)
         volumes = candidates(data, results, options.samples)
         rows += score_rows(data, {name: volume for name, volume in volumes.items() if name != mean_of(1)})[0]
-        say(f"[{k}/{len(cases)}] {case.key}: scored")
+        progress.update(k, f"{case.key}: scored")
     return rows
 
 
-def _with_map(
-    case: Case, maps: Path, inpainter: Inpainter, number: str, *, atlas: bool, say: Callable[[str], None]
-) -> Case:
+def _with_map(case: Case, maps: Path, inpainter: Inpainter, progress: Callable[[str], None], *, atlas: bool) -> Case:
     """Return the case with a tissue map made from the voided scan, or with its own."""
     if not atlas and case.tissue is not None:
         return case
@@ -166,7 +165,7 @@ def _with_map(
     for each in made:
         if each.failure:
             raise InputError(f"no tissue map: {each.failure}", where=case.key, fix="take it out of the folder")
-        say(f"{number} {case.key}: tissue map {'made' if each.made_now else 'found'}")
+        progress(f"{case.key}: {'made' if each.made_now else 'found'}")
     return case
 
 

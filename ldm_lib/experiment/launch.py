@@ -24,6 +24,7 @@ from ldm_lib.files import write_json
 from ldm_lib.inpainting.folder import fill_cases, require_all, require_recorded
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.process_control import die_with_parent
+from ldm_lib.progress import report, show_progress
 from ldm_lib.training.distributed import global_rank, is_first, local_rank, world_size
 from ldm_lib.training.initialise import new_model
 from ldm_lib.training.train import encode, latent_cache, train
@@ -50,6 +51,7 @@ def run_process(work: Callable[[str], None], run: str, *, debug: bool = False) -
     logging.basicConfig(format="%(levelname)s %(message)s", handlers=[handler])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
+    show_progress(is_first())
     try:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
             work(AuditConfig.parse({"run": run}).run)
@@ -79,7 +81,7 @@ def train_run(name: str) -> None:
     config = TrainingConfig.parse(values | {"run": name, "devices": world_size()})
     folder = run_folder / TRAINING
     if (folder / "done.json").exists() and not (config.overwrite or config.allow_change):
-        print(f"{name}/{TRAINING}: already complete")
+        report(f"{name}/{TRAINING}: already complete")
         return
     stage = open_stage(TRAINING, config.model_dump()) if is_first() else Stage(TRAINING, config, folder, {})
     training, validation = stage.cases("03_conditioning", with_target=True)
@@ -90,7 +92,7 @@ def train_run(name: str) -> None:
     trainer = train(model, variants, cases, [entry[0] for entry in validated], config, folder, tracking=config)
     if is_first():  # so that the notebook only checks it and finishes the stage
         write_json(folder / SHARED_OUT, {"processes": world_size()})
-    print(f"{name}/{TRAINING}: trained for {trainer.step} steps; stage 04 finishes it", flush=True)
+        report(f"{name}/{TRAINING}: trained for {trainer.step} steps; stage 04 finishes it")
 
 
 def inpaint_run(name: str) -> None:

@@ -4,6 +4,7 @@ The runner holds the run's lock for its kernels, and renames `pending.json` to `
 notebook and its report are in place.
 """
 
+import io
 import logging
 import os
 import subprocess
@@ -40,6 +41,7 @@ from ldm_lib.experiment.stages import (
 from ldm_lib.files import expand_path, markdown
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 from ldm_lib.process_control import ForwardSignals
+from ldm_lib.progress import LEFT, Progress, report
 
 PROCESSES_LOG = "processes.txt"  # in the run's folder: the output of the processes of a training
 
@@ -47,7 +49,7 @@ PROCESSES_LOG = "processes.txt"  # in the run's folder: the output of the proces
 def run(stages: str | Sequence[str] = (), *, preset: str = DEFAULT_PRESET, run: str = "", **parameters: Any) -> Path:
     """Run stages in order, as `ldm run` does, and return the folder of the run.
 
-    What is done with the same parameters is skipped; progress is printed.
+    What is done with the same parameters is skipped; progress goes to standard error.
 
     Args:
         stages: such as "04" or ["01_data_audit", "02"]; empty runs all six.
@@ -71,7 +73,7 @@ def run_stages(
     preset: str,
     overrides: Mapping[str, Any],
     command: Sequence[str],
-    progress: Callable[[str], None] = print,
+    progress: Callable[[str], None] = report,
 ) -> Path:
     """Run stages in order and return the run's folder.
 
@@ -97,13 +99,16 @@ def run_stages(
     os.environ.update(variables)  # for the kernels
     try:
         remember_paths(folder, *(config.model_dump() for config in configs.values()))
-        for stage in stages:
-            if _is_needed(stage, configs[stage], folder):
-                write_provenance(folder, preset=preset, configs=configs, command=shown)
-                progress(f"{stage}: running, log in {folder / 'log.txt'}")
-                progress(_make(stage, configs[stage], folder / stage, progress))
-            else:
-                progress(f"{stage}: done already, skipped")
+        with Progress(len(stages), name="stage") as bar:
+            for number, stage in enumerate(stages, start=1):
+                if needed := _is_needed(stage, configs[stage], folder):
+                    write_provenance(folder, preset=preset, configs=configs, command=shown)
+                    progress(f"{stage}: running, log in {folder / 'log.txt'}")
+                    bar.update(number - 1, stage)
+                    progress(_make(stage, configs[stage], folder / stage, progress))
+                else:
+                    progress(f"{stage}: done already, skipped")
+                bar.update(number, stage, skipped=not needed)
         from ldm_lib.experiment.report import write_index
 
         write_index(folder, map(read_record, sorted(folder.glob("*/done.json"))))
@@ -180,6 +185,19 @@ def _execute(stage: str, config: StageConfig, folder: Path) -> None:
     partial.replace(folder / "notebook.ipynb")
 
 
+class _Forward(io.TextIOBase):
+    """Pass on the lines of progress that a notebook writes to standard error, and nothing else of it."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.endswith(LEFT):
+                report(f"{self.stage}: {line}")
+        return len(text)
+
+
 def _run_notebook(stage: str, config: StageConfig, output: Path) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -192,6 +210,7 @@ def _run_notebook(stage: str, config: StageConfig, output: Path) -> None:
         papermill.execute_notebook(  # in the run's folder: the notebooks of an installed package may be read-only
             NOTEBOOKS / f"{stage}.ipynb", output, parameters=with_aliases(config.model_dump()), kernel_name="python3",
             kernel_manager_class=RunnerKernelManager, progress_bar=False, cwd=output.parents[1],
+            stderr_file=_Forward(stage),
         )  # fmt: skip
     except PapermillExecutionError as error:
         raise _failure(error, stage, output) from error

@@ -14,6 +14,7 @@ from ldm_lib.experiment.run_folder import outputs_folder
 from ldm_lib.experiment.stage_reuse import reuse_stages
 from ldm_lib.experiment.sweep_file import Sweep, SweepRun
 from ldm_lib.experiment.sweep_table import ENDED, last_line, log_path, sweep_folder
+from ldm_lib.progress import Progress
 
 COMMAND = (sys.executable, "-m", "ldm_lib", "run")
 POLL_S = 0.2
@@ -49,7 +50,8 @@ def run_sweep(sweep: Sweep, *, jobs: int, only: int | None, progress: Callable[[
 
 def _run_all(sweep: Sweep, waiting: list[int], jobs: int, progress: Callable[[str], None]) -> dict[str, str]:
     active: list[_Active] = []
-    failed = {}
+    failed, total = {}, len(waiting)
+    bar = Progress(total, name="run")
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
@@ -62,8 +64,10 @@ def _run_all(sweep: Sweep, waiting: list[int], jobs: int, progress: Callable[[st
                     failed[ended.run.name] = reason
                 left = len(waiting) + len(active)
                 progress(f"{ended.label}: {reason or 'done'} after {seconds:.0f} s; {left} left")
+                bar.update(total - left, ended.run.name)
             time.sleep(POLL_S if active else 0)
     finally:
+        bar.close()
         _stop([one.process for one in active])
     return failed
 

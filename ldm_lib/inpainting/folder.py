@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,12 @@ from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.inpainting.result import result_path
 from ldm_lib.locking import FolderLock
+from ldm_lib.progress import Progress, report
 from ldm_lib.version import __version__
 
 RECORDS, TABLE = "filled", "results.csv"
 FILLED, FOUND, REFUSED = "filled", "found", "refused"
 Row = dict[str, Any]
-_print = partial(print, flush=True)
 
 
 def inpaint_folder(
@@ -49,7 +48,7 @@ def inpaint_folder(
     make_missing: bool | None = None,
     each: bool = False,
     dilate: int = 0,
-    say: Callable[[str], None] = _print,
+    say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Inpaint every case of a folder, in either layout or as BIDS, and write `results.csv` with a row for each.
 
@@ -80,7 +79,7 @@ def inpaint_folder(
                 path.unlink()
         rows = [_failed(exclusion.case, exclusion.reason) for exclusion in exclusions]
         for row in rows:
-            say(_line(row))
+            (say or partial(report, error=True))(_line(row))
         cases = [replace(case.to_inpaint(), dilate=dilate) for case in cases]
         if any(case.derivative for case in cases):
             describe_data_set(output, root)
@@ -99,9 +98,12 @@ def fill_cases(
     *,
     make_missing: bool | None = None,
     each: bool = True,
-    say: Callable[[str], None] = _print,
+    say: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """Inpaint each case that has no result in a folder yet; `say` receives a line for each, with the remaining time.
+    """Inpaint each case that has no result in a folder yet, and show the progress with the time that is left.
+
+    Args:
+        say: receives a line for each case, instead of the bar, or the lines every 30 s, on standard error.
 
     Returns:
         a row for each case, in order: "case", "status" (filled, found or refused), "result", "spread" (mean standard
@@ -115,13 +117,14 @@ def fill_cases(
     if records.is_symlink() or (records.exists() and not records.is_dir()):
         raise InputError("is not a folder of its own", where=records, fix="remove it, or name another output")
     records.mkdir(parents=True, exist_ok=True)
-    rows, started, filled = [], time.monotonic(), 0
+    rows = []
     job = Job(inpainter, options, folder, inpainter.makes_maps(make_missing), each)
-    for k, row in enumerate(_results(job, cases), start=1):
-        rows.append(row)
-        filled += row["status"] == FILLED
-        left = timedelta(seconds=round((time.monotonic() - started) / max(filled, 1) * (len(cases) - k)))
-        say(f"[{k}/{len(cases)}] {_line(row)}" + (f", {left} left" if filled and k < len(cases) else ""))
+    with Progress(len(cases), name="case", say=say) as progress:
+        for k, row in enumerate(_results(job, cases), start=1):
+            rows.append(row)
+            if row["status"] == REFUSED and not say:
+                report(_line(row), error=True)
+            progress.update(k, _line(row), skipped=row["status"] != FILLED)
     return rows
 
 

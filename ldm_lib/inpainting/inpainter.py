@@ -4,9 +4,11 @@ Voxels outside the mask keep their bits; voxels under the mask are never read. A
 not depend on their noise, and only the region around the mask is sampled and decoded.
 """
 
+import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from ldm_lib.inpainting.options import MEAN, InpaintOptions
 from ldm_lib.inpainting.preprocess import CaseGrid
 from ldm_lib.inpainting.result import Inpainting
 from ldm_lib.inpainting.tissue_maps import add_tissue_map
+from ldm_lib.progress import Progress
 
 log = logging.getLogger("ldm_lib")
 
@@ -123,9 +126,11 @@ class Inpainter:
         latents = latents or self.encode(case_grid)
         names = [sample_name(data, k) for k in range(n_samples)]
         at_once = self.model.samples_at_once(latents) if n_samples > 1 else 1
-        for start in range(0, n_samples, at_once):
-            drawn = self.model.sample(latents, names[start : start + at_once], callback=callback, **sampling)
-            values += [self._values(latent, case_grid) for latent in drawn]
+        with Progress(-(-n_samples // at_once) * num_inference_steps, name="sampling step") as progress:
+            sampling["callback"] = _followed(progress, callback)
+            for start in range(0, n_samples, at_once):
+                drawn = self.model.sample(latents, names[start : start + at_once], **sampling)
+                values += [self._values(latent, case_grid) for latent in drawn]
         return Inpainting(data, np.stack(values))
 
     def estimate(self, case: Case | CaseData, *, make_missing: bool | None = None) -> Inpainting:
@@ -183,7 +188,9 @@ class Inpainter:
     def _with_map(self, data: CaseData, make_missing: bool | None) -> CaseData:
         if data.tissue is not None or not self.makes_maps(make_missing):
             return data
-        with_map = add_tissue_map(data, refine=self.model.spec.refinement)
+        with Progress(1, name="tissue map") as progress:
+            progress.update(0, "registering the atlas")
+            with_map = add_tissue_map(data, refine=self.model.spec.refinement)
         # The caller's case keeps its map too: it is part of what the result was made from, and of the next call.
         object.__setattr__(data, "tissue", with_map.tissue)
         return with_map
@@ -198,6 +205,18 @@ class Inpainter:
                 autoencoder.decode(latent) if whole else decode_box(autoencoder, latent, case_grid.to_decode, margin)
             )
         return case_grid.values(volume[0, 0].float().cpu().numpy())
+
+
+def _followed(progress: Progress, callback: Callback | None) -> Callback:
+    """Return a callback that shows the progress, and calls the one given."""
+    steps = itertools.count(1)
+
+    def follow(state: dict[str, Any]) -> None:
+        progress.update(next(steps))
+        if callback:
+            callback(state)
+
+    return follow
 
 
 def sample_name(data: CaseData, k: int) -> str:

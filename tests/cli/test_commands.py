@@ -207,6 +207,40 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     assert error_line(["run"], capsys) == "ERROR a/volume.nii.gz: No space left on device."
 
 
+@pytest.mark.parametrize(("words", "fix"), [
+    (["run"], "it continues, finished stages are not repeated"),
+    (["cohort", "--from", "a", "--output", "b"], "it continues, finished scans are not repeated"),
+    (["inpaint", "--data", "a", "--output", "b"], "it continues, finished cases are not repeated"),
+    (["evaluate", "a", "--output", "b"], "it continues, finished cases are not repeated"),
+    (["inpaint", "--t1n-voided", "a", "--mask", "m", "--output", "b"], "it starts over"),
+    (["score", "--prediction", "a", "--target", "a", "--voided", "a", "--mask-healthy", "a"], "it starts over"),
+])  # fmt: skip
+def test_ctrl_c_is_one_line_about_how_to_go_on(words, fix, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    interrupted.__name__, interrupted.__doc__ = words[0], "Stop."
+    monkeypatch.setattr("ldm_lib.__main__.COMMANDS", [interrupted])
+    assert main(words) == 130
+    assert capsys.readouterr() == ("", f"ERROR stopped. Fix: give the same command again: {fix}.\n")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_quiet_keeps_results_and_errors_alone(place, monkeypatch, capsys):
+    def stand_in(stages, *, progress, **_):
+        progress("01_data_audit: running")
+        return Path("folder")
+
+    monkeypatch.setattr(runner, "run_stages", stand_in)
+    words = ["run", "01"]
+    assert main(words) == 0
+    report_line = f"report: {Path('folder/index.html')}\n"
+    assert capsys.readouterr() == (report_line, "01_data_audit: running\n")
+    words.insert(place, "--quiet")
+    assert main(words) == 0 and capsys.readouterr() == (report_line, "")
+    assert main(["--quiet", "run", "--set", "seed"]) == 1 and capsys.readouterr().err.startswith("ERROR ")
+
+
 def test_a_closed_pipe_is_no_error(monkeypatch):
     monkeypatch.setattr(
         sys, "stdout", types.SimpleNamespace(write=lambda text: (_ for _ in ()).throw(BrokenPipeError()))

@@ -109,7 +109,7 @@ def test_results_are_those_of_single_files_and_are_found_again(data_set, case, t
     assert (output / description["DatasetLinks"]["raw"]).resolve() == data_set
     capsys.readouterr()
     assert run(data_set, output, tiny_model_folder, "--samples", "2", "--dilate", "1") == 0
-    assert "3 cases: 3 found" in capsys.readouterr().out
+    assert "3 cases: 3 found" in capsys.readouterr().err
     assert run(data_set, output, tiny_model_folder) == 0  # of other settings: no file of two samples may stay
     assert len([*anat.iterdir()]) == 2
     assert run(data_set, output, tiny_model_folder, "--estimate", "mean") == 0
