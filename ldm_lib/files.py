@@ -160,12 +160,19 @@ def expand_path(text: str | Path) -> Path:
     path = Path()
     try:
         for part in Path(text).parts:
-            if "$" in part and not (path / part).exists():
+            if "$" in part and not _exists(path / part):
                 value = os.path.expandvars(part)  # that of $HOME, a path, has no place within one
                 part = part if path.parts and value.startswith("/") else value
             path /= part
-        return path if path.exists() else path.expanduser()
+        return path if _exists(path) else path.expanduser()
     except RuntimeError as error:
         raise ConfigError(
             "no such user: ~name cannot be expanded", where=str(text), fix="write the path out"
         ) from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False

@@ -169,7 +169,8 @@ def score(options: argparse.Namespace) -> int:
     from ldm_lib.images.masks import read_mask
     from ldm_lib.images.volume import read_image
 
-    reading, notes = parse(ReadOptions, options), []
+    reading = parse(ReadOptions, options)
+    notes: list[str] = []
     voided = read_image(options.voided, reading)
     volumes = [on_grid_of(read_image(path, reading), voided, notes) for path in (options.prediction, options.target)]
     healthy = read_mask(options.mask_healthy, voided, reading, warnings=notes)

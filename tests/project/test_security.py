@@ -125,7 +125,8 @@ def texts(stage):
 
 def test_there_are_parameters_that_take_any_text():
     assert {name for stage in STAGES for name in texts(stage)} == {
-        "data_dir", "conditioning_dir", "brains_dir", "autoencoder_dir", "start_dir", "show_case", "allow_change"
+        "data_dir", "conditioning_dir", "brains_dir", "patients_file", "autoencoder_dir", "start_dir", "show_case",
+        "allow_change",
     }  # fmt: skip
 
 
