@@ -71,7 +71,7 @@ def _readable(error: LdmError | MemoryError | OSError) -> LdmError:
 def stopped(options: argparse.Namespace) -> InterruptionError:
     """Return the line about a command that was stopped: how to go on."""
     kept = FINISHED.get(options.command.__name__, "")
-    if not kept or getattr(options, "t1n_voided", ""):
+    if not kept or getattr(options, "t1n_voided", None):
         fix = "give the same command again: it starts over"
     else:
         fix = f"give the same command again: it continues, finished {kept} are not repeated"
