@@ -65,7 +65,8 @@ def build_parser(
     prog = "ldm" if Path(sys.argv[0]).name == "ldm" else "python -m ldm_lib"
     parser = Parser(prog=prog, description="3D brain MRI inpainting by latent diffusion")
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
-    quiet: dict[str, Any] = {"action": "store_true", "help": "show no progress and no warnings, only errors and results"}
+    help_quiet = "show no progress and no warnings, only errors and results"
+    quiet: dict[str, Any] = {"action": "store_true", "help": help_quiet}
     parser.add_argument("--quiet", **quiet)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
