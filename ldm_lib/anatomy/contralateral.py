@@ -4,15 +4,12 @@ The plane is where the visible brain correlates best with its mirror image. Hemi
 ventricles, in deep nuclei and in large sulci, so that the visible one informs about the masked one.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from scipy import ndimage, optimize
 from scipy.spatial.transform import Rotation
-from torch import Tensor
 
-from ldm_lib.anatomy.deformation import interpolate
+from ldm_lib.anatomy.deformation import interpolate, transformed, voxels
 from ldm_lib.geometry import block_mean, bounding_box
 
 COARSE_MM = 4.0  # voxels on which the plane is found
@@ -85,14 +82,8 @@ def contralateral_image(estimate: np.ndarray, mask: np.ndarray, *, spacing_mm: f
     matrix = midsagittal_reflection(voided, mask, spacing_mm=spacing_mm)
     box = bounding_box(mask, int(np.ceil(REACH_MM / spacing_mm)))
     both = torch.from_numpy(np.stack([voided, mask.astype(np.float32)]))[None]
-    other, hidden = interpolate(both, _mapped(matrix, box))[0].numpy()
+    positions = voxels(mask[box].shape, [side.start for side in box])
+    other, hidden = interpolate(both, transformed(positions, matrix))[0].numpy()
     known[box] = hidden < 0.5
     values[box] = np.where(known[box], other / np.maximum(1 - hidden, 0.5), values[box])
     return values, known
-
-
-def _mapped(matrix: np.ndarray, box: Sequence[slice]) -> Tensor:
-    """Return where the voxels of a box are mapped to: (3 x y z), in voxels."""
-    axes = [torch.arange(side.start, side.stop, dtype=torch.float32) for side in box]
-    x, y, z = axes[0].view(-1, 1, 1), axes[1].view(1, -1, 1), axes[2].view(1, 1, -1)
-    return torch.stack([a * x + b * y + c * z + d for a, b, c, d in matrix[:3].tolist()])

@@ -8,6 +8,7 @@ composition (an elastic body): inside the mask the map continues what surrounds 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -76,35 +77,46 @@ class Level:
     moving: Tensor  # (1 1 x' y' z'), blurred as the static image is
     affine: np.ndarray  # voxel of the static image to one of the moving image
 
+    @cached_property
+    def _positions(self) -> Tensor:
+        return voxels(self.static.shape[2:])
+
+    @cached_property
+    def _static_sums(self) -> Tensor:
+        """Weight, image and squared image, summed over each voxel's window: (1 3 x y z)."""
+        products = torch.cat([torch.ones_like(self.static), self.static, self.static**2], dim=1)
+        return gaussian_blur(products * self.weight, WINDOW_VOX)
+
     def improved(self, field: Tensor, longest_vox: float) -> Tensor:
         """Take one step of a given longest displacement."""
-        positions = voxels(field.shape[2:])
-        warped = interpolate(self.moving, transformed(positions + field[0], self.affine))
+        warped = interpolate(self.moving, transformed(self._positions + field[0], self.affine))
         gradient = torch.cat([_central_difference(warped, axis) for axis in (2, 3, 4)], dim=1)
-        force = correlation_slope(self.static, warped, self.weight) * gradient
+        force = self.correlation_slope(warped) * gradient
         step = gaussian_blur(force, STEP_BLUR_VOX)
         step = step * (longest_vox / step.square().sum(1).max().sqrt().clamp(min=LEAST_FORCE))
-        composed = step + interpolate(field, positions + step[0], outside="border")
+        composed = step + interpolate(field, self._positions + step[0], outside="border")
         return gaussian_blur(composed, MAP_BLUR_VOX)
 
+    def correlation_slope(self, warped: Tensor) -> Tensor:
+        """Differentiate the squared correlation in each voxel's window by the warped image's value in that voxel.
 
-def correlation_slope(static: Tensor, moving: Tensor, weight: Tensor) -> Tensor:
-    """Differentiate the squared correlation in each voxel's window by the moving image's value in that voxel.
+        Voxels of weight 0 enter no window.
 
-    Args:
-        static, moving, weight: (1 1 x y z); the weight is 0 or 1, and voxels of weight 0 enter no window.
+        Args:
+            warped: (1 1 x y z), the moving image on the grid of the static one.
 
-    Returns:
-        (1 1 x y z), in units of the weight that a window gives to its centre; 0 where the weight is 0.
-    """
-    products = torch.cat([torch.ones_like(static), static, moving, static**2, moving**2, static * moving], dim=1)
-    sums = gaussian_blur(products * weight, WINDOW_VOX)
-    s, m, ss, mm, sm = (sums[:, 1:] / sums[:, :1].clamp(min=1e-3)).split(1, dim=1)
-    static_variance, moving_variance, covariance = ss - s**2, mm - m**2, sm - s * m
-    usable = (static_variance > LEAST_VARIANCE) & (moving_variance > LEAST_VARIANCE) & (weight > 0)
-    both = static_variance.clamp(min=LEAST_VARIANCE) * moving_variance.clamp(min=LEAST_VARIANCE)
-    fitted = covariance / moving_variance.clamp(min=LEAST_VARIANCE) * (moving - m)
-    return torch.where(usable, 2 * covariance / both * (static - s - fitted), 0)
+        Returns:
+            (1 1 x y z), in units of the weight that a window gives to its centre; 0 where the weight is 0.
+        """
+        products = torch.cat([warped, warped**2, self.static * warped], dim=1)
+        total = self._static_sums[:, :1].clamp(min=1e-3)
+        s, ss = (self._static_sums[:, 1:] / total).split(1, dim=1)
+        m, mm, sm = (gaussian_blur(products * self.weight, WINDOW_VOX) / total).split(1, dim=1)
+        static_variance, moving_variance, covariance = ss - s**2, mm - m**2, sm - s * m
+        usable = (static_variance > LEAST_VARIANCE) & (moving_variance > LEAST_VARIANCE) & (self.weight > 0)
+        both = static_variance.clamp(min=LEAST_VARIANCE) * moving_variance.clamp(min=LEAST_VARIANCE)
+        fitted = covariance / moving_variance.clamp(min=LEAST_VARIANCE) * (warped - m)
+        return torch.where(usable, 2 * covariance / both * (self.static - s - fitted), 0)
 
 
 def _reduced(volume: Tensor, shape: Sequence[int], reduction: int) -> Tensor:
@@ -120,9 +132,10 @@ def _resized(field: Tensor, shape: Sequence[int]) -> Tensor:
     return resized * torch.tensor(factors).view(1, 3, 1, 1, 1)
 
 
-def voxels(shape: Sequence[int]) -> Tensor:
-    """Return the positions of all voxels, (3 x y z)."""
-    return torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float32) for n in shape], indexing="ij"))
+def voxels(shape: Sequence[int], start: Sequence[int] = (0, 0, 0)) -> Tensor:
+    """Return the positions of all voxels of a grid, or of a box of this shape that begins at `start`: (3 x y z)."""
+    axes = [torch.arange(n, dtype=torch.float32) + first for n, first in zip(shape, start, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 def transformed(positions: Tensor, matrix: np.ndarray) -> Tensor:

@@ -28,25 +28,21 @@ _LESION = re.compile(r"_(label|desc)-[A-Za-z0-9]*(lesion|tumou?r)", re.IGNORECAS
 _OTHER_SPACE = re.compile(r"_space-(?!(orig|T1w|individual|native)(_|$))")
 
 
-def is_data_set(folder: str | Path) -> bool:
-    """Return whether a folder holds T1-weighted scans in the places of BIDS."""
-    return any(_scans(expand_path(folder)))
-
-
 def list_cases(
     data_dir: str | Path, conditioning_dir: str | Path = "", read_options: ReadOptions = READ_STRICTLY
 ) -> tuple[list[Case], list[Exclusion]]:
     """List the scans that have one lesion mask, in order of name, and those with several, which are not used.
 
-    Scans without a lesion mask are counted in one warning.
+    Scans without a lesion mask are counted in one warning. Both lists are empty for a folder that is no BIDS data set.
 
     Raises:
-        InputError: no scan has a lesion mask.
+        InputError: there are scans, and none has a lesion mask.
     """
     root = expand_path(data_dir).resolve()
+    if not (scans := _scans(root)):
+        return [], []
     _, maps = conditioning_maps(root, conditioning_dir)
     masks, cases, exclusions, without = _lesion_masks(root), [], [], []
-    scans = list(_scans(root))
     for scan, entities, subject in scans:
         found = masks[scan.parent.relative_to(root), entities]
         if not found:
@@ -62,7 +58,7 @@ def list_cases(
                               read_options=read_options))  # fmt: skip
     if not cases:
         reasons = "".join(f"; {exclusion.reason}" for exclusion in exclusions[:3])
-        wanted = scans[0][1] if scans else "sub-01"
+        wanted = scans[0][1]
         raise InputError(f"{len(scans)} T1w of a BIDS data set, {len(without)} of them without a lesion mask{reasons}",
                          where=data_dir, fix=f"put {wanted}_label-lesion_mask.nii.gz next to the T1w, or in the same "
                          "folder of derivatives/<name>")  # fmt: skip

@@ -254,8 +254,11 @@ def load_case(case: Case | CaseData) -> CaseData:
     source, given = read_masked_scan(case.t1n_voided or case.t1n, case.mask, case.read_options, warnings)
     named = {"hidden": bool(case.t1n_voided), "scored": bool(case.t1n)}
     voided, mask = void_under(source, given, **named, warnings=warnings), masks.dilated(given, case.dilate)
-    brain, mask = read_brain(case.brain_mask, source, mask, case.read_options, warnings)
-    voided = np.where(brain & ~mask, voided, np.float32(0))
+    brain = None
+    if case.brain_mask:
+        brain, mask = read_brain(case.brain_mask, source, mask, case.read_options, warnings)
+        voided[~brain] = 0
+    voided[mask] = 0
     scale = intensity_scale(voided, mask, where=source.path)
     target = _read_target(case, source, given, warnings)
     parts = masks.read_parts(
@@ -270,7 +273,8 @@ def load_case(case: Case | CaseData) -> CaseData:
         tissue = masks.read_labels(case.tissue, source, TISSUE_LABELS, case.read_options, warnings=warnings)
     warnings += image_warnings(voided, source)
     voided, spikes = without_spikes(voided, scale)
-    target = target if target is None else without_spikes(np.where(brain, target, np.float32(0)), scale)[0]
+    if target is not None:
+        target = without_spikes(target if brain is None else np.where(brain, target, np.float32(0)), scale)[0]
     if spikes:
         warnings.append(f"{spikes} voxels above {SPIKE:g} times the 99.5th percentile ({scale:g}), up to "
                         f"{source.voxels.max():g}, replaced by the median of their neighbours")  # fmt: skip

@@ -63,17 +63,30 @@ def survey_cases(
     patients_file: str | Path = "",
 ) -> tuple[list[Case], list[Exclusion]]:
     """Find the cases of a folder as `find_cases` does, and return what was excluded as well."""
-    cases, exclusions = list_cases(data_dir, conditioning_dir, read_options, patients_file)
-    if not cases and bids.is_data_set(data_dir):
-        cases, exclusions = bids.list_cases(data_dir, conditioning_dir, read_options)
+    cases, exclusions = _search(data_dir, conditioning_dir, read_options, patients_file)
     if not cases:
-        reasons = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
-        of_one = any(expand_path(data_dir).glob("*-mask*.[nm]*"))
-        usual = "give a folder with one folder for each patient (see `ldm validate --help`)"
-        fix = "give the folder above this one, which is of one patient" if of_one else usual
-        raise InputError(f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{reasons}",
-                         where=data_dir, fix=fix)  # fmt: skip
+        raise _nothing_found(data_dir, exclusions)
     return cases, exclusions
+
+
+def _search(
+    data_dir: str | Path, conditioning_dir: str | Path, read_options: ReadOptions, patients_file: str | Path
+) -> tuple[list[Case], list[Exclusion]]:
+    """List the cases in either layout, else those of a BIDS data set, and what cannot be used; both may be empty."""
+    found = list_cases(data_dir, conditioning_dir, read_options, patients_file)
+    if found[0]:
+        return found
+    in_bids = bids.list_cases(data_dir, conditioning_dir, read_options)
+    return in_bids if any(in_bids) else found
+
+
+def _nothing_found(data_dir: str | Path, exclusions: Sequence[Exclusion]) -> InputError:
+    reasons = "".join(f"; {e.case}: {e.reason}" for e in exclusions[:3])
+    of_one = any(expand_path(data_dir).glob("*-mask*.[nm]*"))
+    usual = "give a folder with one folder for each patient (see `ldm validate --help`)"
+    fix = "give the folder above this one, which is of one patient" if of_one else usual
+    cause = f"looked for */<ID>-mask*.nii.gz, found 0 cases; present: {listing(data_dir)}{reasons}"
+    return InputError(cause, where=data_dir, fix=fix)
 
 
 def split_patients(patients: Iterable[str], *, seed: int, validation_fraction: float) -> dict[str, list[str]]:
@@ -174,9 +187,9 @@ def audit(
         >>> [(row.key, row.status, row.facts["shape"]) for row in rows]
         [('Synthetic_08000-0000', 'ok', '30x30x20')]
     """
-    cases, exclusions = list_cases(data_dir, conditioning_dir, read_options, patients_file)
+    cases, exclusions = _search(data_dir, conditioning_dir, read_options, patients_file)
     if not cases and not exclusions:
-        survey_cases(data_dir, conditioning_dir)  # raises
+        raise _nothing_found(data_dir, exclusions)
     return Audit(cases, exclusions)
 
 
@@ -220,7 +233,7 @@ def source_digests(
         return {"data": fingerprint({scan.id: _digest(scan.path) for scan in list_scans(brains_dir)})}
     if not data_dir:
         return {}
-    cases, _ = list_cases(data_dir, conditioning_dir, read_options)
+    cases, _ = _search(data_dir, conditioning_dir, read_options, patients_file)
     found = {"data": fingerprint({c.key: {role: _digest(path) for role, path in c.files().items()} for c in cases})}
     return found | digests(str(patients_file))
 

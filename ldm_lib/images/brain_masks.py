@@ -16,18 +16,16 @@ SURE = 0.5  # of a map of probabilities
 
 
 def read_brain(
-    path: Path | None, like: Volume, mask: np.ndarray, read_options: ReadOptions, warnings: list[str]
+    path: Path, like: Volume, mask: np.ndarray, read_options: ReadOptions, warnings: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read a brain mask and return the brain and the part of a mask that lies in it, both bool (x, y, z).
 
-    Without a file, everything counts as brain. A lesion that a tool left out of the brain is part of it
-    (`completed_brain`). How much of the mask lies outside is appended to `warnings`.
+    A lesion that a tool left out of the brain is part of it (`completed_brain`). How much of the mask lies outside is
+    appended to `warnings`.
 
     Raises:
         InputError: a file that is rejected, or no voxel of the mask in the brain.
     """
-    if path is None:
-        return np.ones_like(mask), mask
     brain = completed_brain(read_brain_mask(path, like, read_options, warnings), mask, like.spacing_mm)
     inside, total_ml = mask & brain, _ml(mask, like)
     if not inside.any():

@@ -7,7 +7,7 @@ from dipy.align.imwarp import SymmetricDiffeomorphicRegistration
 from dipy.align.metrics import CCMetric
 from scipy import ndimage
 
-from ldm_lib.anatomy.deformation import WINDOW_VOX, correlation_slope, deform, interpolate, transformed, voxels
+from ldm_lib.anatomy.deformation import WINDOW_VOX, Level, deform, interpolate, transformed, voxels
 from ldm_lib.anatomy.initial_estimate import gaussian_blur
 
 SHAPE = (36, 40, 34)
@@ -26,6 +26,10 @@ INNER[5:-5, 5:-5, 5:-5] = True
 
 def batched(array):
     return torch.from_numpy(np.asarray(array, np.float32))[None, None]
+
+
+def correlation_slope(static, moving, weight):
+    return Level(static, weight, moving, np.eye(4)).correlation_slope(moving)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from scipy import ndimage
 from ldm_lib.__main__ import main
 from ldm_lib.data.bids import list_cases
 from ldm_lib.data.case import case_of_files, load_case
-from ldm_lib.data.cohort import find_cases
+from ldm_lib.data.cohort import audit, find_cases, source_digests
 from ldm_lib.errors import ConfigError
 from ldm_lib.images.masks import dilated
 from ldm_lib.images.options import ReadOptions
@@ -67,6 +67,15 @@ def test_each_scan_has_its_own_lesion_mask_and_controls_are_counted(data_set, ca
     assert [r.getMessage() for r in caplog.records] == [
         "1 of 4 T1w have no lesion mask and are left out: sub-04_T1w.nii.gz"
     ]
+
+
+def test_the_audit_and_the_digest_of_sources_are_of_the_same_cases(data_set):
+    """They found none, as their search left BIDS out."""
+    found = find_cases(data_set)
+    assert [row.key for row in audit(data_set)] == [case.key for case in found]
+    before = source_digests(data_set)
+    found[0].mask.write_bytes(found[0].mask.read_bytes() + b"\0")
+    assert source_digests(data_set) != before
 
 
 def test_labels_of_the_mask_are_known_to_every_case(data_set):
