@@ -130,8 +130,9 @@ def test_a_script_without_its_guard_is_answered_with_what_to_do(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from ldm_lib.process_control import parallel_map\nprint(list(parallel_map(abs, [1, 2], 2)))\n")
     ended = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    last = ended.stderr.strip().splitlines()[-1]
-    assert ended.returncode == 1 and "a worker process ended abruptly" in last and "__main__" in last
+    answers = [line for line in ended.stderr.splitlines() if "a worker process ended abruptly" in line]
+    # Python's resource tracker may add a warning of its own after the answer of the script.
+    assert ended.returncode == 1 and "__main__" in answers[-1]
 
 
 def test_a_map_that_ends_early_ends_its_processes():
