@@ -81,7 +81,7 @@ class LossOptions(Options):
         0.1, description="probability of dropping the conditioning, for classifier-free guidance"
     )
     noisiest_fraction: Fraction = Field(
-        0.0, description="fraction of timesteps drawn from the noisiest twentieth, weighted as an image, for `mean`"
+        0.0, description="fraction of timesteps from the noisiest twentieth, weighted as an image, for `mean`"
     )
     outside_weight: Fraction = Field(0.0, description="loss weight of latent voxels outside the mask")
 
