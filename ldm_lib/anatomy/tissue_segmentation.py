@@ -1,14 +1,16 @@
 """Segment the tissue of a voided scan: by its own intensities where it is visible, by a registered atlas elsewhere."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
 from ldm_lib.anatomy.registration import Registration, register
-from ldm_lib.anatomy.tissue import CSF
+from ldm_lib.anatomy.tissue import CSF, GM, WM
 from ldm_lib.errors import ConfigError
-from ldm_lib.geometry import Frame
+from ldm_lib.geometry import Frame, bounding_box
 
 REFINEMENTS = ("mixture", "none")
 MIN_FRACTION = 0.02  # of every tissue in every voxel: the atlas is never certain
@@ -108,6 +110,33 @@ def tissue_weights(fractions: np.ndarray, labels: np.ndarray) -> np.ndarray:
         found = np.bincount((fractions * weights[:, None]).argmax(0), minlength=3) / labels.size
         weights *= np.sqrt(np.maximum(target, 1e-3) / np.maximum(found, 1e-3))
     return weights / weights.max()
+
+
+def nearest_tissue(image: np.ndarray, labels: np.ndarray, mask: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
+    """Label the voxels of a mask by the tissue whose mean intensity around the mask is nearest; return all labels.
+
+    The means are those of at least 100 labelled voxels within 20 mm of the mask, else of all labelled voxels outside
+    it. Voxels of the mask that are 0 have no label. Labels outside the mask are returned as they are.
+
+    Args:
+        image: (x, y, z), known outside the mask and filled inside it.
+        labels: (x, y, z), 0 none, 1 CSF, 2 GM, 3 WM; those under the mask are not read.
+        mask: bool (x, y, z).
+        spacing_mm: of the voxels along each axis.
+    """
+    known, box = ~mask, bounding_box(mask, math.ceil(AROUND_MM / min(spacing_mm)))
+    near = np.zeros_like(mask)
+    near[box] = known[box] & (ndimage.distance_transform_edt(known[box], sampling=spacing_mm) <= AROUND_MM)
+    means = {}
+    for tissue in (CSF, GM, WM):
+        voxels = (labels == tissue) & known
+        around = voxels & near
+        if voxels.any():
+            means[tissue] = image[around if np.count_nonzero(around) >= MIN_VOXELS else voxels].mean(dtype=np.float64)
+    filled, inside = labels.copy(), image[mask]
+    distances = np.abs(inside - np.array([*means.values()])[:, None])
+    filled[mask] = np.where(inside == 0, 0, np.array([*means])[distances.argmin(0)]) if means else 0
+    return filled
 
 
 def _largest(fractions: np.ndarray, brain: np.ndarray) -> np.ndarray:

@@ -51,6 +51,8 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         MODEL,
         *parameters(ResultOptions, "estimate", *SAMPLING, "guidance", "blend_mm", "samples", "dilate"),
         arg("--write-samples", "write each sample, too", action="store_true"),
+        arg("--summary", "write tissue labels (-dseg) and volumes (-summary.json) of the result, too",
+            action="store_true"),
         *parameters(ReadOptions, *READING, "scrub_header"),
     ],
     "submission": [

@@ -41,6 +41,7 @@ def inpaint(options: argparse.Namespace) -> int:
         make_missing=options.make_missing,
         model=options.model,
         write_samples=options.write_samples,
+        summary=options.summary,
         **settings,
     )
     print("\n".join(str(path) for path in written))
@@ -60,6 +61,7 @@ def _inpaint_folder(options: argparse.Namespace, sampling: ResultOptions, readin
         make_missing=options.make_missing,
         each=options.write_samples,
         dilate=sampling.dilate,
+        summary=options.summary,
     )
     counts = Counter(row["status"] for row in rows)
     report(f"{len(rows)} cases: {', '.join(f'{count} {status}' for status, count in counts.items())}")

@@ -14,11 +14,19 @@ from ldm_lib.inpainting.result import Inpainting
 from ldm_lib.version import __version__
 
 BIDS_VERSION = "1.10.0"
-IGNORED = "filled\nresults.csv\n"  # records and table, which BIDS has no names for
+IGNORED = "filled\nresults.csv\n*_summary.json\n"  # records, table and summaries, which BIDS has no names for
+DESCRIPTIONS = {  # by the last part of an image's name
+    "T1w": "T1w with synthetic tissue in the mask; all other voxels are those of the source",
+    "dseg": "tissue labels of the inpainted T1w: from its intensities in the mask, from a tissue map elsewhere",
+}
+LABELS = "index\tname\tabbreviation\n1\tCerebrospinal fluid\tCSF\n2\tGray matter\tGM\n3\tWhite matter\tWM\n"
 
 
-def describe_data_set(output: Path, source: Path) -> None:
-    """Write `dataset_description.json`, `README.md` and `.bidsignore` of the results of a BIDS data set."""
+def describe_data_set(output: Path, source: Path, *, labels: bool) -> None:
+    """Write `dataset_description.json`, `README.md`, `.bidsignore` and the meaning of labels of a derivative data set.
+
+    BIDS numbers tissues otherwise (1 GM, 2 WM, 3 CSF) where no such table is.
+    """
     generated = {"Name": "ldm_lib", "Version": __version__, "Description": "lesions inpainted by latent diffusion"}
     description = {
         "Name": f"Inpainted T1w of {source.name}",
@@ -31,7 +39,9 @@ def describe_data_set(output: Path, source: Path) -> None:
     readme = (
         f"T1w of {source.name} whose lesions were inpainted by ldm_lib {__version__}: voxels in a mask are synthetic,"
     )
-    for name, text in ((".bidsignore", IGNORED), ("README.md", f"{readme}\nall others are those of the source.\n")):
+    texts = {".bidsignore": IGNORED, "README.md": f"{readme}\nall others are those of the source.\n"}
+    texts |= {"desc-inpainted_dseg.tsv": LABELS} if labels else {}
+    for name, text in texts.items():
         if not (output / name).exists():
             (output / name).write_text(text)
 
@@ -42,7 +52,8 @@ def write_sidecars(
     """Write the sidecar of each image of a result, and return the files."""
     written = []
     for image in images:
-        write_json(sidecar_path(image), _sidecar(inpainter, options, result))
+        description = {"Description": DESCRIPTIONS[stem(image).rpartition("_")[2]]}
+        write_json(sidecar_path(image), description | _sidecar(inpainter, options, result))
         written.append(sidecar_path(image))
     return written
 
@@ -52,19 +63,12 @@ def sidecar_path(image: Path) -> Path:
     return image.with_name(f"{stem(image)}.json")
 
 
-def _sidecar(inpainter: Inpainter, options: InpaintOptions, result: Inpainting) -> dict[str, Any]:
-    """Return what an image was made from and how, in the terms of BIDS where it has them."""
-    case, model, sampling = result.data.case, inpainter.model, options.sampling
-    root = data_set_of(case)
-    source, mask = (uri(path, root) for path in (case.t1n_voided or case.mask, case.mask))
+def provenance(inpainter: Inpainter, options: InpaintOptions, result: Inpainting) -> dict[str, Any]:
+    """Return the model, the settings and the kind of tissue map of a result, in the terms of BIDS where it has them."""
+    model, sampling, data = inpainter.model, options.sampling, result.data
     weights = {"Denoiser": model.denoiser, "Autoencoder": model.autoencoder}
     estimate = getattr(options, "estimate", "samples")
     return {
-        "Description": "T1w with synthetic tissue in the mask; all other voxels are those of the source",
-        "Sources": [source, mask],
-        "SkullStripped": True,
-        "Synthetic": True,
-        "SyntheticRegion": {"Mask": mask, "Dilation": case.dilate, "Voxels": int(result.data.mask.sum())},
         "Model": {"Name": model.name} | {name: network.folder_config["sha256"] for name, network in weights.items()},
         "SoftwareVersion": f"ldm_lib {__version__}",
         "Estimate": estimate,
@@ -72,5 +76,18 @@ def _sidecar(inpainter: Inpainter, options: InpaintOptions, result: Inpainting) 
         **({} if estimate == "mean" else {"Seed": options.seed}),  # the mean depends on no seed
         "Sampler": sampling["sampler"],
         "Steps": sampling["num_inference_steps"],
-        "TissueMap": "given" if case.tissue else "none" if result.data.tissue is None else "made from the scan",
+        "TissueMap": "given" if data.case.tissue else "none" if data.tissue is None else "made from the scan",
     }
+
+
+def _sidecar(inpainter: Inpainter, options: InpaintOptions, result: Inpainting) -> dict[str, Any]:
+    """Return what an image was made from and how, in the terms of BIDS where it has them."""
+    case = result.data.case
+    root = data_set_of(case)
+    source, mask = (uri(path, root) for path in (case.t1n_voided or case.mask, case.mask))
+    return {
+        "Sources": [source, mask],
+        "SkullStripped": True,
+        "Synthetic": True,
+        "SyntheticRegion": {"Mask": mask, "Dilation": case.dilate, "Voxels": int(result.data.mask.sum())},
+    } | provenance(inpainter, options, result)

@@ -28,6 +28,7 @@ from ldm_lib.inpainting.derivatives import describe_data_set, sidecar_path, writ
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.inpainting.result import result_path
+from ldm_lib.inpainting.summary import summary_path, write_summary
 from ldm_lib.locking import FolderLock
 from ldm_lib.progress import Progress, report
 from ldm_lib.version import __version__
@@ -48,6 +49,7 @@ def inpaint_folder(
     make_missing: bool | None = None,
     each: bool = False,
     dilate: int = 0,
+    summary: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Inpaint every case of a folder, in either layout or as BIDS, and write `results.csv` with a row for each.
@@ -60,6 +62,8 @@ def inpaint_folder(
         make_missing: make the tissue maps that cases lack from their scans; None makes them if the model needs them.
         each: write every sample.
         dilate: voxels by which masks grow in every direction before they are inpainted.
+        summary: write the tissue labels and the summary of each result (`inpainting.summary`), too. A finished result
+            that lacks one is made again.
 
     Returns:
         rows as of `fill_cases`, first those of folders that hold no case.
@@ -82,8 +86,9 @@ def inpaint_folder(
             (say or partial(report, error=True))(_line(row))
         cases = [replace(case.to_inpaint(), dilate=dilate) for case in cases]
         if any(case.derivative for case in cases):
-            describe_data_set(output, root)
-        rows += fill_cases(inpainter, cases, options, output, make_missing=make_missing, each=each, say=say)
+            describe_data_set(output, root, labels=summary)
+        wanted = {"make_missing": make_missing, "each": each, "summary": summary}
+        rows += fill_cases(inpainter, cases, options, output, **wanted, say=say)
         write_csv(output / TABLE, rows)
     finally:
         lock.release()
@@ -98,6 +103,7 @@ def fill_cases(
     *,
     make_missing: bool | None = None,
     each: bool = True,
+    summary: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Inpaint each case that has no result in a folder yet, and show the progress with the time that is left.
@@ -118,7 +124,7 @@ def fill_cases(
         raise InputError("is not a folder of its own", where=records, fix="remove it, or name another output")
     records.mkdir(parents=True, exist_ok=True)
     rows = []
-    job = Job(inpainter, options, folder, inpainter.makes_maps(make_missing), each)
+    job = Job(inpainter, options, folder, inpainter.makes_maps(make_missing), each, summary)
     with Progress(len(cases), name="case", say=say) as progress:
         for k, row in enumerate(_results(job, cases), start=1):
             rows.append(row)
@@ -165,6 +171,7 @@ class Job:
     folder: Path
     make_missing: bool
     each: bool
+    summary: bool = False
 
     def read(self, case: Case) -> tuple[Row | None, CaseData | None, str, float]:
         """Return the row of a case that has its result, or its data; the digest of its sources; seconds."""
@@ -185,14 +192,17 @@ class Job:
             raise InputError("not enough memory", where=case.key, fix="take fewer samples") from error
         output = self.folder / case.result_name
         output.parent.mkdir(parents=True, exist_ok=True)
-        for kind in ("", "std", "nearest", "sample-*"):  # of other settings: none may stay next to the new files
+        for kind in ("", "std", "nearest", "sample-*", "dseg"):  # of other settings: none may stay
             for path in output.parent.glob(result_path(output, kind).name):
                 if not path.is_dir():
                     path.unlink()
                     sidecar_path(path).unlink(missing_ok=True)
+        summary_path(output).unlink(missing_ok=True)
         written = result.save(output, samples=self.each)
         if case.derivative:
             written += write_sidecars(self.inpainter, self.options, result, written)
+        if self.summary:
+            written += write_summary(self.inpainter, self.options, result, output)
         std = float(result.std[data.mask].mean() / data.scale)
         seconds = round(time.monotonic() - started, 2)
         row = _row(case.key, FILLED, result=case.result_name, spread=std, seconds=seconds)
@@ -207,7 +217,8 @@ class Job:
             record = Record(**read_json(record_path(case, self.folder)))
         except ValueError:  # missing or damaged
             return None
-        if record.made_from != made_from or case.result_name not in record.outputs:
+        wanted = {case.result_name} | ({summary_path(Path(case.result_name)).as_posix()} if self.summary else set())
+        if record.made_from != made_from or not wanted <= set(record.outputs):
             return None
         paths = {self.folder / name: digest for name, digest in record.outputs.items()}
         if not all(path.is_file() and sha256(path) == digest for path, digest in paths.items()):

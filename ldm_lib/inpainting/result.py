@@ -13,6 +13,7 @@ from ldm_lib.images.image_files import ANY_OF_SUFFIXES, SUFFIXES, require_result
 from ldm_lib.images.volume import write_like, write_map
 
 BIDS_RESULT = "_desc-inpainted_T1w."  # in the names of results in a BIDS derivative data set
+BIDS_SUFFIXES = ("dseg", "summary")  # of files of a result that are no T1w
 
 
 class Samples(Sequence[np.ndarray]):
@@ -129,6 +130,7 @@ def result_path(output: Path, name: str) -> Path:
     """Return the file that holds `name` of a result: `O-std.nii.gz`, in BIDS `sub-01_desc-inpaintedStd_T1w.nii.gz`."""
     if name and BIDS_RESULT in output.name:
         label = "".join(part.capitalize() for part in name.split("-"))
-        return output.with_name(output.name.replace(BIDS_RESULT, f"_desc-inpainted{label}_T1w."))
+        ending = f"_desc-inpainted_{name}." if name in BIDS_SUFFIXES else f"_desc-inpainted{label}_T1w."
+        return output.with_name(output.name.replace(BIDS_RESULT, ending))
     first = stem(output)
     return output.with_name(f"{first}-{name}{output.name[len(first) :]}") if name else output

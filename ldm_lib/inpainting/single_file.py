@@ -1,15 +1,17 @@
 """Inpaint one file, and write the result in the file's own grid, header and data type."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from ldm_lib.data.case import case_of_files, load_case
+from ldm_lib.data.case import Case, case_of_files, load_case
 from ldm_lib.diffusion.samplers import check_sampler
-from ldm_lib.files import expand_path
+from ldm_lib.files import expand_path, require_writable
 from ldm_lib.images.image_files import require_results_writable
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import ResultOptions
-from ldm_lib.inpainting.result import result_paths
+from ldm_lib.inpainting.result import result_path, result_paths
+from ldm_lib.inpainting.summary import summary_path, write_summary
 
 
 def inpaint(
@@ -32,6 +34,7 @@ def inpaint(
     estimate: str = "samples",
     dilate: int = 0,
     write_samples: bool = False,
+    summary: bool = False,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -54,6 +57,8 @@ def inpaint(
             and the inpainted voxels are resampled back.
         estimate: "samples", or "mean": the mean of all samples in one denoiser evaluation (`Inpainter.estimate`).
         dilate: voxels by which the mask grows in every direction (a ball of this radius) before it is inpainted.
+        summary: write the tissue labels of the result (`-dseg`) and a summary of volumes and settings
+            (`-summary.json`), too; see `inpainting.summary`.
         num_inference_steps: denoiser evaluations of a sample.
         guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
@@ -76,8 +81,17 @@ def inpaint(
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
     options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, dilate=dilate, **sampling, **loading)
     results = result_paths(expand_path(output), n_samples, each=write_samples)
-    require_results_writable(results.values(), case.files().values())
+    _require_writable(results, case, summary=summary)
     data, inpainter = load_case(case), Inpainter.load(model, **loading)
     check_sampler(*options.method, inpainter.model.schedule)  # before a map is made
     data = inpainter.prepare(data, make_missing=make_missing)
-    return inpainter(data, make_missing=False, **options.sampling).save(results[""], samples=write_samples)
+    result = inpainter(data, make_missing=False, **options.sampling)
+    written = result.save(results[""], samples=write_samples)
+    return written + (write_summary(inpainter, options, result, results[""]) if summary else [])
+
+
+def _require_writable(results: Mapping[str, Path], case: Case, *, summary: bool) -> None:
+    labels = [result_path(results[""], "dseg")] if summary else []
+    require_results_writable([*results.values(), *labels], case.files().values())
+    if summary:
+        require_writable(summary_path(results[""]))

@@ -125,12 +125,18 @@ def test_results_are_those_of_single_files_and_are_found_again(data_set, case, t
     assert "Seed" not in json.loads((anat / "sub-02_ses-1_run-2_desc-inpainted_T1w.json").read_text())
 
 
-def test_derivatives_are_valid_bids(data_set, tmp_path, tiny_model_folder):
+def test_derivatives_are_valid_bids(data_set, case, tmp_path, tiny_model_folder):
     validator = Path(sys.executable).with_name("bids-validator-deno")
     if not validator.exists():
         pytest.skip("bids-validator-deno is not installed")
     output = tmp_path / "out"
-    assert run(data_set, output, tiny_model_folder, "--samples", "2") == 0
+    for subject in ("01", "02_ses-1_run-2", "03"):
+        put(case.tissue, tmp_path / f"maps/tissue_segmentation/sub-{subject}.nii.gz")
+    more = ["--samples", "2", "--summary", "--conditioning-dir", str(tmp_path / "maps")]
+    assert run(data_set, output, tiny_model_folder, *more) == 0
+    labels = output / "sub-01/anat/sub-01_desc-inpainted_dseg.nii.gz"
+    assert "labels" in json.loads(labels.with_name("sub-01_desc-inpainted_dseg.json").read_text())["Description"]
+    assert np.array_equal(np.unique(read_volume(labels).voxels), [0, 1, 2, 3])
     done = subprocess.run([validator, "--json", output], capture_output=True, text=True, check=False)
     issues = json.loads(done.stdout)["issues"]["issues"]
     assert [issue for issue in issues if issue["severity"] == "error"] == []
