@@ -13,7 +13,7 @@ from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, sha256
 from ldm_lib.geometry import Frame
 from ldm_lib.images import masks
-from ldm_lib.images.brain_masks import read_brain
+from ldm_lib.images.brain_masks import read_brain, require_stripped
 from ldm_lib.images.grid import on_grid_of
 from ldm_lib.images.image_files import require_file, stem
 from ldm_lib.images.masked_scan import from_darkest, read_masked_scan, void_under
@@ -266,6 +266,7 @@ def load_case(case: Case | CaseData) -> CaseData:
     )
     masks.require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
     if not case.brain_mask:
+        require_stripped(voided, source, scale)
         require_void_covered(source, mask, where=case.mask, warnings=warnings)
     growth = masks.read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
     tissue = None

@@ -8,11 +8,13 @@ from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
 from ldm_lib.images.grid import on_grid_of
 from ldm_lib.images.options import ReadOptions
-from ldm_lib.images.volume import Volume, read_volume
+from ldm_lib.images.volume import LARGEST_BRAIN_L, Volume, read_volume
 
 LEAST_BRAIN_ML = 300.0  # newborns have about 350
 RIM_MM = 20.0  # width of the brain around a mask that shows where the brain's surface was
 SURE = 0.5  # of a map of probabilities
+BRIGHT = 0.1  # of the intensity scale; noise around stripped brains is darker, 3.5 litres of a head are brighter
+CUT = 0.05  # of a face of the box around an image; a neck, or a cheek, fills 0.07 to 0.16, stripped brains up to 0.02
 
 
 def read_brain(
@@ -34,6 +36,23 @@ def read_brain(
     if (left_ml := _ml(mask & ~brain, like)) > 0:
         warnings.append(f"{left_ml:.1f} of the mask's {total_ml:.1f} mL lie outside the brain; they stay as they are")
     return brain, inside
+
+
+def require_stripped(voided: np.ndarray, source: Volume, scale: float) -> None:
+    """Raise InputError for a whole head: litres of it are bright, and a side of the image, but not every one, cuts it.
+
+    A stripped brain with noise around it passes, and so does an image whose air is bright.
+    """
+    bright = voided > BRIGHT * scale
+    bright_l = float(np.count_nonzero(bright) * np.prod(source.spacing_mm)) / 1e6
+    if bright_l <= LARGEST_BRAIN_L:
+        return
+    box = bright[bounding_box(voided != 0)]
+    cut = [np.take(box, end, axis).mean() for axis in range(3) for end in (0, -1)]
+    if min(cut) < 0.5 and max(cut) > CUT:
+        cause = f"not skull-stripped: {bright_l:.1f} litres are bright, a brain has at most {LARGEST_BRAIN_L:g}"
+        raise InputError(cause, where=source.path, fix="give its brain mask with `ldm inpaint --brain-mask FILE`, or a "
+                         "skull-stripped scan")  # fmt: skip
 
 
 def read_brain_mask(path: Path, like: Volume, read_options: ReadOptions, warnings: list[str]) -> np.ndarray:

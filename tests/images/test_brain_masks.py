@@ -1,5 +1,7 @@
 """Whole heads: only the brain is inpainted, from the brain alone, and the rest of the head keeps its bits."""
 
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -86,3 +88,25 @@ def test_a_brain_mask_that_cannot_be_used_is_rejected_in_one_line(tmp_path, chan
     with pytest.raises(InputError, match=cause) as error:
         load_case(case(tmp_path, **{"mask": INSIDE} | change))
     assert "brain.nii.gz: " in str(error.value) and "\n" not in str(error.value)
+
+
+NOISE = np.random.default_rng(0).integers(1, 9, BRAIN.shape)
+WITH_NECK = ball(88) | (POSITION[2] < 0) & (np.hypot(*POSITION[:2]) < 60)
+
+
+def bare(folder, voxels):
+    return replace(case(folder, INSIDE, voxels=voxels.astype(np.int16)), brain_mask=None)
+
+
+@pytest.mark.parametrize("head", [np.where(WITH_NECK, 100, NOISE), np.where(WITH_NECK & (POSITION[2] > -80), 100, 0)])
+def test_a_head_without_a_brain_mask_is_rejected_in_one_line(tmp_path, head):
+    with pytest.raises(
+        InputError, match=r"head.nii.gz: not skull-stripped: [23]\.\d litres .* --brain-mask FILE"
+    ) as error:
+        load_case(bare(tmp_path, head))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scan", [np.where(BRAIN, 100, NOISE), np.where(WITH_NECK, 10, 150)])
+def test_noise_around_a_brain_and_bright_air_are_not_taken_for_a_head(tmp_path, scan):
+    load_case(bare(tmp_path, scan))
