@@ -26,11 +26,12 @@ from ldm_lib.diffusion.latents import Latents, LatentSpec, case_seed
 from ldm_lib.diffusion.scan import BRAIN, FIRST_HEALTHY, MOST_MASKS, NEAR, TISSUE_BITS, UNHEALTHY, Scan
 from ldm_lib.errors import InputError
 
-CODE_VERSION = 1  # raise it when a draw changes
+CODE_VERSION = 2  # raise it when a draw changes
 ENDLESS = 2**31 - 1
 REACH = 1 / 6  # of the crop, from its centre to a voxel of the mask along each axis
 RIM = 1  # latent voxels around the trained crop, from which the estimate is made
-DEGREES, SCALE, DISPLACEMENT_MM, NODE_MM = 12.0, 0.12, 3.0, 28.0  # of the warp; the displacement is a node's largest sd
+DEGREES, SCALE = 20.0, 0.2  # largest rotation about each axis, and largest logarithm of a scale
+WARPS_MM = ((44.0, 7.0), (20.0, 3.0))  # coarse and fine: distance of the nodes, largest sd of their displacements
 MIRRORED = 0.5  # probability of left and right exchanged
 BLOB_NODE_MM = 14.0  # of the field that cuts a mask
 WHOLE, CUT = 0.45, 0.35  # probabilities of a mask as it is, or of a part of it; otherwise it is joined to another
@@ -125,16 +126,16 @@ class Box:
 
     @classmethod
     def draw(cls, source: FreshSamples, rng: np.random.Generator, size: int, mm: float) -> "Box":
-        """Draw a warped box around a voxel of the healthy mask."""
+        """Draw a warped box around a voxel of the healthy mask, which stays in it however strong the warp."""
         device, centres = source.scan.image.device, source.scan.centres[source.healthy]
         reach = int(source.crop * REACH) * source.autoencoder.factor
-        centre = centres[rng.integers(len(centres))] + rng.integers(-reach, reach + 1, 3)
+        masked = centres[rng.integers(len(centres))]
+        centre = masked + rng.integers(-reach, reach + 1, 3)
         turn = Rotation.from_euler("xyz", rng.uniform(-DEGREES, DEGREES, 3), degrees=True).as_matrix()
         matrix = turn * np.exp(rng.uniform(-SCALE, SCALE, 3)) * np.array([-1 if rng.random() < MIRRORED else 1, 1, 1])
-        extent = (size * mm,) * 3
-        nodes = np.stack([spline_coefficients(rng, extent, NODE_MM) for _ in range(3)])
-        nodes *= rng.uniform(0, DISPLACEMENT_MM) / mm
-        field = expand(torch.from_numpy(nodes).to(device)[None], (size,) * 3, mm, NODE_MM)[0]
+        field = torch.stack([_displacements(rng, size, mm, *warp, device) for warp in WARPS_MM]).sum(0)
+        x, y, z = np.rint(np.linalg.solve(matrix, masked - centre)).astype(int) + size // 2
+        field = field - field[:, x, y, z, None, None, None]
         line = torch.arange(size, device=device) - size // 2  # whole voxels: without a warp nothing is interpolated
         axes = [line.view(-1, 1, 1), line.view(1, -1, 1), line.view(1, 1, -1)]
         rows = [sum((axis * float(a) for axis, a in zip(axes, row, strict=True)), part + float(start))
@@ -166,6 +167,15 @@ class Box:
         matrix = torch.from_numpy(moved @ scan.reflection @ np.linalg.inv(moved)).to(self.positions)
         positions = torch.einsum("ij,jxyz->ixyz", matrix[:3, :3], self.positions) + matrix[:3, 3, None, None, None]
         return replace(self, positions=positions)
+
+
+def _displacements(
+    rng: np.random.Generator, size: int, mm: float, node_mm: float, most_mm: float, device: torch.device
+) -> Tensor:
+    """Draw the displacements (3 x y z) of a box's voxels, in voxels, by splines between nodes `node_mm` apart."""
+    nodes = np.stack([spline_coefficients(rng, (size * mm,) * 3, node_mm) for _ in range(3)])
+    nodes *= rng.uniform(0, most_mm) / mm
+    return expand(torch.from_numpy(nodes).to(device)[None], (size,) * 3, mm, node_mm)[0]
 
 
 def _nearest(volume: Tensor, positions: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def smoothed(label, width_mm, spacing_mm=1.0):
 def test_intensities_that_the_labels_explain_are_recovered_under_the_mask(monkeypatch):
     monkeypatch.setattr(module, "REGRESSION_WEIGHT", 1.0)
     monkeypatch.setattr(module, "RIDGE", 1e-9)
-    image = 0.2 + 0.5 * smoothed(2, 2.0) + 0.7 * smoothed(3, 4.0) - 0.1 * smoothed(1, 4.0)
+    narrow, wide = module.WIDTHS_MM
+    image = 0.2 + 0.5 * smoothed(2, narrow) + 0.7 * smoothed(3, wide) - 0.1 * smoothed(1, wide)
     np.testing.assert_allclose(initial_estimate(image, MASK, LABELS, spacing_mm=1.0), image, atol=2e-3)
 
 

@@ -40,7 +40,7 @@ def sources_of(cases, autoencoder, spec=SPEC, seed=0):
 @pytest.fixture
 def still(monkeypatch):
     """No randomness but the place of the box."""
-    values = {"DEGREES": 0, "SCALE": 0, "DISPLACEMENT_MM": 0, "MIRRORED": 0, "WHOLE": 1, "LESION": 1}
+    values = {"DEGREES": 0, "SCALE": 0, "WARPS_MM": ((44.0, 0.0),), "MIRRORED": 0, "WHOLE": 1, "LESION": 1}
     for name, value in (values | {"PLANE_DEGREES": 0, "PLANE_MM": 0}).items():
         monkeypatch.setattr(module, name, value)
     plain = replace(RANGES, own_contrast=1, thin=1, in_plane_mm=(0, 0), gain=(0, 0), noise=(0, 0), gamma=(1, 1))
@@ -101,6 +101,19 @@ def test_a_draw_is_a_function_of_seed_case_and_number(cases, autoencoder):
     assert all(torch.equal(a[name], b[name]) for name in a)
     for other in (first[4], second[3], sources_of(cases, autoencoder, seed=1)[0][3]):
         assert not torch.equal(a["target"], other["target"])
+
+
+def test_the_voxel_that_a_box_is_drawn_around_stays_in_it_however_strong_the_warp(cases, autoencoder, monkeypatch):
+    """Within the rounding of its place to a voxel of the box, which the scale and the rotation change."""
+    monkeypatch.setattr(module, "WARPS_MM", ((44.0, 40.0), (20.0, 10.0)))
+    source, mm = sources_of(cases, autoencoder)[0], autoencoder.spacing_mm
+    voxel = source.scan.centres[0][7]
+    one = replace(source, scan=replace(source.scan, centres=(voxel[None],) * 2))
+    for number in range(20):
+        box = module.Box.draw(one, one.rng(number), (CROP + 2 * RIM) * FACTOR, mm)
+        inner = box.positions[:, *(slice(RIM * FACTOR, -RIM * FACTOR),) * 3]
+        from_voxel = (inner - torch.from_numpy(voxel).view(3, 1, 1, 1)).norm(dim=0)
+        assert from_voxel.min() <= 0.5 * 3**0.5 * np.exp(module.SCALE) + 1e-6
 
 
 def test_a_batch_is_its_samples(cases, autoencoder):
