@@ -165,3 +165,15 @@ def executed(monkeypatch):
 
     monkeypatch.setattr(runner, "_execute", execute)
     return done
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium."""
+    import shutil
+
+    drivers = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
+    path = shutil.which("chromium") or pytest.skip("needs a browser: apt install chromium")
+    drawn_by_cpu = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with drivers.sync_playwright() as driver, driver.chromium.launch(executable_path=path, args=drawn_by_cpu) as opened:
+        yield opened

@@ -53,6 +53,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--write-samples", "write each sample, too", action="store_true"),
         arg("--summary", "write tissue labels (-dseg) and volumes (-summary.json) of the result, too",
             action="store_true"),
+        arg("--page", "write an HTML page of the case next to the result, for any browser", action="store_true"),
         *parameters(ReadOptions, *READING, "scrub_header"),
     ],
     "submission": [

@@ -42,6 +42,7 @@ def inpaint(options: argparse.Namespace) -> int:
         model=options.model,
         write_samples=options.write_samples,
         summary=options.summary,
+        page=options.page,
         **settings,
     )
     print("\n".join(str(path) for path in written))
@@ -62,6 +63,7 @@ def _inpaint_folder(options: argparse.Namespace, sampling: ResultOptions, readin
         each=options.write_samples,
         dilate=sampling.dilate,
         summary=options.summary,
+        page=options.page,
     )
     counts = Counter(row["status"] for row in rows)
     report(f"{len(rows)} cases: {', '.join(f'{count} {status}' for status, count in counts.items())}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ldm_lib.data.case import Case, load_case
+from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.cohort import find_cases, with_target
 from ldm_lib.data.conditioning_maps import add_conditioning_maps
 from ldm_lib.data.layouts import require_outside
@@ -26,11 +26,12 @@ from ldm_lib.evaluation.case_scores import (
     result_path,
     score_rows,
 )
+from ldm_lib.evaluation.reconstruction import write_upper_bound
 from ldm_lib.evaluation.summary import as_table, report
 from ldm_lib.files import expand_path, replacing, write_csv
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
-from ldm_lib.images.volume import read_volume
-from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_estimate, write_upper_bound
+from ldm_lib.images.volume import read_volume, write_like
+from ldm_lib.inpainting.folder import Row, fill_cases, require_all
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock
@@ -149,11 +150,17 @@ def _inpaint_and_score(
     for k, case in enumerate(cases, start=1):
         data = load_case(case)
         write_upper_bound(inpainter, data, results / UPPER_BOUND_FOLDER / case.result_name)
-        write_estimate(inpainter, data, results / ESTIMATE / case.result_name)
+        _write_estimate(inpainter, data, results / ESTIMATE / case.result_name)
         volumes = candidates(data, results, options.samples)
         rows += score_rows(data, {name: volume for name, volume in volumes.items() if name != mean_of(1)})[0]
         progress.update(k, f"{case.key}: scored")
     return rows
+
+
+def _write_estimate(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
+    """Write the mean of all samples, made in one denoiser evaluation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_like(path, data.source, inpainter.estimate(data, make_missing=False).mean, data.mask)
 
 
 def _with_map(case: Case, maps: Path, inpainter: Inpainter, progress: Callable[[str], None], *, atlas: bool) -> Case:

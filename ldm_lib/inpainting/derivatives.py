@@ -14,7 +14,7 @@ from ldm_lib.inpainting.result import Inpainting
 from ldm_lib.version import __version__
 
 BIDS_VERSION = "1.10.0"
-IGNORED = "filled\nresults.csv\n*_summary.json\n"  # records, table and summaries, which BIDS has no names for
+IGNORED = "filled\nresults.csv\n*_summary.json\n*.html\n"  # which BIDS has no names for
 DESCRIPTIONS = {  # by the last part of an image's name
     "T1w": "T1w with synthetic tissue in the mask; all other voxels are those of the source",
     "dseg": "tissue labels of the inpainted T1w: from its intensities in the mask, from a tissue map elsewhere",

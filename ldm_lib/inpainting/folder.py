@@ -14,26 +14,27 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ldm_lib.autoencoder.region_decoding import reconstruct
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.cohort import survey_cases
 from ldm_lib.data.layouts import require_outside
-from ldm_lib.data.model_grid import grid_case
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
-from ldm_lib.images.volume import in_format_of, read_volume, write_like
+from ldm_lib.images.volume import in_format_of, read_volume
 from ldm_lib.inpainting.derivatives import describe_data_set, sidecar_path, write_sidecars
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.result import result_path
+from ldm_lib.inpainting.result import page_path, require_page, result_path
 from ldm_lib.inpainting.summary import summary_path, write_summary
 from ldm_lib.locking import FolderLock
 from ldm_lib.progress import Progress, report
 from ldm_lib.version import __version__
 
 RECORDS, TABLE = "filled", "results.csv"
+PARTIAL = (  # files of a killed process
+    ".*.nii.gz.*.part", ".*.html.*.part", "sub-*/**/.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part",
+)  # fmt: skip
 FILLED, FOUND, REFUSED = "filled", "found", "refused"
 Row = dict[str, Any]
 
@@ -50,11 +51,13 @@ def inpaint_folder(
     each: bool = False,
     dilate: int = 0,
     summary: bool = False,
+    page: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Inpaint every case of a folder, in either layout or as BIDS, and write `results.csv` with a row for each.
 
-    The same call continues where an interrupted one stopped.
+    The same call continues where an interrupted one stopped. A finished result that lacks a summary or a page is made
+    again where one is asked for.
 
     Args:
         output: takes `<ID>-t1n-inference.nii.gz`, or BIDS derivatives (`inpainting.derivatives`), and for
@@ -62,8 +65,8 @@ def inpaint_folder(
         make_missing: make the tissue maps that cases lack from their scans; None makes them if the model needs them.
         each: write every sample.
         dilate: voxels by which masks grow in every direction before they are inpainted.
-        summary: write the tissue labels and the summary of each result (`inpainting.summary`), too. A finished result
-            that lacks one is made again.
+        summary: write the tissue labels and the summary of each result (`inpainting.summary`), too.
+        page: write an HTML page of each result (`Inpainting.page`), too.
 
     Returns:
         rows as of `fill_cases`, first those of folders that hold no case.
@@ -78,8 +81,8 @@ def inpaint_folder(
     lock = FolderLock(output)
     try:
         require_writable(output / TABLE)
-        for pattern in (".*.nii.gz.*.part", "sub-*/**/.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part", TABLE):
-            for path in output.glob(pattern):  # partial files of a killed process, and the table of an earlier call
+        for pattern in (*PARTIAL, TABLE):
+            for path in output.glob(pattern):
                 path.unlink()
         rows = [_failed(exclusion.case, exclusion.reason) for exclusion in exclusions]
         for row in rows:
@@ -87,7 +90,7 @@ def inpaint_folder(
         cases = [replace(case.to_inpaint(), dilate=dilate) for case in cases]
         if any(case.derivative for case in cases):
             describe_data_set(output, root, labels=summary)
-        wanted = {"make_missing": make_missing, "each": each, "summary": summary}
+        wanted = {"make_missing": make_missing, "each": each, "summary": summary, "page": page}
         rows += fill_cases(inpainter, cases, options, output, **wanted, say=say)
         write_csv(output / TABLE, rows)
     finally:
@@ -104,6 +107,7 @@ def fill_cases(
     make_missing: bool | None = None,
     each: bool = True,
     summary: bool = False,
+    page: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Inpaint each case that has no result in a folder yet, and show the progress with the time that is left.
@@ -119,12 +123,14 @@ def fill_cases(
         ConfigError: a sampler or number of steps that this model cannot take.
     """
     check_sampler(*options.method, inpainter.model.schedule)  # once, not for each case
+    if page:
+        require_page(folder / f"{RECORDS}.html")
     records = folder / RECORDS
     if records.is_symlink() or (records.exists() and not records.is_dir()):
         raise InputError("is not a folder of its own", where=records, fix="remove it, or name another output")
     records.mkdir(parents=True, exist_ok=True)
     rows = []
-    job = Job(inpainter, options, folder, inpainter.makes_maps(make_missing), each, summary)
+    job = Job(inpainter, options, folder, inpainter.makes_maps(make_missing), each, summary, page)
     with Progress(len(cases), name="case", say=say) as progress:
         for k, row in enumerate(_results(job, cases), start=1):
             rows.append(row)
@@ -172,6 +178,7 @@ class Job:
     make_missing: bool
     each: bool
     summary: bool = False
+    page: bool = False
 
     def read(self, case: Case) -> tuple[Row | None, CaseData | None, str, float]:
         """Return the row of a case that has its result, or its data; the digest of its sources; seconds."""
@@ -197,12 +204,15 @@ class Job:
                 if not path.is_dir():
                     path.unlink()
                     sidecar_path(path).unlink(missing_ok=True)
-        summary_path(output).unlink(missing_ok=True)
+        for path in (summary_path(output), page_path(output)):
+            path.unlink(missing_ok=True)
         written = result.save(output, samples=self.each)
         if case.derivative:
             written += write_sidecars(self.inpainter, self.options, result, written)
         if self.summary:
             written += write_summary(self.inpainter, self.options, result, output)
+        if self.page:
+            written.append(result.page(page_path(output)))
         std = float(result.std[data.mask].mean() / data.scale)
         seconds = round(time.monotonic() - started, 2)
         row = _row(case.key, FILLED, result=case.result_name, spread=std, seconds=seconds)
@@ -217,8 +227,9 @@ class Job:
             record = Record(**read_json(record_path(case, self.folder)))
         except ValueError:  # missing or damaged
             return None
-        wanted = {case.result_name} | ({summary_path(Path(case.result_name)).as_posix()} if self.summary else set())
-        if record.made_from != made_from or not wanted <= set(record.outputs):
+        result = Path(case.result_name)
+        wanted = [result] + [summary_path(result)] * self.summary + [page_path(result)] * self.page
+        if record.made_from != made_from or not {path.as_posix() for path in wanted} <= set(record.outputs):
             return None
         paths = {self.folder / name: digest for name, digest in record.outputs.items()}
         if not all(path.is_file() and sha256(path) == digest for path, digest in paths.items()):
@@ -274,21 +285,6 @@ def _line(row: Row) -> str:
     if row["status"] == REFUSED:
         return f"{row['case']}: rejected: {row['reason']}"
     return f"{row['case']}: {row['status']}" + (f" in {row['seconds']:.1f} s" if row["status"] == FILLED else "")
-
-
-def write_upper_bound(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
-    """Write the autoencoder's upper bound: the reconstructed target, pasted into the mask."""
-    autoencoder = inpainter.model.autoencoder
-    target = grid_case(data, autoencoder.factor).target
-    coded = reconstruct(autoencoder, target, device=inpainter.model.device, precision=inpainter.model.precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_like(path, data.source, data.paste(coded.volume, autoencoder.factor), data.mask)
-
-
-def write_estimate(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
-    """Write the mean of all samples, made in one denoiser evaluation."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_like(path, data.source, inpainter.estimate(data, make_missing=False).mean, data.mask)
 
 
 def is_unchanged_outside(case: Case, folder: Path) -> bool:

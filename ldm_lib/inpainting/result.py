@@ -8,7 +8,7 @@ import numpy as np
 
 from ldm_lib.data.case import CaseData
 from ldm_lib.errors import InputError
-from ldm_lib.files import expand_path
+from ldm_lib.files import expand_path, replacing, require_writable
 from ldm_lib.images.image_files import ANY_OF_SUFFIXES, SUFFIXES, require_results_writable, stem
 from ldm_lib.images.volume import write_like, write_map
 
@@ -118,6 +118,47 @@ class Inpainting:
             volume = self.medoid if kind == "nearest" else self.pasted(self.values[int(k)]) if k else self.mean
             write_like(path, self.data.source, volume, self.data.mask)
         return list(paths.values())
+
+    def page(self, path: str | Path) -> Path:
+        """Write an HTML page that shows the case in a browser, without a network, and return the file.
+
+        It shows three planes and a 3D rendering. A slider fades in the mean of the samples, the medoid sample, the
+        ground truth, or the scan as it was given, if it was not void under the mask.
+
+        Raises:
+            InputError: another suffix than .html, a file that cannot be written, or a nilearn without the viewer.
+        """
+        from ldm_lib.plots.page import page  # it loads matplotlib
+
+        path, data = require_page(path), self.data
+        layers = (
+            {"mean of samples": self.mean, "one sample": self.medoid} if len(self.values) > 1 else {"result": self.mean}
+        )
+        if data.target is not None:
+            layers["ground truth"] = data.target
+        elif data.source.voxels[data.mask].any():
+            layers["scan as given"] = data.source.voxels
+        text = page(data.voided, layers, data.mask, affine=data.affine, title=data.key)
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return path
+
+
+def require_page(path: str | Path) -> Path:
+    """Return the expanded path of a page; InputError if it cannot be written, or if nilearn lacks the viewer."""
+    from ldm_lib.plots.page import viewer_script
+
+    viewer_script()
+    path = expand_path(path)
+    if path.suffix.lower() != ".html":
+        raise InputError("a page must end in .html", where=path, fix="name it so")
+    require_writable(path)
+    return path
+
+
+def page_path(result: Path) -> Path:
+    """Return the page of a result's file: next to it, with the same stem."""
+    return result.with_name(f"{stem(result)}.html")
 
 
 def result_paths(output: Path, samples: int, *, each: bool) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from ldm_lib.images.image_files import require_results_writable
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import ResultOptions
-from ldm_lib.inpainting.result import result_path, result_paths
+from ldm_lib.inpainting.result import page_path, require_page, result_path, result_paths
 from ldm_lib.inpainting.summary import summary_path, write_summary
 
 
@@ -35,6 +35,7 @@ def inpaint(
     dilate: int = 0,
     write_samples: bool = False,
     summary: bool = False,
+    page: bool = False,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -59,6 +60,7 @@ def inpaint(
         dilate: voxels by which the mask grows in every direction (a ball of this radius) before it is inpainted.
         summary: write the tissue labels of the result (`-dseg`) and a summary of volumes and settings
             (`-summary.json`), too; see `inpainting.summary`.
+        page: also write an HTML page of the case next to the result (`Inpainting.page`).
         num_inference_steps: denoiser evaluations of a sample.
         guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
@@ -81,17 +83,20 @@ def inpaint(
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
     options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, dilate=dilate, **sampling, **loading)
     results = result_paths(expand_path(output), n_samples, each=write_samples)
-    _require_writable(results, case, summary=summary)
+    _require_writable(results, case, summary=summary, page=page)
     data, inpainter = load_case(case), Inpainter.load(model, **loading)
     check_sampler(*options.method, inpainter.model.schedule)  # before a map is made
     data = inpainter.prepare(data, make_missing=make_missing)
     result = inpainter(data, make_missing=False, **options.sampling)
     written = result.save(results[""], samples=write_samples)
-    return written + (write_summary(inpainter, options, result, results[""]) if summary else [])
+    written += write_summary(inpainter, options, result, results[""]) if summary else []
+    return written + ([result.page(page_path(results[""]))] if page else [])
 
 
-def _require_writable(results: Mapping[str, Path], case: Case, *, summary: bool) -> None:
+def _require_writable(results: Mapping[str, Path], case: Case, *, summary: bool, page: bool) -> None:
     labels = [result_path(results[""], "dseg")] if summary else []
     require_results_writable([*results.values(), *labels], case.files().values())
     if summary:
         require_writable(summary_path(results[""]))
+    if page:
+        require_page(page_path(results[""]))

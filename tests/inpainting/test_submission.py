@@ -37,7 +37,9 @@ def results(data, tmp_path):
         loaded = load_case(case)
         for name in (case.result_name, case.result_name.replace(".nii.gz", "-nearest.nii.gz")):
             write_like(folder / name, loaded.source, loaded.target, loaded.mask)
-        write_map(folder / case.result_name.replace(".nii.gz", "-std.nii.gz"), loaded.voided, loaded.source.affine)
+        for name in ("std", "dseg"):
+            path = folder / case.result_name.replace(".nii.gz", f"-{name}.nii.gz")
+            write_map(path, loaded.voided, loaded.source.affine)
         shutil.copy(folder / case.result_name, folder / case.result_name.replace(".nii.gz", "-sample-0000.nii.gz"))
     return folder
 

@@ -51,7 +51,7 @@ def test_the_wheel_holds_notebooks_weights_and_types_and_no_tests(wheel):
     notebooks = {Path(name).name for name in names if name.startswith("ldm_lib/notebooks/")}
     assert notebooks == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert {"ldm_lib/py.typed", "ldm_lib/pretrained/model.safetensors", "ldm_lib/pretrained/config.json",
-            "ldm_lib/pretrained/autoencoder/model.safetensors"} <= set(names)  # fmt: skip
+            "ldm_lib/pretrained/autoencoder/model.safetensors", "ldm_lib/plots/page.html"} <= set(names)  # fmt: skip
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"ldm_lib"}
     library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ldm_lib").rglob("*.py")}
     assert library == {name for name in names if name.endswith(".py")}
