@@ -21,7 +21,7 @@ ADDED = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "security_policy.md": "SECURITY.md",
-    "model_card.md": "ldm_lib/pretrained/MODEL_CARD.md",
+    "model_card.md": "ldm_lib/pretrained/README.md",
 }
 ROOMS = ["anatomy", "plots", "data", "autoencoder", "diffusion", "inpainting", "evaluation", "training", "experiment"]
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")

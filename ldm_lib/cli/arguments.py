@@ -109,8 +109,11 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         *parameters(ReadOptions, *READING),
     ],
     "export": [
-        arg("model", "model folder of a stage 04", metavar="DIR"),
-        arg("--output", "model folder to write (default: the package's)", default=str(PRETRAINED), metavar="DIR"),
+        arg("model", "model folder of a stage 04 (default: the pretrained weights)", nargs="?", default=str(PRETRAINED),
+            metavar="DIR"),
+        arg("--to", "form: a model folder with a card that Hugging Face reads, or a MONAI bundle (default: folder)",
+            default="folder", choices=["folder", "monai-bundle"]),
+        arg("--output", "folder to write", required=True, metavar="DIR"),
         arg("--temperature", "default scale of the initial noise, for config.json", type=float, default=0.0),
     ],
     "params": [STAGE, arg("--preset", f"{', '.join(PRESETS)} (default: {DEFAULT_PRESET})", default=DEFAULT_PRESET)],

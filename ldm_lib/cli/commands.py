@@ -60,10 +60,10 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a trained model in float16 with its training log, as the pretrained weights are."""
+    """Write a model in float16 with its training log and a card, as a model folder or a MONAI bundle."""
     from ldm_lib.training.export import export_model
 
-    files = export_model(options.model, expand_path(options.output), temperature=options.temperature)
+    files = export_model(options.model, expand_path(options.output), to=options.to, temperature=options.temperature)
     print("\n".join(f"{path}: {path.stat().st_size / 1e6:.2f} MB" for path in files))
     return 0
 

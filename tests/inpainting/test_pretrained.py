@@ -21,7 +21,7 @@ from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.model_io import WEIGHTS, read_tensors
 from ldm_lib.training.export import LOG
 
-CARD = PRETRAINED / "MODEL_CARD.md"
+CARD = PRETRAINED / "README.md"
 
 
 @pytest.fixture(scope="module")

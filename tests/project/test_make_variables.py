@@ -106,7 +106,8 @@ def test_the_weights_target_trains_on_a_made_cohort_with_its_own_preset(project,
     stages, export = called(project, "weights", **how)
     assert stages[:8] == ["-m", "ldm_lib", "run", "01", "02", "03", "04", "--run"]
     assert stages[8:] == ["weights", "--preset", "weights"]
-    assert export[2:] == ["export", "outputs/weights/04_training/model", "--temperature", "0.6"]
+    assert export[2:4] == ["export", "outputs/weights/04_training/model"]
+    assert export[4:] == ["--output", "ldm_lib/pretrained", "--temperature", "0.6"]
     on_people, _ = called(project, "weights", BRAINS="scans")
     assert on_people[8:] == ["people", "--preset", "people", "--set", "brains_dir=scans"]
     with pytest.raises(subprocess.CalledProcessError):

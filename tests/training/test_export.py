@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm_lib.data.case import load_case
-from ldm_lib.errors import ConfigError, WeightsError
-from ldm_lib.files import sha256
+from ldm_lib.errors import ConfigError, InputError, WeightsError
+from ldm_lib.files import PRETRAINED, sha256
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.model_io import read_config
 from ldm_lib.training.export import export_model
@@ -88,10 +88,16 @@ def test_results_equal_those_of_the_original_up_to_rounding(stage, cases, tmp_pa
 
 
 def test_an_exported_model_may_be_exported_again_and_stays_the_same(stage, tmp_path):
-    export_model(stage / "model", tmp_path / "weights" / "model")
-    shutil.copy(stage / "metrics.csv", tmp_path / "weights")
-    export_model(tmp_path / "weights" / "model", tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(tmp_path / "weights" / "model")
+    export_model(stage / "model", tmp_path / "weights")
+    export_model(tmp_path / "weights", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "weights")
+    export_model(tmp_path / "weights", tmp_path / "bundle", to="monai-bundle")
+    assert contents(tmp_path / "bundle" / "models").items() < contents(tmp_path / "weights").items()
+
+
+def test_the_pretrained_weights_are_what_their_own_export_writes(tmp_path):
+    export_model(PRETRAINED, tmp_path / "weights")
+    assert contents(tmp_path / "weights") == contents(PRETRAINED)
 
 
 @pytest.mark.parametrize("part", ["", "autoencoder"])
@@ -116,9 +122,16 @@ def test_the_largest_weight_of_float16_is_none_too_large(stage, tmp_path):
 
 def test_without_the_log_of_its_training_nothing_is_exported(stage, tmp_path):
     (stage / "metrics.csv").unlink()
-    with pytest.raises(WeightsError, match=r"no log of its training\. Fix: name the model folder of a stage 04"):
+    with pytest.raises(WeightsError, match=r"model: no log of its training, neither .*\. Fix: name the model"):
         export_model(stage / "model", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
+
+
+def test_a_file_is_no_folder_to_export_to(stage):
+    with pytest.raises(InputError, match=r"metrics.csv: is no folder.*File exists.*Fix: name another --output"):
+        export_model(stage / "model", stage / "metrics.csv")
+    with pytest.raises(InputError, match=r"metrics.csv/weights: is no folder.*Not a directory"):
+        export_model(stage / "model", stage / "metrics.csv" / "weights")
 
 
 @pytest.mark.parametrize("temperature", [-0.5, 2.5])
