@@ -1,6 +1,7 @@
 """Summarise scores as means over patients with 95 % bootstrap intervals by patient, and format them as tables."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,9 +17,14 @@ REFERENCE = "harmonic"
 MOST_COLUMNS = 6  # cases with a column of their own
 
 
-def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def as_table(rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
     """Return rows of `score_rows` as a table, its PSNR in the column "psnr"."""
     return pd.DataFrame(rows).rename(columns={"psnr_01": "psnr"})
+
+
+def read_scores(path: str | Path) -> pd.DataFrame:
+    """Read a file of scores (metrics.csv) as such a table, without rounding."""
+    return as_table(pd.read_csv(path, dtype={"patient": str}, float_precision="round_trip"))
 
 
 def summarise(
@@ -81,15 +87,16 @@ def report(table: pd.DataFrame) -> str:
 
 
 def methods_table(table: pd.DataFrame) -> list[list[str]]:
-    """Return head and cells: methods by PSNR, means with intervals, and differences to the harmonic baseline."""
+    """Return head and cells: methods by PSNR, means with intervals, and differences to a harmonic baseline."""
     scores = [score for score, _ in SHOWN.values()]
     own, gain = summarise(table, scores), summarise(table, scores, reference=REFERENCE)
+    compared = REFERENCE in own.index
     lines = []
     for method in own.sort_values(("psnr", "mean"), ascending=False, kind="stable").index:
         means = [_interval(own.loc[method, score], digits) for score, digits in SHOWN.values()]
-        gains = [_interval(gain.loc[method, score], digits, sign="+") for score, digits in SHOWN.values()]
+        gains = [_interval(gain.loc[method, score], digits, sign="+") for score, digits in SHOWN.values() if compared]
         lines.append([method, *means, *(gains if method != REFERENCE else [""] * len(gains))])
-    return [["method", *SHOWN, *(f"{name}, over {REFERENCE}" for name in SHOWN)], *lines]
+    return [["method", *SHOWN, *(f"{name}, over {REFERENCE}" for name in SHOWN if compared)], *lines]
 
 
 def cases_table(table: pd.DataFrame) -> list[list[str]]:

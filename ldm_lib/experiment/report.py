@@ -2,13 +2,11 @@
 
 import html
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import nbformat
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors.sanitize import SanitizeHTML
 
 from ldm_lib.files import replacing
@@ -29,23 +27,26 @@ TAGS = [
     "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
 ]  # fmt: skip
 ATTRIBUTES = {"*": ["class", "id"], "a": ["href"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
-INDEX = """<!DOCTYPE html>
+PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1010px; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} ul {{ list-style: none; margin: 0; padding: 0 }} .failed {{ color: #b42318 }}
-th, td {{ padding: .3em .8em; text-align: left; vertical-align: top; border-bottom: 1px solid #d8dee4 }}
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1010px; margin: 1.5em auto; padding: 0 1em;
+       overflow-wrap: anywhere }}
+h1, h2 {{ line-height: 1.2 }} h2 {{ margin: 1.6em 0 .5em }} img {{ max-width: 100%; height: auto }}
+table {{ display: block; overflow-x: auto; border-collapse: collapse }}
+th:empty {{ padding: 0; border: 0 }}
+th, td {{ padding: .35em .8em .35em 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8886 }}
+td:not(:last-child), th {{ white-space: nowrap }}
+td:first-child {{ position: sticky; left: 0; background: Canvas }} li strong {{ color: #d0342c }}
 </style>
 </head>
 <body>
-<h1>{title}</h1>
-<table>
-<tr><th>stage</th><th>seconds</th><th>acceptance checks</th></tr>
-{rows}
-</table>
+{body}
 </body>
 </html>
 """
@@ -73,11 +74,14 @@ def write_report(notebook_path: str | Path, html_path: str | Path, *, title: str
     return _write(Path(html_path), exporter.from_notebook_node(notebook)[0])
 
 
-def write_index(run_folder: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write index.html of a run: the `stage`, `seconds` and `checks` of each record, and links to reports."""
-    run_folder = Path(run_folder)
-    lines = "\n".join(_stage_row(run_folder, record) for record in records)
-    return _write(run_folder / "index.html", INDEX.format(title=f"Run {html.escape(run_folder.name)}", rows=lines))
+def write_page(path: str | Path, text: str, *, title: str) -> Path:
+    """Convert Markdown to one HTML file, written atomically: HTML in it is shown as text, its pictures are embedded."""
+    path = Path(path)
+    renderer = IPythonRenderer(
+        allow_harmful_protocols=False, embed_images=True, path=str(path.parent), exclude_anchor_links=True
+    )
+    body = MarkdownWithMath(renderer=renderer).render(text)
+    return _write(path, PAGE.format(title=html.escape(title), body=body))
 
 
 def sanitise(element: object) -> str:
@@ -92,16 +96,3 @@ def _write(path: Path, page: str) -> Path:
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
-
-
-def _stage_row(run_folder: Path, record: Mapping[str, Any]) -> str:
-    stage = str(record["stage"])
-    name = html.escape(stage)
-    if (run_folder / stage / "report.html").exists():
-        name = f'<a href="{quote(stage)}/report.html">{name}</a>'
-    checks = ""
-    for check in record["checks"]:
-        word, style = ("passed", "passed") if check["passed"] else ("FAILED", "failed")
-        about = f"{word}: {html.escape(str(check['check']))} ({html.escape(str(check['found']))})"
-        checks += f'<li class="{style}">{about}</li>'
-    return f"<tr><td>{name}</td><td>{record['seconds']:.0f}</td><td><ul>{checks}</ul></td></tr>"

@@ -9,7 +9,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,12 @@ def run_stages(
     folder = outputs_folder() / configs["01_data_audit"].run
     pairs = [(word, *word.partition("=")[::2]) for word in command]  # paths are replaced by their aliases
     shown = [f"{name}=${ALIASES[name]}" if value and name in ALIASES else word for word, name, value in pairs]
+    from ldm_lib.experiment.front_page import write_front_page
+
     lock = FolderLock(folder)
-    variables = {OWNER_VARIABLE: str(os.getpid()), OUTPUTS_VARIABLE: str(folder.parent)}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)  # for the kernels
     try:
         remember_paths(folder, *(config.model_dump() for config in configs.values()))
-        with Progress(len(stages), name="stage") as bar:
+        with _kernels_of(folder), Progress(len(stages), name="stage") as bar:
             for number, stage in enumerate(stages, start=1):
                 if needed := _is_needed(stage, configs[stage], folder):
                     write_provenance(folder, preset=preset, configs=configs, command=shown)
@@ -109,14 +109,28 @@ def run_stages(
                 else:
                     progress(f"{stage}: done already, skipped")
                 bar.update(number, stage, skipped=not needed)
-        from ldm_lib.experiment.report import write_index
+                write_front_page(folder)
+    except LdmError:
+        if (folder / "config.json").exists():  # a run that was rejected before it began leaves no trace
+            with suppress(OSError):  # of a full disk: the error itself says so
+                write_front_page(folder)
+        raise
+    finally:
+        lock.release()
+    return folder
 
-        write_index(folder, map(read_record, sorted(folder.glob("*/done.json"))))
+
+@contextmanager
+def _kernels_of(run_folder: Path) -> Iterator[None]:
+    """Set the variables by which kernels know the owner of the lock and the folder of the runs."""
+    variables = {OWNER_VARIABLE: str(os.getpid()), OUTPUTS_VARIABLE: str(run_folder.parent)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        lock.release()
-    return folder
 
 
 def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:

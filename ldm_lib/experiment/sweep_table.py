@@ -12,7 +12,7 @@ from ldm_lib.experiment.sweep_file import Sweep, SweepRun
 from ldm_lib.files import markdown, replacing, write_csv
 
 EVALUATION = list(STAGES)[-1]
-SCORES = {"PSNR": "psnr_01", "SSIM": "ssim", "MSE": "mse"}
+SCORES = {"PSNR": "psnr", "SSIM": "ssim", "MSE": "mse"}
 PARTS = {"": "mean", " low": "low", " high": "high"}  # what ends a column's name -> what it holds
 LAST = ("patients", "masks", "seconds", "state")
 ENDED = "ended with status "  # how the last line of a failed run's log begins
@@ -76,11 +76,9 @@ def _row(sweep: Sweep, run: SweepRun) -> dict[str, Any]:
 
 
 def _scores(folder: Path, sweep: Sweep, run: SweepRun) -> dict[str, Any]:
-    import pandas
+    from ldm_lib.evaluation.summary import read_scores, summarise
 
-    from ldm_lib.evaluation.summary import summarise
-
-    table = pandas.read_csv(folder / "metrics.csv", dtype={"patient": str}, float_precision="round_trip")
+    table = read_scores(folder / "metrics.csv")
     found, row = summarise(table, list(SCORES.values())), {}
     for label, method in zip(_labels(sweep), (SAMPLE, mean_of(run.value("samples"))), strict=True):
         for score, column in SCORES.items():

@@ -102,21 +102,6 @@ def test_text_tables_code_and_pictures_survive(tmp_path):
     )
 
 
-def test_the_index_lists_each_stage_and_links_existing_reports(tmp_path):
-    (tmp_path / "01_data_audit").mkdir()
-    (tmp_path / "01_data_audit" / "report.html").write_text("")
-    check = {"check": "cases < 3", "passed": False, "found": "<script>alert(1)</script>", "required": True}
-    rows = [
-        {"stage": "01_data_audit", "seconds": 12.4, "checks": [check]},
-        {"stage": "<b>", "seconds": 1, "checks": []},
-    ]
-    text = report.write_index(tmp_path, rows).read_text()
-    elements = Elements(text).found
-    assert [attrs["href"] for tag, attrs in elements if tag == "a"] == ["01_data_audit/report.html"]
-    assert not {tag for tag, _ in elements} & {"script", "b"}
-    assert "FAILED: cases &lt; 3 (&lt;script&gt;" in text and "<td>12</td>" in text and "&lt;b&gt;" in text
-
-
 def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     write(tmp_path, new_markdown_cell("old"))
 

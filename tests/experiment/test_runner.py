@@ -65,13 +65,13 @@ def test_stages_run_in_order_with_records_and_reports(outputs, executed):
         assert f"lab: {stage}" in (folder / stage / "report.html").read_text()
     index = (folder / "index.html").read_text()
     assert [index.count(f'href="{stage}/report.html"') for stage in STAGES] == [1] * 6
-    assert index.count("FAILED: liked") == 6
+    assert index.count("<strong>FAILED</strong> liked (no)") == 6 and "6 of 12 checks passed." in index
     assert json.loads((folder / "run.json").read_text())["command"] == ["test"]
 
 
 def test_what_is_done_is_skipped_and_nothing_is_touched(outputs, executed):
     run()
-    changing = {"index.html", ".lock"}
+    changing = {"index.html", "report.md", ".lock"}
     before = {p: p.stat().st_mtime_ns for p in outputs.rglob("*") if p.is_file() and p.name not in changing}
     lines = run()
     assert lines == [f"{stage}: done already, skipped" for stage in STAGES] and len(executed) == 6
