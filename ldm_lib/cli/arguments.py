@@ -10,7 +10,7 @@ from ldm_lib.files import PRETRAINED
 from ldm_lib.images.options import ReadOptions
 from ldm_lib.inpainting.options import InpaintOptions, ResultOptions
 
-SCAN = "3D T1n, skull-stripped, .nii, .nii.gz, .mgh or .mgz"
+SCAN = "3D T1n, .nii, .nii.gz, .mgh or .mgz; a whole head needs --skull-strip"
 CASES = "folder of cases: several masks per patient, or the BraTS challenge's layout"
 MODEL = arg("--model", "model folder (default: the pretrained weights)", metavar="DIR")
 MAPS = arg(
@@ -20,6 +20,7 @@ PATIENTS = arg("--patients", "CSV file of case,patient, for names that do not sa
 STAGE = arg("stage", "such as 04 or 04_training", metavar="STAGE")
 SAMPLING = ("sampler", "num_inference_steps", "temperature", "seed", "device", "precision")
 READING = ("assume_orientation", "nan_as_zero", "mask_labels", "resample_mask")
+CASE_READING = (*READING, "skull_strip")
 # Command -> its options; a list of several options holds those of which only one may be given.
 ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
     "run": [
@@ -38,7 +39,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
     ],
     "compare": [STAGE, arg("runs", "run folders in the outputs folder", nargs="+", metavar="RUN")],
     "inpaint": [
-        [arg("--t1n-voided", f"{SCAN}; needs --mask", metavar="F"),
+        [arg("--t1n-voided", f"{SCAN} or --brain-mask; needs --mask", metavar="F"),
          arg("--data", f"{CASES}, or a BIDS data set; instead of one file", metavar="DIR")],
         arg("--mask", "mask on the same grid: 1 = inpaint", metavar="F", also="--lesion-mask"),
         arg("--output", "result file (mean of several samples); a folder with --data", required=True, metavar="OUT"),
@@ -54,13 +55,13 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--summary", "write tissue labels (-dseg) and volumes (-summary.json) of the result, too",
             action="store_true"),
         arg("--page", "write an HTML page of the case next to the result, for any browser", action="store_true"),
-        *parameters(ReadOptions, *READING, "scrub_header"),
+        *parameters(ReadOptions, *CASE_READING, "scrub_header"),
     ],
     "submission": [
         arg("--data", CASES, required=True, metavar="DIR"),
         arg("--results", "folder of their <ID>-t1n-inference.nii.gz", required=True, metavar="DIR"),
         arg("--output", "zip file to write (default: submission.zip in the results)", metavar="OUT"),
-        *parameters(ReadOptions, *READING),
+        *parameters(ReadOptions, *CASE_READING),
     ],
     "prior": [
         arg("--t1n-voided", SCAN, required=True, metavar="F"),
@@ -74,14 +75,14 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--lesion", "binary lesion mask (visible but abnormal tissue)", metavar="F"),
         arg("--refine", "labelling of visible tissue: intensity and atlas, or the atlas alone (default: mixture)",
             default="mixture", choices=["mixture", "none"]),
-        *parameters(ReadOptions, *READING),
+        *parameters(ReadOptions, *CASE_READING),
     ],
     "validate": [
         arg("data_dir", CASES, metavar="DATA_DIR"),
         MAPS,
         PATIENTS,
         arg("--json", "JSON file of the findings to write", metavar="OUT"),
-        *parameters(ReadOptions, *READING),
+        *parameters(ReadOptions, *CASE_READING),
     ],
     "cohort": [
         arg("--from", "skull-stripped T1w of healthy people: a folder of scans, or a BIDS data set",
@@ -106,7 +107,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         *parameters(InpaintOptions, *SAMPLING, "samples", samples=16),
         PATIENTS,
         arg("--pictures", "number of cases to draw (default: 0)", type=int, default=0, metavar="N"),
-        *parameters(ReadOptions, *READING),
+        *parameters(ReadOptions, *CASE_READING),
     ],
     "export": [
         arg("model", "model folder of a stage 04 (default: the pretrained weights)", nargs="?", default=str(PRETRAINED),

@@ -101,6 +101,8 @@ def parse(model: type[AnyOptions], options: argparse.Namespace) -> AnyOptions:
     try:
         return model.parse(given)
     except ConfigError as error:
+        if error.where:  # a value that is allowed, but cannot be used here
+            raise
         name, equals, cause = error.cause.partition(" = ")
         fix = f"see `ldm {options.command.__name__} --help`"
         raise ConfigError(f"{flag(name)} {cause}" if equals and name in given else error.cause, fix=fix) from None

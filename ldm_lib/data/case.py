@@ -110,6 +110,7 @@ class CaseData:
         voided: float32, 0 under the mask and, with a brain mask, outside the brain.
         mask: bool, True = voxels to inpaint, all of them in the brain mask, if there is one.
         scale: intensity divisor of this case.
+        brain: bool, of a whole head, given or made; None of a scan that is skull-stripped.
         target: the full image, or None.
         healthy, unhealthy: bool parts of the mask, or None.
         growth: tumour-cell concentration in [0, 1], or None.
@@ -128,6 +129,7 @@ class CaseData:
     growth: np.ndarray | None
     tissue: np.ndarray | None
     warnings: tuple[str, ...]
+    brain: np.ndarray | None = None
 
     def __repr__(self) -> str:
         mask_ml = float(self.mask.sum() * np.prod(self.source.spacing_mm)) / 1000
@@ -255,7 +257,7 @@ def load_case(case: Case | CaseData) -> CaseData:
     named = {"hidden": bool(case.t1n_voided), "scored": bool(case.t1n)}
     voided, mask = void_under(source, given, **named, warnings=warnings), masks.dilated(given, case.dilate)
     brain = None
-    if case.brain_mask:
+    if case.brain_mask or case.read_options.skull_strip:
         brain, mask = read_brain(case.brain_mask, source, mask, case.read_options, warnings)
         voided[~brain] = 0
     voided[mask] = 0
@@ -265,7 +267,7 @@ def load_case(case: Case | CaseData) -> CaseData:
         case.mask_healthy, case.mask_unhealthy, given, source, case.read_options, warnings=warnings
     )
     masks.require_in_brain(mask, voided, target, where=case.mask, warnings=warnings)
-    if not case.brain_mask:
+    if brain is None:
         require_stripped(voided, source, scale)
         require_void_covered(source, mask, where=case.mask, warnings=warnings)
     growth = masks.read_unit_map(case.growth, source, case.read_options, warnings=warnings) if case.growth else None
@@ -279,7 +281,7 @@ def load_case(case: Case | CaseData) -> CaseData:
     if spikes:
         warnings.append(f"{spikes} voxels above {SPIKE:g} times the 99.5th percentile ({scale:g}), up to "
                         f"{source.voxels.max():g}, replaced by the median of their neighbours")  # fmt: skip
-    return CaseData(case, source, voided, mask, scale, target, *parts, growth, tissue, tuple(warnings))
+    return CaseData(case, source, voided, mask, scale, target, *parts, growth, tissue, tuple(warnings), brain)
 
 
 def _read_target(case: Case, source: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray | None:

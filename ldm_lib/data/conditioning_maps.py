@@ -129,8 +129,8 @@ def make_tissue_map(
     from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
 
     sources = {"scan": data.case.t1n_voided or data.case.t1n, "mask": data.case.mask}
-    sources |= {"brain_mask": data.case.brain_mask} if data.case.brain_mask else {}
-    path, claim = Path(path), _claim("MNI152 by registration", sources, {"refine": refine}, lesion=lesion)
+    arrays = {"lesion": lesion, "brain": data.brain}
+    path, claim = Path(path), _claim("MNI152 by registration", sources, {"refine": refine}, **arrays)
     if found := _found(path, claim):
         return found
     try:
@@ -239,7 +239,7 @@ def make_conditioning_maps(
     """Make the tissue map of one scan and, if requested, a growth map in it, without the voxels under the mask.
 
     Args:
-        t1n_voided, mask: skull-stripped 3D T1n, and binary mask on its grid, 1 = voxels to inpaint.
+        t1n_voided, mask: 3D T1n, skull-stripped unless `read_options` strip it, and binary mask on its grid.
         tissue, growth: files of the maps, .nii, .nii.gz, .mgh or .mgz, each with a JSON file next to it.
         seed_mm, segmentation: where the tumour starts, as in `make_growth_map`; one of them if there is `growth`.
         lesion: binary, on the same grid: visible tissue that is not healthy.

@@ -8,6 +8,7 @@ from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
 from ldm_lib.images.grid import on_grid_of
 from ldm_lib.images.options import ReadOptions
+from ldm_lib.images.skull_strip import OTHERWISE, brain_of_head
 from ldm_lib.images.volume import LARGEST_BRAIN_L, Volume, read_volume
 
 LEAST_BRAIN_ML = 300.0  # newborns have about 350
@@ -18,21 +19,23 @@ CUT = 0.05  # of a face of the box around an image; a neck, or a cheek, fills 0.
 
 
 def read_brain(
-    path: Path, like: Volume, mask: np.ndarray, read_options: ReadOptions, warnings: list[str]
+    path: Path | None, like: Volume, mask: np.ndarray, read_options: ReadOptions, warnings: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read a brain mask and return the brain and the part of a mask that lies in it, both bool (x, y, z).
 
-    A lesion that a tool left out of the brain is part of it (`completed_brain`). How much of the mask lies outside is
-    appended to `warnings`.
+    Without a path the brain mask is made from the head, `like`. A lesion that a tool left out of the brain is part of
+    it (`completed_brain`). How much of the mask lies outside is appended to `warnings`.
 
     Raises:
         InputError: a file that is rejected, or no voxel of the mask in the brain.
     """
-    brain = completed_brain(read_brain_mask(path, like, read_options, warnings), mask, like.spacing_mm)
+    found = read_brain_mask(path, like, read_options, warnings) if path else _made_brain(like, mask, warnings)
+    brain = completed_brain(found, mask, like.spacing_mm)
     inside, total_ml = mask & brain, _ml(mask, like)
     if not inside.any():
         raise InputError(f"0 % of the mask's {int(mask.sum())} voxels ({total_ml:.1f} mL) lie in this brain mask",
-                         where=path, fix="check that brain mask, mask and image belong together")  # fmt: skip
+                         where=path or like.path,
+                         fix="check that brain mask, mask and image belong together")  # fmt: skip
     if (left_ml := _ml(mask & ~brain, like)) > 0:
         warnings.append(f"{left_ml:.1f} of the mask's {total_ml:.1f} mL lie outside the brain; they stay as they are")
     return brain, inside
@@ -51,8 +54,17 @@ def require_stripped(voided: np.ndarray, source: Volume, scale: float) -> None:
     cut = [np.take(box, end, axis).mean() for axis in range(3) for end in (0, -1)]
     if min(cut) < 0.5 and max(cut) > CUT:
         cause = f"not skull-stripped: {bright_l:.1f} litres are bright, a brain has at most {LARGEST_BRAIN_L:g}"
-        raise InputError(cause, where=source.path, fix="give its brain mask with `ldm inpaint --brain-mask FILE`, or a "
-                         "skull-stripped scan")  # fmt: skip
+        raise InputError(cause, where=source.path, fix="let its brain mask be made with --skull-strip, or "
+                         "give it with `ldm inpaint --brain-mask FILE`")  # fmt: skip
+
+
+def _made_brain(head: Volume, mask: np.ndarray, warnings: list[str]) -> np.ndarray:
+    brain = brain_of_head(head, mask)
+    if not LEAST_BRAIN_ML <= (brain_ml := _ml(brain, head)) <= 1000 * LARGEST_BRAIN_L:
+        cause = f"deepbet finds {brain_ml:.0f} mL of brain; allowed: {LEAST_BRAIN_ML:g} to {1000 * LARGEST_BRAIN_L:g}"
+        raise InputError(cause, where=head.path, fix=OTHERWISE)
+    warnings.append(f"no brain mask given, made with deepbet: {brain_ml:.0f} mL")
+    return brain
 
 
 def read_brain_mask(path: Path, like: Volume, read_options: ReadOptions, warnings: list[str]) -> np.ndarray:

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ldm_lib.data.bids import data_set_of, uri
+from ldm_lib.data.case import CaseData
 from ldm_lib.files import write_json
 from ldm_lib.images.image_files import stem
+from ldm_lib.images.skull_strip import deepbet_version
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.inpainting.result import Inpainting
@@ -17,8 +21,10 @@ BIDS_VERSION = "1.10.0"
 IGNORED = "filled\nresults.csv\n*_summary.json\n*.html\n"  # which BIDS has no names for
 DESCRIPTIONS = {  # by the last part of an image's name
     "T1w": "T1w with synthetic tissue in the mask; all other voxels are those of the source",
+    "mask": "brain of the source, which the model saw alone",
     "dseg": "tissue labels of the inpainted T1w: from its intensities in the mask, from a tissue map elsewhere",
 }
+REST = 0.1  # of a brain; a mask leaves less than that of a stripped scan, and more than all of it of a head
 LABELS = "index\tname\tabbreviation\n1\tCerebrospinal fluid\tCSF\n2\tGray matter\tGM\n3\tWhite matter\tWM\n"
 
 
@@ -52,8 +58,9 @@ def write_sidecars(
     """Write the sidecar of each image of a result, and return the files."""
     written = []
     for image in images:
-        description = {"Description": DESCRIPTIONS[stem(image).rpartition("_")[2]]}
-        write_json(sidecar_path(image), description | _sidecar(inpainter, options, result))
+        suffix = stem(image).rpartition("_")[2]
+        about = _about_brain_mask(result) if suffix == "mask" else _sidecar(inpainter, options, result)
+        write_json(sidecar_path(image), {"Description": DESCRIPTIONS[suffix]} | about)
         written.append(sidecar_path(image))
     return written
 
@@ -77,17 +84,34 @@ def provenance(inpainter: Inpainter, options: InpaintOptions, result: Inpainting
         "Sampler": sampling["sampler"],
         "Steps": sampling["num_inference_steps"],
         "TissueMap": "given" if data.case.tissue else "none" if data.tissue is None else "made from the scan",
+        **({} if data.brain is None else {"BrainMask": _brain_mask_of(result)}),
     }
 
 
 def _sidecar(inpainter: Inpainter, options: InpaintOptions, result: Inpainting) -> dict[str, Any]:
     """Return what an image was made from and how, in the terms of BIDS where it has them."""
     case = result.data.case
-    root = data_set_of(case)
-    source, mask = (uri(path, root) for path in (case.t1n_voided or case.mask, case.mask))
+    files = (case.t1n_voided, case.mask, case.brain_mask)
+    source, mask, *brain = (uri(path, data_set_of(case)) for path in files if path)
     return {
-        "Sources": [source, mask],
-        "SkullStripped": True,
+        "Sources": [source, mask, *brain],
+        "SkullStripped": _is_stripped(result.data),
         "Synthetic": True,
         "SyntheticRegion": {"Mask": mask, "Dilation": case.dilate, "Voxels": int(result.data.mask.sum())},
     } | provenance(inpainter, options, result)
+
+
+def _about_brain_mask(result: Inpainting) -> dict[str, Any]:
+    case = result.data.case
+    return {"Type": "Brain", "Sources": [uri(case.t1n_voided, data_set_of(case))], "BrainMask": _brain_mask_of(result)}
+
+
+def _brain_mask_of(result: Inpainting) -> str:
+    return "given" if result.data.case.brain_mask else f"made with deepbet {deepbet_version()}"
+
+
+def _is_stripped(data: CaseData) -> bool:
+    """Return whether a scan shows hardly anything but its brain."""
+    if data.brain is None:
+        return True
+    return np.count_nonzero(data.source.voxels[~data.brain]) < REST * np.count_nonzero(data.brain)

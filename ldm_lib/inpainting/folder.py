@@ -25,7 +25,7 @@ from ldm_lib.images.volume import in_format_of, read_volume
 from ldm_lib.inpainting.derivatives import describe_data_set, sidecar_path, write_sidecars
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.result import page_path, require_page, result_path
+from ldm_lib.inpainting.result import BRAIN, page_path, require_page, result_path
 from ldm_lib.inpainting.summary import summary_path, write_summary
 from ldm_lib.locking import FolderLock
 from ldm_lib.progress import Progress, report
@@ -199,7 +199,7 @@ class Job:
             raise InputError("not enough memory", where=case.key, fix="take fewer samples") from error
         output = self.folder / case.result_name
         output.parent.mkdir(parents=True, exist_ok=True)
-        for kind in ("", "std", "nearest", "sample-*", "dseg"):  # of other settings: none may stay
+        for kind in ("", "std", "nearest", "sample-*", "dseg", BRAIN):  # of other settings: none may stay
             for path in output.parent.glob(result_path(output, kind).name):
                 if not path.is_dir():
                     path.unlink()

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_lib.data.case import CaseData
+from ldm_lib.data.case import Case, CaseData
 from ldm_lib.errors import InputError
 from ldm_lib.files import expand_path, replacing, require_writable
 from ldm_lib.images.image_files import ANY_OF_SUFFIXES, SUFFIXES, require_results_writable, stem
 from ldm_lib.images.volume import write_like, write_map
 
+BRAIN = "brain-mask"
 BIDS_RESULT = "_desc-inpainted_T1w."  # in the names of results in a BIDS derivative data set
-BIDS_SUFFIXES = ("dseg", "summary")  # of files of a result that are no T1w
+BIDS_ENDINGS = {"dseg": "_desc-inpainted_dseg.", "summary": "_desc-inpainted_summary.", BRAIN: "_desc-brain_mask."}
 
 
 class Samples(Sequence[np.ndarray]):
@@ -90,7 +91,8 @@ class Inpainting:
         """Write the result with the scan's header and return the files; voxels outside the mask keep their bits.
 
         Of one sample there is one file. Of several samples `<output>` is the mean, `<output>-std` the standard
-        deviation (float32, source units) and `<output>-nearest` the medoid sample.
+        deviation (float32, source units) and `<output>-nearest` the medoid sample. A brain mask that was made is
+        `<output>-brain-mask`.
 
         Args:
             path: a file that ends in .nii, .nii.gz, .mgh or .mgz, or a folder, which takes
@@ -108,11 +110,12 @@ class Inpainting:
                                  fix='name a file .nii.gz, or end a new folder in "/"')  # fmt: skip
             output.mkdir(parents=True, exist_ok=True)
             output /= self.data.case.result_name
-        paths = result_paths(output, len(self.values), each=samples)
+        paths = result_paths(output, len(self.values), each=samples, case=self.data.case)
         require_results_writable(paths.values(), self.data.case.files().values())
         for name, path in paths.items():
-            if name == "std":
-                write_map(path, self.std, self.data.source.affine)
+            if name in ("std", BRAIN):
+                voxels = self.std if name == "std" else self.data.brain.astype(np.uint8)
+                write_map(path, voxels, self.data.source.affine)
                 continue
             kind, _, k = name.partition("-")
             volume = self.medoid if kind == "nearest" else self.pasted(self.values[int(k)]) if k else self.mean
@@ -161,9 +164,10 @@ def page_path(result: Path) -> Path:
     return result.with_name(f"{stem(result)}.html")
 
 
-def result_paths(output: Path, samples: int, *, each: bool) -> dict[str, Path]:
-    """Return the files of a result by what they hold: "" the volume, "std", "nearest" and "sample-000k"."""
+def result_paths(output: Path, samples: int, *, each: bool, case: Case) -> dict[str, Path]:
+    """Return the files of a result by what they hold: "" the volume, "std", "nearest", "sample-000k", "brain-mask"."""
     names = (["std", "nearest"] if samples > 1 else []) + [f"sample-{k:04d}" for k in range(samples if each else 0)]
+    names += [BRAIN] if case.read_options.skull_strip and not case.brain_mask else []
     return {name: result_path(output, name) for name in ("", *names)}
 
 
@@ -171,7 +175,7 @@ def result_path(output: Path, name: str) -> Path:
     """Return the file that holds `name` of a result: `O-std.nii.gz`, in BIDS `sub-01_desc-inpaintedStd_T1w.nii.gz`."""
     if name and BIDS_RESULT in output.name:
         label = "".join(part.capitalize() for part in name.split("-"))
-        ending = f"_desc-inpainted_{name}." if name in BIDS_SUFFIXES else f"_desc-inpainted{label}_T1w."
+        ending = BIDS_ENDINGS.get(name, f"_desc-inpainted{label}_T1w.")
         return output.with_name(output.name.replace(BIDS_RESULT, ending))
     first = stem(output)
     return output.with_name(f"{first}-{name}{output.name[len(first) :]}") if name else output

@@ -50,7 +50,8 @@ def inpaint(
         tissue: labels 1 CSF, 2 GM, 3 WM, made by one method inside and outside the mask; None means unknown, unless
             the map is made.
         brain_mask: of a whole head, on the same grid: what is above 0 is brain. Only the part of the mask in the brain
-            is inpainted, from the brain alone; skull and scalp stay as they are.
+            is inpainted, from the brain alone; skull and scalp stay as they are. With
+            `read_options=ReadOptions(skull_strip=True)` a missing one is made and written, as `<output>-brain-mask`.
         read_options: how input validation is relaxed.
         make_missing: make the tissue map from the scan where none is given, and keep it in the user's cache
             (`inpainting.tissue_maps`); None makes it if the model needs one.
@@ -82,7 +83,7 @@ def inpaint(
     loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
     sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
     options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, dilate=dilate, **sampling, **loading)
-    results = result_paths(expand_path(output), n_samples, each=write_samples)
+    results = result_paths(expand_path(output), n_samples, each=write_samples, case=case)
     _require_writable(results, case, summary=summary, page=page)
     data, inpainter = load_case(case), Inpainter.load(model, **loading)
     check_sampler(*options.method, inpainter.model.schedule)  # before a map is made

@@ -17,7 +17,7 @@ from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import in_format_of, read_volume
 
 PATTERN = "*-t1n-inference*.nii.gz"
-OTHER_FILES = ("-std.nii.gz", "-nearest.nii.gz", "-dseg.nii.gz")  # of a result; not submitted
+OTHER_FILES = ("-std.nii.gz", "-nearest.nii.gz", "-dseg.nii.gz", "-brain-mask.nii.gz")  # of a result; not submitted
 LEAST_BRAIN = 0.1  # fraction of a mask that is not air in a result; real healthy masks have three quarters
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the archive, so that the same results are the same bytes
 

@@ -26,6 +26,7 @@ DOORS = {
     "dipy": {"anatomy"},
     "nilearn": {"anatomy"},
     "nibabel": {"images", "data", "geometry"},
+    "deepbet": {"images/skull_strip"},
     "pandas": {"experiment", "evaluation/evaluate", "evaluation/summary"},
 }
 NOTHING_HEAVY = {"torch", "monai", "lightning", "mlflow", "wandb", "papermill", "nilearn", "dipy"}
