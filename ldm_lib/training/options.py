@@ -111,9 +111,12 @@ class TrackerOptions(Options):
     """Choose the experiment trackers; metrics.csv is always written."""
 
     heading = "Experiment trackers"
-    untracked = frozenset({"wandb_mode", "use_mlflow"})
+    untracked = frozenset({"wandb_mode", "use_mlflow", "use_trackio"})
     wandb_mode: Literal["off", "offline", "online"] = Field("offline", description="Weights & Biases mode")
     use_mlflow: bool = Field(True, description="MLflow tracking, in a SQLite file next to the runs")
+    use_trackio: bool = Field(
+        False, description="Trackio tracking, in a folder next to the runs; `pip install trackio`"
+    )
 
 
 NO_TRACKERS = TrackerOptions(wandb_mode="off", use_mlflow=False)

@@ -1,16 +1,19 @@
-"""Log a training's metrics: to metrics.csv always, to Weights & Biases and MLflow if requested.
+"""Log a training's metrics: to metrics.csv always, to Weights & Biases, MLflow and Trackio if requested.
 
 A training that cannot write metrics.csv stops. The other trackers get numbers, switches, texts of `LOGGED_TEXTS`
 and small pictures, but no volumes, paths or names; one that fails is disabled, and the training goes on.
 """
 
 import csv
+import io
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,42 @@ class MLflow:
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
 
+class Trackio:
+    """Hold a run in the store of all runs, `outputs`/trackio; neither it nor its dashboard needs a network."""
+
+    def __init__(self, config: TrainingOptions, folder: Path) -> None:
+        store = folder.parents[1] / "trackio"
+        if not find_spec("trackio"):
+            raise ImportError("not installed; `pip install trackio`")
+        os.environ["TRACKIO_DIR"] = str(store)  # is read when trackio is imported
+        import trackio
+
+        if store != trackio.TRACKIO_DIR:
+            raise ValueError("this process logs to another outputs folder; start a new one")
+
+        class Private(trackio.Run):
+            """A run that does not look up the user's name; `trackio.init` could also choose a server."""
+
+            def _get_username(self) -> None:
+                return None
+
+        self._image = trackio.Image
+        self._run = Private(None, PROJECT, None, name=folder.parent.name, config=logged_parameters(config))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log the metrics of a step; they are on disk within a second."""
+        self._run.log(dict(metrics), step=step)
+
+    def panel(self, path: Path, step: int) -> None:
+        """Log a picture."""
+        self._run.log({"panel": self._image(str(path))}, step=step)
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002 - Trackio knows no failed runs
+        """Wait until everything is on disk."""
+        with redirect_stdout(io.StringIO()):  # it speaks of uploading
+            self._run.finish()
+
+
 class Trackers:
     """Log to metrics.csv, and to others, which are started by functions, each until it fails for the first time."""
 
@@ -183,4 +222,6 @@ def trackers(config: TrainingOptions, tracking: TrackerOptions, folder: Path, *,
         others["wandb"] = partial(Wandb, config, folder, tracking.wandb_mode)
     if tracking.use_mlflow:
         others["MLflow"] = partial(MLflow, config, folder)
+    if tracking.use_trackio:
+        others["Trackio"] = partial(Trackio, config, folder)
     return Trackers(MetricsTable(folder / "metrics.csv", from_step=from_step), others)

@@ -149,7 +149,7 @@ def test_tracked_parameters_are_all_that_decide_the_result():
     everything = {name for model in STAGES.values() for name in model.model_fields}
     known = {name for stage in STAGES for name in tracked(config(stage))}
     requirements = {"min_reconstruction_psnr", "min_gain_over_pca", "accept_anyway"}
-    storing = {"checkpoint_every", "log_every", "allow_change", "wandb_mode", "use_mlflow"}
+    storing = {"checkpoint_every", "log_every", "allow_change", "wandb_mode", "use_mlflow", "use_trackio"}
     assert everything - known == requirements | storing | {"run", "overwrite", "device", "num_workers", "workers"}
     assert "devices" in tracked(config("04_training")) and "devices" not in tracked(config("05_sampling"))
 

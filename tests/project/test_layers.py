@@ -20,6 +20,7 @@ DOORS = {
     "lightning": {"training/distributed"},
     "wandb": {"training/trackers"},
     "mlflow": {"training/trackers"},
+    "trackio": {"training/trackers"},
     "papermill": {"experiment"},
     "nbconvert": {"experiment"},
     "jupyter_client": {"experiment", "cli/doctor"},
@@ -29,7 +30,7 @@ DOORS = {
     "deepbet": {"images/skull_strip"},
     "pandas": {"experiment", "evaluation/evaluate", "evaluation/summary"},
 }
-NOTHING_HEAVY = {"torch", "monai", "lightning", "mlflow", "wandb", "papermill", "nilearn", "dipy"}
+NOTHING_HEAVY = {"torch", "monai", "lightning", "mlflow", "wandb", "trackio", "papermill", "nilearn", "dipy"}
 PATHS = {path.relative_to(LIBRARY).with_suffix("").as_posix(): path for path in sorted(LIBRARY.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 BENCHMARKS = {f"benchmarks/{path.stem}": ast.parse(path.read_text()) for path in (ROOT / "benchmarks").glob("*.py")}
