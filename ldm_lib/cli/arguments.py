@@ -106,7 +106,8 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
             "(default: atlas)", default="atlas", choices=["atlas", "given"]),
         *parameters(InpaintOptions, *SAMPLING, "samples", samples=16),
         PATIENTS,
-        arg("--pictures", "number of cases to draw (default: 0)", type=int, default=0, metavar="N"),
+        arg("--pictures", "number of cases to draw, as PNG and as HTML page (default: 0)", type=int, default=0,
+            metavar="N"),
         *parameters(ReadOptions, *CASE_READING),
     ],
     "export": [

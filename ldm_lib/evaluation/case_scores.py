@@ -14,8 +14,9 @@ from ldm_lib.errors import InputError
 from ldm_lib.evaluation.boundary import boundary_scores
 from ldm_lib.evaluation.conditioning_fidelity import growth_response, tissue_by_intensity, tissue_dice
 from ldm_lib.evaluation.metrics import brats_scores, mask_size_class, scores_by_tissue
-from ldm_lib.images.volume import read_image
+from ldm_lib.images.volume import in_format_of, read_image, read_volume
 from ldm_lib.inpainting.baselines import BASELINES, OF_TISSUE
+from ldm_lib.inpainting.result import Inpainting, page_path
 
 SAMPLE, MEDOID, UPPER_BOUND, TISSUE_PAINT = "sample", "medoid sample", "upper bound", "tissue paint"
 ESTIMATE = "estimate"  # the mean in one evaluation, and its folder in the results of `evaluate`
@@ -70,6 +71,25 @@ def read_result(results: Path, data: CaseData) -> np.ndarray:
 def read_sample(results: Path, data: CaseData, k: int) -> np.ndarray:
     """Read the k-th sample of a case in the results of stage 05."""
     return read_image(result_path(results, data, f"sample-{k:04d}")).voxels
+
+
+def page_file(results: Path, case: Case) -> Path:
+    """Return the HTML page of a case in the results of stage 05."""
+    return page_path(results / case.result_name)
+
+
+def write_page(path: Path, results: Path, data: CaseData, samples: int) -> Path:
+    """Write an HTML page of a case from its samples in the results of stage 05, and return it."""
+    values = [read_sample(results, data, k)[data.mask] for k in range(samples)]
+    return Inpainting(data, np.stack(values)).page(path)
+
+
+def is_unchanged_outside(case: Case, folder: Path) -> bool:
+    """Read a case's result back, and return whether header and voxels outside the mask are those of the source."""
+    data, result = load_case(case), read_volume(folder / case.result_name, case.read_options)
+    source = in_format_of(result.path, data.source)
+    same = result.raw[~data.mask].tobytes() == source.raw[~data.mask].tobytes()
+    return same and result.preamble == source.preamble
 
 
 def read_variants(results: Path, data: CaseData) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -25,13 +26,13 @@ from ldm_lib.evaluation.case_scores import (
     read_sample,
     result_path,
     score_rows,
+    write_page,
 )
-from ldm_lib.evaluation.reconstruction import write_upper_bound
 from ldm_lib.evaluation.summary import as_table, report
 from ldm_lib.files import expand_path, replacing, write_csv
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import read_volume, write_like
-from ldm_lib.inpainting.folder import Row, fill_cases, require_all
+from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_upper_bound
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock
@@ -62,8 +63,8 @@ def evaluate(
     Args:
         tissue: "atlas" makes the tissue map of every case from its voided scan; "given" uses the map that came with a
             case where there is one, which may leak the masked region.
-        output: folder for `maps/`, `results/`, `metrics.csv`, `table.md` and `<case>.png`; None keeps no file.
-        pictures: number of cases to plot into the output folder.
+        output: folder for `maps/`, `results/`, `metrics.csv`, `table.md` and pictures; None keeps no file.
+        pictures: number of cases to draw into the output folder, each as `<case>.png` and as `<case>.html`.
         say: receives a line for each case that is prepared, inpainted or scored, instead of the bar, or the lines every
             30 s, on standard error.
 
@@ -100,10 +101,9 @@ def evaluate(
     try:
         rows = run(folder)
         write_csv(folder / "metrics.csv", rows)
-        for case in cases[:pictures]:
-            _plot(case, folder / "results", n_samples, folder)
+        links = [_draw(load_case(case), folder / "results", n_samples, folder) for case in cases[:pictures]]
         with replacing(folder / "table.md") as partial_file:
-            partial_file.write_text(f"{report(as_table(rows))}\n")
+            partial_file.write_text("\n\n".join([report(as_table(rows)), *links]) + "\n")
     finally:
         lock.release()
     return as_table(rows)
@@ -176,9 +176,11 @@ def _with_map(case: Case, maps: Path, inpainter: Inpainter, progress: Callable[[
     return case
 
 
-def _plot(case: Case, results: Path, samples: int, output: Path) -> None:
-    """Plot the voided image, up to two samples, the estimate, the ground truth and the samples' standard deviation."""
-    data = load_case(case)
+def _draw(data: CaseData, results: Path, samples: int, output: Path) -> str:
+    """Write a figure and a page of a case, and return links to them.
+
+    The figure shows the voided image, up to two samples, the estimate, the ground truth and the standard deviation.
+    """
     found = candidates(data, results, samples, baselines=False)
     volumes = {"voided": data.voided, "sample 1": found[SAMPLE]}
     if samples > 1:
@@ -186,4 +188,7 @@ def _plot(case: Case, results: Path, samples: int, output: Path) -> None:
     volumes |= {"estimate": found[ESTIMATE], "ground truth": data.target}
     if samples > 1:
         volumes["standard deviation"] = read_volume(result_path(results, data, "std")).voxels
-    case_plots.plot(data, volumes, across=True).savefig(output / f"{case.key}.png", dpi=110)
+    case_plots.plot(data, volumes, across=True).savefig(output / f"{data.key}.png", dpi=110)
+    write_page(output / f"{data.key}.html", results, data, samples)
+    name = quote(data.key)
+    return f"{data.key}: [in a browser]({name}.html), [figure]({name}.png)"

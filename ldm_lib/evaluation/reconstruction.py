@@ -8,7 +8,6 @@ is above it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +19,6 @@ from ldm_lib.devices import autocast
 from ldm_lib.evaluation.image_quality import brain_scores
 from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
 from ldm_lib.geometry import latent_mask
-from ldm_lib.images.volume import write_like
-from ldm_lib.inpainting.inpainter import Inpainter
 
 BOX_LOSS_LIMIT_DB = 0.1  # if decoding a box changes the mask's PSNR by more, the whole volume is decoded
 
@@ -34,15 +31,6 @@ def upper_bound(data: CaseData, rebuilt: np.ndarray, factor: int) -> tuple[np.nd
     """
     filled = data.paste(rebuilt, factor)
     return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
-
-
-def write_upper_bound(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
-    """Write the autoencoder's upper bound: the reconstructed target, pasted into the mask."""
-    autoencoder = inpainter.model.autoencoder
-    target = grid_case(data, autoencoder.factor).target
-    coded = reconstruct(autoencoder, target, device=inpainter.model.device, precision=inpainter.model.precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_like(path, data.source, data.paste(coded.volume, autoencoder.factor), data.mask)
 
 
 @dataclass(frozen=True)

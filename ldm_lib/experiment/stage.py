@@ -1,14 +1,16 @@
 """Open a stage of a run: what its notebook reads, writes, checks and records."""
 
+import html
 import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ldm_lib.data import cohort
 from ldm_lib.data.case import Case
@@ -49,6 +51,17 @@ class Picture:
 
     def _repr_png_(self) -> bytes:
         return self.path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Links:
+    """Display links to pages of cases, text -> address, in a notebook and its report."""
+
+    pages: dict[str, str]
+
+    def _repr_html_(self) -> str:
+        links = (f'<a href="{quote(address)}">{html.escape(text)}</a>' for text, address in self.pages.items())
+        return f"<p>In a browser: {', '.join(links)}</p>" if self.pages else ""
 
 
 @dataclass
@@ -126,6 +139,11 @@ class Stage:
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=100, facecolor=figure.get_facecolor())
         return Picture(path)
+
+    def links(self, pages: Mapping[str, Path]) -> Links:
+        """Return links to files of the run, text -> file, for display; those that do not exist are left out."""
+        found = {text: os.path.relpath(path, self.folder) for text, path in pages.items() if path.exists()}
+        return Links({text: Path(path).as_posix() for text, path in found.items()})
 
     def table(self, rows: list[dict[str, Any]], name: str) -> Any:
         """Save rows as <name>.csv (columns in order of appearance) and return them as a DataFrame."""

@@ -124,6 +124,9 @@ class SamplingConfig(InpaintOptions, StageConfig):
     fidelity_cases: Count = Field(3, description="cases to inpaint with changed conditioning; 0 for none")
     guidance_scales: NumberList = Field("0,1,2,3", description="scales of classifier-free guidance to compare")
     counterfactual_days: NumberList = Field("0,60,120,180", description="tumour ages of one case, days")
+    page_cases: Annotated[int, Field(ge=0, le=100)] = Field(
+        2, description="cases to write an HTML page of, 3 to 5 MB each; 0 for none"
+    )
 
 
 class EvaluationConfig(StageConfig):

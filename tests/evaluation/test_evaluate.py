@@ -151,7 +151,10 @@ def test_results_depend_neither_on_the_target_nor_on_a_growth_map(done, two, tin
 
 def test_the_table_is_written_as_it_is_returned(done):
     output, table, _ = done
-    assert (output / "table.md").read_text() == f"{table}\n"
+    text, _, links = (output / "table.md").read_text().rpartition("\n\n")
+    assert text == table
+    assert [(output / name).is_file() for name in re.findall(r"\]\(([^)]+)\)", links)] == [True, True]
+    assert "ground truth" in next(output.glob("*.html")).read_text()
     scores = as_table(pd.read_csv(output / "metrics.csv").to_dict("records"))
     methods, cases, gain = table.split("\n\n")
     assert (methods, cases) == (markdown(methods_table(scores)), markdown(cases_table(scores)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -90,6 +91,13 @@ def test_every_stage_is_done_with_a_report(outputs):
         assert not list((outputs / "tiny" / stage).glob("*.p*rt*")), "nothing unfinished is left"
     index = (outputs / "tiny" / "index.html").read_text()
     assert all(f'href="{stage}/report.html"' in index for stage in STAGES)
+
+
+def test_reports_link_to_the_pages_of_the_cases(outputs):
+    for stage in ("05_sampling", "06_evaluation"):
+        folder = outputs / "tiny" / stage
+        links = re.findall(r'<a href="([^"]*t1n-inference[^"]*\.html)">', (folder / "report.html").read_text())
+        assert [(folder / link).stat().st_size < 5e6 for link in links] == [True]
 
 
 def test_every_method_is_scored(outputs):

@@ -70,6 +70,16 @@ def test_a_finished_stage_is_done_and_records_its_outputs(outputs):
     assert is_done(folder, config(AUDIT, seed=3), {"data": "abc"})
 
 
+def test_links_are_relative_escaped_and_to_files_that_exist(outputs):
+    stage = open_stage(AUDIT, {})
+    page = stage.run_folder / "05_sampling" / "a b.html"
+    page.parent.mkdir()
+    page.touch()
+    links = stage.links({"<a>": page, "absent": stage.folder / "absent.html"})
+    assert links._repr_html_() == '<p>In a browser: <a href="../05_sampling/a%20b.html">&lt;a&gt;</a></p>'
+    assert stage.links({})._repr_html_() == ""
+
+
 def test_a_started_stage_is_not_done(outputs):
     folder = done(AUDIT)
     open_stage(AUDIT, {})
