@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,20 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         writer.writeheader()
         writer.writerows(rows)
     return columns
+
+
+def package_file(package: str, *parts: str) -> Path:
+    """Return the path of a file that an installed package carries, without importing the package, which takes seconds.
+
+    Raises:
+        InputError: the installed package lacks the file.
+    """
+    found = find_spec(package)
+    path = Path(found.origin).parent.joinpath(*parts) if found and found.origin else Path(*parts)
+    if not path.is_file():
+        raise InputError(f"the installed {package} lacks this file", where=path.name,
+                         fix=f"install the version of {package} that pyproject.toml names")  # fmt: skip
+    return path
 
 
 def sha256(path: str | Path) -> str:

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+import nibabel as nib
 import numpy as np
-from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage
 
+from ldm_lib.files import package_file
+
+TEMPLATE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 SULCI_MM = 3  # standard deviation of the blur that is subtracted to show sulci
 DARK, DARK_WIDTH = 0.54, 0.04  # intensity below which a voxel is CSF, and the width of that transition
 
@@ -31,9 +34,9 @@ def mni152() -> Atlas:
     Sulci are blurred in an average of many heads, so the templates contain CSF in the ventricles only. Voxels that are
     darker than their surroundings are therefore counted as CSF as well.
     """
-    templates = load_mni152_template, load_mni152_gm_template, load_mni152_wm_template
-    images = [load(resolution=1) for load in templates]
-    t1, gm, wm = (image.get_fdata(dtype=np.float32) for image in images)
+    names = [TEMPLATE.format(part) for part in ("t1", "gm", "wm")]
+    images = [nib.load(package_file("nilearn", "datasets", "data", name)) for name in names]
+    t1, gm, wm = (volume / volume.max() for volume in (image.get_fdata(dtype=np.float32) for image in images))
     brain = t1 > 0
     weight = ndimage.gaussian_filter(brain.astype(np.float32), SULCI_MM) + 1e-6
     sharp = t1 + (t1 - ndimage.gaussian_filter(t1, SULCI_MM) / weight)

@@ -11,14 +11,13 @@ import json
 import re
 from collections.abc import Mapping
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
-from ldm_lib.errors import InputError
+from ldm_lib.files import package_file
 from ldm_lib.geometry import bounding_box, cropped_affine
 from ldm_lib.images.nifti import new_file
 from ldm_lib.plots.slices import intensity_window, mask_centre
@@ -26,7 +25,7 @@ from ldm_lib.plots.slices import intensity_window, mask_centre
 POLICY = (
     "default-src 'none'; script-src {}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 )
-VIEWER = Path("_assets", "js", "niivue.umd.js")  # in nilearn
+VIEWER = ("_assets", "js", "niivue.umd.js")  # in nilearn
 
 
 def page(
@@ -70,13 +69,7 @@ def page(
 
 def viewer_script() -> str:
     """Return the script of NiiVue; InputError if the installed nilearn lacks it."""
-    found = find_spec("nilearn")  # nothing of it is imported
-    path = Path(found.origin).parent / VIEWER if found and found.origin else Path(VIEWER)
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise InputError("the installed nilearn lacks the viewer NiiVue", where=path.name,
-                         fix="pip install 'nilearn>=0.14,<0.15'") from error  # fmt: skip
+    return package_file("nilearn", *VIEWER).read_text()
 
 
 def _bytes(volume: np.ndarray, high: float) -> np.ndarray:

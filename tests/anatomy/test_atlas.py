@@ -26,6 +26,11 @@ def test_the_atlas_is_loaded_once():
     assert mni152() is mni152()
 
 
+def test_the_head_is_that_of_nilearn_to_the_last_bit():
+    """Its files are read without importing nilearn, which takes seconds."""
+    np.testing.assert_array_equal(mni152().t1, datasets.load_mni152_template(resolution=1).get_fdata(dtype=np.float32))
+
+
 def test_the_brain_is_that_of_nilearn():
     atlas, oracle = mni152(), datasets.load_mni152_brain_mask(resolution=1)
     np.testing.assert_array_equal(atlas.affine, oracle.affine)

@@ -5,7 +5,6 @@ import gzip
 import json
 import re
 from hashlib import sha256
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -78,8 +77,8 @@ def test_nilearn_carries_a_viewer_that_can_be_inlined():
 
 def test_without_the_viewer_the_error_is_one_line(arrays, monkeypatch):
     voided, truth, mask = arrays
-    monkeypatch.setattr(pages, "VIEWER", Path("absent.js"))
-    with pytest.raises(InputError, match=r"^absent\.js: the installed nilearn lacks the viewer NiiVue\. Fix: pip inst"):
+    monkeypatch.setattr(pages, "VIEWER", ("absent.js",))
+    with pytest.raises(InputError, match=r"^absent\.js: the installed nilearn lacks this file\. Fix: install"):
         pages.page(voided, {"truth": truth}, mask, affine=AFFINE)
 
 
