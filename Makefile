@@ -86,7 +86,9 @@ test-all: .venv/ready ## run every test
 soak: .venv/ready ## inpaint 200 cases, one in five invalid, and kill a pipeline 30 times; 1 to 2 hours
 	@exec $(VENV_PYTHON) tests/support/soak.py all
 
-lab: .venv/ready ## open JupyterLab on 127.0.0.1 with a token; LAB_OPTIONS="--no-browser --port=8890"
+lab: .venv/ready ## open JupyterLab on 127.0.0.1 with a token; LAB_OPTIONS="--no-browser --port=8890"; as root "--allow-root"
+	@case "$$(id -u) $$LAB_OPTIONS " in *" --allow-root "*) ;; "0 "*) \
+	  echo "ERROR lab: JupyterLab does not start as root, as in many containers. Fix: make lab LAB_OPTIONS=\"$${LAB_OPTIONS:+$$LAB_OPTIONS }--allow-root\"" >&2; exit 1 ;; esac
 	@umask 077; set -f; exec .venv/bin/jupyter lab $$LAB_OPTIONS --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb
 
 params: .venv/ready ## list the parameters of a stage: make params NB=04 PRESET=full
@@ -95,9 +97,14 @@ params: .venv/ready ## list the parameters of a stage: make params NB=04 PRESET=
 doctor: .venv/ready ## check the installation and this machine
 	@exec $(LDM) doctor
 
-validate: .venv/ready ## check every case of DATA_DIR
+validate: .venv/ready ## check every case of DATA_DIR; SET="assume_orientation=LPS nan_as_zero=true" relaxes the checks
 	@if [ -z "$$DATA_DIR" ]; then echo "ERROR DATA_DIR is empty. Fix: make validate DATA_DIR=/path/to/cases" >&2; exit 1; fi
-	@exec $(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR"
+	@set -f --; \
+	for pair in $$SET; do \
+	  option=--$$(printf %s "$${pair%%=*}" | tr _ -); \
+	  case "$$pair" in *=true) set -- "$$@" "$$option" ;; *=false) ;; *) set -- "$$@" "$$option=$${pair#*=}" ;; esac; \
+	done; \
+	exec $(LDM) validate "$$DATA_DIR" --conditioning-dir "$$CONDITIONING_DIR" "$$@"
 
 submission: .venv/ready ## check and zip inpainted cases: make submission DATA_DIR=... RESULTS=... [OUTPUT=F.zip]
 	@if [ -z "$$DATA_DIR" ] || [ -z "$$RESULTS" ]; then \

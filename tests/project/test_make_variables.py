@@ -1,6 +1,7 @@
 """Values given to `make` reach the command unchanged, as one argument, and are never executed."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -116,12 +117,43 @@ def test_the_weights_target_trains_on_a_made_cohort_with_its_own_preset(project,
 
 
 @FROM_ENVIRONMENT
+def test_validate_takes_set_as_its_options(project, value):
+    words = [f"assume_orientation={word}" for word in value.split()]
+    (call,) = called(
+        project, "validate", DATA_DIR="d", SET=" ".join(["nan_as_zero=true", *words, "scrub_header=false"])
+    )
+    assert call[5:] == ["", "--nan-as-zero", *(word.replace("assume_o", "--assume-o") for word in words)]
+
+
+def be(user, project):
+    """Let `id` say that make is run by this user."""
+    (project / "bin").mkdir()
+    (project / "bin" / "id").write_text(f"#!/bin/sh\necho {user}\n")
+    (project / "bin" / "id").chmod(0o755)
+
+
+@FROM_ENVIRONMENT
 def test_lab_options_are_split_at_spaces_and_the_address_stays_local(project, value):
     (project / ".venv" / "bin" / "python").rename(project / ".venv" / "bin" / "jupyter")
+    be(1000, project)
     (call,) = called(project, "lab", LAB_OPTIONS=value)
     words = value.split(" ") if "\n" not in value else value.split()
     assert call[1:-3] == [word for word in words if word]
     assert call[-3:-1] == ["--ServerApp.ip=127.0.0.1", "--ServerApp.root_dir=."]
+
+
+@pytest.mark.parametrize("given", ["", "--no-browser --port=8890"])
+def test_root_reads_how_to_start_the_lab_and_the_advice_works(project, given):
+    (project / ".venv" / "bin" / "python").rename(project / ".venv" / "bin" / "jupyter")
+    be(0, project)
+    path = {"PATH": f"{project}/bin:/usr/local/bin:/usr/bin:/bin", "LAB_OPTIONS": given}
+    refused = subprocess.run(["make", "lab"], cwd=project, env=path, capture_output=True, text=True)
+    line = refused.stderr.splitlines()[0]
+    assert refused.returncode == 2 and not (project / "called").exists() and line.startswith("ERROR lab: ")
+    make, target, option = shlex.split(line.partition(" Fix: ")[2])
+    assert (make, target) == ("make", "lab")
+    (call,) = called(project, target, typed=[option])
+    assert call[0] == "lab" and call[1:-3] == [*given.split(), "--allow-root"]
 
 
 def test_every_variable_of_the_makefile_is_tested():

@@ -54,8 +54,9 @@ def lab(project):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    # Root must be allowed in the user's settings; `make lab` never allows it.
-    environment = settings(project, allow_root=os.geteuid() == 0) | {"JUPYTER_PORT": str(port)}
+    # Root must say so; `make lab` never allows it.
+    allowed = {"LAB_OPTIONS": "--allow-root"} if os.geteuid() == 0 else {}
+    environment = settings(project) | {"JUPYTER_PORT": str(port)} | allowed
     environment.pop("JUPYTER_TOKEN", None)
     with (project.parent / "log").open("w") as log:
         server = subprocess.Popen(["make", "lab"], cwd=project, env=environment, stdout=log, stderr=log,
@@ -92,7 +93,7 @@ def test_make_lab_needs_the_token_and_serves_this_machine_only(project):
         assert ask("/api/contents", Host="evil.example", **known).status == 403
         assert ask("/api/kernels", "POST", Origin="http://evil.example").status in (403, 404)
         answer = ask("/api/contents", Origin="http://evil.example")
-        assert answer.status == 403 and not answer.getheader("Access-Control-Allow-Origin")
+        assert answer.status in (403, 404) and not answer.getheader("Access-Control-Allow-Origin")
         # The token is printed on the terminal and kept in a file of mode 0600, nowhere else.
         assert stat.S_IMODE(record.stat().st_mode) == 0o600
         for process in Path("/proc").glob("[0-9]*/cmdline"):
@@ -104,10 +105,9 @@ def test_make_lab_needs_the_token_and_serves_this_machine_only(project):
         assert kept and not [path for path in kept if token.encode() in path.read_bytes()]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is rejected")
 def test_make_lab_does_not_serve_root(project):
     done = subprocess.run(
         ["make", "lab"], cwd=project, env=settings(project), capture_output=True, text=True, timeout=120
     )
-    assert done.returncode and "Running as root is not recommended" in done.stderr
+    assert done.returncode and 'Fix: make lab LAB_OPTIONS="--allow-root"' in done.stderr
