@@ -22,7 +22,8 @@ def inpaint(options: argparse.Namespace) -> int:
     maps = {name: getattr(options, name) for name in ("mask", "growth", "tissue", "brain_mask")}
     if options.data and any(maps.values()):
         options.misused(
-            "--mask, --growth, --tissue and --brain-mask go with --t1n-voided; with --data goes --conditioning-dir"
+            "--mask, --growth, --tissue and --brain-mask go with --t1n-voided; with --data, masks are found by "
+            "their names, and maps in --conditioning-dir"
         )
     if not options.data and (not options.mask or options.conditioning_dir):
         options.misused("--t1n-voided needs --mask, and takes no --conditioning-dir")

@@ -3,7 +3,7 @@
 A scan is `sub-01/[ses-02/]anat/<entities>_T1w.nii.gz`. Its lesion mask has the same entities, a label or description
 that names a lesion, and the suffix mask or roi: `<entities>_label-lesion_mask.nii.gz`, and also the older
 `<entities>_T1w_label-lesion_roi.nii.gz`. It lies next to the scan or in the same folder of a data set under
-`derivatives`.
+`derivatives`. A whole head has a brain mask in the same places: `<entities>_desc-brain_mask.nii.gz`.
 """
 
 import logging
@@ -25,6 +25,7 @@ _SCAN = re.compile(r"(?P<entities>(?P<subject>sub-[A-Za-z0-9]+)(_[a-z]+-[A-Za-z0
 _ADDED = r"(?P<added>(_(space|res|label|desc)-[A-Za-z0-9]+)+)"
 _MASK = re.compile(rf"(?P<entities>sub-.+?)(_T1w)?{_ADDED}_(mask|roi)\.nii(\.gz)?")
 _LESION = re.compile(r"_(label|desc)-[A-Za-z0-9]*(lesion|tumou?r)", re.IGNORECASE)
+_BRAIN = re.compile(r"_(label|desc)-brain(_|$)", re.IGNORECASE)
 _OTHER_SPACE = re.compile(r"_space-(?!(orig|T1w|individual|native)(_|$))")
 
 
@@ -42,9 +43,9 @@ def list_cases(
     if not (scans := _scans(root)):
         return [], []
     _, maps = conditioning_maps(root, conditioning_dir)
-    masks, cases, exclusions, without = _lesion_masks(root), [], [], []
+    masks, brains, cases, exclusions, without = _masks(root, _LESION), _masks(root, _BRAIN), [], [], []
     for scan, entities, subject in scans:
-        found = masks[scan.parent.relative_to(root), entities]
+        found, brain = (masks_of[scan.parent.relative_to(root), entities] for masks_of in (masks, brains))
         if not found:
             without.append(scan.name)
         elif len(found) > 1:
@@ -53,9 +54,11 @@ def list_cases(
         else:
             given = {role: next(iter(maps.get(role, {}).get(entities, [])), None) for role in CONDITIONING_FOLDERS}
             derivative = (scan.parent.relative_to(root) / f"{_without_description(entities)}_{RESULT}").as_posix()
+            names = " and ".join(path.relative_to(root).as_posix() for path in brain)
+            notes = (f"several brain masks, the first is used: {names}",) if len(brain) > 1 else ()
             cases.append(Case(id=entities, patient=subject, index="", t1n=None, t1n_voided=scan, mask=found[0],
-                              mask_healthy=None, mask_unhealthy=None, **given, derivative=derivative,
-                              read_options=read_options))  # fmt: skip
+                              mask_healthy=None, mask_unhealthy=None, **given, derivative=derivative, notes=notes,
+                              read_options=read_options, brain_mask=brain[0] if brain else None))  # fmt: skip
     if not cases:
         reasons = "".join(f"; {exclusion.reason}" for exclusion in exclusions[:3])
         wanted = scans[0][1]
@@ -87,14 +90,14 @@ def _scans(root: Path) -> list[tuple[Path, str, str]]:
     return [(path, match["entities"], match["subject"]) for path, match in found]
 
 
-def _lesion_masks(root: Path) -> dict[tuple[Path, str], list[Path]]:
-    """Return (folder of the scan, its entities) -> its lesion masks, those of other spaces left out."""
+def _masks(root: Path, kind: re.Pattern[str]) -> dict[tuple[Path, str], list[Path]]:
+    """Return (folder of the scan, its entities) -> its masks of one kind, those of other spaces left out."""
     masks: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for base in (root, *sorted(path for path in root.glob("derivatives/*") if path.is_dir())):
         for folder in (folder for pattern in _FOLDERS for folder in base.glob(pattern)):
             for path in sorted(folder.iterdir()):
                 match = _MASK.fullmatch(path.name)
-                if match and _LESION.search(match["added"]) and not _OTHER_SPACE.search(match["added"]):
+                if match and kind.search(match["added"]) and not _OTHER_SPACE.search(match["added"]):
                     masks[folder.relative_to(base), match["entities"]].append(path)
     return masks
 

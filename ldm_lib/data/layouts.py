@@ -2,8 +2,9 @@
 
 Training layout: `<ID>/<ID>-t1n.nii.gz`, `<ID>-t1n-voided-000k.nii.gz`, `<ID>-mask-000k.nii.gz` and so on, several masks
 of one scan. Challenge layout: `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n-voided.nii.gz` and so on, one mask; the last
-three digits are a time point. Maps: `growth_model/<ID>.nii.gz`, `tissue_segmentation/<ID>.nii.gz` of the folder
-`conditioning_data`. Scans that are no cases yet: the files of a folder, or a BIDS data set.
+three digits are a time point. A whole head has its `<ID>-brain-mask.nii.gz` in both. Maps: `growth_model/<ID>.nii.gz`,
+`tissue_segmentation/<ID>.nii.gz` of the folder `conditioning_data`. Scans that are no cases yet: the files of a folder,
+or a BIDS data set.
 """
 
 import os
@@ -22,13 +23,15 @@ from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.options import safe_name
 
 MASK_ROLES = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
+OF_SCAN = ("t1n", "brain-mask")  # of all its masks
 CONDITIONING_FOLDERS = {"growth": "growth_model", "tissue": "tissue_segmentation"}
 DEFAULT_CONDITIONING = "conditioning_data"
 _SCAN_OF = re.compile(r"(?P<id>sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?)(_.*)?|(?P<other>.*?)([-_](t1n?|T1w))?")
 _BIDS = ("sub-*/anat/*T1w.*", "sub-*/ses-*/anat/*T1w.*")
 _ENDING = r"\.(nii(\.gz)?|mg[hz])"
 _IMAGE = re.compile(_ENDING, re.IGNORECASE)
-_ROLE = re.compile(rf"-(?P<role>t1n|seg|{'|'.join(MASK_ROLES)})(?P<index>-\d{{4}})?({_ENDING}|\.hdr)", re.IGNORECASE)
+_ROLES = "|".join((*MASK_ROLES, *OF_SCAN, "seg"))
+_ROLE = re.compile(rf"-(?P<role>{_ROLES})(?P<index>-\d{{4}})?({_ENDING}|\.hdr)", re.IGNORECASE)
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # folders
 _NEARLY = re.compile(r"t1n|mask|void|healthy", re.IGNORECASE)
 _LEFTOVER = re.compile(r".*(\.(part|partial|tmp|crdownload|download)| \(\d+\)(\.nii)?(\.gz|\.mg[hz])?)", re.IGNORECASE)
@@ -187,7 +190,7 @@ def _cases_of(
     patient, cases, exclusions = patient_of(identity), [], []
     for index in files.indices:
         chosen = {role: files.found.get((role, index), []) for role in MASK_ROLES}
-        chosen |= {"t1n": files.found.get(("t1n", ""), [])}
+        chosen |= {role: files.found.get((role, ""), []) for role in OF_SCAN}
         chosen |= {role: maps[role].get(identity, []) if maps else [] for role in CONDITIONING_FOLDERS}
         reason = ""
         if doubled := [paths for paths in chosen.values() if len(paths) > 1]:
@@ -230,7 +233,7 @@ def _files_in(folder: Path) -> _Files:
         elif _IMAGE.search(name) and (_NEARLY if name.startswith(identity) else _ROLE).search(name):
             strange.append(name)
     for (role, index), paths in files.found.items():
-        if (index and role == "t1n") or (role in MASK_ROLES and index not in files.indices):
+        if (index and role in OF_SCAN) or (role in MASK_ROLES and index not in files.indices):
             strange += [path.name for path in paths]
     if unfinished:
         files.notes.append(f"ignored, unfinished or a second copy: {_first(unfinished)}")

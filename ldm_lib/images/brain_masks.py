@@ -6,7 +6,7 @@ import numpy as np
 
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
-from ldm_lib.images.grid import on_grid_of
+from ldm_lib.images.masks import mask_on_grid_of
 from ldm_lib.images.options import ReadOptions
 from ldm_lib.images.skull_strip import OTHERWISE, brain_of_head
 from ldm_lib.images.volume import LARGEST_BRAIN_L, Volume, read_volume
@@ -75,9 +75,7 @@ def read_brain_mask(path: Path, like: Volume, read_options: ReadOptions, warning
     Raises:
         InputError: another grid, no voxel set, or less than `LEAST_BRAIN_ML`.
     """
-    volume = read_volume(path, read_options)
-    warnings += volume.named_warnings
-    voxels = on_grid_of(volume, like, warnings, fix="make the brain mask from this very image").voxels
+    voxels = mask_on_grid_of(read_volume(path, read_options), like, read_options, warnings)
     brain = voxels >= SURE if voxels.max() <= 1 else voxels > 0
     if (brain_ml := _ml(brain, like)) < LEAST_BRAIN_ML:
         cause = f"the brain mask covers {brain_ml:.3g} mL, less than any brain ({LEAST_BRAIN_ML:g} mL)"

@@ -57,12 +57,7 @@ def read_mask(
         InputError: another grid, values that are not binary, or no voxel set.
     """
     warnings, volume = [] if warnings is None else warnings, read_volume(path, read_options)
-    if read_options.resample_mask and not has_grid_of(reordered(volume, like), like):
-        voxels = _resampled_to(volume, like, order=0, warnings=warnings)
-    else:
-        warnings += volume.named_warnings
-        fix = f"{RESAMPLE}, or let it be resampled with --resample-mask"
-        voxels = on_grid_of(volume, like, warnings, fix=fix).voxels
+    voxels = mask_on_grid_of(volume, like, read_options, warnings)
     labels = read_options.labels if labelled else ()
     if labels:
         mask = np.isin(voxels, labels)
@@ -78,6 +73,19 @@ def read_mask(
             fix = f"name labels that it holds ({held}), not {', '.join(map(str, labels))}"
         raise InputError(f"the mask is empty (0 of {mask.size} voxels)", where=path, fix=fix)
     return mask
+
+
+def mask_on_grid_of(volume: Volume, like: Volume, read_options: ReadOptions, warnings: list[str]) -> np.ndarray:
+    """Return the voxels of a mask in the order of `like`; one on another grid is resampled if that is requested.
+
+    Raises:
+        InputError: another grid, and no such request.
+    """
+    if read_options.resample_mask and not has_grid_of(reordered(volume, like), like):
+        return _resampled_to(volume, like, order=0, warnings=warnings)
+    warnings += volume.named_warnings
+    fix = f"{RESAMPLE}, or let it be resampled with --resample-mask"
+    return on_grid_of(volume, like, warnings, fix=fix).voxels
 
 
 def _as_binary(voxels: np.ndarray, path: Path, warnings: list[str], *, labelled: bool) -> np.ndarray:

@@ -89,6 +89,18 @@ def test_both_layouts_are_found_with_every_file(data):
     assert cases[0].files()["mask_healthy"].name == f"{CHALLENGE}-mask-healthy.nii.gz"
 
 
+def test_the_brain_mask_of_a_scan_is_that_of_all_its_masks(data):
+    for identity in (SEVERAL, CHALLENGE):
+        write_map(data / identity / f"{identity}-brain-mask.nii.gz", np.ones(SHAPE, np.uint8), LPS)
+    write_map(data / SEVERAL / f"{SEVERAL}-brain-mask-0001.nii.gz", np.ones(SHAPE, np.uint8), LPS)
+    cases, exclusions = survey_cases(data)
+    assert exclusions == []
+    assert {case.id: case.brain_mask for case in cases} == {
+        identity: data / identity / f"{identity}-brain-mask.nii.gz" for identity in (SEVERAL, CHALLENGE)
+    }
+    assert "their names are not of this case and its masks" in cases[-1].notes[0]
+
+
 def test_a_loaded_case_is_its_files(data):
     loaded = load_case(find_cases(data)[1])
     np.testing.assert_array_equal(loaded.target, T1N)

@@ -9,6 +9,7 @@ import pytest
 from ldm_lib.data.case import case_of_files, load_case
 from ldm_lib.errors import InputError
 from ldm_lib.images.brain_masks import completed_brain
+from ldm_lib.images.options import ReadOptions
 
 SPACING_MM = 4.0
 AFFINE = np.diag([-SPACING_MM, -SPACING_MM, SPACING_MM, 1])
@@ -74,12 +75,18 @@ def test_a_stripped_image_and_a_map_of_probabilities_are_brain_masks(tmp_path, b
     np.testing.assert_array_equal(load_case(case(tmp_path, INSIDE, brain)).voided > 0, BRAIN & ~INSIDE)
 
 
+def test_a_brain_mask_on_another_grid_is_resampled_on_request(tmp_path):
+    head = case(tmp_path, INSIDE, BRAIN[2:], affine=AFFINE @ nib.affines.from_matvec(np.eye(3), (2, 0, 0)))
+    read_options = ReadOptions(resample_mask=True)
+    np.testing.assert_array_equal(load_case(replace(head, read_options=read_options)).brain, BRAIN)
+
+
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
         ({"brain": np.zeros_like(BRAIN)}, r"the brain mask is empty \(0 of 134400 voxels\). Fix: mark the whole brain"),
         ({"brain": ball(40)}, r"covers 267 mL, less than any brain \(300 mL\). Fix: mark the whole brain"),
-        ({"brain": BRAIN[1:]}, r"shape \(49, 56, 48\), but head.nii.gz has \(50, 56, 48\). Fix: make the brain mask"),
+        ({"brain": BRAIN[1:]}, r"shape \(49, 56, 48\), but head.nii.gz has \(50, 56, 48\). Fix: resample it onto"),
         ({"affine": AFFINE + np.eye(4, k=3)}, r"its corners lie 1 mm \(0.25 voxels\) from those of head.nii.gz"),
         ({"mask": ball(8, (80, 0, 0))}, r"0 % of the mask's 33 voxels \(2.1 mL\) lie in this brain mask. Fix: check"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packages import deepbet_stand_in
 from scipy import ndimage
 
 from ldm_lib.__main__ import main
@@ -18,7 +19,7 @@ from ldm_lib.data.cohort import audit, find_cases, source_digests
 from ldm_lib.errors import ConfigError
 from ldm_lib.images.masks import dilated
 from ldm_lib.images.options import ReadOptions
-from ldm_lib.images.volume import read_volume
+from ldm_lib.images.volume import read_volume, write_map
 from ldm_lib.inpainting.single_file import inpaint
 
 MASKS = {  # subject -> scan and mask, where they are in data sets that people have
@@ -28,10 +29,20 @@ MASKS = {  # subject -> scan and mask, where they are in data sets that people h
     "03": ("anat/sub-03_T1w.nii.gz", "anat/sub-03_label-L_desc-T1lesion_mask.nii.gz"),
 }  # fmt: skip
 
+BRAIN = "derivatives/fmriprep/sub-01/anat/sub-01_desc-brain_mask.nii.gz"
+
 
 def put(source, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, path)
+
+
+def whole_head(case):
+    """The scan with a noisy scalp around its brain, and the brain."""
+    voxels, mask = (read_volume(path).voxels for path in (case.t1n_voided, case.mask))
+    brain = (voxels > 0) | (mask > 0)
+    noise = np.random.default_rng(0).integers(1, 900, brain.shape) + np.float32(0.5)
+    return np.where(brain, voxels, noise), brain
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,9 @@ def data_set(case, tmp_path):
         put(case.t1n_voided, folder / scan)
         put(case.mask, root / mask[3:] if mask.startswith("..") else folder / mask)
     put(case.t1n_voided, root / "sub-04/anat/sub-04_T1w.nii.gz")  # a healthy control
-    put(case.mask, root / "derivatives/fmriprep/sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+    _, brain = whole_head(case)
+    (root / BRAIN).parent.mkdir(parents=True)
+    write_map(root / BRAIN, brain.astype(np.uint8), read_volume(case.mask).affine)
     put(case.mask, root / "derivatives/manual/sub-01/anat/sub-01_space-MNI152_label-lesion_mask.nii.gz")
     description = {"Name": "raw", "BIDSVersion": "1.10.0", "DatasetType": "raw"}
     (root / "dataset_description.json").write_text(json.dumps(description))
@@ -125,6 +138,34 @@ def test_results_are_those_of_single_files_and_are_found_again(data_set, case, t
     assert "Seed" not in json.loads((anat / "sub-02_ses-1_run-2_desc-inpainted_T1w.json").read_text())
 
 
+def test_heads_take_the_brain_masks_of_the_data_set_and_those_that_are_made(
+    data_set, case, tmp_path, tiny_model_folder, capsys
+):
+    head, brain = whole_head(case)
+    scans = {subject: data_set / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz" for subject in ("01", "03")}
+    for scan in scans.values():
+        write_map(scan, head, read_volume(case.mask).affine)
+    with deepbet_stand_in(tmp_path / "packages"):
+        assert run(data_set, tmp_path / "out", tiny_model_folder, "--skull-strip") == 0
+        assert run(data_set, tmp_path / "out", tiny_model_folder, "--skull-strip") == 0
+    assert "3 cases: 3 found" in capsys.readouterr().err
+    anat = {subject: tmp_path / f"out/sub-{subject}/anat" for subject in scans}
+    assert not (anat["01"] / "sub-01_desc-brain_mask.nii.gz").exists()
+    made, outside = anat["03"] / "sub-03_desc-brain_mask.nii.gz", read_volume(case.mask).voxels == 0
+    assert np.array_equal((read_volume(made).voxels > 0)[outside], brain[outside])
+    sidecars, options = {}, {"model": tiny_model_folder, "num_inference_steps": 2, "device": "cpu"}
+    for (subject, folder), mask in zip(anat.items(), (data_set / BRAIN, made), strict=True):
+        single = inpaint(scans[subject], case.mask, tmp_path / "single.nii.gz", brain_mask=mask, **options)[0]
+        name = f"sub-{subject}_desc-inpainted_T1w"
+        assert (folder / f"{name}.nii.gz").read_bytes() == single.read_bytes()
+        sidecars[subject] = json.loads((folder / f"{name}.json").read_text())
+    assert [sidecar["SkullStripped"] for sidecar in sidecars.values()] == [False, False]
+    assert [sidecar["BrainMask"] for sidecar in sidecars.values()] == ["given", "made with deepbet 9.0"]
+    assert sidecars["01"]["Sources"][2] == f"bids:raw:{BRAIN}" and len(sidecars["03"]["Sources"]) == 2
+    other = json.loads((tmp_path / "out/sub-02/ses-1/anat/sub-02_ses-1_run-2_desc-inpainted_T1w.json").read_text())
+    assert other["SkullStripped"] is True
+
+
 def test_derivatives_are_valid_bids(data_set, case, tmp_path, tiny_model_folder):
     validator = Path(sys.executable).with_name("bids-validator-deno")
     if not validator.exists():
@@ -132,8 +173,11 @@ def test_derivatives_are_valid_bids(data_set, case, tmp_path, tiny_model_folder)
     output = tmp_path / "out"
     for subject in ("01", "02_ses-1_run-2", "03"):
         put(case.tissue, tmp_path / f"maps/tissue_segmentation/sub-{subject}.nii.gz")
-    more = ["--samples", "2", "--summary", "--conditioning-dir", str(tmp_path / "maps")]
-    assert run(data_set, output, tiny_model_folder, *more) == 0
+    more = ["--samples", "2", "--summary", "--skull-strip", "--conditioning-dir", str(tmp_path / "maps")]
+    with deepbet_stand_in(tmp_path / "packages"):
+        assert run(data_set, output, tiny_model_folder, *more) == 0
+    brain = json.loads((output / "sub-03/anat/sub-03_desc-brain_mask.json").read_text())
+    assert brain["Type"] == "Brain" and brain["Sources"] == ["bids:raw:sub-03/anat/sub-03_T1w.nii.gz"]
     labels = output / "sub-01/anat/sub-01_desc-inpainted_dseg.nii.gz"
     assert "labels" in json.loads(labels.with_name("sub-01_desc-inpainted_dseg.json").read_text())["Description"]
     assert np.array_equal(np.unique(read_volume(labels).voxels), [0, 1, 2, 3])
