@@ -14,7 +14,7 @@ from ldm_lib.images.image_files import stem
 from ldm_lib.images.skull_strip import deepbet_version
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.result import Inpainting
+from ldm_lib.inpainting.result import Inpainting, sidecar_path
 from ldm_lib.version import __version__
 
 BIDS_VERSION = "1.10.0"
@@ -63,11 +63,6 @@ def write_sidecars(
         write_json(sidecar_path(image), {"Description": DESCRIPTIONS[suffix]} | about)
         written.append(sidecar_path(image))
     return written
-
-
-def sidecar_path(image: Path) -> Path:
-    """Return the sidecar of an image."""
-    return image.with_name(f"{stem(image)}.json")
 
 
 def provenance(inpainter: Inpainter, options: InpaintOptions, result: Inpainting) -> dict[str, Any]:

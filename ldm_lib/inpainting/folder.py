@@ -24,11 +24,11 @@ from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import write_like
-from ldm_lib.inpainting.derivatives import describe_data_set, sidecar_path, write_sidecars
+from ldm_lib.inpainting.derivatives import describe_data_set, write_sidecars
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.result import BRAIN, page_path, require_page, result_path
-from ldm_lib.inpainting.summary import summary_path, write_summary
+from ldm_lib.inpainting.result import BRAIN, page_path, require_page, result_path, sidecar_path, summary_path
+from ldm_lib.inpainting.summary import write_summary
 from ldm_lib.locking import FolderLock
 from ldm_lib.progress import Progress, report
 from ldm_lib.version import __version__

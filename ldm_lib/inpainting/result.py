@@ -1,6 +1,8 @@
 """Hold the samples of one inpainted case, and write them in the scan's own grid, header and data type."""
 
-from collections.abc import Sequence
+import glob
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,11 @@ from ldm_lib.files import expand_path, replacing, require_writable
 from ldm_lib.images.image_files import ANY_OF_SUFFIXES, SUFFIXES, require_results_writable, stem
 from ldm_lib.images.volume import write_like, write_map
 
+log = logging.getLogger("ldm_lib")
+
 BRAIN = "brain-mask"
+OF_SAMPLES = ("std", "nearest", f"sample-{'[0-9]' * 4}")  # files of several samples; the last one as a pattern
+GENERATOR = '<meta name="generator" content="ldm">'  # by which a page is known as one of ours
 BIDS_RESULT = "_desc-inpainted_T1w."  # in the names of results in a BIDS derivative data set
 BIDS_ENDINGS = {"dseg": "_desc-inpainted_dseg.", "summary": "_desc-inpainted_summary.", BRAIN: "_desc-brain_mask."}
 
@@ -91,7 +97,8 @@ class Inpainting:
         """Write the result with the scan's header and return the files; voxels outside the mask keep their bits.
 
         Of one sample there is one file. Of several samples `<output>` is the mean, `<output>-std` the standard
-        deviation (float32, source units) and `<output>-nearest` the medoid sample. A brain mask that was made is
+        deviation (float32, source units) and `<output>-nearest` the medoid sample. Files of these names that an earlier
+        result of more samples has left are removed, with a warning. A brain mask that was made is
         `<output>-brain-mask`.
 
         Args:
@@ -120,6 +127,7 @@ class Inpainting:
             kind, _, k = name.partition("-")
             volume = self.medoid if kind == "nearest" else self.pasted(self.values[int(k)]) if k else self.mean
             write_like(path, self.data.source, volume, self.data.mask)
+        remove_companions(output, keep=[*paths.values(), *self.data.case.files().values()])
         return list(paths.values())
 
     def page(self, path: str | Path) -> Path:
@@ -147,6 +155,30 @@ class Inpainting:
         return path
 
 
+def remove_companions(output: Path, *, keep: Iterable[Path] = ()) -> None:
+    """Remove what an earlier result of this name has left: files of several samples, labels with summary, and page.
+
+    A summary names its result: labels and summary of no or another result stay, and so does a page of anything else.
+    """
+    escaped, kept = output.with_name(glob.escape(output.name)), {path.resolve() for path in keep}
+    found = [path for kind in OF_SAMPLES for path in sorted(output.parent.glob(result_path(escaped, kind).name))]
+    if _names(summary_path(output), f'"Result": "{output.name}"'):
+        found += [result_path(output, "dseg"), summary_path(output)]
+    if _names(page_path(output), GENERATOR):
+        found.append(page_path(output))
+    found += [sidecar_path(path) for path in found if BIDS_RESULT in output.name]
+    removed = [path for path in found if path.is_file() and path.resolve() not in kept]
+    for path in removed:
+        path.unlink()
+    if removed:
+        log.warning("%s: removed %s of an earlier result", output.name, ", ".join(path.name for path in removed))
+
+
+def _names(path: Path, text: str) -> bool:
+    """Return whether a file holds a text at its beginning."""
+    return path.is_file() and text.encode() in path.read_bytes()[: 1 << 16]
+
+
 def require_page(path: str | Path) -> Path:
     """Return the expanded path of a page; InputError if it cannot be written, or if nilearn lacks the viewer."""
     from ldm_lib.plots.page import viewer_script
@@ -157,6 +189,16 @@ def require_page(path: str | Path) -> Path:
         raise InputError("a page must end in .html", where=path, fix="name it so")
     require_writable(path)
     return path
+
+
+def sidecar_path(image: Path) -> Path:
+    """Return the sidecar of an image."""
+    return image.with_name(f"{stem(image)}.json")
+
+
+def summary_path(output: Path) -> Path:
+    """Return `O-summary.json` of the result `O.nii.gz`."""
+    return sidecar_path(result_path(output, "summary"))
 
 
 def page_path(result: Path) -> Path:

@@ -10,8 +10,8 @@ from ldm_lib.images.image_files import require_results_writable
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import ResultOptions
-from ldm_lib.inpainting.result import page_path, require_page, result_path, result_paths
-from ldm_lib.inpainting.summary import summary_path, write_summary
+from ldm_lib.inpainting.result import page_path, require_page, result_path, result_paths, summary_path
+from ldm_lib.inpainting.summary import write_summary
 
 
 def inpaint(

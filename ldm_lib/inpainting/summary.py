@@ -8,18 +8,13 @@ from ldm_lib.anatomy.tissue import CSF, GM, WM
 from ldm_lib.anatomy.tissue_segmentation import nearest_tissue
 from ldm_lib.files import write_json
 from ldm_lib.images.volume import write_map
-from ldm_lib.inpainting.derivatives import provenance, sidecar_path, write_sidecars
+from ldm_lib.inpainting.derivatives import provenance, write_sidecars
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
-from ldm_lib.inpainting.result import Inpainting, result_path
+from ldm_lib.inpainting.result import Inpainting, result_path, summary_path
 
 NO_LABELS = "no tissue map: the mask's tissue is not labelled"
 _NAMES = {"None": 0, "CSF": CSF, "GM": GM, "WM": WM}
-
-
-def summary_path(output: Path) -> Path:
-    """Return `O-summary.json` of the result `O.nii.gz`."""
-    return sidecar_path(result_path(output, "summary"))
 
 
 def write_summary(inpainter: Inpainter, options: InpaintOptions, result: Inpainting, output: Path) -> list[Path]:

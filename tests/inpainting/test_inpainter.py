@@ -634,3 +634,37 @@ def test_another_voxel_size_than_the_models_is_reported(pair, tmp_path, model, c
 ])  # fmt: skip
 def test_a_file_names_its_case_as_the_layouts_do(name, key):
     assert case_of_files(f"folder/{name}", "mask.nii.gz").key == key
+
+
+# ---- files of an earlier result
+
+
+def test_one_sample_over_several_leaves_none_of_their_files(pair, tmp_path, model, caplog):
+    output = tmp_path / "a[1].nii.gz"
+    others = [tmp_path / name for name in ("a1-std.nii.gz", "a[1]-sample-left.nii.gz", "a[1]-dseg.nii.gz", "a[1].html")]
+    for path in others:
+        path.write_text("of somebody else")
+    several = inpaint(*pair, output, n_samples=2, write_samples=True, **model)
+    assert len(several) == 5 and not caplog.records
+    assert inpaint(*pair, output, **model) == [output]
+    assert [path for path in several if path.exists()] == [output] and all(path.exists() for path in others)
+    (record,) = caplog.records
+    names = ", ".join(path.name for path in several[1:])
+    assert record.getMessage() == f"a[1].nii.gz: removed {names} of an earlier result"
+
+
+def test_summary_and_page_of_an_earlier_result_are_removed_with_their_labels(pair, tmp_path, model):
+    output = tmp_path / "out.nii.gz"
+    written = inpaint(*pair, output, summary=True, page=True, **model)
+    (tmp_path / "out-dseg.nii.gz").write_bytes(output.read_bytes())
+    assert {path.name for path in written} >= {"out-summary.json", "out.html"}
+    inpaint(*pair, output, **model)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.nii.gz"]
+
+
+def test_an_input_is_never_removed(pair, tmp_path, model):
+    scan, mask = tmp_path / "out-std.nii.gz", tmp_path / "out-nearest.nii.gz"
+    scan.write_bytes(pair[0].read_bytes())
+    mask.write_bytes(pair[1].read_bytes())
+    inpaint(scan, mask, tmp_path / "out.nii.gz", **model)
+    assert scan.read_bytes() == pair[0].read_bytes() and mask.read_bytes() == pair[1].read_bytes()
