@@ -35,7 +35,7 @@ def mni152() -> Atlas:
     darker than their surroundings are therefore counted as CSF as well.
     """
     names = [TEMPLATE.format(part) for part in ("t1", "gm", "wm")]
-    images = [nib.load(package_file("nilearn", "datasets", "data", name)) for name in names]
+    images = [nib.Nifti1Image.from_filename(package_file("nilearn", "datasets", "data", name)) for name in names]
     t1, gm, wm = (volume / volume.max() for volume in (image.get_fdata(dtype=np.float32) for image in images))
     brain = t1 > 0
     weight = ndimage.gaussian_filter(brain.astype(np.float32), SULCI_MM) + 1e-6

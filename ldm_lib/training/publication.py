@@ -6,12 +6,14 @@ training are its owner's to add.
 
 import csv
 import inspect
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.files import write_json
+from ldm_lib.images.options import ReadOptions
 from ldm_lib.inpainting.single_file import inpaint
 from ldm_lib.model_io import read_config
 from ldm_lib.version import __version__
@@ -95,16 +97,22 @@ def write_bundle_configs(folder: Path) -> None:
     """Write a MONAI bundle's configs: metadata.json, and inference.json, which calls `ldm_lib.inpaint`."""
     folder.mkdir()
     write_json(folder / "metadata.json", _metadata())
-    names = [
-        name for name in inspect.signature(inpaint).parameters if name != "read_options"
-    ]  # inputs are read strictly
-    defaults = {name: inspect.signature(inpaint).parameters[name].default for name in names}
-    files = {"t1n_voided": "t1n-voided.nii.gz", "mask": "mask.nii.gz", "output": "inpainted.nii.gz"}
-    call = f"$ldm_lib.inpaint({', '.join(f'{name}=@{name}' for name in names)})"
-    model = "$@bundle_root + '/models'"
-    write_json(folder / "inference.json", {
-        "imports": ["$import ldm_lib"], "bundle_root": ".", **defaults, **files, "model": model, "run": [call],
-    })  # fmt: skip
+    reading = ReadOptions().model_dump()
+    arguments = {name: each.default for name, each in inspect.signature(inpaint).parameters.items()} | {
+        "t1n_voided": "t1n-voided.nii.gz",
+        "mask": "mask.nii.gz",
+        "output": "inpainted.nii.gz",
+        "model": "$@bundle_root + '/models'",
+        "read_options": f"$ldm_lib.ReadOptions({_references(reading)})",
+    }
+    run = [f"$ldm_lib.inpaint({_references(arguments)})"]
+    config = {"imports": ["$import ldm_lib"], "bundle_root": ".", **reading, **arguments, "run": run}
+    write_json(folder / "inference.json", config)
+
+
+def _references(names: Iterable[str]) -> str:
+    """Return arguments that take the values of the config's entries of the same names."""
+    return ", ".join(f"{name}=@{name}" for name in names)
 
 
 def _metadata() -> dict[str, Any]:

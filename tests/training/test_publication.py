@@ -104,14 +104,20 @@ def monai_bundle(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
 def test_a_run_of_the_bundle_writes_the_bytes_of_ldm_inpaint(bundle, cases, tmp_path, monai_bundle):
-    given = {"t1n_voided": str(cases[0].t1n_voided), "mask": str(cases[0].mask), "seed": 3, "device": "cpu"}
-    output = tmp_path / "by_monai.nii.gz"
-    monai_bundle.run(config_file=str(bundle / "configs" / "inference.json"), bundle_root=str(bundle),
-                     output=str(output), num_inference_steps=2, **given)  # fmt: skip
-    ours = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    ours += ["--output", str(tmp_path / "by_ldm.nii.gz"), "--steps", "2", "--model", str(bundle / "models")]
-    assert main(["inpaint", *ours]) == 0
-    assert output.read_bytes() == (tmp_path / "by_ldm.nii.gz").read_bytes()
+    """Of its own arguments and of the options of reading alike."""
+    made = []
+    for number, orientation in enumerate(("", "RAS")):  # which the header contradicts
+        given = {"t1n_voided": str(cases[0].t1n_voided), "mask": str(cases[0].mask), "seed": 3, "device": "cpu"}
+        given |= {"assume_orientation": orientation}
+        ours, theirs = (tmp_path / f"{number}-{name}.nii.gz" for name in ("ldm", "monai"))
+        monai_bundle.run(config_file=str(bundle / "configs" / "inference.json"), bundle_root=str(bundle),
+                         output=str(theirs), num_inference_steps=2, **given)  # fmt: skip
+        words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        words += ["--output", str(ours), "--steps", "2", "--model", str(bundle / "models")]
+        assert main(["inpaint", *words]) == 0
+        assert ours.read_bytes() == theirs.read_bytes()
+        made.append(ours.read_bytes())
+    assert made[0] != made[1]
 
 
 @pytest.mark.filterwarnings("ignore:No hash value:UserWarning")
