@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from ldm_lib.plots.slices import FONT, WIDTH, InlineFigure
 
@@ -37,13 +39,26 @@ def curves(
             marker = "o" if finite.sum() < 40 else ""
             style = {"color": colour, "lw": 1.4, "marker": marker, "ms": 3}
             ax.plot(along[finite], values[finite], label=name, **style)
-        ax.set_yscale("log" if set(names) & set(log) else "linear")
-        ax.set_xscale("log" if x in log else "linear")
+        if set(names) & set(log):
+            ax.set_yscale("log")
+            _label(ax.yaxis)
+        if x in log:
+            ax.set_xscale("log")
+            _label(ax.xaxis)
         ax.legend(fontsize=FONT, frameon=False)
         _plain(ax)
     axes[-1].set_xlabel(x, fontsize=FONT + 0.5)
     figure.suptitle(title, fontsize=FONT + 2.5)
     return figure
+
+
+def _label(axis: Axis) -> None:
+    """Label a logarithmic axis of less than a decade with plain numbers, such as 0.4 instead of 4 times a power."""
+    low, high = axis.get_view_interval()
+    if high < 10 * low:
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
 
 
 def histograms(

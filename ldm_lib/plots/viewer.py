@@ -79,6 +79,7 @@ def _controls(
     lowest = min(window[0], *(float(np.min(v)) for v in volumes.values()))
     highest = max(window[1], *(float(np.max(v)) for v in volumes.values()))
     limits = {"min": lowest, "max": highest, "step": (highest - lowest) / 200}
+    limits["readout_format"] = ".2f" if highest - lowest < 10 else ".0f"  # longer numbers would be cut off
     shown = widgets.FloatRangeSlider(value=window, description="window", continuous_update=False, **limits)
     outline = widgets.Checkbox(mask is not None, description="mask outline", disabled=mask is None)
     image = widgets.Image(format="png")

@@ -66,6 +66,17 @@ def test_a_power_law_is_a_straight_line_on_logarithmic_axes():
         np.testing.assert_allclose(np.diff(drawn[:, 1]) / np.diff(drawn[:, 0]), exponent)
 
 
+def test_less_than_a_decade_is_labelled_with_plain_numbers():
+    (ax,) = charts.curves(
+        {"steps": [2, 4], "seconds": [0.35, 0.47]}, x="steps", ys=["seconds"], log=["steps", "seconds"]
+    ).axes
+    ax.figure.canvas.draw()
+    for axis in (ax.xaxis, ax.yaxis):
+        labels = [label.get_text() for label in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
+        low, high = axis.get_view_interval()
+        assert sum(low <= float(text) <= high for text in labels) >= 3
+
+
 @pytest.mark.parametrize("count", [1, 7])
 def test_interval_dots_show_each_value_on_its_bar_and_nothing_for_nan(count):
     values = np.linspace(10, 20, count)
