@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ldm_lib.errors import LdmError
 from ldm_lib.experiment.path_aliases import with_aliases
@@ -62,7 +63,7 @@ def _front_page(run_folder: Path) -> str:
     states = {stage: _state(run_folder, stage, records) for stage in STAGES}
     config = read_record(path) if (path := run_folder / "config.json").exists() else {}
     parts = [f"# Run {_escaped(run_folder.name)}", _progress(run_folder.name, states, config), _passed(records)]
-    parts += _picture(run_folder, records)
+    parts += _picture(run_folder, records) + _pages(records)
     if "06_evaluation" in records and (scores := run_folder / "06_evaluation" / "metrics.csv").exists():
         parts += ["## Scores", _scores(scores)]
     facts = [*_settings(records, config), *_facts(run_folder, records), *_made_with(records)]
@@ -98,6 +99,14 @@ def _progress(run: str, states: Mapping[str, str], config: Mapping[str, Any]) ->
 def _picture(run_folder: Path, records: Records) -> list[str]:
     drawn = [path for path in PICTURES if Path(path).parts[0] in records and (run_folder / path).exists()]
     return [f"[![{PICTURES[path]}]({path})]({path})\n\n*{PICTURES[path]}*" for path in drawn[:1]]
+
+
+def _pages(records: Records) -> list[str]:
+    """Return links to the pages of cases that stage 05 has written."""
+    stage = "05_sampling"
+    pages = [Path(name) for name in sorted(records.get(stage, {}).get("outputs", ())) if name.endswith(".html")]
+    links = (f"[{_escaped(page.stem)}]({stage}/{quote(page.as_posix())})" for page in pages)
+    return [f"In a browser, to look around in: {', '.join(links)}"] if pages else []
 
 
 def _passed(records: Records) -> str:

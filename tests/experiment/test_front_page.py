@@ -26,6 +26,7 @@ PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010804000000b51c0c020000000b4944415478da6364f80f00010501012718e3660000000049454e44ae426082"
 )
 AUDIT, _, _, TRAINING, SAMPLING, EVALUATION = STAGES
+PAGE = "a-t1n-inference.html"
 SUMMARIES = {
     AUDIT: {"cases": 7, "patients": 5, "refused": 2},
     TRAINING: {"parameters": 1234567, "optimiser_steps": 4321, "sha256": "0123456789abcdef" * 4},
@@ -75,6 +76,7 @@ def make(folder, stages=tuple(STAGES), **overrides):
         if name == SAMPLING:
             (stage.folder / "figures").mkdir()
             (stage.folder / "figures" / "overview.png").write_bytes(PIXEL)
+            (stage.folder / PAGE).write_text("")
         if name == EVALUATION:
             write_csv(stage.folder / "metrics.csv", ROWS)
         stage.check("always", True, "yes")
@@ -145,7 +147,7 @@ def test_nothing_is_loaded_and_the_picture_is_in_the_page_and_linked_from_the_re
         attrs["src"] for tag, attrs in found if tag == "img" and attrs["src"].startswith("data:image/png;base64,")
     ]
     local = [target for target in targets if not urlsplit(target).scheme]
-    assert len(local) == 7 and all((run / target).is_file() for target in local)
+    assert len(local) == 8 and f"{SAMPLING}/{PAGE}" in local and all((run / target).is_file() for target in local)
     linked = re.findall(r"\]\((.*?)\)", (run / "report.md").read_text())
     assert "05_sampling/figures/overview.png" in linked and all((run / name).is_file() for name in linked)
     assert not {tag for tag, _ in found} & {"script", "link", "iframe"}
