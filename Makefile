@@ -86,7 +86,7 @@ test-all: .venv/ready ## run every test
 soak: .venv/ready ## inpaint 200 cases, one in five invalid, and kill a pipeline 30 times; 1 to 2 hours
 	@exec $(VENV_PYTHON) tests/support/soak.py all
 
-lab: .venv/ready ## open JupyterLab on 127.0.0.1 with a token; LAB_OPTIONS="--no-browser --port=8890"; as root "--allow-root"
+lab: .venv/ready ## open JupyterLab on 127.0.0.1 with a token; LAB_OPTIONS="--no-browser --port=8890"
 	@case "$$(id -u) $$LAB_OPTIONS " in *" --allow-root "*) ;; "0 "*) \
 	  echo "ERROR lab: JupyterLab does not start as root, as in many containers. Fix: make lab LAB_OPTIONS=\"$${LAB_OPTIONS:+$$LAB_OPTIONS }--allow-root\"" >&2; exit 1 ;; esac
 	@umask 077; set -f; exec .venv/bin/jupyter lab $$LAB_OPTIONS --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/01_data_audit.ipynb

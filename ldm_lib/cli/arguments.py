@@ -29,6 +29,8 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--preset", f"{', '.join(PRESETS)} (default: that of the run, else {DEFAULT_PRESET})", default=""),
         arg("--set", "set a parameter; repeatable", action="append", default=[], metavar="KEY=VALUE"),
         arg("--overwrite", "replace stages that were run with other settings", action="store_true"),
+        PATIENTS,
+        *parameters(ReadOptions, *CASE_READING),
     ],
     "sweep": [
         arg("grid", "YAML file: name, preset, stages, set, grid, runs", metavar="GRID"),

@@ -6,6 +6,7 @@ Heavy libraries are imported by the command that needs them, so that help starts
 import argparse
 import sys
 
+from ldm_lib.cli.arguments import CASE_READING
 from ldm_lib.cli.case_commands import cohort, evaluate, inpaint, prior, score, submission, validate
 from ldm_lib.cli.options import assignments
 from ldm_lib.experiment.presets import DEFAULT_PRESET
@@ -18,7 +19,9 @@ def run(options: argparse.Namespace) -> int:
     """Run the notebooks of a run folder, all of them or the stages that are named."""
     from ldm_lib.experiment import runner
 
-    overrides = assignments(options.set)
+    # Parameters that messages of the notebooks name as the options that they are in other commands.
+    named = {name: getattr(options, name) for name in CASE_READING} | {"patients_file": options.patients}
+    overrides = assignments(options.set) | {name: value for name, value in named.items() if value}
     name = options.run or overrides.pop("run", options.preset or DEFAULT_PRESET)
     folder = runner.run_stages(
         options.stages,

@@ -4,10 +4,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+
+from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
+from ldm_lib.locking import OWNER_VARIABLE
 
 
 class RunnerKernelManager(AsyncKernelManager):
@@ -47,3 +53,16 @@ class RunnerKernelManager(AsyncKernelManager):
         status = cls.process.poll() if cls.process else None
         memory = "; likely out of memory" if status == -9 else ""
         return f"the kernel was killed (signal {-status}{memory})" if status and status < 0 else ""
+
+
+@contextmanager
+def kernels_of(run_folder: Path) -> Iterator[None]:
+    """Set the variables by which kernels know the owner of the lock and the folder of the runs."""
+    variables = {OWNER_VARIABLE: str(os.getpid()), OUTPUTS_VARIABLE: str(run_folder.parent)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -11,13 +11,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ldm_lib.data.case import load_case
 from ldm_lib.errors import InterruptionError, LdmError, TrainingError
-from ldm_lib.experiment.run_folder import SHARED_OUT, outputs_folder, read_record, require_done
+from ldm_lib.experiment.path_aliases import absolute_paths
+from ldm_lib.experiment.presets import resolve
+from ldm_lib.experiment.run_folder import SHARED_OUT, outputs_folder, read_record, require_as_made, require_done
 from ldm_lib.experiment.stage import Stage, open_stage
 from ldm_lib.experiment.stages import AuditConfig, SamplingConfig, TrainingConfig
 from ldm_lib.files import write_json
@@ -35,10 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ldm_lib.experiment.launch", description=__doc__)
     parser.add_argument("--stage", required=True, choices=list(WORK), help="stage to run: 04 trains, 05 inpaints")
     parser.add_argument("--run", required=True, help="run folder in outputs/, its earlier stages done")
+    parser.add_argument("--preset", help="preset of the run; without it the parameters are those of its config.json")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="other parameters of the preset"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given[1:] if given[:1] == ["--"] else given)
-    return run_process(WORK[options.stage], options.run, debug=options.debug)
+    if options.set and not options.preset:
+        parser.error("--set needs --preset")
+    work = partial(WORK[options.stage], preset=options.preset, settings=options.set)
+    return run_process(work, options.run, debug=options.debug)
 
 
 def run_process(work: Callable[[str], None], run: str, *, debug: bool = False) -> int:
@@ -73,12 +84,23 @@ def run_process(work: Callable[[str], None], run: str, *, debug: bool = False) -
 TRAINING, SAMPLING = "04_training", "05_sampling"
 
 
-def train_run(name: str) -> None:
-    """Train stage 04 of a run, with the parameters in its config.json; the stage's notebook finishes it afterwards."""
+def _config(name: str, stage: str, preset: str | None, settings: Sequence[str]) -> dict[str, Any]:
+    """Return the parameters of a stage: those of a preset and settings, else those in the run's config.json."""
+    run_folder = outputs_folder() / name
+    if not preset:
+        return read_record(run_folder / "config.json")[stage] | {"run": name}
+    pairs = [text.partition("=") for text in settings]
+    given = absolute_paths({key.strip(): value.strip() for key, _, value in pairs})
+    configs = resolve(preset, given | {"run": name})
+    require_as_made(run_folder, configs, given, stage)
+    return configs[stage].model_dump()
+
+
+def train_run(name: str, *, preset: str | None = None, settings: Sequence[str] = ()) -> None:
+    """Train stage 04 of a run; the stage's notebook finishes it afterwards."""
     run_folder = outputs_folder() / name
     require_done(run_folder, "03_conditioning")
-    values = read_record(run_folder / "config.json")[TRAINING]
-    config = TrainingConfig.parse(values | {"run": name, "devices": world_size()})
+    config = TrainingConfig.parse(_config(name, TRAINING, preset, settings) | {"devices": world_size()})
     folder = run_folder / TRAINING
     if (folder / "done.json").exists() and not (config.overwrite or config.allow_change):
         report(f"{name}/{TRAINING}: already complete")
@@ -95,11 +117,11 @@ def train_run(name: str) -> None:
         report(f"{name}/{TRAINING}: trained for {trainer.step} steps; stage 04 finishes it")
 
 
-def inpaint_run(name: str) -> None:
-    """Inpaint this process's part of the cases of stage 05, with the parameters in the run's config.json."""
+def inpaint_run(name: str, *, preset: str | None = None, settings: Sequence[str] = ()) -> None:
+    """Inpaint this process's part of the cases of stage 05."""
     run_folder = outputs_folder() / name
     model = require_done(run_folder, TRAINING) / "model"
-    config = SamplingConfig.parse(read_record(run_folder / "config.json")[SAMPLING] | {"run": name})
+    config = SamplingConfig.parse(_config(name, SAMPLING, preset, settings))
     stage = Stage(SAMPLING, config, run_folder / SAMPLING, {})
     if world_size() > 1:
         torch.distributed.init_process_group("gloo")
@@ -118,7 +140,7 @@ def inpaint_run(name: str) -> None:
         write_json(stage.folder / SHARED_OUT, {"processes": world_size()})
 
 
-WORK: dict[str, Callable[[str], None]] = {"04": train_run, "05": inpaint_run}
+WORK: dict[str, Callable[..., None]] = {"04": train_run, "05": inpaint_run}
 
 if __name__ == "__main__":
     sys.exit(main())

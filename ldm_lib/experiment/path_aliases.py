@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,17 @@ _MACHINE = {Path(__file__).parents[2]: "$PROJECT", Path(sys.prefix): "$PYTHON", 
 def with_aliases(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters with an alias in the place of each path."""
     return {k: f"${ALIASES[k]}" if v and k in ALIASES else v for k, v in parameters.items()}
+
+
+def command_with_aliases(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with an alias in the place of each path."""
+    pairs = [(word, *word.partition("=")[::2]) for word in words]
+    return [f"{name}=${ALIASES[name]}" if value and name in ALIASES else word for word, name, value in pairs]
+
+
+def absolute_paths(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolve paths relative to the working directory of the command, which is not that of the kernels."""
+    return {k: str(expand_path(v).resolve()) if k in ALIASES and v else v for k, v in overrides.items()}
 
 
 def remember_paths(run_folder: Path, *parameters: Mapping[str, Any]) -> None:

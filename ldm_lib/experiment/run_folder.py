@@ -11,13 +11,13 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.errors import RunError
-from ldm_lib.experiment.path_aliases import PathHidingFormatter, with_aliases
+from ldm_lib.experiment.path_aliases import FILE, PathHidingFormatter, with_aliases
 from ldm_lib.experiment.stages import STAGES, StageConfig
 from ldm_lib.files import fingerprint, now, read_json, sha256, write_json
 from ldm_lib.options import names
@@ -38,6 +38,7 @@ RECORD_FIELDS: dict[str, dict[str, Any]] = {
                   "finished": str},
     "parameters.json": {"parameters": dict, "inputs": dict},
 }  # fmt: skip
+RUN_RECORDS = ("run.json", "config.json", FILE)
 PACKAGES = ("torch", "monai", "lightning", "numpy", "scipy", "nibabel", "nilearn", "papermill", "pydantic")
 _PROJECT = Path(__file__).parents[2]
 SHARED_OUT = "shared_out.json"  # several processes did the work of this stage, its notebook only closes it
@@ -70,9 +71,12 @@ def tracked(config: StageConfig) -> dict[str, Any]:
 
 
 def changes(folder: Path, config: StageConfig, inputs: dict[str, str], *, allowed: Sequence[str] = ()) -> list[str]:
-    """List the differences between a stage as it was started and as it is requested; empty if none or not started."""
+    """List the differences between a stage as it was started and as it is requested.
+
+    It is empty if there are none, or if the stage has made nothing: it was not started, or rejected at its start.
+    """
     started = folder / "parameters.json"
-    if not started.exists():
+    if not started.exists() or not ((folder / "done.json").exists() or outputs_of(folder)):
         return []
     record = read_record(started)
     before, inputs_before = record["parameters"], record["inputs"]
@@ -118,6 +122,26 @@ def damaged(folder: Path) -> list[str]:
     return sorted(name for name, digest in recorded.items() if name not in files or sha256(files[name]) != digest)
 
 
+def run_records(run_folder: Path) -> dict[str, bytes]:
+    """Return name -> content of the records of a run, as `restore_run_records` takes them."""
+    return {name: path.read_bytes() for name in RUN_RECORDS if (path := run_folder / name).is_file()}
+
+
+def restore_run_records(run_folder: Path, before: dict[str, bytes]) -> None:
+    """Undo the changes of a call that was rejected before it made anything."""
+    for name, content in run_records(run_folder).items():
+        if name not in before:
+            (run_folder / name).unlink()
+        elif content != before[name]:
+            (run_folder / name).write_bytes(before[name])
+
+
+def last_opened(folder: Path) -> tuple[int, ...]:
+    """Return numbers that change whenever a stage is opened."""
+    path = folder / "parameters.json"
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else ()
+
+
 def require_done(run_folder: Path, name: str) -> Path:
     """Return the folder of a finished stage.
 
@@ -129,6 +153,17 @@ def require_done(run_folder: Path, name: str) -> Path:
         fix = f"run `ldm run {name[:2]} --run {run_folder.name}`"
         raise RunError("is not done", where=f"{run_folder.name}/{name}", fix=fix)
     return folder
+
+
+def require_as_made(run_folder: Path, configs: Mapping[str, StageConfig], given: Iterable[str], stage: str) -> None:
+    """Raise an error if a given parameter of earlier stages alone is not the one that they were made with."""
+    for earlier in (name for name in STAGES if name < stage):
+        made, requested = read_record(require_done(run_folder, earlier) / "done.json"), tracked(configs[earlier])
+        for name in (name for name in given if name in requested and name not in type(configs[stage]).model_fields):
+            if (before := made["parameters"].get(name)) != requested[name]:
+                cause = f"was made with other settings: {name} was {before!r}, now {requested[name]!r}"
+                fix = f"leave out {name}, or make the stage again with it"
+                raise RunError(cause, where=f"{run_folder.name}/{earlier}", fix=fix)
 
 
 def upstream_digests(run_folder: Path, name: str) -> dict[str, str]:

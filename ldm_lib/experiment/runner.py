@@ -9,24 +9,32 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ldm_lib.errors import InterruptionError, LdmError, RunError
-from ldm_lib.experiment.path_aliases import ALIASES, hide_paths_in, remember_paths, with_aliases
+from ldm_lib.experiment.path_aliases import (
+    absolute_paths,
+    command_with_aliases,
+    hide_paths_in,
+    remember_paths,
+    with_aliases,
+)
 from ldm_lib.experiment.presets import DEFAULT_PRESET, require_fit, resolve
 from ldm_lib.experiment.run_folder import (
     NOTEBOOKS,
-    OUTPUTS_VARIABLE,
     SHARED_OUT,
     changes,
     is_done,
+    last_opened,
     outputs_folder,
     read_record,
     require_done,
     require_unchanged,
+    restore_run_records,
+    run_records,
     write_provenance,
 )
 from ldm_lib.experiment.stage import stage_inputs
@@ -39,8 +47,8 @@ from ldm_lib.experiment.stages import (
     parameter_groups,
     stage_name,
 )
-from ldm_lib.files import expand_path, markdown
-from ldm_lib.locking import OWNER_VARIABLE, FolderLock
+from ldm_lib.files import markdown
+from ldm_lib.locking import FolderLock
 from ldm_lib.process_control import ForwardSignals
 from ldm_lib.progress import LEFT, Progress, report
 
@@ -92,17 +100,19 @@ def run_stages(
     if {"04_training", "05_sampling"} <= set(stages):
         require_fit(configs)
     folder = outputs_folder() / configs["01_data_audit"].run
-    pairs = [(word, *word.partition("=")[::2]) for word in command]  # paths are replaced by their aliases
-    shown = [f"{name}=${ALIASES[name]}" if value and name in ALIASES else word for word, name, value in pairs]
     from ldm_lib.experiment.front_page import write_front_page
+    from ldm_lib.experiment.kernel import kernels_of
 
     lock = FolderLock(folder)
+    stage, before = stages[0], run_records(folder)
     try:
+        opened = last_opened(folder / stage)
         remember_paths(folder, *(config.model_dump() for config in configs.values()))
-        with _kernels_of(folder), Progress(len(stages), name="stage") as bar:
+        with kernels_of(folder), Progress(len(stages), name="stage") as bar:
             for number, stage in enumerate(stages, start=1):
+                opened = last_opened(folder / stage)
                 if needed := _is_needed(stage, configs[stage], folder):
-                    write_provenance(folder, preset=preset, configs=configs, command=shown)
+                    write_provenance(folder, preset=preset, configs=configs, command=command_with_aliases(command))
                     progress(f"{stage}: running, log in {folder / 'log.txt'}")
                     bar.update(number - 1, stage)
                     progress(_make(stage, configs[stage], folder / stage, progress))
@@ -110,27 +120,24 @@ def run_stages(
                     progress(f"{stage}: done already, skipped")
                 bar.update(number, stage, skipped=not needed)
                 write_front_page(folder)
+                before = run_records(folder)
     except LdmError:
-        if (folder / "config.json").exists():  # a run that was rejected before it began leaves no trace
-            with suppress(OSError):  # of a full disk: the error itself says so
-                write_front_page(folder)
+        _after_failure(folder, stage, opened, before)
         raise
     finally:
         lock.release()
     return folder
 
 
-@contextmanager
-def _kernels_of(run_folder: Path) -> Iterator[None]:
-    """Set the variables by which kernels know the owner of the lock and the folder of the runs."""
-    variables = {OWNER_VARIABLE: str(os.getpid()), OUTPUTS_VARIABLE: str(run_folder.parent)}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def _after_failure(run_folder: Path, stage: str, opened: tuple[int, ...], before: dict[str, bytes]) -> None:
+    """Undo what a stage that was rejected at its start has recorded, and write the front page."""
+    from ldm_lib.experiment.front_page import write_front_page
+
+    if last_opened(run_folder / stage) == opened:
+        restore_run_records(run_folder, before)
+    with suppress(OSError):  # of a full disk: the error itself says so
+        if (run_folder / "config.json").exists():
+            write_front_page(run_folder)
 
 
 def _is_needed(stage: str, config: StageConfig, run_folder: Path) -> bool:
@@ -250,11 +257,6 @@ def preset_of(run: str) -> str:
     """Return the preset that an existing run was made with, or the default one."""
     record = outputs_folder() / AuditConfig.parse({"run": run}).run / "config.json"
     return str(read_record(record)["preset"]) if record.exists() else DEFAULT_PRESET
-
-
-def absolute_paths(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolve paths relative to the working directory of the command, which is not that of the kernels."""
-    return {k: str(expand_path(v).resolve()) if k in ALIASES and v else v for k, v in overrides.items()}
 
 
 def describe(stage: str, preset: str) -> str:

@@ -28,6 +28,8 @@ from ldm_lib.experiment.run_folder import (
     read_record,
     require_done,
     require_unchanged,
+    restore_run_records,
+    run_records,
     tracked,
     upstream_digests,
 )
@@ -115,11 +117,7 @@ class Stage:
 
     def compute(self) -> dict[str, Any]:
         """Return the device and the precision of this stage's parameters, as functions take them."""
-        from ldm_lib.devices import pick_device, pick_precision
-
-        options = self.config.part(DeviceOptions)
-        device = pick_device(options.device)
-        return {"device": device, "precision": pick_precision(options.precision, device)}
+        return _compute(self.config)
 
     def preset(self, name: str) -> StageConfig:
         """Return this stage's parameters in a preset."""
@@ -214,8 +212,10 @@ def open_stage(name: str, parameters: dict[str, Any], *, inputs: dict[str, str] 
     lock = FolderLock(run_folder)
     with ExitStack() as on_error:
         on_error.callback(lock.release)
+        on_error.callback(restore_run_records, run_folder, run_records(run_folder))
         log_to(run_folder / "log.txt")
         remember_paths(run_folder, config.model_dump())
+        _compute(config)  # a device or precision that is not available is rejected before results are removed
         inputs = {**stage_inputs(name, config, run_folder), **(inputs or {})}
         _clear(folder, config, inputs)
         write_json(folder / "parameters.json", {"parameters": tracked(config), "inputs": inputs})
@@ -232,6 +232,15 @@ def stage_inputs(name: str, config: StageConfig, run_folder: Path) -> dict[str, 
         )
     weights = (config.given_weights,) if isinstance(config, AutoencoderConfig) else ()
     return upstream_digests(run_folder, name) | digests(*weights)
+
+
+def _compute(config: StageConfig) -> dict[str, Any]:
+    if not isinstance(config, DeviceOptions):
+        return {}
+    from ldm_lib.devices import pick_device, pick_precision
+
+    device = pick_device(config.device)
+    return {"device": device, "precision": pick_precision(config.precision, device)}
 
 
 def _root(folder: Path) -> Path:

@@ -25,8 +25,8 @@ import yaml
 from pydantic import Field
 
 from ldm_lib.errors import ConfigError, InputError
+from ldm_lib.experiment.path_aliases import absolute_paths
 from ldm_lib.experiment.presets import DEFAULT_PRESET, resolve
-from ldm_lib.experiment.runner import absolute_paths
 from ldm_lib.experiment.stages import STAGES, StageConfig, stage_name
 from ldm_lib.files import expand_path, fingerprint
 from ldm_lib.options import Name, Options

@@ -169,6 +169,7 @@ def test_only_changes_allowed_by_name_start_the_stage(outputs):
     folder.mkdir(parents=True)
     started = {"parameters": tracked(config("04_training")), "inputs": {}}
     (folder / "parameters.json").write_text(json.dumps(started))
+    (folder / "metrics.csv").write_text("")
     longer = resolve("coarse", {"max_epochs": 90, "allow_change": "max_epochs, patience"})["04_training"]
     run_folder.require_unchanged(folder, longer, {}, fix="")
     assert run_folder.changes(folder, longer, {}) == ["max_epochs was 40, now 90"], "so it is not done"

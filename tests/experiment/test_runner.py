@@ -18,7 +18,9 @@ import pytest
 from ldm_lib.data import cohort
 from ldm_lib.errors import ConfigError, InputError, RunError
 from ldm_lib.experiment import report, runner
+from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.run_folder import OUTPUTS_VARIABLE
+from ldm_lib.experiment.stage import open_stage
 from ldm_lib.experiment.stages import STAGES, parameters_cell
 from ldm_lib.locking import OWNER_VARIABLE, FolderLock
 
@@ -404,3 +406,79 @@ def test_only_the_stages_named_run(executed):
     run(AUDIT)
     run(AUTOENCODER)
     assert executed == [AUDIT, AUTOENCODER]
+
+
+# ---- what was rejected at its start leaves no trace
+
+
+def kept(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_rejected_data_are_not_those_of_the_run(outputs, executed, tmp_path):
+    for name in ("first", "second"):
+        folder = tmp_path / name / "A1"
+        folder.mkdir(parents=True)
+        for role in ("mask", "t1n-voided", "t1n"):
+            (folder / f"A1-{role}.nii.gz").write_text(name)
+    run(AUDIT, data_dir=str(tmp_path / "first"))
+    before = kept(outputs / "lab")
+    with pytest.raises(RunError, match="other settings"):
+        run(AUDIT, data_dir=str(tmp_path / "second"))
+    assert kept(outputs / "lab") == before and str(tmp_path / "first").encode() in before[".places.json"]
+
+
+def test_a_stage_that_ended_before_it_was_opened_is_not_recorded(outputs, executed, monkeypatch):
+    run(AUDIT)
+    before = kept(outputs / "lab")
+
+    def reject(stage, config, folder):
+        raise ConfigError("precision = '16' on a CPU", where=stage, fix="set precision to auto, bf16 or 32")
+
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="on a CPU"):
+        patched.setattr(runner, "_execute", reject)
+        run(AUTOENCODER, precision="16")
+    assert kept(outputs / "lab") == before
+    run(AUTOENCODER)
+    assert executed == [AUDIT, AUTOENCODER]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_device_that_is_not_there_is_rejected_before_anything_is_removed(outputs, executed, overwrite):
+    run(AUDIT, AUTOENCODER)
+    before = kept(outputs / "lab" / AUTOENCODER)
+    parameters = STAGES[AUTOENCODER](run="lab", precision="16", device="cpu", overwrite=overwrite).model_dump()
+    with pytest.raises(ConfigError, match="precision = '16' on a CPU"):
+        open_stage(AUTOENCODER, parameters)
+    assert kept(outputs / "lab" / AUTOENCODER) == before
+
+
+def test_a_stage_that_has_made_nothing_takes_other_settings(outputs):
+    open_stage(AUDIT, {"run": "lab", "seed": 1})._lock.release()
+    stage = open_stage(AUDIT, {"run": "lab", "seed": 2})
+    stage._lock.release()
+    (stage.folder / "cases.csv").write_text("one")
+    with pytest.raises(RunError, match="seed was 2, now 3"):
+        open_stage(AUDIT, {"run": "lab", "seed": 3})
+
+
+# ---- a training of several processes
+
+
+def test_a_training_takes_its_settings_and_rejects_those_that_earlier_stages_lack(outputs, executed, monkeypatch):
+    from ldm_lib.experiment import launch
+
+    run(*list(STAGES)[:3])
+    opened = []
+    monkeypatch.setattr(launch, "open_stage", lambda stage, values: opened.append(values) or sys.exit())
+    with pytest.raises(SystemExit):
+        launch.train_run("lab", preset="smoke", settings=["max_epochs=6", "mask_dilation=1"])
+    wanted = resolve("smoke", {"run": "lab", "max_epochs": 6})["04_training"]
+    assert opened == [wanted.model_dump()]
+    with pytest.raises(RunError, match="lab/03_conditioning: was made with other settings: mask_dilation was 1, now 2"):
+        launch.train_run("lab", preset="smoke", settings=["mask_dilation=2"])
+    with pytest.raises(ConfigError, match="unknown parameter 'max_epoch'"):
+        launch.train_run("lab", preset="smoke", settings=["max_epoch=2"])
+    with pytest.raises(SystemExit):
+        launch.train_run("lab")
+    assert opened[1:] == [resolve("smoke", {"run": "lab"})["04_training"].model_dump()]

@@ -126,7 +126,8 @@ def test_a_training_starts_one_launcher_a_node_and_finishes_its_stage(cluster):
     _, launched, finished = calls()
     assert launched == (
         "srun python -m torch.distributed.run --nnodes=2 --nproc-per-node=4 --rdzv-id=4321 --rdzv-backend=c10d "
-        "--rdzv-endpoint=node7:24321 -m ldm_lib.experiment.launch -- --stage 04 --run brats"
+        "--rdzv-endpoint=node7:24321 -m ldm_lib.experiment.launch -- --stage 04 --run brats "
+        r"--preset full --set max_epochs=9 --set data_dir=a\ b"
     )
     assert finished == (
         r"python -m ldm_lib run 04 --run brats --preset full --set devices=8 --set max_epochs=9 --set data_dir=a\ b"
