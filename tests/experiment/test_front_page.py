@@ -131,7 +131,7 @@ def test_facts_are_those_of_the_summaries_and_records(run):
 def test_both_pages_say_the_same(run):
     html = page(make(run)).text
     text = re.sub(
-        r"\[!\[.*?\]\(.*?\)\]\(.*?\)|\[(\w+)\]\(.*?\)|[|*#`]|-{3}|^- ",
+        r"\[!\[.*?\]\(.*?\)\]\(.*?\)|\[([\w-]+)\]\(.*?\)|[|*#`]|-{3}|^- ",
         r"\1",
         (run / "report.md").read_text(),
         flags=re.M,
