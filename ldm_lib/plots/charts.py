@@ -53,9 +53,9 @@ def curves(
 
 
 def _label(axis: Axis) -> None:
-    """Label a logarithmic axis of less than a decade with plain numbers, such as 0.4 instead of 4 times a power."""
+    """Label a logarithmic axis of about a decade or less with plain numbers, such as 0.4 instead of 4 times a power."""
     low, high = axis.get_view_interval()
-    if high < 10 * low:
+    if high < 20 * low:
         axis.set_major_locator(MaxNLocator(5))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_locator(NullLocator())
