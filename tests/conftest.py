@@ -65,11 +65,11 @@ def fast_registration():
     """Registrations of half a second, for properties that hold for every one: `with fast_registration(): ...`."""
     from unittest import mock
 
-    from ldm_lib.anatomy import deformation, registration
+    from ldm_lib.anatomy import affine_alignment, deformation
 
     @contextmanager
     def fast():
-        affine = mock.patch.object(registration, "AFFINE_ITERATIONS", 5)
+        affine = mock.patch.object(affine_alignment, "ITERATIONS", 5)
         with affine, mock.patch.object(deformation, "ITERATIONS", (0, 0, 3)):
             yield
 

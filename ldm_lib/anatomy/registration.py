@@ -1,13 +1,11 @@
 """Register the atlas to a patient whose scan is voided under a mask: affine first, then a deformation.
 
-Affine: mutual information on a coarse grid outside mask and lesion (Mattes et al. 2003, IEEE TMI 22:120). Deformation:
-local correlation, see `deformation`. Neither reads the masked region.
+Affine: mutual information on a coarse grid, see `affine_alignment`. Deformation: local correlation, see `deformation`.
+Neither reads what is under mask or lesion.
 """
 
 import itertools
-import logging
 import time
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -15,23 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from dipy.align.imaffine import AffineMap, AffineRegistration, MutualInformationMetric, transform_centers_of_mass
-from dipy.align.transforms import AffineTransform3D, RigidTransform3D
 from scipy import ndimage
 
+from ldm_lib.anatomy.affine_alignment import MaskedImage, aligned
 from ldm_lib.anatomy.atlas import Atlas, mni152
 from ldm_lib.anatomy.deformation import deform, interpolate, transformed, voxels
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import Frame, axis_codes, block_mean, bounding_box, cropped_affine
 
 AFFINE_MM, DEFORMATION_MM = 8.0, 2.0  # voxel size for each step; the affine step at 4 mm takes 6 times as long
-AFFINE_ITERATIONS = 200
 MARGIN = 5  # around the brain for the deformation, voxels
 BRIGHTEST = 1.2  # upper limit of normalised intensities, so that vessels and fat do not dominate the histogram
 ORIENTATION_GAIN = 0.05  # of the correlation by which another orientation fits better; right ones lead by 0.03 to 0.2
 MIN_DICE, MIN_CORRELATION = 0.9, 0.5  # of the brains, and of the intensities, outside mask and lesion
-
-logging.getLogger("dipy").setLevel(logging.WARNING)  # it logs every level of every registration
 
 
 @dataclass(frozen=True)
@@ -117,15 +111,13 @@ def register(
     mask = np.ascontiguousarray(mask)
     image = np.ascontiguousarray(np.where(mask, 0, np.clip(image, 0, BRIGHTEST)), np.float32)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # dipy's warnings about its own next versions
-            head = atlas.t1, np.zeros(atlas.t1.shape, bool), atlas.affine
-            coarse = _downsampled(image, mask, affine, AFFINE_MM), _downsampled(*head, AFFINE_MM)
-            better = _better_orientation(*coarse, stated=affine if stated is None else stated)
-            start = _affine(*coarse)
-            patient, hidden, grid = _cropped(*_downsampled(image, mask, affine, DEFORMATION_MM))
-            moving, _, moving_affine = _downsampled(*head, DEFORMATION_MM)
-            displacement = deform(patient, hidden, moving, np.linalg.solve(moving_affine, start @ grid))
+        head = atlas.t1, np.zeros(atlas.t1.shape, bool), atlas.affine
+        coarse = _downsampled(image, mask, affine, AFFINE_MM), _downsampled(*head, AFFINE_MM)
+        better = _better_orientation(*coarse, stated=affine if stated is None else stated)
+        start = _affine(*coarse)
+        patient, hidden, grid = _cropped(*_downsampled(image, mask, affine, DEFORMATION_MM))
+        moving, _, moving_affine = _downsampled(*head, DEFORMATION_MM)
+        displacement = deform(patient, hidden, moving, np.linalg.solve(moving_affine, start @ grid))
     except ValueError as error:
         raise InputError(f"the atlas cannot be registered to it ({error})", where="registration",
                          fix="check that it is a skull-stripped brain, and its orientation") from error  # fmt: skip
@@ -134,7 +126,6 @@ def register(
 
 
 MIRROR = np.diag([-1.0, 1, 1, 1])  # of left and right
-MaskedImage = tuple[np.ndarray, np.ndarray, np.ndarray]  # image and mask (x, y, z), affine
 
 
 def _better_orientation(static: MaskedImage, moving: MaskedImage, *, stated: np.ndarray) -> str:
@@ -144,18 +135,14 @@ def _better_orientation(static: MaskedImage, moving: MaskedImage, *, stated: np.
     others that are mirror images the one with the handedness of the stated one is named.
     """
     (image, mask, affine), (head, _, head_affine) = static, moving
-    centre, head_centre = (
-        grid @ [*ndimage.center_of_mass(shape), 1]
-        for shape, grid in ((_shape(image, mask), affine), (_shape(head), head_affine))
-    )
+    centre, head_centre = _centre(*static), _centre(*moving)
+    atlas, places = torch.from_numpy(np.ascontiguousarray(head, np.float32))[None, None], voxels(image.shape)
     fits = []
-    grids = {"domain_grid_shape": image.shape, "domain_grid2world": affine}
-    grids |= {"codomain_grid_shape": head.shape, "codomain_grid2world": head_affine}
     for axes, signs in itertools.product(itertools.permutations(range(3)), itertools.product((1.0, -1.0), repeat=3)):
         turn = np.eye(4)
         turn[:3, :3] = np.eye(3)[list(axes)] * np.array(signs)[:, None]
         turn[:3, 3] = (head_centre - turn @ centre)[:3]
-        warped = AffineMap(turn, **grids).transform(head)
+        warped = interpolate(atlas, transformed(places, np.linalg.solve(head_affine, turn @ affine)))[0, 0].numpy()
         both = ((image > 0) | (warped > 0)) & ~mask
         fits.append((np.corrcoef(image[both], warped[both])[0, 1], turn))
     as_stated = max(fit for fit, turn in fits if turn[1, 1] == turn[2, 2] == 1)  # and its mirror image
@@ -170,24 +157,15 @@ def _better_orientation(static: MaskedImage, moving: MaskedImage, *, stated: np.
 
 
 def _affine(static: MaskedImage, moving: MaskedImage) -> np.ndarray:
-    """Return the affine map from patient to atlas, world to world: centres of mass, rigid, then twelve parameters."""
-    (image, mask, affine), (head, _, head_affine) = static, moving
-    step = AffineRegistration(
-        metric=MutualInformationMetric(), level_iters=[AFFINE_ITERATIONS], sigmas=[0], factors=[1], verbosity=0
-    )
-    # a rim of air shows where the brain ends
-    patient, atlas = (ndimage.binary_dilation(volume > 0, iterations=2) for volume in (image, head))
-    grids = {"static_grid2world": affine, "moving_grid2world": head_affine}
-    grids |= {"static_mask": (patient & ~mask).astype(np.int32), "moving_mask": atlas.astype(np.int32)}  # not bool
-    # centres of the brains' shapes, the mask included: those of the intensities would move with a large mask
-    found = transform_centers_of_mass(_shape(image, mask), affine, _shape(head), head_affine).affine
-    for transform in (RigidTransform3D(), AffineTransform3D()):
-        found = step.optimize(image, head, transform, None, starting_affine=found, **grids).affine
-    return found
+    """Return the affine map from patient to atlas, world to world."""
+    start = np.eye(4)
+    start[:3, 3] = (_centre(*moving) - _centre(*static))[:3]
+    return aligned(static, moving, start)
 
 
-def _shape(image: np.ndarray, mask: np.ndarray | bool = False) -> np.ndarray:
-    return ((image > 0) | mask).astype(np.float64)
+def _centre(image: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Return the centre (4,) of a brain with its masked part; that of intensities would move with a large mask."""
+    return affine @ [*ndimage.center_of_mass((image > 0) | mask), 1]
 
 
 def _downsampled(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, size_mm: float) -> MaskedImage:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from ldm_lib.anatomy.alignment import Alignment, align
 from ldm_lib.anatomy.mri_simulation import draw_tumour
 from ldm_lib.anatomy.registration import Registration, register
 from ldm_lib.anatomy.synthetic_brain import EXTENT_MM, Grid, as_volume
@@ -21,6 +20,7 @@ from ldm_lib.anatomy.synthetic_tumour import from_growth_grid, grow_in_brain, sy
 from ldm_lib.anatomy.tissue import CSF, GM, WM, smooth_field
 from ldm_lib.anatomy.tissue_segmentation import mixture_labels, tissue_from_scan
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
+from ldm_lib.data.alignment import Alignment, align
 from ldm_lib.data.mask_synthesis import UNHEALTHY_MARGIN_MM, dilate_mm, healthy_mask, void
 from ldm_lib.data.synthetic_cohort import CONTRAST, DONORS, MASKS, TUMOUR, SyntheticPatient, stream_of
 from ldm_lib.errors import InputError

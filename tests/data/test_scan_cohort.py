@@ -16,13 +16,13 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from ldm_lib.__main__ import main
-from ldm_lib.anatomy.alignment import align, rigid_map
 from ldm_lib.anatomy.atlas import mni152
 from ldm_lib.anatomy.registration import register
 from ldm_lib.anatomy.synthetic_brain import ATLAS_CENTRE_VOX, CENTRE_MM, brats_grid
 from ldm_lib.anatomy.tissue_segmentation import tissue_from_scan
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD
 from ldm_lib.data import scan_cohort as module
+from ldm_lib.data.alignment import align, rigid_map
 from ldm_lib.data.case import load_case
 from ldm_lib.data.cohort import survey_cases
 from ldm_lib.data.layouts import list_scans

@@ -24,7 +24,6 @@ DOORS = {
     "papermill": {"experiment"},
     "nbconvert": {"experiment"},
     "jupyter_client": {"experiment", "cli/doctor"},
-    "dipy": {"anatomy"},
     "nibabel": {"images", "data", "geometry", "anatomy/atlas"},
     "deepbet": {"images/skull_strip"},
     "pandas": {"experiment", "evaluation/evaluate", "evaluation/summary"},

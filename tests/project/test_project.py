@@ -13,7 +13,7 @@ PROJECT = PYPROJECT["project"]
 PACKAGES = {re.split(r"[\[<>=!~; ]", line)[0].lower() for line in PROJECT["dependencies"]}
 REQUIRED = [
     "torch", "monai", "monai-generative", "einops", "lightning", "jupyterlab", "papermill", "nibabel", "nilearn",
-    "dipy", "scipy", "matplotlib", "ipywidgets", "wandb", "mlflow", "pydantic", "safetensors", "tqdm",
+    "scipy", "matplotlib", "ipywidgets", "wandb", "mlflow", "pydantic", "safetensors", "tqdm",
 ]  # fmt: skip
 
 

@@ -2,10 +2,10 @@
 
 import multiprocessing
 
-from ldm_lib.anatomy import deformation, registration
+from ldm_lib.anatomy import affine_alignment, deformation
 
 if multiprocessing.parent_process():  # in a worker, which the fixture `fast_registration` does not reach
-    registration.AFFINE_ITERATIONS, deformation.ITERATIONS = 5, (0, 0, 3)
+    affine_alignment.ITERATIONS, deformation.ITERATIONS = 5, (0, 0, 3)
 
 
 def draw(path, **planes_kwargs):
