@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # dipy and torch take seconds to load: they are imported wher
 
 log = logging.getLogger("ldm_lib")
 
-CODE_VERSION = 4  # raise it when a map would come out differently
+CODE_VERSION = 5  # raise it when a map would come out differently
 DAYS_FROM_SEGMENTATION = 15.0  # grows a soft rim of a few millimetres, less than the margin, around a segmentation
 NO_MAP, GIVEN = "none", "given"
 
