@@ -67,7 +67,7 @@ def export(options: argparse.Namespace) -> int:
     from ldm_lib.training.export import export_model
 
     files = export_model(options.model, expand_path(options.output), to=options.to, temperature=options.temperature)
-    print("\n".join(f"{path}: {path.stat().st_size / 1e6:.2f} MB" for path in files))
+    print("\n".join(f"{path}: {path.stat().st_size / 1e6:.3g} MB" for path in files))
     return 0
 
 

@@ -65,7 +65,8 @@ def _front_page(run_folder: Path) -> str:
     parts = [f"# Run {_escaped(run_folder.name)}", _progress(run_folder.name, states, config), _passed(records)]
     parts += _picture(run_folder, records) + _pages(records)
     if "06_evaluation" in records and (scores := run_folder / "06_evaluation" / "metrics.csv").exists():
-        parts += ["## Scores", _scores(scores)]
+        old = "**Outdated**: an earlier stage has been replaced since.\n\n" * (states["06_evaluation"] == "outdated")
+        parts += ["## Scores", old + _scores(scores)]
     facts = [*_settings(records, config), *_facts(run_folder, records), *_made_with(records)]
     parts += ["## What was run", markdown([("", ""), *((label, _escaped(text)) for label, text in facts)])]
     parts += ["## Checks that did not pass, and warnings", _warnings(run_folder, states, records)]

@@ -189,6 +189,7 @@ def test_results_of_an_earlier_model_are_outdated(run):
     stage = open_stage(TRAINING, configs[TRAINING].model_dump())
     (stage.folder / "weights.txt").write_text("other")
     assert [cells[1] for cells in page(run).rows if cells and cells[0] in (SAMPLING, EVALUATION)] == ["outdated"] * 2
+    assert "## Scores\n\n**Outdated**" in (run / "report.md").read_text()
     stage.close(SUMMARIES[TRAINING])
     found = page(run)
     states = {cells[0]: cells[1] for cells in found.rows if cells and cells[0] in STAGES}

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from browser import settled
+from scipy.spatial.transform import Rotation
 
 from ldm_lib.__main__ import main
 from ldm_lib.data.case import load_case
@@ -106,12 +107,17 @@ def test_a_page_elsewhere(cases, tiny_model_folder, tmp_path):
     assert names == ["result", "ground truth"]
 
 
+OBLIQUE = np.eye(4)
+OBLIQUE[:3] = Rotation.from_euler("xz", [32, 20], degrees=True).as_matrix() @ AFFINE[:3]
+
+
 @pytest.mark.slow
-def test_a_browser_shows_the_page_without_a_network(arrays, tmp_path, browser):
-    """The canvas is not blank, slider and layers change it, nothing is asked for, and the console stays empty."""
+@pytest.mark.parametrize("affine", [AFFINE, OBLIQUE])
+def test_a_browser_shows_the_page_without_a_network(arrays, tmp_path, browser, affine):
+    """The canvas shows the mask, slider and layers change it, nothing is asked for, and the console stays empty."""
     voided, truth, mask = arrays
     page, said, asked = tmp_path / "page.html", [], []
-    page.write_text(pages.page(voided, {"truth": truth, "half": truth / 2}, mask, affine=AFFINE), encoding="utf-8")
+    page.write_text(pages.page(voided, {"truth": truth, "half": truth / 2}, mask, affine=affine), encoding="utf-8")
     tab = browser.new_page(viewport={"width": 600, "height": 500})
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
@@ -121,6 +127,8 @@ def test_a_browser_shows_the_page_without_a_network(arrays, tmp_path, browser):
     tab.wait_for_selector("body[data-ready]", timeout=60_000)
     seen = [settled(tab.locator("canvas"))]
     assert len(seen[0]) > 3000  # a blank canvas packs into less
+    shown_mm = [int(number) for number in re.findall(r"-?\d+", tab.locator("#place").inner_text())]
+    assert np.abs(np.subtract(shown_mm, held(page.read_text())["centre"])).max() <= 3  # the longest edge of a voxel
     for action in (
         lambda: tab.locator("#fade").fill("0.5"),
         lambda: tab.locator("#fade").fill("0"),
