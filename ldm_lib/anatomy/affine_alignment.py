@@ -29,7 +29,7 @@ class _Pair:
     """Hold what the information is computed from: visible voxels of the patient, and the head."""
 
     bins: Tensor  # (n,) of the patient's voxels
-    places: np.ndarray  # (3, n) mm, relative to `centre`
+    places: Tensor  # (3, n) mm, relative to `centre`
     centre: np.ndarray  # (4, 4) shift to the middle of the voxels
     head: Tensor  # (1 2 x y z): intensities, and 1 in the brain and its rim
     head_affine: np.ndarray
@@ -46,11 +46,11 @@ class _Pair:
         centre[:3, 3] = world.mean(1)
         bins = _scaled(torch.from_numpy(image[tuple(voxels.T)].astype(np.float64))).round().long()
         both = torch.from_numpy(np.stack([head, head_near]).astype(np.float64))[None]
-        return cls(bins, world - centre[:3, 3:], centre, both, head_affine)
+        return cls(bins, torch.from_numpy(world - centre[:3, 3:]), centre, both, head_affine)
 
     def information(self, matrix: Tensor) -> Tensor:
         """Return the mutual information, in nats, under a map from `places` to the voxels of the head (4, 4)."""
-        at = (matrix[:3, :3] @ torch.from_numpy(self.places) + matrix[:3, 3:])[:, None, None]
+        at = (matrix[:3, :3] @ self.places + matrix[:3, 3:])[:, None, None]
         inside = interpolate(self.head[:, 1:], at.detach())[0, 0, 0, 0] > 0.5
         moved = _scaled(interpolate(self.head[:, :1], at)[0, 0, 0, 0], self.head[0, 0])
         near = moved.detach().floor().long()[:, None] + torch.arange(-1, 3)  # the bins that a spline reaches
@@ -60,6 +60,14 @@ class _Pair:
         joint = joint.view(ALL_BINS, ALL_BINS) / joint.sum().clamp(min=1)
         apart = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
         return torch.where(joint > 0, joint * torch.log(joint.clamp(min=1e-30) / apart.clamp(min=1e-30)), 0).sum()
+
+    def cost(self, parameters: np.ndarray, move: Callable, before: Tensor) -> tuple[float, np.ndarray]:
+        """Return the negative information of `before @ move(parameters)`, and its gradient."""
+        values = torch.from_numpy(parameters).requires_grad_()
+        with torch.enable_grad():
+            information = self.information(before @ move(values))
+        (gradient,) = torch.autograd.grad(-information, values)
+        return -float(information.detach()), gradient.numpy()
 
 
 def aligned(static: MaskedImage, moving: MaskedImage, start: np.ndarray) -> np.ndarray:
@@ -74,20 +82,12 @@ def aligned(static: MaskedImage, moving: MaskedImage, start: np.ndarray) -> np.n
         ValueError: fewer visible voxels than bins.
     """
     pair = _Pair.of(static, moving)
-    to_voxels = np.linalg.inv(pair.head_affine)
-    for move in (_rigid, _affine):
-        before, after = torch.from_numpy(to_voxels @ start @ pair.centre), start @ pair.centre
-
-        def cost(parameters: np.ndarray, move: Callable = move, before: Tensor = before) -> tuple[float, np.ndarray]:
-            values = torch.from_numpy(parameters).requires_grad_()
-            with torch.enable_grad():
-                information = pair.information(before @ move(values))
-            (gradient,) = torch.autograd.grad(-information, values)
-            return -float(information.detach()), gradient.numpy()
-
-        none = np.zeros(3 + (3 if move is _rigid else 9))
-        best = optimize.minimize(cost, none, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}).x
-        start = after @ move(torch.from_numpy(best)).numpy() @ np.linalg.inv(pair.centre)
+    for move, count in ((_rigid, 6), (_affine, 12)):
+        before = torch.from_numpy(np.linalg.inv(pair.head_affine) @ start @ pair.centre)
+        best = optimize.minimize(
+            pair.cost, np.zeros(count), (move, before), "L-BFGS-B", jac=True, options={"maxiter": ITERATIONS}
+        ).x
+        start = start @ pair.centre @ move(torch.from_numpy(best)).numpy() @ np.linalg.inv(pair.centre)
     return start
 
 

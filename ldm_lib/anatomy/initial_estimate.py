@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.geometry import bounding_box
 
-REGRESSION_WEIGHT = 0.6  # w: less misses what the map knows, more trusts its errors (docs/registration.md)
-WIDTHS_MM = (1.0, 3.0)  # s: of voxels where a registered atlas is right, and of its error
+REGRESSION_WEIGHT = 0.6  # w: chosen on left-out people and synthetic patients, see docs/registration.md
+WIDTHS_MM = (1.0, 3.0)  # s: a voxel, and about the error of a registered atlas
 NEAR_MM, FAR_MM = 15.0, 40.0  # the regression's weights fall by 1/e over NEAR, and end at FAR
 SURFACE_MM = 10.0  # of the registered atlas, within which the surface of the brain may be
 RIDGE = 1e-3  # relative to the mean variance of the regressors

@@ -43,9 +43,10 @@ def list_cases(
     if not (scans := _scans(root)):
         return [], []
     _, maps = conditioning_maps(root, conditioning_dir)
-    masks, brains, cases, exclusions, without = _masks(root, _LESION), _masks(root, _BRAIN), [], [], []
+    lesions, brains = _masks(root, _LESION, _BRAIN)
+    cases, exclusions, without = [], [], []
     for scan, entities, subject in scans:
-        found, brain = (masks_of[scan.parent.relative_to(root), entities] for masks_of in (masks, brains))
+        found, brain = (masks_of[scan.parent.relative_to(root), entities] for masks_of in (lesions, brains))
         if not found:
             without.append(scan.name)
         elif len(found) > 1:
@@ -90,15 +91,18 @@ def _scans(root: Path) -> list[tuple[Path, str, str]]:
     return [(path, match["entities"], match["subject"]) for path, match in found]
 
 
-def _masks(root: Path, kind: re.Pattern[str]) -> dict[tuple[Path, str], list[Path]]:
-    """Return (folder of the scan, its entities) -> its masks of one kind, those of other spaces left out."""
-    masks: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+def _masks(root: Path, *kinds: re.Pattern[str]) -> list[dict[tuple[Path, str], list[Path]]]:
+    """Return for each kind (folder of the scan, its entities) -> its masks, those of other spaces left out."""
+    masks: list[dict[tuple[Path, str], list[Path]]] = [defaultdict(list) for _ in kinds]
     for base in (root, *sorted(path for path in root.glob("derivatives/*") if path.is_dir())):
         for folder in (folder for pattern in _FOLDERS for folder in base.glob(pattern)):
             for path in sorted(folder.iterdir()):
                 match = _MASK.fullmatch(path.name)
-                if match and kind.search(match["added"]) and not _OTHER_SPACE.search(match["added"]):
-                    masks[folder.relative_to(base), match["entities"]].append(path)
+                if match is None or _OTHER_SPACE.search(match["added"]):
+                    continue
+                for kind, found in zip(kinds, masks, strict=True):
+                    if kind.search(match["added"]):
+                        found[folder.relative_to(base), match["entities"]].append(path)
     return masks
 
 

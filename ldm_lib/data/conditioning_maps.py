@@ -25,7 +25,7 @@ from ldm_lib.images.masks import read_labels, read_mask
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import write_map
 
-if TYPE_CHECKING:  # dipy and torch take seconds to load: they are imported where a map is made
+if TYPE_CHECKING:  # torch and scipy take seconds to load: they are imported where a map is made
     from ldm_lib.anatomy.registration import Registration
 
 log = logging.getLogger("ldm_lib")

@@ -10,6 +10,8 @@ import numpy as np
 from ldm_lib.errors import InputError
 from ldm_lib.images.volume import Volume
 
+OTHERWISE = "check its orientation and contrast, or give its brain mask with `ldm inpaint --brain-mask FILE`"
+
 
 def brain_of_head(head: Volume, mask: np.ndarray) -> np.ndarray:
     """Return the brain of a T1-weighted head, bool (x, y, z), whose voxels under the mask are not read.
@@ -27,9 +29,6 @@ def brain_of_head(head: Volume, mask: np.ndarray) -> np.ndarray:
     except (AssertionError, ValueError) as error:  # of deepbet, where nothing is left of its coarse brain
         raise InputError("deepbet finds no brain in it", where=head.path, fix=OTHERWISE) from error
     return np.asarray(brain.dataobj) > 0
-
-
-OTHERWISE = "check its orientation and contrast, or give its brain mask with `ldm inpaint --brain-mask FILE`"
 
 
 def deepbet_version() -> str:

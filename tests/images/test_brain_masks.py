@@ -116,4 +116,4 @@ def test_a_head_without_a_brain_mask_is_rejected_in_one_line(tmp_path, head):
 
 @pytest.mark.parametrize("scan", [np.where(BRAIN, 100, NOISE), np.where(WITH_NECK, 10, 150)])
 def test_noise_around_a_brain_and_bright_air_are_not_taken_for_a_head(tmp_path, scan):
-    load_case(bare(tmp_path, scan))
+    assert load_case(bare(tmp_path, scan)).brain is None
