@@ -239,3 +239,16 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "give one of them"
         return new if " " in new else f"it is called {new!r} since version 0.8"
     match = difflib.get_close_matches(name, list(known), 1, 0.6)
     return f"did you mean {match[0]!r}?" if match else otherwise
+
+
+def assignments(texts: Iterable[str]) -> dict[str, str]:
+    """Return ["key=value", ...] as a mapping; a key that is given twice is rejected."""
+    values: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write for example --set max_epochs=10")
+        if name in values:
+            raise ConfigError(f"--set {name} is given twice, {values[name]!r} and {value!r}", fix="keep one")
+        values[name] = value
+    return values

@@ -8,10 +8,10 @@ import sys
 
 from ldm_lib.cli.arguments import CASE_READING
 from ldm_lib.cli.case_commands import cohort, evaluate, inpaint, prior, score, submission, validate
-from ldm_lib.cli.options import assignments
 from ldm_lib.experiment.presets import DEFAULT_PRESET
 from ldm_lib.experiment.stages import stage_name
 from ldm_lib.files import expand_path
+from ldm_lib.options import assignments
 from ldm_lib.progress import report
 
 

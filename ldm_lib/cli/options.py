@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -126,16 +126,3 @@ def joined(arguments: Sequence[str]) -> list[str]:
         k = words.index("--seed-mm")
         words[k : k + 2] = [f"--seed-mm={words[k + 1]}"]
     return words
-
-
-def assignments(texts: Iterable[str]) -> dict[str, str]:
-    """Return ["key=value", ...] as a mapping; a key that is given twice is rejected."""
-    values: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals:
-            raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write for example --set max_epochs=10")
-        if name in values:
-            raise ConfigError(f"--set {name} is given twice, {values[name]!r} and {value!r}", fix="keep one")
-        values[name] = value
-    return values

@@ -27,6 +27,7 @@ from ldm_lib.experiment.stages import AuditConfig, SamplingConfig, TrainingConfi
 from ldm_lib.files import write_json
 from ldm_lib.inpainting.folder import fill_cases, require_all, require_recorded
 from ldm_lib.inpainting.inpainter import Inpainter
+from ldm_lib.options import assignments
 from ldm_lib.process_control import die_with_parent
 from ldm_lib.progress import report, show_progress
 from ldm_lib.training.distributed import global_rank, is_first, local_rank, world_size
@@ -89,8 +90,7 @@ def _config(name: str, stage: str, preset: str | None, settings: Sequence[str]) 
     run_folder = outputs_folder() / name
     if not preset:
         return read_record(run_folder / "config.json")[stage] | {"run": name}
-    pairs = [text.partition("=") for text in settings]
-    given = absolute_paths({key.strip(): value.strip() for key, _, value in pairs})
+    given = absolute_paths(assignments(settings))
     configs = resolve(preset, given | {"run": name})
     require_as_made(run_folder, configs, given, stage)
     return configs[stage].model_dump()
