@@ -1,6 +1,6 @@
 """Measure time and memory of this library at full size, compared with the common stack.
 
-    python -m benchmarks [--only case|autoencoder|training] [--full] [--output F]
+    python -m benchmarks [--only command|case|autoencoder|training] [--t1n-voided V --mask M] [--full] [--output F]
 
 Seconds depend on the machine, and their ratio much less: so the ratios are what is kept and compared.
 """
@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.autoencoder import bench_autoencoders
 from benchmarks.case import bench_case
+from benchmarks.command import bench_command
 from benchmarks.machine import processor_name
 from benchmarks.training import bench_training
 from ldm_lib.devices import pick_device, pick_precision
@@ -32,6 +33,7 @@ def bench(
     *,
     only: str | None = None,
     whole: bool = False,
+    files: tuple[str, str] | None = None,
     shape: Sequence[int] = FULL_GRID,
     spacing_mm: float = 1.0,
     changes: dict[str, Any] | None = None,
@@ -40,16 +42,20 @@ def bench(
 
     Args:
         output: JSON file: seconds and memory of all, and under "ratios" how many times faster this library is.
-        only: "case" (which encodes and decodes a volume too), "autoencoder" or "training"; None measures all.
+        only: "command" (`ldm inpaint` with the pretrained weights), "case" (which encodes and decodes a volume too),
+            "autoencoder" or "training"; None measures all.
         whole: run every step of the common stack, see `bench_case`.
+        files: voided T1n and mask that "command" inpaints; None takes a synthetic patient.
         shape: voxels of a volume for autoencoder and training, divisible by 8.
-        spacing_mm: voxel size of the case.
+        spacing_mm: voxel size of the synthetic cases.
         changes: parameters of the denoiser that differ from preset `full`.
     """
     device = pick_device("auto")
     found = {"shape": list(shape), "device": str(device), "processor": processor_name(device),
              "precision": pick_precision("auto", device), "threads": torch.get_num_threads(), "ratios": {},
              "seconds": {}, "made_with": provenance()}  # fmt: skip
+    if only in (None, "command"):
+        _add(found, "command", partial(bench_command, files, spacing_mm=spacing_mm))
     if only in (None, "case"):
         _add(found, "case", partial(bench_case, spacing_mm, whole=whole, changes=changes))
     if only == "autoencoder":
@@ -76,13 +82,20 @@ def _add(found: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["case", "autoencoder", "training"], help="measure one part alone")
+    parser.add_argument("--only", choices=["command", "case", "autoencoder", "training"],
+                        help="measure one part alone")  # fmt: skip
+    parser.add_argument("--t1n-voided", metavar="V", help="3D T1n that `ldm inpaint` is measured on (default: a "
+                        "synthetic patient)")  # fmt: skip
+    parser.add_argument("--mask", metavar="M", help="its mask")
     parser.add_argument("--full", action="store_true", help="run all steps of the common stack, not 3 of 50")
     parser.add_argument("--output", metavar="F", help="JSON file (default: outputs/bench/bench.json)")
     options = parser.parse_args(arguments)
+    if bool(options.t1n_voided) != bool(options.mask):
+        parser.error("--t1n-voided and --mask go together")
+    files = (options.t1n_voided, options.mask) if options.mask else None
     output = Path(options.output) if options.output else outputs_folder() / "bench" / "bench.json"
     try:
-        bench(output, only=options.only, whole=options.full)
+        bench(output, only=options.only, whole=options.full, files=files)
     except LdmError as error:
         print(f"ERROR {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ from ldm_lib.anatomy.deformation import interpolate
 BINS = 32  # of each image
 ENDS = 2  # bins on either side for the ends of the splines
 ALL_BINS = BINS + 2 * ENDS
-ITERATIONS = 200
+ITERATIONS, TOLERANCE = 200, 1e-5  # of L-BFGS; a thousandth of it takes three times the steps and finds no more
 RADIUS_MM = 60.0  # of a brain: parameters that turn or stretch move its surface by as many mm as those that shift
 RIM = 2  # voxels of air around a brain, which show where it ends
 
@@ -84,9 +84,8 @@ def aligned(static: MaskedImage, moving: MaskedImage, start: np.ndarray) -> np.n
     pair = _Pair.of(static, moving)
     for move, count in ((_rigid, 6), (_affine, 12)):
         before = torch.from_numpy(np.linalg.inv(pair.head_affine) @ start @ pair.centre)
-        best = optimize.minimize(
-            pair.cost, np.zeros(count), (move, before), "L-BFGS-B", jac=True, options={"maxiter": ITERATIONS}
-        ).x
+        options = {"maxiter": ITERATIONS, "ftol": TOLERANCE}
+        best = optimize.minimize(pair.cost, np.zeros(count), (move, before), "L-BFGS-B", jac=True, options=options).x
         start = start @ pair.centre @ move(torch.from_numpy(best)).numpy() @ np.linalg.inv(pair.centre)
     return start
 

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from ldm_lib.files import package_file
+from ldm_lib.geometry import bounding_box
 
 TEMPLATE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 SULCI_MM = 3  # standard deviation of the blur that is subtracted to show sulci
@@ -36,11 +37,14 @@ def mni152() -> Atlas:
     """
     names = [TEMPLATE.format(part) for part in ("t1", "gm", "wm")]
     images = [nib.Nifti1Image.from_filename(package_file("nilearn", "datasets", "data", name)) for name in names]
-    t1, gm, wm = (volume / volume.max() for volume in (image.get_fdata(dtype=np.float32) for image in images))
+    whole, gm, wm = (volume / volume.max() for volume in (image.get_fdata(dtype=np.float32) for image in images))
+    box, fractions = bounding_box(whole > 0), np.zeros((3, *whole.shape), np.float32)
+    t1, gm, wm = whole[box], gm[box], wm[box]
     brain = t1 > 0
-    weight = ndimage.gaussian_filter(brain.astype(np.float32), SULCI_MM) + 1e-6
-    sharp = t1 + (t1 - ndimage.gaussian_filter(t1, SULCI_MM) / weight)
+    near = [ndimage.gaussian_filter(volume, SULCI_MM, mode="constant") for volume in (t1, brain.astype(np.float32))]
+    sharp = t1 + (t1 - near[0] / (near[1] + 1e-6))
     dark = 1 / (1 + np.exp((sharp - DARK) / DARK_WIDTH))
     tissue = np.minimum(gm + wm, 1 - dark) / np.maximum(gm + wm, 1e-6) * brain
     gm, wm = gm * tissue, wm * tissue
-    return Atlas(t1, np.stack([brain - gm - wm, gm, wm]), images[0].affine)
+    fractions[(slice(None), *box)] = brain - gm - wm, gm, wm
+    return Atlas(whole, fractions, images[0].affine)

@@ -6,7 +6,7 @@ ventricles, in deep nuclei and in large sulci, so that the visible one informs a
 
 import numpy as np
 import torch
-from scipy import ndimage, optimize
+from scipy import optimize
 from scipy.spatial.transform import Rotation
 
 from ldm_lib.anatomy.deformation import interpolate, transformed, voxels
@@ -30,20 +30,19 @@ def midsagittal_reflection(image: np.ndarray, mask: np.ndarray, *, spacing_mm: f
     padding = [(0, -n % step) for n in image.shape]
     volumes = mask, (image > 0) | mask, np.where(mask, 0, image)
     hidden, brain, values = (block_mean(np.pad(volume, padding), step) for volume in volumes)
-    visible = (hidden == 0).astype(np.float32)
+    both = torch.from_numpy(np.stack([values, (hidden > 0).astype(np.float32)]))[None]
     points = np.argwhere((brain > 0) & (hidden == 0)).T
     extent = np.argwhere(brain > 0)
     centre = (extent.min(0) + extent.max(0)) / 2 if len(extent) else (np.array(brain.shape) - 1) / 2
-    own = values[tuple(points)]
+    own, positions = values[tuple(points)], torch.from_numpy(points.astype(np.float32))[..., None, None]
 
     def misfit(parameters: np.ndarray) -> float:
         matrix = _reflection(parameters, centre, step * spacing_mm)
-        places = matrix[:3, :3] @ points + matrix[:3, 3:]
-        other = ndimage.map_coordinates(values, places, order=1)
-        both = ndimage.map_coordinates(visible, places, order=1, cval=1.0) > 1 - 1e-3
-        if both.sum() < LEAST_POINTS or not (own[both].std() and other[both].std()):
+        other, behind = interpolate(both, transformed(positions, matrix))[0, ..., 0, 0].numpy()
+        shown = behind < 1e-3
+        if shown.sum() < LEAST_POINTS or not (own[shown].std() and other[shown].std()):
             return 0.0
-        return -float(np.corrcoef(own[both], other[both])[0, 1])
+        return -float(np.corrcoef(own[shown], other[shown])[0, 1])
 
     simplex = np.vstack([np.zeros(3), np.diag(SIMPLEX)])
     options = {"initial_simplex": simplex, "xatol": 0.05, "fatol": 1e-5, "maxiter": 200}
@@ -80,7 +79,10 @@ def contralateral_image(estimate: np.ndarray, mask: np.ndarray, *, spacing_mm: f
         return values, known
     voided = np.where(mask, 0, values)
     matrix = midsagittal_reflection(voided, mask, spacing_mm=spacing_mm)
-    box = bounding_box(mask, int(np.ceil(REACH_MM / spacing_mm)))
+    reached = bounding_box(mask, int(np.ceil(REACH_MM / spacing_mm)))
+    known[reached] = True  # air is
+    brain = bounding_box((values > 0) | mask, 1)
+    box = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(reached, brain, strict=True))
     both = torch.from_numpy(np.stack([voided, mask.astype(np.float32)]))[None]
     positions = voxels(mask[box].shape, [side.start for side in box])
     other, hidden = interpolate(both, transformed(positions, matrix))[0].numpy()

@@ -29,7 +29,9 @@ LEAST_VARIANCE = 1e-5  # of a window; below it there is nothing to correlate
 
 
 @torch.inference_mode()
-def deform(static: np.ndarray, mask: np.ndarray, moving: np.ndarray, affine: np.ndarray) -> Tensor:
+def deform(
+    static: np.ndarray, mask: np.ndarray, moving: np.ndarray, affine: np.ndarray, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """Find the deformation of a moving image that correlates best with a static one.
 
     Args:
@@ -37,6 +39,7 @@ def deform(static: np.ndarray, mask: np.ndarray, moving: np.ndarray, affine: np.
         mask: (x, y, z) bool, voxels of the static image that are not read.
         moving: float32 (x', y', z').
         affine: (4, 4) from a voxel of the static image to one of the moving image, before any deformation.
+        device: where it is computed; the result stays there.
 
     Raises:
         ValueError: an image of too few voxels.
@@ -46,11 +49,11 @@ def deform(static: np.ndarray, mask: np.ndarray, moving: np.ndarray, affine: np.
     """
     if min(static.shape) < SMALLEST_AXIS:
         raise ValueError(f"an image of {static.shape} voxels; needed are {SMALLEST_AXIS} along each axis")
-    image, hidden, atlas = (torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None]
+    image, hidden, atlas = (torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None].to(device)
                             for volume in (static, mask, moving))  # fmt: skip
     visible, full = 1 - hidden, static.shape
     image = image.where(visible > 0, 0)
-    field = torch.zeros(1, 3, *full)
+    field = torch.zeros(1, 3, *full, device=device)
     for iterations, reduction in zip(ITERATIONS, REDUCTIONS, strict=True):
         shape = [-(-n // reduction) for n in full]
         if reduction > 1 and min(shape) < SMALLEST_AXIS:
@@ -79,7 +82,7 @@ class Level:
 
     @cached_property
     def _positions(self) -> Tensor:
-        return voxels(self.static.shape[2:])
+        return voxels(self.static.shape[2:]).to(self.static)
 
     @cached_property
     def _static_sums(self) -> Tensor:
@@ -89,7 +92,7 @@ class Level:
 
     def improved(self, field: Tensor, longest_vox: float) -> Tensor:
         """Take one step of a given longest displacement."""
-        warped = interpolate(self.moving, transformed(self._positions + field[0], self.affine))
+        warped = interpolate(self.moving, self._positions + field[0], self.affine)
         gradient = torch.cat([_central_difference(warped, axis) for axis in (2, 3, 4)], dim=1)
         force = self.correlation_slope(warped) * gradient
         step = gaussian_blur(force, STEP_BLUR_VOX)
@@ -129,7 +132,7 @@ def _resized(field: Tensor, shape: Sequence[int]) -> Tensor:
     """Resample displacements to another grid over the same region, in its voxels."""
     factors = [(n - 1) / (m - 1) for n, m in zip(shape, field.shape[2:], strict=True)]
     resized = F.interpolate(field, list(shape), mode="trilinear", align_corners=True)
-    return resized * torch.tensor(factors).view(1, 3, 1, 1, 1)
+    return resized * torch.tensor(factors, device=field.device).view(1, 3, 1, 1, 1)
 
 
 def voxels(shape: Sequence[int], start: Sequence[int] = (0, 0, 0)) -> Tensor:
@@ -140,19 +143,29 @@ def voxels(shape: Sequence[int], start: Sequence[int] = (0, 0, 0)) -> Tensor:
 
 def transformed(positions: Tensor, matrix: np.ndarray) -> Tensor:
     """Apply an affine map (4, 4) to positions (3 x y z)."""
-    x, y, z = positions
-    return torch.stack([a * x + b * y + c * z + d for a, b, c, d in matrix[:3].tolist()])
+    turn, shift = (torch.from_numpy(part).to(positions) for part in (matrix[:3, :3], matrix[:3, 3:]))
+    return torch.addmm(shift, turn, positions.flatten(1)).view_as(positions)
 
 
-def interpolate(volumes: Tensor, positions: Tensor, *, outside: str = "zeros") -> Tensor:
-    """Interpolate volumes (1 c x y z) linearly at positions (3 x' y' z') in voxels: (1 c x' y' z').
+def interpolate(
+    volumes: Tensor, positions: Tensor, matrix: np.ndarray | None = None, *, outside: str = "zeros"
+) -> Tensor:
+    """Interpolate volumes (1 c x y z) linearly at positions (3 x' y' z'): (1 c x' y' z').
 
     Args:
+        matrix: affine map (4, 4) from positions to voxels of the volumes; None is the identity.
         outside: "zeros", or "border": the nearest voxel's value.
     """
-    places = [p * (2 / (n - 1)) - 1 for p, n in zip(positions, volumes.shape[2:], strict=True)]
-    grid = torch.stack(places[::-1], dim=-1)[None]
-    return F.grid_sample(volumes, grid, align_corners=True, padding_mode=outside)
+    scale = np.diag([*(2 / (n - 1) for n in volumes.shape[2:]), 1.0])  # `grid_sample` counts from -1 to 1, and z y x
+    scale[:3, 3] = -1
+    rows = (scale if matrix is None else scale @ matrix)[2::-1].copy()
+    turn, shift = (torch.from_numpy(part).to(positions) for part in (rows[:, :3].T, rows[:, 3]))
+    grid, n = torch.addmm(shift, positions.flatten(1).T, turn), positions[0].numel()
+    # in 3D, `grid_sample` takes a thread for each item of a batch, so that the positions are made a batch
+    parts = torch.get_num_threads() if volumes.device.type == "cpu" else 1
+    grid = F.pad(grid, (0, 0, 0, -n % parts)).view(parts, 1, 1, -1, 3)
+    found = F.grid_sample(volumes.expand(parts, -1, -1, -1, -1), grid, align_corners=True, padding_mode=outside)
+    return found.transpose(0, 1).flatten(1)[:, :n].view(1, volumes.shape[1], *positions.shape[1:])
 
 
 def _central_difference(volume: Tensor, axis: int) -> Tensor:

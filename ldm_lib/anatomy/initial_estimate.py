@@ -10,6 +10,7 @@ be trusted too much. Air at the brain's surface is not known to be dark, see `ai
 Everything but distances is computed in torch, in batches: training and inference share these functions.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_lib.anatomy.tissue import TISSUES
-from ldm_lib.geometry import bounding_box
+from ldm_lib.geometry import bounding_box, face_neighbours
 
 REGRESSION_WEIGHT = 0.6  # w: chosen on left-out people and synthetic patients, see docs/registration.md
 WIDTHS_MM = (1.0, 3.0)  # s: a voxel, and about the error of a registered atlas
@@ -60,10 +61,8 @@ def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *,
         return filled
     box = bounding_box(mask, int(np.ceil(FAR_MM / spacing_mm)))
     air = air_at_surface(filled, mask, tissue, spacing_mm=(spacing_mm,) * 3)
-    distance_mm = ndimage.distance_transform_edt(~mask[box]) * spacing_mm
-    weight = np.where((distance_mm > 0) & (distance_mm <= FAR_MM), np.exp(-distance_mm / NEAR_MM), 0)
     one = [torch.from_numpy(np.ascontiguousarray(array[box]))[None, None] for array in (filled, mask, tissue, air)]
-    estimate = fill(*one, torch.from_numpy(weight.astype(np.float32))[None, None], spacing_mm=spacing_mm)
+    estimate = fill(*one, spacing_mm=spacing_mm)
     filled[mask] = estimate[0, 0].numpy()[mask[box]]
     return filled
 
@@ -71,7 +70,7 @@ def initial_estimate(image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *,
 def air_at_surface(
     image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, *, spacing_mm: Sequence[float]
 ) -> np.ndarray:
-    """Return the air next to the mask from which nothing is continued into it, bool (x, y, z).
+    """Return the voxels of air next to the mask from which nothing is continued into it, bool (x, y, z).
 
     A lesion that is drawn up to the brain's surface ends at air, which says nothing about the intensity of the lesion's
     edge. Air farther from all tissue than a registration errs is what the mask continues where it was drawn beyond
@@ -83,31 +82,32 @@ def air_at_surface(
         tissue: (x, y, z) labels, 0 none.
         spacing_mm: edges of a voxel.
     """
-    box = bounding_box(mask, [int(np.ceil(SURFACE_MM / mm)) + 1 for mm in spacing_mm])
-    distance_mm = ndimage.distance_transform_edt(tissue[box] == 0, sampling=spacing_mm)
-    found = np.zeros(mask.shape, bool)
-    if tissue[box].any():
-        found[box] = ~mask[box] & (image[box] <= 0) & (distance_mm <= SURFACE_MM)
+    found = face_neighbours(mask) & (image <= 0)
+    if not found.any():
+        return found
+    box = bounding_box(found, [int(np.ceil(SURFACE_MM / mm)) + 1 for mm in spacing_mm])
+    if not tissue[box].any():
+        return np.zeros_like(found)
+    found[box] &= ndimage.distance_transform_edt(tissue[box] == 0, sampling=spacing_mm) <= SURFACE_MM
     return found
 
 
-def fill(image: Tensor, mask: Tensor, tissue: Tensor, air: Tensor, weight: Tensor, *, spacing_mm: float) -> Tensor:
+def fill(image: Tensor, mask: Tensor, tissue: Tensor, air: Tensor, *, spacing_mm: float) -> Tensor:
     """Fill the masked regions of a batch of images: `initial_estimate` in torch, on any device.
 
     Args:
         image: (b 1 x y z) normalised, 0 under the mask.
         mask, air: (b 1 x y z) bool, voxels to fill, and air that is not continued into them.
         tissue: (b 1 x y z) labels.
-        weight: (b 1 x y z) of each visible voxel in the regression, 0 where it is left out.
         spacing_mm: edge of an isotropic voxel.
 
     Returns:
         (b 1 x y z) float32, at least 0 under the mask.
     """
-    regression = REGRESSION_WEIGHT * _regression(image, tissue, weight, spacing_mm)
     core = (..., *bounding_box(mask.any(0)[0].cpu().numpy(), 1))
-    residual = torch.where(mask, 0, image - regression)[core]
-    inside = regression[core] + continue_harmonically(residual, mask[core], air[core])
+    regression = REGRESSION_WEIGHT * _regression(image, mask, tissue, core, spacing_mm)
+    residual = torch.where(mask[core], 0, image[core] - regression)
+    inside = regression + continue_harmonically(residual, mask[core], air[core])
     filled = image.clone()
     filled[core] = torch.where(mask[core], inside.clamp(min=0), image[core])
     return filled
@@ -130,7 +130,7 @@ def coarse_estimate(voided: Tensor, mask: Tensor, tissue: Tensor, near: Tensor, 
     every = (..., *(slice(None, None, step),) * 3)
     air = ~hidden & (image <= 0) & near[every]
     coarse_mm = step * spacing_mm
-    filled = fill(image, hidden, tissue[every], air, _weight(hidden, coarse_mm), spacing_mm=coarse_mm)
+    filled = fill(image, hidden, tissue[every], air, spacing_mm=coarse_mm)
     return torch.where(mask, F.interpolate(filled, scale_factor=step, mode="trilinear"), voided)
 
 
@@ -148,41 +148,60 @@ def _weight(hidden: Tensor, mm: float) -> Tensor:
     return torch.where(hidden | (weight < float(np.exp(-FAR_MM / NEAR_MM))), 0, weight)
 
 
-def gaussian_blur(volumes: Tensor, sigma_vox: float | Sequence[float]) -> Tensor:
-    """Blur volumes (b c x y z) by a Gaussian, mirrored at the borders, by one matrix product along each axis."""
-    for axis, sigma in zip((2, 3, 4), np.broadcast_to(sigma_vox, 3).tolist(), strict=True):
-        if sigma > 0:
-            matrix = _blur_matrix(volumes.shape[axis], sigma).to(volumes)
-            volumes = torch.tensordot(volumes, matrix, dims=([axis], [1])).movedim(-1, axis)
-    return volumes
+def gaussian_blur(
+    volumes: Tensor, sigma_vox: float | Sequence[float], kept: Sequence[slice] = (slice(None),) * 3
+) -> Tensor:
+    """Blur volumes (b c x y z) by a Gaussian, mirrored at the borders, by one matrix product along each axis.
+
+    Args:
+        kept: the voxels of each axis that are computed.
+    """
+    sizes, sigmas = volumes.shape[2:], np.broadcast_to(sigma_vox, 3).tolist()
+    x, y, z = (_blur_matrix(n, s)[rows].to(volumes) for n, s, rows in zip(sizes, sigmas, kept, strict=True))
+    volumes = (x @ volumes.flatten(3)).unflatten(3, sizes[1:])
+    return y @ volumes @ z.T
 
 
 @lru_cache(maxsize=64)
 def _blur_matrix(size: int, sigma: float) -> Tensor:
-    kernel = ndimage.gaussian_filter1d(np.eye(size), sigma, axis=0, truncate=TRUNCATE)
-    return torch.from_numpy(kernel)
+    identity = np.eye(size)
+    return torch.from_numpy(ndimage.gaussian_filter1d(identity, sigma, 0, truncate=TRUNCATE) if sigma else identity)
 
 
-def _regression(image: Tensor, tissue: Tensor, weight: Tensor, spacing_mm: float) -> Tensor:
-    """Return p (b 1 x y z), or 0 where too little is visible."""
+def _regression(image: Tensor, mask: Tensor, tissue: Tensor, core: tuple[slice, ...], spacing_mm: float) -> Tensor:
+    """Return p in a box (b 1 x y z), or 0 where too little is visible; it is fitted on voxels of about `COARSE_MM`."""
+    step = coarse_step(spacing_mm)
+    every = (slice(None, None, step),) * 3
     one_hot = torch.cat([tissue == label for label in TISSUES], dim=1).float()
-    present = ((one_hot * (weight > 0)).flatten(2).sum(2) > 0).float()  # b k
-    blurred = torch.cat([gaussian_blur(one_hot, width / spacing_mm) for width in WIDTHS_MM], dim=1)
-    blurred = blurred * present.repeat(1, len(WIDTHS_MM))[..., None, None, None]
-    usable = present.any(1) & ((weight > 0).flatten(1).sum(1) >= MIN_VISIBLE_VOXELS)
-    flat, w = blurred.flatten(2), weight.flatten(2)
-    w = (w / w.sum(2, keepdim=True).clamp(min=1e-12)).double()
-    centre = flat.double() @ w.mT  # b r 1
-    centred, values = flat.double() - centre, image.flatten(2).double()
+    weight = _weight(mask[(..., *every)], step * spacing_mm).flatten(2)
+    labels = one_hot[(..., *every)].flatten(2)
+    present = ((labels * (weight > 0)).sum(2) > 0).float().repeat(1, len(WIDTHS_MM))[..., None]  # b r 1
+    usable = present.any(1) & ((weight > 0).sum(2) >= MIN_VISIBLE_VOXELS)
+
+    def regressors(labels: Tensor, kept: Sequence[slice]) -> Tensor:
+        blurred = [gaussian_blur(labels, width / spacing_mm, kept) for width in WIDTHS_MM]
+        return torch.cat(blurred, dim=1) * present[..., None, None]
+
+    w = (weight / weight.sum(2, keepdim=True).clamp(min=1e-12)).double()
+    flat, values = regressors(one_hot, every).flatten(2).double(), image[(..., *every)].flatten(2).double()
+    centre, mean = flat @ w.mT, values @ w.mT  # b r 1, b 1 1
+    centred = flat - centre
     gram = (centred * w) @ centred.mT
-    count = present.sum(1).clamp(min=1) * len(WIDTHS_MM)
-    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1) / count + torch.finfo(torch.float32).tiny
-    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1]).to(gram)
-    mean = values @ w.mT
+    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1) / present.sum((1, 2)).clamp(min=1)
+    gram = gram + (ridge + torch.finfo(torch.float32).tiny)[:, None, None] * torch.eye(gram.shape[1]).to(gram)
     slopes = torch.linalg.solve(gram, centred @ ((values - mean) * w).mT)
     offset = mean - (slopes * centre).sum(1, keepdim=True)
-    fitted = offset[..., None, None].float() + (blurred * slopes[..., None, None].float()).sum(1, keepdim=True)
-    return torch.where(usable[:, None, None, None, None], fitted, 0)
+    inside = regressors(*_with_margin(one_hot, core[1:], math.ceil(TRUNCATE * max(WIDTHS_MM) / spacing_mm)))
+    fitted = offset[..., None, None].float() + (inside * slopes[..., None, None].float()).sum(1, keepdim=True)
+    return torch.where(usable[..., None, None, None], fitted, 0)
+
+
+def _with_margin(volumes: Tensor, box: Sequence[slice], margin: int) -> tuple[Tensor, list[slice]]:
+    """Crop volumes (b c x y z) to a box and a margin, as far as they go; return them and where the box is in them."""
+    starts = [max(side.start - margin, 0) for side in box]
+    wide = [slice(start, side.stop + margin) for start, side in zip(starts, box, strict=True)]
+    inner = [slice(side.start - start, side.stop - start) for start, side in zip(starts, box, strict=True)]
+    return volumes[(..., *wide)], inner
 
 
 def continue_harmonically(known: Tensor, mask: Tensor, air: Tensor) -> Tensor:
@@ -195,33 +214,39 @@ def continue_harmonically(known: Tensor, mask: Tensor, air: Tensor) -> Tensor:
     Returns:
         (b 1 x y z) the solution under the mask, 0 elsewhere; all 0 without any voxel around the mask.
     """
-    inside = mask.float()
-    edge = (~mask & ~air).float()
-    degree = _sum_of_neighbours(inside + edge) * inside
-    right = _sum_of_neighbours(known * edge) * inside
-    faces = _sum_of_neighbours(edge) * inside
-    total = (1, 2, 3, 4)
-    mean = right.sum(total, keepdim=True) / faces.sum(total, keepdim=True).clamp(min=1)
-    x = inside * mean
-    r = right - (degree * x - _sum_of_neighbours(x) * inside)
-    p, power = r, r.square().sum(total, keepdim=True)
-    enough = ESTIMATE_RTOL**2 * right.square().sum(total, keepdim=True)
+    known, inside, edge = (F.pad(volume, (1,) * 6).flatten() for volume in (known, mask, ~mask & ~air))
+    size = [n + 2 for n in mask.shape[2:]]
+    voxels = inside.nonzero()[:, 0]
+    offsets = torch.tensor([sign * stride for stride in (size[1] * size[2], size[2], 1) for sign in (-1, 1)])
+    around = voxels + offsets.to(voxels)[:, None]  # 6 n
+    number = torch.zeros(len(inside), dtype=torch.long, device=voxels.device)
+    number[voxels] = torch.arange(1, len(voxels) + 1, device=voxels.device)
+    neighbours, at_edge = number[around], edge[around]
+    faces, right = at_edge.sum(0).float(), (known[around] * at_edge).sum(0)
+    degree = faces + (neighbours > 0).sum(0)
+    counts = mask.flatten(1).sum(1)
+
+    def total(values: Tensor) -> Tensor:
+        """Sum over the voxels of each volume, (n,) again."""
+        sums = torch.stack([part.sum() for part in values.split(counts.tolist())])
+        return sums if len(sums) == 1 else sums.repeat_interleave(counts)
+
+    def laplacian(values: Tensor) -> Tensor:
+        return degree * values - F.pad(values, (1, 0))[neighbours].sum(0)
+
+    tiny = torch.finfo(known.dtype).tiny
+    x = (total(right) / total(faces).clamp(min=1)).expand_as(right)
+    r = right - laplacian(x)
+    p, power = r, total(r.square())
+    enough = ESTIMATE_RTOL**2 * total(right.square())
     for iteration in range(MOST_ITERATIONS):
         if iteration % CHECK_EVERY == 0 and bool((power <= enough).all()):
             break
-        image = degree * p - _sum_of_neighbours(p) * inside
-        step = power / (p * image).sum(total, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+        image = laplacian(p)
+        step = power / total(p * image).clamp(min=tiny)
         x, r = x + step * p, r - step * image
-        following = r.square().sum(total, keepdim=True)
-        p, power = r + following / power.clamp(min=torch.finfo(p.dtype).tiny) * p, following
-    return x
-
-
-def _sum_of_neighbours(values: Tensor) -> Tensor:
-    """Sum the six face neighbours of each voxel (b 1 x y z); there are none outside the volume."""
-    total = torch.zeros_like(values)
-    for axis in (2, 3, 4):
-        size = values.shape[axis]
-        total.narrow(axis, 1, size - 1).add_(values.narrow(axis, 0, size - 1))
-        total.narrow(axis, 0, size - 1).add_(values.narrow(axis, 1, size - 1))
-    return total
+        following = total(r.square())
+        p, power = r + following / power.clamp(min=tiny) * p, following
+    solved = torch.zeros(mask.shape, dtype=known.dtype, device=mask.device)
+    solved[mask] = x
+    return solved

@@ -22,6 +22,7 @@ from ldm_lib.errors import InputError
 from ldm_lib.geometry import Frame, axis_codes, block_mean, bounding_box, cropped_affine
 
 AFFINE_MM, DEFORMATION_MM = 8.0, 2.0  # voxel size for each step; the affine step at 4 mm takes 6 times as long
+AROUND_MM = 10.0  # of the patient's brain, where the atlas is resampled
 MARGIN = 5  # around the brain for the deformation, voxels
 BRIGHTEST = 1.2  # upper limit of normalised intensities, so that vessels and fat do not dominate the histogram
 ORIENTATION_GAIN = 0.05  # of the correlation by which another orientation fits better; right ones lead by 0.03 to 0.2
@@ -42,21 +43,35 @@ class Registration:
     seconds: float
     better_orientation: str = ""  # why the orientation that the affine states is likely wrong
 
+    @cached_property
+    def box(self) -> tuple[slice, ...]:
+        """Return where the atlas is resampled: the patient's brain with its masked part, and `AROUND_MM`."""
+        spacing_mm = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return bounding_box((self.image != 0) | self.mask, np.ceil(AROUND_MM / spacing_mm).astype(int))
+
     def to_patient(self, volumes: np.ndarray) -> np.ndarray:
-        """Resample volumes ([c,] x, y, z) on the atlas's grid to the patient's: float32, linear, 0 outside."""
+        """Resample volumes ([c,] x, y, z) on the atlas's grid to the patient's: float32, linear, 0 outside `box`."""
+        whole = np.zeros((*volumes.shape[:-3], *self.image.shape), np.float32)
+        whole[(..., *self.box)] = self.in_box(volumes)
+        return whole
+
+    def in_box(self, volumes: np.ndarray) -> np.ndarray:
+        """Resample volumes ([c,] x, y, z) on the atlas's grid to the patient's `box`."""
         stacked = torch.from_numpy(np.ascontiguousarray(volumes, np.float32).reshape(1, -1, *volumes.shape[-3:]))
-        return interpolate(stacked, self._positions)[0].numpy().reshape(*volumes.shape[:-3], *self.image.shape)
+        resampled = interpolate(stacked.to(self.displacement), self._positions)[0].cpu().numpy()
+        return resampled.reshape(*volumes.shape[:-3], *resampled.shape[1:])
 
     @cached_property
     def _positions(self) -> torch.Tensor:
         """Where the patient's voxels are in the atlas, (3 x y z)."""
-        on_grid = transformed(voxels(self.image.shape), np.linalg.solve(self.grid, self.affine))
+        shape, start = self.image[self.box].shape, [side.start for side in self.box]
+        on_grid = transformed(voxels(shape, start).to(self.displacement), np.linalg.solve(self.grid, self.affine))
         moved = on_grid + interpolate(self.displacement[None], on_grid, outside="border")[0]
         return transformed(moved, np.linalg.solve(self.atlas.affine, self.start @ self.grid))
 
     @cached_property
     def brain(self) -> np.ndarray:
-        """Brain of the atlas on the patient's grid, bool (x, y, z)."""
+        """Brain of the atlas on the patient's grid, bool (x, y, z), False outside `box`."""
         return self.to_patient(self.atlas.brain) > 0.5
 
     @cached_property
@@ -92,7 +107,12 @@ class Registration:
 
 
 def register(
-    image: np.ndarray, affine: np.ndarray, mask: np.ndarray, *, stated: np.ndarray | None = None
+    image: np.ndarray,
+    affine: np.ndarray,
+    mask: np.ndarray,
+    *,
+    stated: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
 ) -> Registration:
     """Register the MNI152 head to a skull-stripped T1n.
 
@@ -101,6 +121,7 @@ def register(
         affine: voxel to world (RAS, mm); any voxel order, any voxel size.
         mask: bool (x, y, z), voided voxels, and the lesion if it is known.
         stated: affine that the file states, if the image was reordered; messages name its orientation.
+        device: where the deformation is computed.
 
     Raises:
         InputError: too few voxels to register, or images that do not overlap.
@@ -117,7 +138,7 @@ def register(
         start = _affine(*coarse)
         patient, hidden, grid = _cropped(*_downsampled(image, mask, affine, DEFORMATION_MM))
         moving, _, moving_affine = _downsampled(*head, DEFORMATION_MM)
-        displacement = deform(patient, hidden, moving, np.linalg.solve(moving_affine, start @ grid))
+        displacement = deform(patient, hidden, moving, np.linalg.solve(moving_affine, start @ grid), device=device)
     except ValueError as error:
         raise InputError(f"the atlas cannot be registered to it ({error})", where="registration",
                          fix="check that it is a skull-stripped brain, and its orientation") from error  # fmt: skip

@@ -1,4 +1,4 @@
-"""Define the tissue labels, their one-hot encoding, and the smooth random fields that deform brains."""
+"""Define the tissue labels, and the smooth random fields that deform brains."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,6 @@ import numpy as np
 
 CSF, GM, WM = 1, 2, 3
 TISSUES = {CSF: "CSF", GM: "GM", WM: "WM"}
-
-
-def one_hot(labels: np.ndarray) -> np.ndarray:
-    """Encode labels (x, y, z) as one channel per tissue, CSF, GM, WM: float32 (3, x, y, z) of 0 and 1."""
-    return np.stack([labels == tissue for tissue in TISSUES]).astype(np.float32)
 
 
 def smooth_field(

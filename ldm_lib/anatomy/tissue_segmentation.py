@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from ldm_lib.anatomy.registration import Registration, register
@@ -35,6 +36,7 @@ def tissue_from_scan(
     *,
     lesion: np.ndarray | None = None,
     refine: str = "mixture",
+    device: torch.device | str = "cpu",
 ) -> TissueMap:
     """Segment a skull-stripped T1n without reading the voxels under its mask; a registration may have a `failure`.
 
@@ -48,6 +50,7 @@ def tissue_from_scan(
         mask: bool (x, y, z), voxels to inpaint.
         lesion: bool (x, y, z), visible but abnormal tissue; labelled from the atlas like the mask.
         refine: label visible voxels by "mixture" (`mixture_labels`) or "none", the atlas alone.
+        device: where the registration is computed.
 
     Raises:
         InputError: the scan cannot be registered at all.
@@ -59,18 +62,26 @@ def tissue_from_scan(
     stated, affine = affine, frame.lps_affine(affine, image.shape)
     image, mask = frame.to_lps(image), frame.to_lps(mask)
     hidden = mask if lesion is None else mask | frame.to_lps(lesion)
-    registration = register(image, affine, hidden, stated=stated)
-    fractions = registration.to_patient(registration.atlas.fractions)
-    visible = (image != 0) & ~hidden
-    brain = visible | (hidden & registration.brain)
-    if registration.failure or refine == "none":
-        return TissueMap(frame.to_file(_largest(fractions, brain)), registration)
-    by_intensity = mixture_labels(np.where(visible, image, 0), fractions)
-    distance_mm = ndimage.distance_transform_edt(~hidden, sampling=np.linalg.norm(affine[:3, :3], axis=0))
-    around = visible & registration.brain & (distance_mm <= AROUND_MM)
-    fractions *= tissue_weights(fractions[:, around], by_intensity[around]).reshape(3, 1, 1, 1)
-    labels = np.where(visible, by_intensity, _largest(fractions, brain))
+    registration = register(image, affine, hidden, stated=stated, device=device)
+    labels = np.zeros(image.shape, np.uint8)
+    labels[registration.box] = _labels_in_box(registration, image[registration.box], hidden[registration.box], refine)
     return TissueMap(frame.to_file(labels), registration)
+
+
+def _labels_in_box(registration: Registration, image: np.ndarray, hidden: np.ndarray, refine: str) -> np.ndarray:
+    """Label the registration's box."""
+    fractions = registration.in_box(registration.atlas.fractions)
+    visible = (image != 0) & ~hidden
+    atlas_brain = registration.brain[registration.box]
+    brain = visible | (hidden & atlas_brain)
+    if registration.failure or refine == "none":
+        return _largest(fractions, brain)
+    by_intensity = mixture_labels(np.where(visible, image, 0), fractions)
+    spacing_mm = np.linalg.norm(registration.affine[:3, :3], axis=0)
+    distance_mm = ndimage.distance_transform_edt(~hidden, sampling=spacing_mm)
+    around = visible & atlas_brain & (distance_mm <= AROUND_MM)
+    fractions *= tissue_weights(fractions[:, around], by_intensity[around]).reshape(3, 1, 1, 1)
+    return np.where(visible, by_intensity, _largest(fractions, brain))
 
 
 def mixture_labels(image: np.ndarray, fractions: np.ndarray) -> np.ndarray:

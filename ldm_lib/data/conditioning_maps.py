@@ -26,11 +26,13 @@ from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import write_map
 
 if TYPE_CHECKING:  # torch and scipy take seconds to load: they are imported where a map is made
+    import torch
+
     from ldm_lib.anatomy.registration import Registration
 
 log = logging.getLogger("ldm_lib")
 
-CODE_VERSION = 5  # raise it when a map would come out differently
+CODE_VERSION = 6  # raise it when a map would come out differently
 DAYS_FROM_SEGMENTATION = 15.0  # grows a soft rim of a few millimetres, less than the margin, around a segmentation
 NO_MAP, GIVEN = "none", "given"
 
@@ -120,7 +122,12 @@ def _keep(
 
 
 def make_tissue_map(
-    data: CaseData, path: str | Path, *, lesion: np.ndarray | None = None, refine: str = "mixture"
+    data: CaseData,
+    path: str | Path,
+    *,
+    lesion: np.ndarray | None = None,
+    refine: str = "mixture",
+    device: "torch.device | str" = "cpu",
 ) -> ConditioningMap:
     """Segment a case with the atlas, without the voxels under its mask; see `tissue_from_scan`.
 
@@ -134,7 +141,9 @@ def make_tissue_map(
     if found := _found(path, claim):
         return found
     try:
-        made = tissue_from_scan(data.voided / data.scale, data.affine, data.mask, lesion=lesion, refine=refine)
+        made = tissue_from_scan(
+            data.voided / data.scale, data.affine, data.mask, lesion=lesion, refine=refine, device=device
+        )
     except InputError as error:
         return _keep(path, claim, None, {}, data.affine, failure=str(error))
     fit = made.registration

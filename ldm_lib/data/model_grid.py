@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from scipy import ndimage
 
-from ldm_lib.anatomy.tissue import one_hot
+from ldm_lib.anatomy.tissue import TISSUES
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
 from ldm_lib.data.case import CaseData
 from ldm_lib.errors import InputError
@@ -191,9 +191,9 @@ def conditioning(
         threshold: concentrations below it become 0, the others are kept.
         pooling: "area" is the mean over a latent voxel (for a label: its fraction), "nearest" the voxel at its centre.
     """
-    channels = np.concatenate([threshold_growth(growth, threshold)[None], one_hot(tissue)])
+    channels = threshold_growth(growth, threshold), *(tissue == label for label in TISSUES)
     pool = {"area": block_mean, "nearest": block_centre}[pooling]
-    return pool(channels, factor).astype(np.float32)
+    return np.stack([pool(channel, factor) for channel in channels]).astype(np.float32)
 
 
 def loss_mask(case: GridCase, factor: int, dilation: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from ldm_lib.locking import FolderLock
 from ldm_lib.process_control import parallel_map
 from ldm_lib.progress import Progress
 
-CODE_VERSION = 3  # raise it when a person would come out differently
+CODE_VERSION = 4  # raise it when a person would come out differently
 MOST_MASKS = 8  # all masks of a person are hidden at once from the registration of the tissue map
 STAGING = ".unfinished"
 COLUMNS = ("case", "patient", "file", "spacing_mm", "orientation", "brain_ml", "turned_degrees", "brain_dice",

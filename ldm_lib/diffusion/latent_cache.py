@@ -39,7 +39,7 @@ from ldm_lib.progress import Progress
 
 log = logging.getLogger("ldm_lib")
 
-CODE_VERSION = 5  # raise it when what is encoded or stored changes
+CODE_VERSION = 6  # raise it when what is encoded or stored changes
 MASKS = ("mask", "loss")
 LOCKS = ".locks"  # subfolder: one empty file for each entry that was encoded
 CASES_IN_MEMORY = 3  # the masks of one scan, loaded once for all its variants

@@ -8,6 +8,7 @@ import numpy as np
 from ldm_lib.errors import InputError
 
 EXPORT = "export it with its scanner orientation"
+SHORTEST_MM, LONGEST_MM = 1e-3, 1e3  # edge of a voxel
 LARGEST_COSINE = 1e-2  # between two axes of a grid, beyond which it counts as sheared
 
 
@@ -20,7 +21,8 @@ def require_usable(affine: np.ndarray) -> np.ndarray:
     """Return an affine (4, 4) that is invertible and has orthogonal axes, else raise InputError."""
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0)
-    if not np.isfinite(affine).all() or lengths.min() < 1e-3 or abs(np.linalg.det(axes)) < 1e-6:
+    usable = np.isfinite(affine).all() and lengths.min() >= SHORTEST_MM and lengths.max() <= LONGEST_MM
+    if not usable or abs(np.linalg.det(axes)) < 1e-6:
         raise InputError("its affine is not finite and invertible", fix=EXPORT)
     cosines = np.abs(axes.T @ axes / np.outer(lengths, lengths) - np.eye(3)).max()
     if cosines > LARGEST_COSINE:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import cg
 
-from ldm_lib.geometry import bounding_box
+from ldm_lib.geometry import bounding_box, face_neighbours
 from ldm_lib.poisson import masked_laplacian
 
 CORRECTION_RTOL = 1e-4  # relative residual of the correction, which is small itself
@@ -17,7 +17,7 @@ FACES = ndimage.generate_binary_structure(3, 1)
 
 def rim(mask: np.ndarray) -> np.ndarray:
     """Return the mask and the voxels that share a face with it: (x, y, z) bool."""
-    return ndimage.binary_dilation(mask, FACES)
+    return mask | face_neighbours(mask)
 
 
 class EdgeCorrection:
@@ -37,7 +37,7 @@ class EdgeCorrection:
         self._box = bounding_box(mask, 1)
         self._mask = mask[self._box]
         air = np.zeros_like(self._mask) if air is None else air[self._box] & ~self._mask
-        self._around = rim(self._mask) & ~self._mask & ~air
+        self._around = face_neighbours(self._mask) & ~air
         laplacian, _ = masked_laplacian(np.zeros(self._mask.shape), self._mask, air)
         screened = laplacian + sparse.identity(laplacian.shape[0], format="csr") / reach_vox**2
         self._screened = screened.astype(np.float32)  # six times as fast as float64, and exact enough

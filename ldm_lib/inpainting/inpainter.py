@@ -190,7 +190,7 @@ class Inpainter:
             return data
         with Progress(1, name="tissue map") as progress:
             progress.update(0, "registering the atlas")
-            with_map = add_tissue_map(data, refine=self.model.spec.refinement)
+            with_map = add_tissue_map(data, refine=self.model.spec.refinement, device=self.model.device)
         # The caller's case keeps its map too: it is part of what the result was made from, and of the next call.
         object.__setattr__(data, "tissue", with_map.tissue)
         return with_map

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ldm_lib.data.case import TISSUE_LABELS, CaseData
 from ldm_lib.data.conditioning_maps import make_tissue_map
@@ -27,11 +28,11 @@ log = logging.getLogger("ldm_lib")
 CACHE_VARIABLE = "LDM_CACHE"
 
 
-def add_tissue_map(data: CaseData, *, refine: str) -> CaseData:
+def add_tissue_map(data: CaseData, *, refine: str, device: torch.device | str = "cpu") -> CaseData:
     """Add a tissue map made from the voided scan by `make_tissue_map`; log a warning and add none if that fails."""
     where = data.case.t1n_voided or data.case.t1n
     with _map_folder() as (folder, kept):
-        made = make_tissue_map(data, folder / f"{_key(data, refine)}.nii.gz", refine=refine)
+        made = make_tissue_map(data, folder / f"{_key(data, refine)}.nii.gz", refine=refine, device=device)
         labels = None if made.failure else read_labels(made.path, data.source, TISSUE_LABELS)
     if labels is None:
         log.warning("%s: no tissue map: %s; inpainted without", where, made.failure)

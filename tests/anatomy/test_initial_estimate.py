@@ -113,13 +113,8 @@ def test_the_harmonic_continuation_is_that_of_the_sparse_solver():
 def test_a_batch_is_filled_as_its_volumes_are():
     image = (0.5 + 0.3 * smoothed(2, 1.0)).astype(np.float32)
     masks = np.stack([MASK, np.roll(MASK, (5, -4, 3), (0, 1, 2))])
-    weight = [
-        np.where(mask, 0, np.exp(-ndimage.distance_transform_edt(~mask) / 15)).astype(np.float32) for mask in masks
-    ]
     labels, air = np.stack([LABELS, UNKNOWN]), np.zeros_like(masks)
-    volumes = [
-        torch.from_numpy(np.stack(list(parts)))[:, None] for parts in (image * ~masks, masks, labels, air, weight)
-    ]
+    volumes = [torch.from_numpy(np.stack(list(parts)))[:, None] for parts in (image * ~masks, masks, labels, air)]
     both = fill(*volumes, spacing_mm=1.0)
     for k in range(2):
         torch.testing.assert_close(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ldm_lib.anatomy.tissue import CSF, GM, TISSUES, WM, one_hot, smooth_field
+from ldm_lib.anatomy.tissue import CSF, GM, TISSUES, WM, smooth_field
 from ldm_lib.data import augmentation
 from ldm_lib.data.augmentation import deform_labels
 
@@ -15,14 +15,6 @@ def onion():
     x, y, z = np.indices((40, 44, 36)) - np.array([20, 22, 18]).reshape(3, 1, 1, 1)
     radius = np.sqrt(x**2 + y**2 + z**2)
     return np.select([radius < 7, radius < 11, radius < 15], [WM, GM, CSF], 0).astype(np.uint8)
-
-
-def test_one_hot_has_channels_csf_gm_wm_and_is_invertible(onion):
-    channels = one_hot(onion)
-    assert channels.dtype == np.float32
-    assert [TISSUES[k] for k in (1, 2, 3)] == ["CSF", "GM", "WM"]
-    np.testing.assert_array_equal(np.tensordot([1, 2, 3], channels, axes=1), onion)
-    np.testing.assert_array_equal(channels.sum(0), onion > 0)
 
 
 def test_no_displacement_and_no_patches_change_nothing(onion, monkeypatch):

@@ -9,7 +9,9 @@ from benchmarks import case as one_case
 from benchmarks import training
 from benchmarks.__main__ import bench, main
 from benchmarks.case import PARTS
+from benchmarks.command import IN_ORDER, bench_command
 from benchmarks.reference_models import ddim_steps, standard_denoiser
+from benchmarks.timed_command import Stopwatch
 from benchmarks.training import PlainLoop, random_latents
 from ldm_lib.diffusion.latents import collate
 from ldm_lib.diffusion.schedule import noise_schedule
@@ -29,6 +31,8 @@ STEPPED = {"s", "least_s", "most_s", "steps", "parameters", "precision"}
 @pytest.fixture
 def shortened(monkeypatch):
     monkeypatch.setattr(training, "ROUNDS", (3, 3))
+    command = {"command": {"cold": {"total": 4.0}}, "ratios": {"command_cold_over_again": 2.0}}
+    monkeypatch.setattr("benchmarks.__main__.bench_command", lambda files, *, spacing_mm: command)
     monkeypatch.setattr(one_case, "_run_in_process", lambda request: one_case.CONTESTANTS[request["who"]](request))
 
 
@@ -47,6 +51,7 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, shortened,
     encoded = s["plain_loop"] + 2 * found["batch_size"] * coders["monai"]["encode_s"]
     ours = steps["ours"]
     assert found["ratios"] == pytest.approx({
+        "command_cold_over_again": 2.0,
         "encode_decode_speedup_vs_monai_fp32": coding["monai"] / coding["ours"],
         "case_speedup_vs_common_stack": case["common_stack"]["total_s"] / case["ours"]["total_s"],
         "case_memory_reduction_vs_common_stack": memory["common_stack"] / memory["ours"],
@@ -63,7 +68,7 @@ def test_ratios_are_those_of_the_seconds_that_were_measured(tmp_path, shortened,
         assert row["total_with_load_s"] == pytest.approx(row["total_s"] + row["load_s"])
     assert case["common_stack"]["extrapolated"] and case["common_stack"]["steps_run"] == 3 < case["ours"]["steps"]
     assert found["hole"]["box"] == found["hole"]["grid"] == [4, 4, 3] and found["hole"]["ml"] > 0
-    assert set(found["seconds"]) == {"case", "training"} and "versions" in found["made_with"]
+    assert set(found["seconds"]) == {"command", "case", "training"} and "versions" in found["made_with"]
     assert found["processor"] and found["threads"] == torch.get_num_threads()
     printed = capsys.readouterr().out
     assert all(f"{name} {value:.2f}" in printed for name, value in found["ratios"].items())
@@ -79,10 +84,34 @@ def test_one_part_alone_measures_what_it_needs_of_the_other(tmp_path, shortened)
 
 def test_the_command_line_names_part_and_file(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("benchmarks.__main__.bench", lambda output, *, only, whole: calls.append((output, only, whole)))
+    monkeypatch.setattr("benchmarks.__main__.bench", lambda output, **given: calls.append((output, *given.values())))
     assert main([]) == main(["--only", "case", "--full", "--output", str(tmp_path / "b.json")]) == 0
-    assert calls[0][0].parts[-2:] == ("bench", "bench.json") and calls[0][1:] == (None, False)
-    assert calls[1] == (tmp_path / "b.json", "case", True)
+    assert main(["--only", "command", "--t1n-voided", "v.nii.gz", "--mask", "m.nii.gz"]) == 0
+    assert calls[0][0].parts[-2:] == ("bench", "bench.json") and calls[0][1:] == (None, False, None)
+    assert calls[1] == (tmp_path / "b.json", "case", True, None) and calls[2][3] == ("v.nii.gz", "m.nii.gz")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--mask", "m.nii.gz"])
+
+
+def test_parts_add_up_to_the_whole_and_an_inner_one_counts_once(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("benchmarks.timed_command.time.perf_counter", lambda: next(clock))
+    watch = Stopwatch()
+    with watch.part("outer"):
+        for _ in range(2):
+            with watch.part("inner"):
+                pass
+    assert watch.seconds == {"other": 1, "outer": 3, "inner": 2}
+
+
+@pytest.mark.slow
+def test_the_command_is_measured_from_start_to_exit(monkeypatch):
+    monkeypatch.setattr("benchmarks.command.CASES", 1)
+    rows = bench_command(spacing_mm=8.0)["command"]
+    for name in ("cold", "again"):
+        assert [*rows[name]] == [*IN_ORDER, "total"] and min(rows[name].values()) > 0
+        assert rows[name]["total"] == pytest.approx(sum(rows[name][part] for part in IN_ORDER))
+    assert rows["again"]["registration"] < 0.5 * rows["cold"]["registration"]
 
 
 @pytest.mark.parametrize("steps", [5, 50])

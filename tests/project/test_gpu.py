@@ -1,9 +1,12 @@
 """What only a GPU can show; skipped where there is none."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from benchmarks.__main__ import FULL_GRID
+from ldm_lib.anatomy.deformation import deform
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.autoencoder.training import build_autoencoder, fit_autoencoder
 from ldm_lib.devices import autocast
@@ -46,6 +49,17 @@ def test_the_full_size_fits_8_gb():
     with torch.inference_mode(), autocast(GPU, "bf16"):
         autoencoder.decode(autoencoder.encode(volume))
     assert torch.cuda.max_memory_allocated() < 8e9
+
+
+def test_a_gpu_registers_as_a_cpu_does():
+    rng, shape = np.random.default_rng(0), (40, 48, 44)
+    smooth = ndimage.gaussian_filter(rng.standard_normal((2, *shape)), (0, 2, 2, 2)).astype(np.float32)
+    static, moving = smooth / smooth.std() / 4 + 0.5
+    moving = (moving + 2 * static) / 3
+    mask = np.zeros(shape, bool)
+    mask[10:20, 12:24, 14:30] = True
+    expected, found = (deform(static, mask, moving, np.eye(4), device=name).cpu() for name in ("cpu", "cuda"))
+    assert (found - expected).abs().mean() < 0.02 and expected.abs().mean() > 0.1, "voxels"
 
 
 @pytest.mark.parametrize("learned", ["none", "decoder"])
