@@ -5,8 +5,9 @@ from functools import lru_cache
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
+import torch
 
+from ldm_lib.anatomy.initial_estimate import TRUNCATE, gaussian_blur
 from ldm_lib.files import package_file
 from ldm_lib.geometry import bounding_box
 
@@ -37,14 +38,17 @@ def mni152() -> Atlas:
     """
     names = [TEMPLATE.format(part) for part in ("t1", "gm", "wm")]
     images = [nib.Nifti1Image.from_filename(package_file("nilearn", "datasets", "data", name)) for name in names]
-    whole, gm, wm = (volume / volume.max() for volume in (image.get_fdata(dtype=np.float32) for image in images))
-    box, fractions = bounding_box(whole > 0), np.zeros((3, *whole.shape), np.float32)
-    t1, gm, wm = whole[box], gm[box], wm[box]
+    volumes = [np.ascontiguousarray(image.dataobj) for image in images]  # bytes, which are fast to reorder
+    box = bounding_box(volumes[0] > 0, round(TRUNCATE * SULCI_MM))
+    t1, gm, wm = (volume[box] / np.float32(volume.max()) for volume in volumes)
     brain = t1 > 0
-    near = [ndimage.gaussian_filter(volume, SULCI_MM, mode="constant") for volume in (t1, brain.astype(np.float32))]
-    sharp = t1 + (t1 - near[0] / (near[1] + 1e-6))
+    both = torch.from_numpy(np.stack([t1, brain.astype(np.float32)]))[None]
+    mean, weight = gaussian_blur(both, SULCI_MM)[0].numpy()
+    sharp = t1 + (t1 - mean / (weight + 1e-6))
     dark = 1 / (1 + np.exp((sharp - DARK) / DARK_WIDTH))
     tissue = np.minimum(gm + wm, 1 - dark) / np.maximum(gm + wm, 1e-6) * brain
     gm, wm = gm * tissue, wm * tissue
-    fractions[(slice(None), *box)] = brain - gm - wm, gm, wm
-    return Atlas(whole, fractions, images[0].affine)
+    maps = np.zeros((4, *volumes[0].shape), np.float32)
+    for map_, inside in zip(maps, (t1, brain - gm - wm, gm, wm), strict=True):
+        map_[box] = inside
+    return Atlas(maps[0], maps[1:], images[0].affine)

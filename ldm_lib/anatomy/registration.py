@@ -72,7 +72,14 @@ class Registration:
     @cached_property
     def brain(self) -> np.ndarray:
         """Brain of the atlas on the patient's grid, bool (x, y, z), False outside `box`."""
-        return self.to_patient(self.atlas.brain) > 0.5
+        brain = np.zeros(self.image.shape, bool)
+        brain[self.box] = self.fractions.sum(0) > 0.5
+        return brain
+
+    @cached_property
+    def fractions(self) -> np.ndarray:
+        """Tissue fractions of the atlas in the patient's `box`, CSF, GM, WM, float32 (3, x, y, z)."""
+        return self.in_box(self.atlas.fractions)
 
     @cached_property
     def brain_dice(self) -> float:

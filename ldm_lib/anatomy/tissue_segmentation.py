@@ -70,7 +70,7 @@ def tissue_from_scan(
 
 def _labels_in_box(registration: Registration, image: np.ndarray, hidden: np.ndarray, refine: str) -> np.ndarray:
     """Label the registration's box."""
-    fractions = registration.in_box(registration.atlas.fractions)
+    fractions = registration.fractions
     visible = (image != 0) & ~hidden
     atlas_brain = registration.brain[registration.box]
     brain = visible | (hidden & atlas_brain)
@@ -80,7 +80,7 @@ def _labels_in_box(registration: Registration, image: np.ndarray, hidden: np.nda
     spacing_mm = np.linalg.norm(registration.affine[:3, :3], axis=0)
     distance_mm = ndimage.distance_transform_edt(~hidden, sampling=spacing_mm)
     around = visible & atlas_brain & (distance_mm <= AROUND_MM)
-    fractions *= tissue_weights(fractions[:, around], by_intensity[around]).reshape(3, 1, 1, 1)
+    fractions = fractions * tissue_weights(fractions[:, around], by_intensity[around]).reshape(3, 1, 1, 1)
     return np.where(visible, by_intensity, _largest(fractions, brain))
 
 

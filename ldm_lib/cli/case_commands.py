@@ -4,6 +4,7 @@ Heavy libraries are imported by the command that needs them, so that help, valid
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 
@@ -51,6 +52,8 @@ def inpaint(options: argparse.Namespace) -> int:
 
 
 def _inpaint_folder(options: argparse.Namespace, sampling: ResultOptions, reading: ReadOptions) -> int:
+    # several cases are computed at once, whose idle threads would otherwise keep the cores busy; read when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from ldm_lib.inpainting.folder import REFUSED, TABLE, inpaint_folder
 
     rows = inpaint_folder(

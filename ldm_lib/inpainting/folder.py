@@ -5,6 +5,7 @@ written: a case whose record and files agree is not inpainted again.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from ldm_lib.autoencoder.region_decoding import reconstruct
@@ -34,6 +36,7 @@ from ldm_lib.progress import Progress, report
 from ldm_lib.version import __version__
 
 RECORDS, TABLE = "filled", "results.csv"
+MOST_READERS = 4  # each holds a case
 PARTIAL = (  # files of a killed process
     ".*.nii.gz.*.part", ".*.html.*.part", "sub-*/**/.*.part", f"{RECORDS}/.*.json.*.part", f".{TABLE}.*.part",
 )  # fmt: skip
@@ -254,13 +257,21 @@ class Job:
 
 
 def _results(job: Job, cases: Sequence[Case]) -> Iterator[Row]:
-    """Yield the rows of the cases in order, each once its files are written; the next case is read meanwhile."""
-    with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(job.read, case) for case in cases[:1]]
-        for k, case in enumerate(cases):
-            reading = ahead.pop()
-            ahead += [reader.submit(job.read, later) for later in cases[k + 1 : k + 2]]
-            yield _result(job, case, reading)
+    """Yield the rows of the cases in order, each once its files are written; the next cases are read meanwhile.
+
+    Most of the time of reading is that of registration, which uses one core better than several.
+    """
+    threads = torch.get_num_threads()
+    readers = min(threads, MOST_READERS)
+    try:
+        with ThreadPoolExecutor(readers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            ahead = deque(pool.submit(job.read, case) for case in cases[:readers])
+            for k, case in enumerate(cases):
+                reading = ahead.popleft()
+                ahead.extend(pool.submit(job.read, later) for later in cases[k + readers : k + readers + 1])
+                yield _result(job, case, reading)
+    finally:
+        torch.set_num_threads(threads)  # a thread that is started sets the number for those that follow, too
 
 
 def _result(job: Job, case: Case, reading: Future) -> Row:
