@@ -1,9 +1,12 @@
 """Choose the device and precision of a network, and measure time."""
 
 import contextlib
+import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import torch
 from ldm_lib.errors import ConfigError
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+PROBE_CHANNELS, PROBE_TRIALS = 48, 5  # of `probe_bf16`
+LARGEST_BF16_ERROR = 0.05  # of a weight gradient, relative to the largest; 0.01 where bf16 works
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -47,6 +52,46 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cpu":
         return "32"
     return "bf16" if torch.cuda.is_bf16_supported() else "16"
+
+
+def require_trainable(precision: str, device: torch.device) -> None:
+    """Refuse to train in bf16 on a processor on which this version of torch computes its gradients wrongly.
+
+    Raises:
+        ConfigError: they are wrong by more than `LARGEST_BF16_ERROR`.
+    """
+    if precision == "bf16" and device.type == "cpu" and not (error := probe_bf16(device)[0]) <= LARGEST_BF16_ERROR:
+        raise ConfigError(f"precision = 'bf16': torch {torch.__version__} computes wrong gradients on this processor "
+                          f"(off by {error:.2g} of the largest)", fix="set precision to 32")  # fmt: skip
+
+
+def probe_bf16(device: torch.device) -> tuple[float, float]:
+    """Compare the weight gradients of 3D convolutions in bf16 with those in float32.
+
+    Some versions of torch compute them wrongly or slowly on some processors, most of all where an axis has two voxels.
+
+    Returns:
+        The largest difference relative to the largest gradient, infinite where one is not a number; and how many times
+        faster bf16 is, 0.5 for half as fast.
+    """
+    draw, error, seconds = torch.Generator().manual_seed(0), 0.0, dict.fromkeys(("32", "bf16"), math.inf)
+    weight = (torch.randn(PROBE_CHANNELS, PROBE_CHANNELS, 3, 3, 3, generator=draw) / 36).to(device).requires_grad_()
+    for shape, _ in itertools.product(((2, 12, 12), (12, 12, 12)), range(PROBE_TRIALS)):
+        x = torch.randn(4, PROBE_CHANNELS, *shape, generator=draw).to(device, memory_format=torch.channels_last_3d)
+        gradients = {}
+        for precision in seconds:
+            taken, gradients[precision] = timed(partial(_weight_gradient, x, weight, device, precision), device)
+            seconds[precision] = min(seconds[precision], taken) if min(shape) > 2 else math.inf
+        expected, found = gradients["32"], gradients["bf16"]
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        error = max(error, difference if math.isfinite(difference) else math.inf)
+    return error, seconds["32"] / seconds["bf16"]
+
+
+def _weight_gradient(x: torch.Tensor, weight: torch.Tensor, device: torch.device, precision: str) -> torch.Tensor:
+    with autocast(device, precision):
+        convolved = torch.nn.functional.conv3d(x, weight, padding=1)
+    return torch.autograd.grad(convolved.float().square().mean(), weight)[0]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from ldm_lib.autoencoder.options import AutoencoderOptions, AutoencoderTrainingO
 from ldm_lib.autoencoder.third_party import load_autoencoder
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.model_grid import require_spacing
-from ldm_lib.devices import autocast, pick_device, pick_precision
+from ldm_lib.devices import autocast, pick_device, pick_precision, require_trainable
 from ldm_lib.errors import TrainingError
 from ldm_lib.files import replacing
 from ldm_lib.model_io import read_checkpoint
@@ -198,6 +198,7 @@ def fit_autoencoder(
     if not (checkpoint and checkpoint.exists()):
         fit_linear_parts(autoencoder, cases)
     if autoencoder.to(device).network is not None:
+        require_trainable(precision, device)
         training = AutoencoderTraining(autoencoder, config, device=device, precision=precision)
         autoencoder.history = _take_steps(training, cases, checkpoint)
     autoencoder.freeze()

@@ -26,8 +26,8 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Check packages, kernel, device, outputs folder and memory."""
-    from ldm_lib.devices import pick_device, pick_precision
+    """Check packages, kernel, device, reduced precision, outputs folder and memory."""
+    from ldm_lib.devices import pick_device, pick_precision, probe_bf16
 
     kernel, device = "python3" in KernelSpecManager().find_kernel_specs(), pick_device()
     compute = f"{device.type}, precision {pick_precision('auto', device)}, {os.cpu_count()} cores"
@@ -36,9 +36,20 @@ def examine() -> list[Check]:
         Check("packages", *_packages()),
         Check("Jupyter kernel", kernel, "python3" if kernel else f"none: {FIX}"),
         Check("device", True, compute),
+        Check("bf16", *_bf16(*probe_bf16(device), default=pick_precision("auto", device) == "bf16")),
         Check("outputs folder", *_outputs()),
         Check("memory", memory_gb > MIN_MEMORY_GB, f"{memory_gb:.0f} GB (at least {MIN_MEMORY_GB})"),
     ]
+
+
+def _bf16(error: float, speed: float, *, default: bool) -> tuple[bool, str]:
+    """Describe what `probe_bf16` found; wrong gradients are bad where bf16 is the default."""
+    from ldm_lib.devices import LARGEST_BF16_ERROR
+
+    right = error <= LARGEST_BF16_ERROR
+    use = "the default" if default else "used where it is asked for"
+    found = f"gradients right, {use}" if right else "gradients wrong on this processor: train in float32 (precision=32)"
+    return right or not default, f"{speed:.1f} times as fast as float32, {found}"
 
 
 def _packages() -> tuple[bool, str]:

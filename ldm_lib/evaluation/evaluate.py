@@ -28,11 +28,12 @@ from ldm_lib.evaluation.case_scores import (
     score_rows,
     write_page,
 )
+from ldm_lib.evaluation.reconstruction import write_upper_bound
 from ldm_lib.evaluation.summary import as_table, report
 from ldm_lib.files import expand_path, replacing, write_csv
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
 from ldm_lib.images.volume import read_volume, write_like
-from ldm_lib.inpainting.folder import Row, fill_cases, require_all, write_upper_bound
+from ldm_lib.inpainting.folder import Row, fill_cases, require_all
 from ldm_lib.inpainting.inpainter import DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
 from ldm_lib.locking import FolderLock
@@ -149,7 +150,7 @@ def _inpaint_and_score(
     rows, progress = [], Progress(len(cases), name="score", say=say)
     for k, case in enumerate(cases, start=1):
         data = load_case(case)
-        write_upper_bound(inpainter, data, results / UPPER_BOUND_FOLDER / case.result_name)
+        write_upper_bound(inpainter.model, data, results / UPPER_BOUND_FOLDER / case.result_name)
         _write_estimate(inpainter, data, results / ESTIMATE / case.result_name)
         volumes = candidates(data, results, options.samples)
         rows += score_rows(data, {name: volume for name, volume in volumes.items() if name != mean_of(1)})[0]

@@ -8,6 +8,7 @@ is above it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from ldm_lib.autoencoder.region_decoding import AnyCodec, Reconstruction, decode
 from ldm_lib.data.case import CaseData
 from ldm_lib.data.model_grid import GridCase, grid_case
 from ldm_lib.devices import autocast
+from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.evaluation.image_quality import brain_scores
 from ldm_lib.evaluation.metrics import brats_scores, scores_by_tissue
 from ldm_lib.geometry import latent_mask
+from ldm_lib.images.volume import write_like
 
 BOX_LOSS_LIMIT_DB = 0.1  # if decoding a box changes the mask's PSNR by more, the whole volume is decoded
 
@@ -31,6 +34,15 @@ def upper_bound(data: CaseData, rebuilt: np.ndarray, factor: int) -> tuple[np.nd
     """
     filled = data.paste(rebuilt, factor)
     return filled, brats_scores(filled, data.target, data.voided, data.scored, where=data.case.key)
+
+
+def write_upper_bound(model: LatentDiffusion, data: CaseData, path: Path) -> Path:
+    """Write the volume of `upper_bound` as a file on the case's grid."""
+    autoencoder = model.autoencoder
+    target = grid_case(data, autoencoder.factor).target
+    coded = reconstruct(autoencoder, target, device=model.device, precision=model.precision)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_like(path, data.source, data.paste(coded.volume, autoencoder.factor), data.mask)
 
 
 @dataclass(frozen=True)

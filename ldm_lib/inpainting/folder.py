@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from ldm_lib.autoencoder.region_decoding import reconstruct
 from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.cohort import survey_cases
 from ldm_lib.data.layouts import require_outside
-from ldm_lib.data.model_grid import grid_case
 from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.errors import InputError, LdmError
 from ldm_lib.files import expand_path, fingerprint, read_json, require_writable, sha256, write_csv, write_json
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
-from ldm_lib.images.volume import write_like
 from ldm_lib.inpainting.derivatives import describe_data_set, write_sidecars
 from ldm_lib.inpainting.inpainter import Inpainter
 from ldm_lib.inpainting.options import InpaintOptions
@@ -298,12 +295,3 @@ def _line(row: Row) -> str:
     if row["status"] == REFUSED:
         return f"{row['case']}: rejected: {row['reason']}"
     return f"{row['case']}: {row['status']}" + (f" in {row['seconds']:.1f} s" if row["status"] == FILLED else "")
-
-
-def write_upper_bound(inpainter: Inpainter, data: CaseData, path: Path) -> Path:
-    """Write the autoencoder's upper bound: the reconstructed target, pasted into the mask."""
-    autoencoder = inpainter.model.autoencoder
-    target = grid_case(data, autoencoder.factor).target
-    coded = reconstruct(autoencoder, target, device=inpainter.model.device, precision=inpainter.model.precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_like(path, data.source, data.paste(coded.volume, autoencoder.factor), data.mask)

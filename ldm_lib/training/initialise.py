@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm_lib.autoencoder.model import Autoencoder
-from ldm_lib.devices import pick_device, pick_precision
+from ldm_lib.devices import pick_device, pick_precision, require_trainable
 from ldm_lib.diffusion.latents import LatentSpec, conditioning_channels, input_channels
 from ldm_lib.diffusion.model import LatentDiffusion
 from ldm_lib.diffusion.options import DenoiserOptions
@@ -46,16 +46,19 @@ def new_model(
         start: the model to start from; without it that of the options, if they name one.
 
     Raises:
-        ConfigError: the model to start from differs from the options, with all that differs.
+        ConfigError: the model to start from differs from the options, with all that differs, or a precision that this
+            processor cannot train in.
     """
     device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    require_trainable(precision, device)
     if not isinstance(autoencoder, Autoencoder):
         autoencoder = load_model(autoencoder, Autoencoder)
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, spec), out_channels=channels)
     fresh = LatentDiffusion(
         autoencoder.to(device), denoiser.to(device), noise_schedule(**config.process), spec, device,
-        pick_precision(config.precision, device), config.prediction, autoencoder.folder_config.get("box_margin"),
+        precision, config.prediction, autoencoder.folder_config.get("box_margin"),
         crop=0 if config.overfit_batches else config.latent_crop, process=config.process,
     )  # fmt: skip
     if config.start and start is None:

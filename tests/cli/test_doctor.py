@@ -21,11 +21,11 @@ def finding(what):
 
 
 def test_this_installation_is_good_and_nothing_is_left_behind(outputs, capsys):
-    assert all(f.good for f in doctor.examine()[:3])
+    assert all(f.good for f in doctor.examine()[:4])
     good, found = finding("outputs folder")
     assert good and str(outputs) in found and list(outputs.iterdir()) == []
     main(["doctor"])
-    names = ["packages", "Jupyter kernel", "device", "outputs folder", "memory"]
+    names = ["packages", "Jupyter kernel", "device", "bf16", "outputs folder", "memory"]
     assert [line[4:].split(":")[0] for line in capsys.readouterr().out.splitlines()] == names
 
 
@@ -42,6 +42,20 @@ def test_a_missing_kernel_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(doctor.KernelSpecManager, "find_kernel_specs", lambda self: {})
     assert main(["doctor"]) == 1
     assert f"BAD Jupyter kernel: none: {FIX}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "default", "good", "says"),
+    [
+        (0.01, False, True, "1.5 times as fast as float32, gradients right, used where it is asked for"),
+        (0.01, True, True, "1.5 times as fast as float32, gradients right, the default"),
+        (float("inf"), False, True, "gradients wrong on this processor: train in float32 (precision=32)"),
+        (float("inf"), True, False, "gradients wrong on this processor: train in float32 (precision=32)"),
+    ],
+)
+def test_wrong_gradients_in_bf16_are_bad_where_it_is_the_default(error, default, good, says):
+    found = doctor._bf16(error, 1.5, default=default)
+    assert found[0] == good and found[1].endswith(says)
 
 
 def test_an_outputs_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch):

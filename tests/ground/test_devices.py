@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm_lib import devices
 from ldm_lib.devices import autocast, pick_device, pick_precision
 from ldm_lib.errors import ConfigError
 
@@ -61,3 +62,29 @@ def test_autocast_changes_products_only(precision, dtype):
         assert (a @ a).dtype == dtype
         assert (a + a).dtype == torch.float32
     assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("wrong", "error"), [(1.0, 0.0), (1.01, 0.01), (float("nan"), float("inf"))])
+def test_the_probe_compares_gradients_in_bf16_with_those_in_float32(monkeypatch, wrong, error):
+    exact = torch.arange(-4.0, 5.0)
+    monkeypatch.setattr(devices, "_weight_gradient", lambda x, w, device, p: exact * (wrong if p == "bf16" else 1))
+    found, speed = devices.probe_bf16(CPU)
+    assert found == pytest.approx(error, abs=1e-6) and speed > 0
+
+
+def test_the_probe_leaves_the_random_numbers_alone():
+    before = torch.get_rng_state()
+    devices.probe_bf16(CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_training_in_bf16_is_refused_where_its_gradients_are_wrong(monkeypatch):
+    monkeypatch.setattr(devices, "probe_bf16", lambda device: (float("inf"), 2.0))
+    devices.require_trainable("32", CPU)
+    devices.require_trainable("bf16", CUDA)
+    with pytest.raises(
+        ConfigError, match=r"computes wrong gradients .* \(off by inf of the largest\).* precision to 32"
+    ):
+        devices.require_trainable("bf16", CPU)
+    monkeypatch.setattr(devices, "probe_bf16", lambda device: (0.01, 2.0))
+    devices.require_trainable("bf16", CPU)
