@@ -80,7 +80,6 @@ def prior(options: argparse.Namespace) -> int:
     rates, seed_mm = parse(GrowthRates, options), point(options.seed_mm) if options.seed_mm else None
     from ldm_lib.data.conditioning_maps import make_conditioning_maps
     from ldm_lib.images.image_files import stem
-    from ldm_lib.plots.figures import planes
 
     made = make_conditioning_maps(
         options.t1n_voided,
@@ -101,6 +100,8 @@ def prior(options: argparse.Namespace) -> int:
     if reason := made[0].failure:
         picture = made[0].path.with_name(f"{stem(made[0].path)}-refused.png")
         if made[0].registration:
+            from ldm_lib.plots.figures import planes
+
             planes(**made[0].registration.plot_arguments(), title=made[0].path.name).savefig(picture)
         raise InputError(f"the atlas does not fit: {reason}", where=options.t1n_voided,
                          fix=f"see {picture}; check orientation and skull-stripping")  # fmt: skip

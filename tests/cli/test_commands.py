@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from heavy import heavy_imports
 from scipy import ndimage
 
 from ldm_lib.__main__ import main
@@ -328,31 +329,15 @@ def test_score_prints_the_scores_of_metrics(cases, tmp_path, capsys):
     assert 0 < expected["mse"] < 1
 
 
-TIMED = """
-import json, sys, time
-from ldm_lib.__main__ import main
-heavy = "torch monai lightning papermill nilearn dipy mlflow wandb pandas matplotlib IPython nbconvert".split()
-for words in map(json.loads, sys.argv[1:]):
-    try:
-        main(words)
-    except SystemExit:
-        pass
-    print("LOADED", words[:1], sorted(set(heavy) & set(sys.modules)))
-"""
-
-
 def test_help_validate_score_and_params_load_nothing_heavy(cases, tmp_path):
     """Commands that need no network start at once; one process runs them all, so that it is imported once."""
     commands = [["--help"], *([name, "--help"] for name in ARGUMENTS), ["params", "04"],
                 ["validate", str(tmp_path / "data")], score_arguments(cases["P0"], cases["P0"]["t1n"]),
                 ["compare", "01", "nowhere"],
                 ["submission", "--data", str(tmp_path / "data"), "--results", str(tmp_path)]]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", TIMED, *map(json.dumps, commands)], capture_output=True, text=True, check=True
-    )
-    assert "3 cases: 3 usable" in done.stdout and "ssim     1" in done.stdout
-    loaded = [line for line in done.stdout.splitlines() if line.startswith("LOADED")]
-    assert len(loaded) == len(commands) and not [line for line in loaded if not line.endswith("[]")]
+    printed, loaded = heavy_imports(commands)
+    assert "3 cases: 3 usable" in printed and "ssim     1" in printed
+    assert not any(loaded)
 
 
 def test_the_module_runs_as_a_command():
