@@ -103,8 +103,8 @@ def bench_training(
     device, grid = pick_device("auto"), [n // LATENT_VOXEL_VOX for n in shape]
     config = resolve("full", {"batch_size": BATCH_SIZE[device.type], **(changes or {})})["04_training"]
     precision = pick_precision(config.precision, device)
-    model = _model(config, device, precision)
-    batches = _batches(grid, config, model)
+    model = untrained_model(config, device, precision)
+    batches = training_batches(grid, config, model)
     rows = _measure_in_turn(model, config, batches)
     if encode_s is None:
         encode_s = _encoding_seconds(shape, device)
@@ -133,7 +133,7 @@ def random_latents(grid: Sequence[int], channels: int, seed: int) -> Latents:
     }
 
 
-def _model(config: TrainingConfig, device: torch.device, precision: str) -> LatentDiffusion:
+def untrained_model(config: TrainingConfig, device: torch.device, precision: str) -> LatentDiffusion:
     """Return an untrained denoiser with an autoencoder that no step uses."""
     autoencoder = build_autoencoder(resolve("smoke")["02_autoencoder_check"], spacing_mm=1.0).freeze()
     channels = autoencoder.latent_channels
@@ -142,10 +142,12 @@ def _model(config: TrainingConfig, device: torch.device, precision: str) -> Late
     return LatentDiffusion(autoencoder, denoiser, noise_schedule(**config.process), *how)
 
 
-def _batches(grid: Sequence[int], config: TrainingConfig, model: LatentDiffusion) -> list[Latents]:
+def training_batches(
+    grid: Sequence[int], config: TrainingConfig, model: LatentDiffusion, cases: int = CASES
+) -> list[Latents]:
     """Return the batches of one epoch as a training makes them, on the device of the denoiser."""
     channels = model.autoencoder.latent_channels
-    variants = [[random_latents(grid, channels, seed)] for seed in range(CASES)]
+    variants = [[random_latents(grid, channels, seed)] for seed in range(cases)]
     plan = BatchPlan(len(variants), config)
     samples = TrainingSamples(variants, config, model.schedule.steps, global_batch=plan.global_batch)
     steps = [plan.batches(step)[0] for step in range(plan.steps_per_epoch)]

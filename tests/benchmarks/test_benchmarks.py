@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import case as one_case
-from benchmarks import training
+from benchmarks import gpu, training
 from benchmarks.__main__ import bench, main
 from benchmarks.case import PARTS
 from benchmarks.command import IN_ORDER, bench_command
@@ -181,3 +181,23 @@ def test_the_plain_loop_overfits_a_batch():
     assert losses[-1] < 0.6 * losses[0]
     moved = [not torch.equal(a, b) for a, b in zip(loop.average.parameters(), network.parameters(), strict=True)]
     assert any(moved)
+
+
+@pytest.mark.parametrize("parts", [("levels", "training_step", "compiled"), pytest.param((), marks=pytest.mark.slow)])
+def test_the_script_for_a_gpu_keeps_what_it_measured(tmp_path, monkeypatch, parts):
+    """At a tiny size, on any machine; a part that fails does not stop the others."""
+
+    def fails(size, device):
+        raise torch.OutOfMemoryError("full\nmore")
+
+    kept = {name: measure for name, measure in gpu.PARTS.items() if not parts or name in parts}
+    monkeypatch.setattr(gpu, "PARTS", {"fails": fails} | kept)
+    assert gpu.main(["--tiny", "--output", str(tmp_path / "new" / "gpu.json")]) == 0
+    found = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    assert found.pop("fails") == {"failed": "full"} and set(found["seconds"]) == {"fails", *kept}
+    assert not [name for name in kept if "failed" in found[name]]
+    assert [row["width"] for row in found["levels"]] == [32, 64, 128]
+    assert min(row["tflops"] for row in found["levels"] + found["training_step"]) > 0
+    if not parts:
+        first, again = found["pretrained_case"]["first"], found["pretrained_case"]["again"]
+        assert again["map_s"] < 0.5 * first["map_s"] and found["bf16"]["forward_error"] < 0.1
