@@ -111,7 +111,7 @@ submission: .venv/ready ## check and zip inpainted cases: make submission DATA_D
 	  echo "ERROR DATA_DIR or RESULTS is empty. Fix: make submission DATA_DIR=/path/to/cases RESULTS=/path/to/results" >&2; exit 1; fi
 	@exec $(LDM) submission --data "$$DATA_DIR" --results "$$RESULTS" $${OUTPUT:+--output "$$OUTPUT"}
 
-bench: .venv/ready ## measure speed and memory at full size as ratios to common implementations; 10 GB, 15 minutes (FULL=1: longer)
+bench: .venv/ready ## measure a case from start to exit, and speed and memory at full size as ratios to common implementations; 10 GB, 20 minutes (FULL=1: longer)
 	@exec $(VENV_PYTHON) -m benchmarks $$(case "$$FULL" in ''|0) ;; *) echo --full ;; esac)
 
 docs: .venv/ready ## build the documentation into site/; warnings are errors
