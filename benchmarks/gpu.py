@@ -23,14 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.case import bench_case
 from benchmarks.machine import peak_memory, processor_name, reset_peak_memory
 from benchmarks.training import training_batches, untrained_model
-from ldm_lib.data.case import load_case
+from ldm_lib.anatomy.registration import Registration, register
+from ldm_lib.data.case import CaseData, load_case
 from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
-from ldm_lib.devices import autocast, pick_device, pick_precision, probe_bf16, timed
+from ldm_lib.devices import DTYPES, autocast, pick_device, pick_precision, probe_bf16, timed
 from ldm_lib.diffusion.latents import LatentSpec, input_channels
 from ldm_lib.diffusion.unet import ADM, count_flops
 from ldm_lib.diffusion.unet_blocks import ResidualBlock
-from ldm_lib.errors import LdmError
 from ldm_lib.experiment.presets import resolve
 from ldm_lib.experiment.run_folder import outputs_folder, provenance
 from ldm_lib.files import write_json
@@ -77,21 +77,31 @@ def bench_gpu(output: Path, size: Size = FULL) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             found[name] = measure(size, device)
-        except (LdmError, RuntimeError) as error:  # torch's error of a full memory is a RuntimeError
-            found[name] = {"failed": str(error).partition("\n")[0]}
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other parts are worth having
+            found[name] = {"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
         found["seconds"][name] = time.perf_counter() - started
         write_json(output, found)
         report(f"{name}: {found[name]}")
+    _add_shares(found)
+    write_json(output, found)
     return found
+
+
+def _add_shares(found: dict[str, Any]) -> None:
+    """Add to each rate its share of that of a matrix product in the same precision."""
+    best = found["matrix_product_tflops"].get(found["precision"])
+    rows = [row for name in ("training_step", "levels") for row in found.get(name, []) if isinstance(row, dict)]
+    for row in rows if best else []:
+        row["share"] = row["tflops"] / best
+    report(", ".join(f"{row.get('width', row.get('batch_size'))}: {row.get('share', 0):.0%}" for row in rows))
 
 
 def matrix_product(size: Size, device: torch.device) -> dict[str, float]:
     """Return the TFLOP/s of square matrix products by precision: what the processor reaches at best."""
     rates = {}
     for precision in ("32", "bf16"):
-        a, b = (torch.randn(size.matrix, size.matrix, device=device) for _ in range(2))
-        with autocast(device, precision):
-            rates[precision] = 2 * size.matrix**3 / _fastest(lambda a=a, b=b: a @ b, device) / 1e12
+        a, b = (torch.randn(size.matrix, size.matrix, device=device, dtype=DTYPES[precision]) for _ in range(2))
+        rates[precision] = 2 * size.matrix**3 / _fastest(lambda a=a, b=b: a @ b, device) / 1e12
     return rates
 
 
@@ -112,13 +122,18 @@ def pretrained_case(size: Size, device: torch.device) -> dict[str, Any]:
         for name in ("first", "again"):
             reset_peak_memory(device)
             seconds, data = timed(lambda: load_case(case), device)
-            parts = {"read_s": seconds, "map_s": timed(lambda data=data: inpainter.prepare(data), device)[0]}
+            parts = {"read_s": seconds, "register_s": timed(lambda data=data: _registered(data, device), device)[0]}
+            parts |= {"map_s": timed(lambda data=data: inpainter.prepare(data), device)[0]}
             encode_s, latents = timed(lambda data=data: inpainter.encode(data), device)
             sample_s, filled = timed(lambda data=data, z=latents: inpainter(data, latents=z), device)
             write_s, _ = timed(lambda filled=filled: filled.save(Path(folder) / "filled.nii.gz"), device)
             parts |= {"encode_s": encode_s, "sample_s": sample_s, "write_s": write_s}
             rows[name] = parts | {"total_s": sum(parts.values()), "peak_memory_gb": peak_memory(device) / 1e9}
     return rows
+
+
+def _registered(data: CaseData, device: torch.device) -> Registration:
+    return register(data.voided / data.scale, data.affine, data.mask, device=device)
 
 
 def training_step(size: Size, device: torch.device) -> list[dict[str, Any]]:
@@ -201,12 +216,12 @@ def compiled(size: Size, device: torch.device) -> dict[str, float]:
 
 PARTS: dict[str, Callable[[Size, torch.device], Any]] = {
     "matrix_product_tflops": matrix_product,
+    "full_size_case": full_size_case,
     "pretrained_case": pretrained_case,
     "training_step": training_step,
     "levels": levels,
     "bf16": bf16,
     "compiled": compiled,
-    "full_size_case": full_size_case,
 }
 
 
@@ -238,8 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="measure at the size of a test, on any machine")
     options = parser.parse_args(arguments)
     output = Path(options.output) if options.output else outputs_folder() / "bench" / "gpu.json"
-    bench_gpu(output, TINY if options.tiny else FULL)
-    return 0
+    found = bench_gpu(output, TINY if options.tiny else FULL)
+    return int(any("failed" in found[name] for name in PARTS))
 
 
 if __name__ == "__main__":

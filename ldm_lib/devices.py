@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import os
 import time
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from ldm_lib.errors import ConfigError
+
+log = logging.getLogger("ldm_lib")
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 PROBE_CHANNELS, PROBE_TRIALS = 48, 5  # of `probe_bf16`
@@ -57,10 +60,17 @@ def pick_precision(name: str, device: torch.device) -> str:
 def require_trainable(precision: str, device: torch.device) -> None:
     """Refuse to train in bf16 on a processor on which this version of torch computes its gradients wrongly.
 
+    Where it is slower than float32, a warning is logged.
+
     Raises:
         ConfigError: they are wrong by more than `LARGEST_BF16_ERROR`.
     """
-    if precision == "bf16" and device.type == "cpu" and not (error := probe_bf16(device)[0]) <= LARGEST_BF16_ERROR:
+    if precision != "bf16" or device.type != "cpu":
+        return
+    error, speed = probe_bf16(device)
+    if speed < 1:
+        log.warning("training in bf16, which is %.1f times as fast as float32 on this processor", speed)
+    if not error <= LARGEST_BF16_ERROR:
         raise ConfigError(f"precision = 'bf16': torch {torch.__version__} computes wrong gradients on this processor "
                           f"(off by {error:.2g} of the largest)", fix="set precision to 32")  # fmt: skip
 
@@ -76,13 +86,18 @@ def probe_bf16(device: torch.device) -> tuple[float, float]:
         faster bf16 is, 0.5 for half as fast.
     """
     draw, error, seconds = torch.Generator().manual_seed(0), 0.0, dict.fromkeys(("32", "bf16"), math.inf)
-    weight = (torch.randn(PROBE_CHANNELS, PROBE_CHANNELS, 3, 3, 3, generator=draw) / 36).to(device).requires_grad_()
+    weight = (
+        (torch.randn(PROBE_CHANNELS, PROBE_CHANNELS, 3, 3, 3, generator=draw) / PROBE_CHANNELS)
+        .to(device)
+        .requires_grad_()
+    )
     for shape, _ in itertools.product(((3, 12, 12), (12, 12, 12)), range(PROBE_TRIALS)):
         x = torch.randn(4, PROBE_CHANNELS, *shape, generator=draw).to(device, memory_format=torch.channels_last_3d)
         gradients = {}
         for precision in seconds:
             taken, gradients[precision] = timed(partial(_weight_gradient, x, weight, device, precision), device)
-            seconds[precision] = min(seconds[precision], taken) if min(shape) > 3 else math.inf
+            if min(shape) > 3:
+                seconds[precision] = min(seconds[precision], taken)
         expected, found = gradients["32"], gradients["bf16"]
         difference = float((found - expected).abs().max() / expected.abs().max())
         error = max(error, difference if math.isfinite(difference) else math.inf)

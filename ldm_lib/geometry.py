@@ -148,6 +148,8 @@ def block_mean(array: np.ndarray, factor: int) -> np.ndarray:
     The mean of a mask is the fraction of set voxels in each latent voxel.
     """
     total = np.asarray(array, np.float32)
+    if any(n % factor for n in total.shape[-3:]):
+        raise ValueError(f"{total.shape[-3:]} voxels in blocks of {factor}")
     for axis in (-3, -2, -1):  # sums of slices, one axis after the other, take a tenth of the time of means of blocks
         slices = np.moveaxis(total, axis, 0)
         total = np.moveaxis(sum(slices[k::factor] for k in range(factor)), 0, axis)

@@ -28,7 +28,7 @@ WIDTHS_MM = (1.0, 3.0)  # s: a voxel, and about the error of a registered atlas
 NEAR_MM, FAR_MM = 15.0, 40.0  # the regression's weights fall by 1/e over NEAR, and end at FAR
 SURFACE_MM = 10.0  # of the registered atlas, within which the surface of the brain may be
 RIDGE = 1e-3  # relative to the mean variance of the regressors
-MIN_VISIBLE_VOXELS = 100  # with fewer there is no regression
+MIN_VISIBLE_VOXELS = 100  # of COARSE_MM; with fewer there is no regression
 TRUNCATE = 4.0  # of a Gaussian kernel, standard deviations
 ESTIMATE_RTOL, MOST_ITERATIONS = 1e-4, 500  # of the conjugate gradients
 COARSE_MM = 2.0  # voxels of the estimate in training
@@ -173,7 +173,9 @@ def _regression(image: Tensor, mask: Tensor, tissue: Tensor, core: tuple[slice, 
     step = coarse_step(spacing_mm)
     every = (slice(None, None, step),) * 3
     one_hot = torch.cat([tissue == label for label in TISSUES], dim=1).float()
-    weight = _weight(mask[(..., *every)], step * spacing_mm).flatten(2)
+    # whole blocks, so that a thin mask between the voxels that are kept counts, too
+    hidden = F.max_pool3d(mask.float(), step, ceil_mode=True) > 0
+    weight = _weight(hidden, step * spacing_mm).flatten(2)
     labels = one_hot[(..., *every)].flatten(2)
     present = ((labels * (weight > 0)).sum(2) > 0).float().repeat(1, len(WIDTHS_MM))[..., None]  # b r 1
     usable = present.any(1) & ((weight > 0).sum(2) >= MIN_VISIBLE_VOXELS)
@@ -225,10 +227,11 @@ def continue_harmonically(known: Tensor, mask: Tensor, air: Tensor) -> Tensor:
     faces, right = at_edge.sum(0).float(), (known[around] * at_edge).sum(0)
     degree = faces + (neighbours > 0).sum(0)
     counts = mask.flatten(1).sum(1)
+    sizes = counts.tolist()
 
     def total(values: Tensor) -> Tensor:
-        """Sum over the voxels of each volume, (n,) again."""
-        sums = torch.stack([part.sum() for part in values.split(counts.tolist())])
+        """Sum over the voxels of each volume, for each voxel (n,), or once (1,) if there is one volume."""
+        sums = torch.stack([part.sum() for part in values.split(sizes)])
         return sums if len(sums) == 1 else sums.repeat_interleave(counts)
 
     def laplacian(values: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ def require_usable(affine: np.ndarray) -> np.ndarray:
     """Return an affine (4, 4) that is invertible and has orthogonal axes, else raise InputError."""
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0)
-    usable = np.isfinite(affine).all() and lengths.min() >= SHORTEST_MM and lengths.max() <= LONGEST_MM
-    if not usable or abs(np.linalg.det(axes)) < 1e-6:
+    if not np.isfinite(affine).all() or lengths.min() < SHORTEST_MM or abs(np.linalg.det(axes)) < 1e-6:
         raise InputError("its affine is not finite and invertible", fix=EXPORT)
+    if lengths.max() > LONGEST_MM:
+        raise InputError(f"voxels of {lengths.max():.3g} mm; need {SHORTEST_MM:g} to {LONGEST_MM:g} mm", fix=EXPORT)
     cosines = np.abs(axes.T @ axes / np.outer(lengths, lengths) - np.eye(3)).max()
     if cosines > LARGEST_COSINE:
         raise InputError(f"sheared axes (cosine {cosines:.2f})", fix="resample it first")

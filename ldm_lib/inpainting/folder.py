@@ -256,10 +256,11 @@ class Job:
 def _results(job: Job, cases: Sequence[Case]) -> Iterator[Row]:
     """Yield the rows of the cases in order, each once its files are written; the next cases are read meanwhile.
 
-    Most of the time of reading is that of registration, which uses one core better than several.
+    Reading takes long where the atlas is registered. On a CPU several cases are therefore read at once, each by a
+    thread of its own that computes with one core.
     """
     threads = torch.get_num_threads()
-    readers = min(threads, MOST_READERS)
+    readers = min(threads, MOST_READERS) if job.inpainter.model.device.type == "cpu" else 1
     try:
         with ThreadPoolExecutor(readers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead = deque(pool.submit(job.read, case) for case in cases[:readers])

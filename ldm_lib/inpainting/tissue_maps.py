@@ -32,7 +32,7 @@ def add_tissue_map(data: CaseData, *, refine: str, device: torch.device | str = 
     """Add a tissue map made from the voided scan by `make_tissue_map`; log a warning and add none if that fails."""
     where = data.case.t1n_voided or data.case.t1n
     with _map_folder() as (folder, kept):
-        made = make_tissue_map(data, folder / f"{_key(data, refine)}.nii.gz", refine=refine, device=device)
+        made = make_tissue_map(data, folder / f"{_key(data, refine, device)}.nii.gz", refine=refine, device=device)
         labels = None if made.failure else read_labels(made.path, data.source, TISSUE_LABELS)
     if labels is None:
         log.warning("%s: no tissue map: %s; inpainted without", where, made.failure)
@@ -73,7 +73,9 @@ def _map_folder() -> Iterator[tuple[Path, bool]]:
         yield Path(temporary), False
 
 
-def _key(data: CaseData, refine: str) -> str:
+def _key(data: CaseData, refine: str, device: torch.device | str) -> str:
     arrays = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in (data.voided, data.mask)]
-    affine = np.asarray(data.source.affine).tolist()
-    return fingerprint({"arrays": arrays, "affine": affine, "scale": data.scale, "refine": refine})[:32]
+    affine, place = np.asarray(data.source.affine).tolist(), torch.device(device).type
+    return fingerprint({"arrays": arrays, "affine": affine, "scale": data.scale, "refine": refine, "device": place})[
+        :32
+    ]

@@ -101,3 +101,11 @@ def test_far_from_the_mask_nothing_is_shown_and_without_one_nothing_at_all():
     assert np.array_equal(values[~known], image[~known])
     values, known = contralateral_image(image, np.zeros(SHAPE, bool), spacing_mm=4.0)
     assert np.array_equal(values, image) and not known.any()
+
+
+@pytest.mark.parametrize("slices", [1, 3, 4])
+def test_a_volume_of_few_slices_has_a_mirror_image(slices):
+    image, mask = np.ones((40, 40, slices), np.float32), np.zeros((40, 40, slices), bool)
+    mask[5:10, 10:20, 0] = True
+    values, known = contralateral_image(image, mask, spacing_mm=1.0)
+    assert known[mask].all() and np.allclose(values, 1, atol=1e-3)

@@ -110,6 +110,15 @@ def test_the_harmonic_continuation_is_that_of_the_sparse_solver():
     assert not found[0, 0][~mask].any() and not found[1].any()
 
 
+@pytest.mark.parametrize("x", [20, 21])
+def test_a_mask_as_thin_as_a_voxel_has_a_regression_wherever_it_lies(x):
+    """The regression is fitted on every second voxel along each axis, between which a thin mask may lie."""
+    image, mask = np.where(LABELS == 3, 0.9, 0.3), np.zeros(SHAPE, bool)
+    mask[x, 15:25, 15:25] = True
+    found, plain = (initial_estimate(image, mask, labels, spacing_mm=1.0) for labels in (LABELS, UNKNOWN))
+    assert np.abs(found - plain)[mask].mean() > 0.002, "the regression changes something"
+
+
 def test_a_batch_is_filled_as_its_volumes_are():
     image = (0.5 + 0.3 * smoothed(2, 1.0)).astype(np.float32)
     masks = np.stack([MASK, np.roll(MASK, (5, -4, 3), (0, 1, 2))])

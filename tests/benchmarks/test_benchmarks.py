@@ -190,14 +190,18 @@ def test_the_script_for_a_gpu_keeps_what_it_measured(tmp_path, monkeypatch, part
     def fails(size, device):
         raise torch.OutOfMemoryError("full\nmore")
 
-    kept = {name: measure for name, measure in gpu.PARTS.items() if not parts or name in parts}
+    kept = {
+        name: measure for name, measure in gpu.PARTS.items() if not parts or name in ("matrix_product_tflops", *parts)
+    }
     monkeypatch.setattr(gpu, "PARTS", {"fails": fails} | kept)
-    assert gpu.main(["--tiny", "--output", str(tmp_path / "new" / "gpu.json")]) == 0
+    assert gpu.main(["--tiny", "--output", str(tmp_path / "new" / "gpu.json")]) == 1
     found = json.loads((tmp_path / "new" / "gpu.json").read_text())
-    assert found.pop("fails") == {"failed": "full"} and set(found["seconds"]) == {"fails", *kept}
+    assert found.pop("fails") == {"failed": "OutOfMemoryError: full"} and set(found["seconds"]) == {"fails", *kept}
     assert not [name for name in kept if "failed" in found[name]]
     assert [row["width"] for row in found["levels"]] == [32, 64, 128]
-    assert min(row["tflops"] for row in found["levels"] + found["training_step"]) > 0
+    best = found["matrix_product_tflops"][found["precision"]]
+    for row in found["levels"] + found["training_step"]:
+        assert row["share"] == pytest.approx(row["tflops"] / best) and row["tflops"] > 0
     if not parts:
         first, again = found["pretrained_case"]["first"], found["pretrained_case"]["again"]
         assert again["map_s"] < 0.5 * first["map_s"] and found["bf16"]["forward_error"] < 0.1

@@ -32,7 +32,8 @@ def cluster(tmp_path):
     bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
     bin_folder.mkdir()
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
-    (tmp_path / "data").mkdir()
+    for k in range(4):
+        (tmp_path / "data" / f"P{k}").mkdir(parents=True)
     for name in ("python", "srun"):
         (bin_folder / name).write_text(STAND_IN.format(name=name))
     hosts = 'echo "scontrol $*" >> "$CALLS"; if [ "$1" = show ]; then echo node7; echo node9; fi\n'
@@ -43,7 +44,6 @@ def cluster(tmp_path):
         "PATH": f"{bin_folder}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "4321",
         "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "3", "SLURM_NNODES": "2",
         "SLURM_JOB_NODELIST": "node[7,9]", "SLURM_GPUS_ON_NODE": "4",
-        "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_COUNT": "3",
     }  # fmt: skip
 
     def start(script, *words, **variables):
@@ -94,24 +94,32 @@ def test_a_task_makes_the_run_of_its_index(cluster):
 
 
 def test_the_tasks_of_an_array_inpaint_every_patient_once(cluster, tmp_path):
+    """Whatever the array looks like, and one task that is repeated takes its own patients."""
     start, calls, _ = cluster
-    for name in ("P0", "P1", "P 2", "P3", "P4"):
-        (tmp_path / "data" / name).mkdir()
+    for name in ("P0", "P1", "P2", "P3", "P 4", "derivatives"):
+        (tmp_path / "data" / name).mkdir(exist_ok=True)
         (tmp_path / "data" / name / f"of {name}").touch()
-    (tmp_path / "data" / "table.csv").touch()
     stand_in = tmp_path / "bin" / "python"
     stand_in.write_text('#!/usr/bin/env bash\nls "$5"/*/ >> "$CALLS"; shift 5; printf "%s|" "$@" >> "$CALLS"\n')
-    for task in ("2", "3", "4"):
-        process = start("inpaint.sbatch", "data", "my out", "--steps", "4", SLURM_ARRAY_TASK_ID=task)
+    for task in ("0", "1", "2", "1"):
+        process = start("inpaint.sbatch", "data", "my out", "3", "--steps", "4", SLURM_ARRAY_TASK_ID=task)
         assert ended(process) == (0, "")
     text = "\n".join(calls())
-    assert sorted(re.findall(r"of (P ?\d)", text)) == ["P 2", "P0", "P1", "P3", "P4"]
-    assert re.findall(r"--output\|(.*?)\|--steps\|4\|", text) == [f"my out/part-{k}" for k in (2, 3, 4)]
+    assert re.findall(r"--output\|(.*?)\|--steps\|4\|", text) == [f"my out/part-{k}" for k in (0, 1, 2, 1)]
+    of_tasks = [re.findall(r"of (\w+ ?\d?)$", part, re.MULTILINE) for part in text.split("--output")]
+    assert of_tasks[:4] == [["P 4", "P2"], ["P0", "P3"], ["P1"], ["P0", "P3"]]
+
+
+@pytest.mark.parametrize(("task", "parts", "status"), [("6", "7", 0), ("7", "7", 2), ("0", "none", 2), ("0", "0", 2)])
+def test_a_task_without_patients_ends_and_one_without_a_part_is_refused(cluster, task, parts, status):
+    start, _, ready = cluster
+    assert ended(start("inpaint.sbatch", "data", "out", parts, SLURM_ARRAY_TASK_ID=task))[0] == status
+    assert not (ready.parent / "calls").exists()
 
 
 @pytest.mark.parametrize(("status", "again"), [(0, False), (1, False), (143, True)])
 @pytest.mark.parametrize(
-    "words", [("sweep.sbatch", "grid.yaml"), ("inpaint.sbatch", "data", "out"), ("train.sbatch", "brats", "full")]
+    "words", [("sweep.sbatch", "grid.yaml"), ("inpaint.sbatch", "data", "out", "4"), ("train.sbatch", "brats", "full")]
 )
 def test_only_what_was_stopped_is_requeued(cluster, words, status, again):
     start, calls, _ = cluster
@@ -123,7 +131,7 @@ def test_only_what_was_stopped_is_requeued(cluster, words, status, again):
     ("words", "long", "code"),
     [
         (("sweep.sbatch", "grid.yaml"), "python", 143),
-        (("inpaint.sbatch", "data", "out"), "python", 143),
+        (("inpaint.sbatch", "data", "out", "4"), "python", 143),
         (("train.sbatch", "brats", "full"), "srun", 143),
         (("train.sbatch", "brats", "full"), "srun", 1),  # what torchrun ends with when it is stopped
         (("train.sbatch", "brats", "full"), "python", 143),  # while the stage is being finished

@@ -48,7 +48,7 @@ REJECTED = {  # what the catalogue of bad inputs does not hold
     "one slice": (_patched(46, "h", 1), r"shape \(24, 22, 1\) is not 3D"),
     "bits": (_patched(70, "h", 1), r"need one real number each"),
     "affine with NaN": (_patched(292, "f", np.nan), r"affine is not finite and invertible"),
-    "affine of huge voxels": (_patched(280, "f", 1e30), r"affine is not finite and invertible"),
+    "affine of huge voxels": (_patched(280, "f", 1e30), r"voxels of 1e\+30 mm; need 0\.001 to 1000 mm"),
     "microns": (_patched(123, "B", 3 + 8), r"its unit of length is the micron, need mm"),
     "vox_offset 0": (_patched(108, "f", 0.0), r"vox_offset 0 is not inside the file \(352 to"),
     "vox_offset beyond the end": (_patched(108, "f", 1e7), r"vox_offset 1e\+07 is not inside"),
