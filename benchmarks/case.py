@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.autoencoder import time_codec
 from benchmarks.machine import peak_memory, reset_peak_memory
-from benchmarks.reference_models import ddim_steps, standard_autoencoder, standard_denoiser
+from benchmarks.reference_models import ddim_steps, fill_zero_layers, standard_autoencoder, standard_denoiser
 from ldm_lib.autoencoder.training import build_autoencoder
 from ldm_lib.data.case import Case, load_case
 from ldm_lib.data.cohort import find_cases
@@ -176,10 +176,7 @@ def _save_model(folder: Path, request: Row) -> None:
     save_model(folder / AUTOENCODER_FOLDER, autoencoder, box_margin=stage.box_margin)
     channels = autoencoder.latent_channels
     denoiser = build_denoiser(config, in_channels=input_channels(channels, SPEC), out_channels=channels)
-    torch.manual_seed(config.seed)
-    for parameter in denoiser.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.01)
+    fill_zero_layers(denoiser)
     save_model(folder, denoiser, schedule=config.process, settings=SPEC.model_dump(), prediction=config.prediction,
                latent_crop=config.latent_crop,
                autoencoder_sha256=read_config(folder / AUTOENCODER_FOLDER)["sha256"])  # fmt: skip

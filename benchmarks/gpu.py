@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.case import bench_case
 from benchmarks.machine import peak_memory, processor_name, reset_peak_memory
+from benchmarks.reference_models import fill_zero_layers
 from benchmarks.training import training_batches, untrained_model
 from ldm_lib.anatomy.registration import Registration, register
 from ldm_lib.data.case import CaseData, load_case
@@ -229,12 +230,8 @@ def _denoiser(size: Size, device: torch.device) -> tuple[ADM, Tensor, Tensor]:
     """Return the denoiser of preset `full` with random weights in every layer, and an input of batch 1."""
     config = resolve("full", dict(size.changes))["04_training"]
     denoiser = build_denoiser(config, in_channels=input_channels(CHANNELS, SPEC), out_channels=CHANNELS)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.01, generator=draw)
-    x = torch.randn(1, denoiser.config["in_channels"], *size.grid, generator=draw)
+    fill_zero_layers(denoiser)
+    x = torch.randn(1, denoiser.config["in_channels"], *size.grid)
     return denoiser.eval().to(device), x.to(device), torch.zeros(1, dtype=torch.long, device=device)
 
 

@@ -38,6 +38,15 @@ def standard_denoiser(ours: ADM) -> nn.Module:
     )  # fmt: skip
 
 
+def fill_zero_layers(network: nn.Module) -> None:
+    """Draw the parameters that are zero before a training, so that every layer computes as after one."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.01, generator=draw)
+
+
 def ddim_steps(
     denoiser: nn.Module,
     voided: Tensor,

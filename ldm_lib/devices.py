@@ -70,7 +70,7 @@ def require_trainable(precision: str, device: torch.device) -> None:
     error, speed = probe_bf16(device)
     if speed < 1:
         log.warning("training in bf16, which is %.1f times as fast as float32 on this processor", speed)
-    if not error <= LARGEST_BF16_ERROR:
+    if error > LARGEST_BF16_ERROR:
         raise ConfigError(f"precision = 'bf16': torch {torch.__version__} computes wrong gradients on this processor "
                           f"(off by {error:.2g} of the largest)", fix="set precision to 32")  # fmt: skip
 

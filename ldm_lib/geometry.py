@@ -150,7 +150,7 @@ def block_mean(array: np.ndarray, factor: int) -> np.ndarray:
     total = np.asarray(array, np.float32)
     if any(n % factor for n in total.shape[-3:]):
         raise ValueError(f"{total.shape[-3:]} voxels in blocks of {factor}")
-    for axis in (-3, -2, -1):  # sums of slices, one axis after the other, take a tenth of the time of means of blocks
+    for axis in (-3, -2, -1):  # sums of slices, one axis after the other, are faster than means of blocks
         slices = np.moveaxis(total, axis, 0)
         total = np.moveaxis(sum(slices[k::factor] for k in range(factor)), 0, axis)
     return np.ascontiguousarray(total / np.float32(factor**3))

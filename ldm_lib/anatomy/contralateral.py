@@ -9,7 +9,7 @@ import torch
 from scipy import optimize
 from scipy.spatial.transform import Rotation
 
-from ldm_lib.anatomy.deformation import interpolate, transformed, voxels
+from ldm_lib.anatomy.deformation import interpolate, voxels
 from ldm_lib.geometry import block_mean, bounding_box
 
 COARSE_MM = 4.0  # voxels on which the plane is found
@@ -38,7 +38,7 @@ def midsagittal_reflection(image: np.ndarray, mask: np.ndarray, *, spacing_mm: f
 
     def misfit(parameters: np.ndarray) -> float:
         matrix = _reflection(parameters, centre, step * spacing_mm)
-        other, behind = interpolate(both, transformed(positions, matrix))[0, ..., 0, 0].numpy()
+        other, behind = interpolate(both, positions, matrix)[0, ..., 0, 0].numpy()
         shown = behind < 1e-3
         if shown.sum() < LEAST_POINTS or not (own[shown].std() and other[shown].std()):
             return 0.0
@@ -85,7 +85,7 @@ def contralateral_image(estimate: np.ndarray, mask: np.ndarray, *, spacing_mm: f
     box = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(reached, brain, strict=True))
     both = torch.from_numpy(np.stack([voided, mask.astype(np.float32)]))[None]
     positions = voxels(mask[box].shape, [side.start for side in box])
-    other, hidden = interpolate(both, transformed(positions, matrix))[0].numpy()
+    other, hidden = interpolate(both, positions, matrix)[0].numpy()
     known[box] = hidden < 0.5
     values[box] = np.where(known[box], other / np.maximum(1 - hidden, 0.5), values[box])
     return values, known

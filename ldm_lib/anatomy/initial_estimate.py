@@ -216,15 +216,7 @@ def continue_harmonically(known: Tensor, mask: Tensor, air: Tensor) -> Tensor:
     Returns:
         (b 1 x y z) the solution under the mask, 0 elsewhere; all 0 without any voxel around the mask.
     """
-    known, inside, edge = (F.pad(volume, (1,) * 6).flatten() for volume in (known, mask, ~mask & ~air))
-    size = [n + 2 for n in mask.shape[2:]]
-    voxels = inside.nonzero()[:, 0]
-    offsets = torch.tensor([sign * stride for stride in (size[1] * size[2], size[2], 1) for sign in (-1, 1)])
-    around = voxels + offsets.to(voxels)[:, None]  # 6 n
-    number = torch.zeros(len(inside), dtype=torch.long, device=voxels.device)
-    number[voxels] = torch.arange(1, len(voxels) + 1, device=voxels.device)
-    neighbours, at_edge = number[around], edge[around]
-    faces, right = at_edge.sum(0).float(), (known[around] * at_edge).sum(0)
+    neighbours, faces, right = _masked_voxels(known, mask, ~mask & ~air)
     degree = faces + (neighbours > 0).sum(0)
     counts = mask.flatten(1).sum(1)
     sizes = counts.tolist()
@@ -250,6 +242,20 @@ def continue_harmonically(known: Tensor, mask: Tensor, air: Tensor) -> Tensor:
         x, r = x + step * p, r - step * image
         following = total(r.square())
         p, power = r + following / power.clamp(min=tiny) * p, following
-    solved = torch.zeros(mask.shape, dtype=known.dtype, device=mask.device)
-    solved[mask] = x
-    return solved
+    return torch.zeros_like(known).masked_scatter(mask, x)
+
+
+def _masked_voxels(known: Tensor, mask: Tensor, edge: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the neighbours of the n masked voxels of a batch, which are numbered from 1.
+
+    Returns:
+        (6 n) number of each face neighbour, 0 for one that is not masked; (n,) how many neighbours are at the edge, and
+        the sum of their values.
+    """
+    values, inside, edge = (F.pad(volume, (1,) * 6).flatten() for volume in (known, mask, edge))
+    y, z = (n + 2 for n in mask.shape[3:])
+    voxels = inside.nonzero()[:, 0]
+    around = voxels + torch.tensor([-y * z, y * z, -z, z, -1, 1]).to(voxels)[:, None]
+    number = inside.long().cumsum(0) * inside
+    at_edge = edge[around]
+    return number[around], at_edge.sum(0).float(), (values[around] * at_edge).sum(0)

@@ -170,7 +170,7 @@ def _better_orientation(static: MaskedImage, moving: MaskedImage, *, stated: np.
         turn = np.eye(4)
         turn[:3, :3] = np.eye(3)[list(axes)] * np.array(signs)[:, None]
         turn[:3, 3] = (head_centre - turn @ centre)[:3]
-        warped = interpolate(atlas, transformed(places, np.linalg.solve(head_affine, turn @ affine)))[0, 0].numpy()
+        warped = interpolate(atlas, places, np.linalg.solve(head_affine, turn @ affine))[0, 0].numpy()
         both = ((image > 0) | (warped > 0)) & ~mask
         fits.append((np.corrcoef(image[both], warped[both])[0, 1], turn))
     as_stated = max(fit for fit, turn in fits if turn[1, 1] == turn[2, 2] == 1)  # and its mirror image
