@@ -52,7 +52,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         arg("--make-missing", "make missing tissue maps from the scans (default: if the model needs them)",
             action=argparse.BooleanOptionalAction),
         MODEL,
-        *parameters(ResultOptions, "estimate", *SAMPLING, "guidance", "blend_mm", "samples", "dilate"),
+        *parameters(ResultOptions, "estimate", *SAMPLING, "guidance", "blend_mm", "detail", "samples", "dilate"),
         arg("--write-samples", "write each sample, too", action="store_true"),
         arg("--summary", "write tissue labels (-dseg) and volumes (-summary.json) of the result, too",
             action="store_true"),

@@ -243,7 +243,7 @@ class Job:
         model, sampling = self.inpainter.model, self.options.sampling
         settings = {"make_missing": self.make_missing, "each": self.each, "precision": model.precision}
         settings |= {"samples": sampling.pop("n_samples"), **sampling}
-        settings |= {"blend_mm": self.options.blend_mm, "temperature": model.temperature}
+        settings |= {"blend_mm": self.options.blend_mm, "detail": self.options.detail, "temperature": model.temperature}
         description = {"cells": model.spec.model_dump(), "schedule": model.denoiser.folder_config["schedule"]}
         description |= {name: getattr(model, name) for name in ("crop", "box_margin", "prediction")}
         weights = [network.folder_config["sha256"] for network in (model.denoiser, model.autoencoder)]

@@ -19,10 +19,11 @@ from ldm_lib.data.case import Case, CaseData, load_case
 from ldm_lib.data.model_grid import is_oblique, resampling_to
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.latents import Latents, encode_case
-from ldm_lib.diffusion.model import LatentDiffusion
+from ldm_lib.diffusion.model import CaseNoise, LatentDiffusion
 from ldm_lib.diffusion.samplers import Callback, check_sampler
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import oblique_degrees
+from ldm_lib.inpainting.detail import Detail
 from ldm_lib.inpainting.options import MEAN, InpaintOptions
 from ldm_lib.inpainting.preprocess import CaseGrid
 from ldm_lib.inpainting.result import Inpainting
@@ -31,9 +32,10 @@ from ldm_lib.progress import Progress
 
 log = logging.getLogger("ldm_lib")
 
-DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_BLEND_MM = (
-    InpaintOptions.model_fields[name].default for name in ("sampler", "num_inference_steps", "blend_mm")
+DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_BLEND_MM, DEFAULT_DETAIL = (
+    InpaintOptions.model_fields[name].default for name in ("sampler", "num_inference_steps", "blend_mm", "detail")
 )
+DETAIL_STEP = -2  # of the noise: sampling starts from that of step -1
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Inpainter:
     Attributes:
         model: autoencoder, denoiser and schedule.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
+        detail: scale of the random detail that the latents of a linear autoencoder cannot hold (`inpainting.detail`),
+            times the model's temperature; 0 is off.
 
     Examples:
         >>> import ldm_lib as ldm
@@ -55,9 +59,10 @@ class Inpainter:
 
     model: LatentDiffusion
     blend_mm: float = DEFAULT_BLEND_MM
+    detail: float = DEFAULT_DETAIL
 
     def __repr__(self) -> str:
-        return f"Inpainter({self.model!r}, blend_mm={self.blend_mm:g})"
+        return f"Inpainter({self.model!r}, blend_mm={self.blend_mm:g}, detail={self.detail:g})"
 
     @classmethod
     def load(
@@ -67,22 +72,23 @@ class Inpainter:
         device: str = "auto",
         precision: str = "auto",
         blend_mm: float = DEFAULT_BLEND_MM,
+        detail: float = DEFAULT_DETAIL,
         temperature: float = 0.0,
     ) -> "Inpainter":
         """Load a model folder; without one, the pretrained weights. A temperature of 0 is the model's own.
 
         Raises:
-            ConfigError: a device, precision, temperature or `blend_mm` that is not allowed.
+            ConfigError: a device, precision, temperature, `blend_mm` or `detail` that is not allowed.
             WeightsError: no model folder, or a damaged one.
         """
-        InpaintOptions.of_arguments(n_samples=1, blend_mm=blend_mm, temperature=temperature)
+        InpaintOptions.of_arguments(n_samples=1, blend_mm=blend_mm, detail=detail, temperature=temperature)
         model = LatentDiffusion.load(folder, device=device, precision=precision, temperature=temperature)
-        return cls(model, blend_mm)
+        return cls(model, blend_mm, detail)
 
     @classmethod
     def for_sampling(cls, folder: str | Path | None, options: InpaintOptions) -> "Inpainter":
         """Load a model folder, or the pretrained weights, with the device, precision and so on of these options."""
-        names = ("device", "precision", "blend_mm", "temperature")
+        names = ("device", "precision", "blend_mm", "detail", "temperature")
         return cls.load(folder, **{name: getattr(options, name) for name in names})
 
     def __call__(
@@ -125,12 +131,18 @@ class Inpainter:
         case_grid, values = self.case_grid(data), []
         latents = latents or self.encode(case_grid)
         names = [sample_name(data, k) for k in range(n_samples)]
+        detail = self._detail(case_grid) if num_inference_steps > 1 else None
         at_once = self.model.samples_at_once(latents) if n_samples > 1 else 1
         with Progress(-(-n_samples // at_once) * num_inference_steps, name="sampling step") as progress:
             sampling["callback"] = _followed(progress, callback)
             for start in range(0, n_samples, at_once):
-                drawn = self.model.sample(latents, names[start : start + at_once], **sampling)
-                values += [self._values(latent, case_grid) for latent in drawn]
+                batch = names[start : start + at_once]
+                for name, latent in zip(batch, self.model.sample(latents, batch, **sampling), strict=True):
+                    volume = self._decode(latent, case_grid)
+                    if detail:
+                        noise = CaseNoise([name], seed, detail.shape, torch.device("cpu"))(DETAIL_STEP)[0]
+                        volume = detail(volume, noise.numpy(), scale=self.detail * self.model.temperature)
+                    values.append(case_grid.values(volume))
         return Inpainting(data, np.stack(values))
 
     def estimate(self, case: Case | CaseData, *, make_missing: bool | None = None) -> Inpainting:
@@ -183,7 +195,8 @@ class Inpainter:
 
     def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
         """Decode a latent (c x y z) and paste it into the voided image: (x, y, z) in the file's order and units."""
-        return Inpainting(data, self._values(latent, self.case_grid(data))[None]).mean
+        case_grid = self.case_grid(data)
+        return Inpainting(data, case_grid.values(self._decode(latent, case_grid))[None]).mean
 
     def _with_map(self, data: CaseData, make_missing: bool | None) -> CaseData:
         if data.tissue is not None or not self.makes_maps(make_missing):
@@ -195,8 +208,14 @@ class Inpainter:
         object.__setattr__(data, "tissue", with_map.tissue)
         return with_map
 
-    def _values(self, latent: Tensor, case_grid: CaseGrid) -> np.ndarray:
-        """Decode a latent (c x y z) at the n voxels of the mask: (n,)."""
+    def _detail(self, case_grid: CaseGrid) -> Detail | None:
+        """Measure the detail of a case; None where it is off, or where a network decodes."""
+        if not self.detail or self.model.autoencoder.network is not None:
+            return None
+        return Detail.of(case_grid.to_see, self.model.autoencoder)
+
+    def _decode(self, latent: Tensor, case_grid: CaseGrid) -> np.ndarray:
+        """Decode a latent (c x y z) around the mask: (x, y, z) on the model's grid, normalised."""
         autoencoder, margin = self.model.autoencoder, self.model.box_margin
         with torch.inference_mode(), autocast(self.model.device, self.model.precision):
             latent = latent[None].to(self.model.device)
@@ -204,7 +223,7 @@ class Inpainter:
             volume = (
                 autoencoder.decode(latent) if whole else decode_box(autoencoder, latent, case_grid.to_decode, margin)
             )
-        return case_grid.values(volume[0, 0].float().cpu().numpy())
+        return volume[0, 0].float().cpu().numpy()
 
 
 def _followed(progress: Progress, callback: Callback | None) -> Callback:

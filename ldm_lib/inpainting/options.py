@@ -17,6 +17,9 @@ class InpaintOptions(SamplerOptions, DeviceOptions, SeedOptions):
     blend_mm: Annotated[float, Field(ge=0, le=1000)] = Field(
         16.0, description="reach of the intensity correction at the mask's edge, mm; 0 is off"
     )
+    detail: Annotated[float, Field(ge=0, le=2)] = Field(
+        1.0, description="scale of the random detail that latents cannot hold, times the temperature; 0 is off"
+    )
 
     @classmethod
     def of_arguments(cls, *, n_samples: int, **arguments: Any) -> Self:

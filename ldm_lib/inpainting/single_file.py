@@ -8,7 +8,7 @@ from ldm_lib.diffusion.samplers import check_sampler
 from ldm_lib.files import expand_path, require_writable
 from ldm_lib.images.image_files import require_results_writable
 from ldm_lib.images.options import READ_STRICTLY, ReadOptions
-from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
+from ldm_lib.inpainting.inpainter import DEFAULT_BLEND_MM, DEFAULT_DETAIL, DEFAULT_SAMPLER, DEFAULT_STEPS, Inpainter
 from ldm_lib.inpainting.options import ResultOptions
 from ldm_lib.inpainting.result import page_path, require_page, result_path, result_paths, summary_path
 from ldm_lib.inpainting.summary import write_summary
@@ -29,6 +29,7 @@ def inpaint(
     num_inference_steps: int = DEFAULT_STEPS,
     guidance: float = 1.0,
     blend_mm: float = DEFAULT_BLEND_MM,
+    detail: float = DEFAULT_DETAIL,
     temperature: float = 0.0,
     n_samples: int = 1,
     estimate: str = "samples",
@@ -65,6 +66,7 @@ def inpaint(
         num_inference_steps: denoiser evaluations of a sample.
         guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
+        detail: scale of the random detail that latents cannot hold, times the temperature; 0 is off.
         temperature: scale of the initial noise; 0 takes the model's own.
 
     Raises:
@@ -80,15 +82,14 @@ def inpaint(
     """
     maps = {"growth": growth, "tissue": tissue, "brain_mask": brain_mask}
     case = case_of_files(t1n_voided, mask, **maps, read_options=read_options, dilate=dilate)
-    loading = {"blend_mm": blend_mm, "temperature": temperature, "device": device, "precision": precision}
-    sampling = {"sampler": sampler, "seed": seed, "guidance": guidance, "num_inference_steps": num_inference_steps}
-    options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, dilate=dilate, **sampling, **loading)
+    given = {"sampler": sampler, "num_inference_steps": num_inference_steps, "detail": detail, "precision": precision}
+    given |= {"seed": seed, "guidance": guidance, "temperature": temperature, "blend_mm": blend_mm, "device": device}
+    options = ResultOptions.of_arguments(n_samples=n_samples, estimate=estimate, dilate=dilate, **given)
     results = result_paths(expand_path(output), n_samples, each=write_samples, case=case)
     _require_writable(results, case, summary=summary, page=page)
-    data, inpainter = load_case(case), Inpainter.load(model, **loading)
+    data, inpainter = load_case(case), Inpainter.for_sampling(model, options)
     check_sampler(*options.method, inpainter.model.schedule)  # before a map is made
-    data = inpainter.prepare(data, make_missing=make_missing)
-    result = inpainter(data, make_missing=False, **options.sampling)
+    result = inpainter(inpainter.prepare(data, make_missing=make_missing), make_missing=False, **options.sampling)
     written = result.save(results[""], samples=write_samples)
     written += write_summary(inpainter, options, result, results[""]) if summary else []
     return written + ([result.page(page_path(results[""]))] if page else [])

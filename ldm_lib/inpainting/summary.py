@@ -38,6 +38,6 @@ def write_summary(inpainter: Inpainter, options: InpaintOptions, result: Inpaint
         written += write_sidecars(inpainter, options, result, written) if data.case.derivative else []
     summary = {"Result": output.name, "VolumesML": volumes, "Dilation": data.case.dilate}
     made = provenance(inpainter, options, result) | {"Guidance": options.guidance, "BlendMM": inpainter.blend_mm}
-    made["Temperature"] = inpainter.model.temperature
+    made |= {"Detail": inpainter.detail, "Temperature": inpainter.model.temperature}
     write_json(summary_path(output), summary | made | {"Warnings": warnings})
     return [*written, summary_path(output)]

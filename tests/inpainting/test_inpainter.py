@@ -28,6 +28,7 @@ from ldm_lib.errors import ConfigError, InputError
 from ldm_lib.images.volume import read_volume, write_map
 from ldm_lib.inpainting import single_file
 from ldm_lib.inpainting.inpainter import Inpainter
+from ldm_lib.inpainting.preprocess import CaseGrid
 from ldm_lib.inpainting.result import Inpainting
 from ldm_lib.inpainting.single_file import inpaint
 
@@ -80,7 +81,7 @@ def test_a_model_and_a_result_are_one_line_in_a_session(cases, inpainter):
         f"LatentDiffusion({weights:,} weights, {codec.latent_channels} channels of {codec.factor} voxels, "
         f"{inpainter.model.prediction}, {inpainter.model.schedule!r}, cpu, 32)"
     )
-    assert repr(inpainter) == f"Inpainter({inpainter.model!r}, blend_mm=16)"
+    assert repr(inpainter) == f"Inpainter({inpainter.model!r}, blend_mm=16, detail=1)"
 
 
 # ---- law 1: outside the mask
@@ -173,6 +174,7 @@ class SpaceToDepth(nn.Module):
     """Volume and latent hold the same numbers: each latent voxel keeps its factor^3 voxels as channels."""
 
     spacing_mm = 1.0
+    network = nn.Identity()  # a network, of which no detail is measured
 
     def __init__(self, factor):
         super().__init__()
@@ -528,7 +530,7 @@ def test_an_input_is_never_overwritten(pair, tmp_path, model, which):
 def test_a_failure_on_the_way_leaves_nothing_behind(pair, tmp_path, model, monkeypatch):
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(
-        Inpainter, "_values", lambda self, latent, case_grid: np.full(case_grid.data.mask.sum(), np.nan)
+        CaseGrid, "values", lambda self, volume: np.full(self.data.mask.sum(), np.nan)
     )
     with pytest.raises(InputError, match="inpainted voxels are not finite"):
         inpaint(*pair, tmp_path / "out.nii.gz", n_samples=2, **model)

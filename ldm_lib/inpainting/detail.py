@@ -1,0 +1,153 @@
+"""Draw the detail of a sample that is finer than what the latents of a linear autoencoder hold.
+
+A linear autoencoder is a probabilistic principal component analysis: what its latents leave out is Gaussian noise, and
+a decoded volume is the mean over that noise. Here the noise is drawn. Its standard deviation in each tissue and its
+autocorrelation are those of the autoencoder's own error in visible voxels of the same scan; and it is conditioned on
+the voxels around the mask, so that the edge of the mask is not visible.
+
+Sources: Tipping & Bishop 1999, Probabilistic principal component analysis (J. R. Stat. Soc. B 61:611), eq. 2;
+Hoffman & Ribak 1991, Constrained realizations of Gaussian random fields (Astrophys. J. 380:L5), eq. 3.
+"""
+
+from typing import Self
+
+import numpy as np
+import torch
+from scipy import fft, ndimage, sparse
+from scipy.sparse.linalg import cg
+from scipy.spatial import cKDTree
+
+from ldm_lib.anatomy.initial_estimate import gaussian_blur
+from ldm_lib.autoencoder.model import Autoencoder
+from ldm_lib.data.model_grid import GridCase
+from ldm_lib.geometry import bounding_box, face_neighbours, latent_mask
+
+REACH_MM = 40.0  # distance from the mask within which the autoencoder's error is measured
+SURFACE_MM = 3.0  # distance from air within which its error, that of a step, is not measured
+SMOOTH_MM = 2.5  # sd of the Gaussian whose blur of the error around the mask is left to the edge correction
+MIN_VISIBLE_VOXELS = 1000  # below which nothing is measured, in all or in one tissue
+LAGS = 8  # voxels along an axis, beyond which the error is uncorrelated: half a block and more
+LEAST_STD = 1e-6  # against division by 0 where nothing is lost
+NEIGHBOURS = 0.02, 0.98  # range of the correlation of two neighbouring voxels
+LEAST_COVARIANCE = 0.005  # with a voxel around the mask; a smaller one counts as 0
+NUGGET = 0.05  # relative variance of the error around the mask that is noise, so that covariances can be inverted
+
+
+class Detail:
+    """Draw the detail of one case.
+
+    Attributes:
+        shape: (x, y, z) of the noise, in voxels.
+        std: (x, y, z) standard deviation of the detail in the bounding box of the mask, in normalised intensity.
+        correlation: (2 LAGS + 1,) * 3, of two voxels by the distance between them, 1 in the centre.
+    """
+
+    def __init__(self, case: GridCase, std: np.ndarray, correlation: np.ndarray, *, spacing_mm: float) -> None:
+        """Take the standard deviation (x, y, z) on the whole grid."""
+        around = face_neighbours(case.mask) & (case.voided > 0)
+        self._box = bounding_box(case.mask, 1)
+        self._mask, self._around, self._known = case.mask[self._box], around[self._box], case.voided[self._box]
+        self._smooth_vox, self.std, self.correlation = SMOOTH_MM / spacing_mm, std[self._box], correlation
+        # large enough that opposite sides of the box, which the Fourier transform joins, are uncorrelated
+        self.shape = tuple(fft.next_fast_len(max(n, LAGS + 1) + LAGS, real=True) for n in self.std.shape)
+        self._filter = _filter(correlation, self.shape)
+        neighbours = [correlation[LAGS + x, LAGS + y, LAGS + z] for x, y, z in np.eye(3, dtype=int)]
+        units = np.sqrt(-np.log(np.clip(neighbours, *NEIGHBOURS)))  # so that exp(-distance^2) is their correlation
+        fixed, masked = (cKDTree(np.argwhere(part) * units) for part in (self._around, self._mask))
+        self._among_fixed = _covariance(fixed, fixed) + NUGGET * sparse.identity(fixed.n)
+        self._to_masked = _covariance(masked, fixed)
+
+    @classmethod
+    def of(cls, case: GridCase, autoencoder: Autoencoder) -> Self | None:
+        """Measure the autoencoder's error in the visible voxels of a case; None if there are too few."""
+        factor, spacing_mm = autoencoder.factor, autoencoder.spacing_mm
+        box = _block_box(case.mask, factor, max(2, round(REACH_MM / spacing_mm / factor)))
+        voided, tissue = case.voided[box], case.tissue[box]
+        error = voided - autoencoder.reconstruct(voided)
+        hidden = latent_mask(case.mask[box], factor, dilation=1)  # a block is decoded from those around it, too
+        visible = ndimage.binary_erosion(voided > 0, iterations=max(1, round(SURFACE_MM / spacing_mm)))
+        visible &= ~hidden.repeat(factor, 0).repeat(factor, 1).repeat(factor, 2)
+        for axis in range(3):  # the outermost blocks lack neighbours
+            np.moveaxis(visible, axis, 0)[[*range(factor), *range(-factor, 0)]] = False
+        if np.count_nonzero(visible) < MIN_VISIBLE_VOXELS:
+            return None
+        rms = np.full(4, _rms(error[visible]))
+        for label in range(4):
+            if np.count_nonzero(inside := visible & (tissue == label)) >= MIN_VISIBLE_VOXELS:
+                rms[label] = _rms(error[inside])
+        rms = np.maximum(rms, LEAST_STD)
+        std = rms.astype(np.float32)[case.tissue]
+        if case.tissue.any():
+            std[case.mask & (case.tissue == 0)] = 0  # outside the brain
+        return cls(case, std, _autocorrelation(error / rms[tissue], visible), spacing_mm=spacing_mm)
+
+    def __call__(self, volume: np.ndarray, noise: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
+        """Add detail to a decoded volume, in the mask and around it.
+
+        Args:
+            volume: (x, y, z) normalised, decoded in the mask and its face neighbours at least.
+            noise: (`shape`) standard normal.
+            scale: factor of the standard deviation.
+
+        Returns:
+            (x, y, z); around the mask it is the scan, less the smooth part of the decoded volume's error.
+        """
+        std, around, result = scale * self.std, self._around, volume.copy()
+        fixed = self._less_local_mean((self._known - volume[self._box])[around])
+        detail = std * self._unconditioned(noise)
+        missing = (fixed - detail[around]) / np.maximum(std[around], LEAST_STD)
+        weights, _ = cg(self._among_fixed, missing, rtol=1e-4)
+        detail[self._mask] += std[self._mask] * (self._to_masked @ weights)
+        detail[around] = fixed
+        result[self._box] += np.where(self._mask | around, detail, 0)
+        return result
+
+    def _unconditioned(self, noise: np.ndarray) -> np.ndarray:
+        """Filter white noise (`shape`), so that it has the correlation, and return it in the box."""
+        return fft.irfftn(self._filter * fft.rfftn(noise), noise.shape)[tuple(slice(n) for n in self.std.shape)]
+
+    def _less_local_mean(self, error: np.ndarray) -> np.ndarray:
+        """Subtract from an error (n,), known around the mask alone, its own local mean."""
+        volumes = np.zeros((2, 1, *self.std.shape), np.float32)
+        volumes[0, 0, self._around], volumes[1, 0, self._around] = error, 1
+        total, count = gaussian_blur(torch.from_numpy(volumes), self._smooth_vox)[:, 0].numpy()[:, self._around]
+        return error - total / count
+
+
+def _block_box(mask: np.ndarray, factor: int, margin: int) -> tuple[slice, ...]:
+    """Return the bounding box of a mask, in voxels, of whole blocks and with a margin of blocks."""
+    box = bounding_box(latent_mask(mask, factor), margin)
+    return tuple(slice(side.start * factor, side.stop * factor) for side in box)
+
+
+def _autocorrelation(error: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Return the correlation of two visible voxels for every distance up to `LAGS`, by the Wiener-Khinchin theorem."""
+    size = [fft.next_fast_len(n + LAGS, real=True) for n in error.shape]
+    products, pairs = (
+        np.roll(fft.irfftn(np.abs(fft.rfftn(part.astype(np.float32), size)) ** 2, size), [LAGS] * 3, (0, 1, 2))
+        for part in (np.where(visible, error, 0), visible)
+    )
+    near = (slice(2 * LAGS + 1),) * 3
+    covariance = products[near] / np.maximum(pairs[near], 1)
+    return covariance / covariance[LAGS, LAGS, LAGS]
+
+
+def _filter(correlation: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return what the Fourier transform of white noise is multiplied by, so that it has a correlation."""
+    padded = np.zeros(shape, np.float32)
+    padded[tuple(slice(n) for n in correlation.shape)] = correlation
+    spectrum = fft.fftn(np.roll(padded, [-LAGS] * 3, (0, 1, 2))).real
+    spectrum = np.maximum(spectrum, 0)  # a measured correlation has negative ones, too
+    return np.sqrt(spectrum / spectrum.mean())[..., : shape[2] // 2 + 1]
+
+
+def _covariance(first: cKDTree, second: cKDTree) -> sparse.csr_matrix:
+    """Return exp(-distance^2) between two sets of points, sparse (n, m)."""
+    reach = np.sqrt(-np.log(LEAST_COVARIANCE))
+    covariance = first.sparse_distance_matrix(second, reach, output_type="coo_matrix").tocsr()
+    covariance.data = np.exp(-(covariance.data**2))
+    return covariance
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
