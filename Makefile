@@ -70,7 +70,7 @@ picture: .venv/ready ## draw README's first figure from a healthy person's scan,
 	  figure=synthetic; made="$(PICTURE)/01_data_audit/synthetic"; \
 	  $(LDM) run 01 --run picture --preset weights --set synthetic_first=9001 --set synthetic_patients=2 --set masks_per_patient=1; \
 	fi; \
-	$(LDM) evaluate "$$made/data" --output "$$made/filled" --samples 8 --temperature 1 --pictures 1; \
+	$(LDM) evaluate "$$made/data" --output "$$made/filled" --samples 8 --temperature 1 --steps 16 --pictures 1; \
 	cp -- "$$made"/filled/*.png "docs/$$figure.png"
 
 sweep: .venv/ready ## run many parameter sets and write one table: make sweep GRID=docs/sweep.yaml JOBS=2

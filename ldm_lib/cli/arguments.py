@@ -106,7 +106,7 @@ ARGUMENTS: dict[str, list[Argument | list[Argument]]] = {
         MODEL,
         arg("--tissue", "source of the tissue maps: each voided scan, or given maps, which may leak the hidden region "
             "(default: atlas)", default="atlas", choices=["atlas", "given"]),
-        *parameters(InpaintOptions, *SAMPLING, "samples", samples=16),
+        *parameters(InpaintOptions, *SAMPLING, "detail", "samples", samples=16),
         PATIENTS,
         arg("--pictures", "number of cases to draw, as PNG and as HTML page (default: 0)", type=int, default=0,
             metavar="N"),

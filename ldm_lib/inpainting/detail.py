@@ -86,7 +86,7 @@ class Detail:
 
         Args:
             volume: (x, y, z) normalised, decoded in the mask and its face neighbours at least.
-            noise: (`shape`) standard normal.
+            noise: (`shape`) standard normal; zeros give the mean of all detail, simple kriging.
             scale: factor of the standard deviation.
 
         Returns:

@@ -131,7 +131,7 @@ class Inpainter:
         case_grid, values = self.case_grid(data), []
         latents = latents or self.encode(case_grid)
         names = [sample_name(data, k) for k in range(n_samples)]
-        detail = self._detail(case_grid) if num_inference_steps > 1 else None
+        detail, random = self._detail(case_grid), num_inference_steps > 1
         at_once = self.model.samples_at_once(latents) if n_samples > 1 else 1
         with Progress(-(-n_samples // at_once) * num_inference_steps, name="sampling step") as progress:
             sampling["callback"] = _followed(progress, callback)
@@ -140,8 +140,9 @@ class Inpainter:
                 for name, latent in zip(batch, self.model.sample(latents, batch, **sampling), strict=True):
                     volume = self._decode(latent, case_grid)
                     if detail:
-                        noise = CaseNoise([name], seed, detail.shape, torch.device("cpu"))(DETAIL_STEP)[0]
-                        volume = detail(volume, noise.numpy(), scale=self.detail * self.model.temperature)
+                        noise = CaseNoise([name], seed, detail.shape, torch.device("cpu"))(DETAIL_STEP)[0].numpy()
+                        scale = self.detail * self.model.temperature
+                        volume = detail(volume, noise if random else np.zeros_like(noise), scale=scale)
                     values.append(case_grid.values(volume))
         return Inpainting(data, np.stack(values))
 
@@ -149,8 +150,9 @@ class Inpainter:
         """Inpaint one case by the mean of all samples, in one denoiser evaluation at the noisiest step.
 
         It has the least squared error and is smooth: the volume for measurements and further processing, while a sample
-        is one plausible anatomy. It starts from the mean of the noise and depends on no seed. It is averaged over the
-        case and its mirror image where latents can be mirrored exactly. Arguments are as in `__call__`.
+        is one plausible anatomy. Of detail (`inpainting.detail`) it has the mean, which continues that around the mask.
+        It starts from the mean of the noise and depends on no seed. It is averaged over the case and its mirror image
+        where latents can be mirrored exactly. Arguments are as in `__call__`.
 
         Source: Vincent 2011 (Neural Computation 23:1661): a denoiser trained by squared error gives E[x_0 | x_t].
 

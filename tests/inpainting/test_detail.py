@@ -206,9 +206,18 @@ def test_a_sample_has_detail_that_its_seed_and_number_determine(cases, linear):
     assert np.abs(other - both.samples[0])[data.mask].max() > 0
 
 
-def test_the_estimate_has_none(cases, linear):
+def test_the_estimate_has_the_mean_of_all_detail(cases, linear):
+    """Of many samples whose latents are the estimate's, the mean is the estimate; its seed does not matter."""
     data = load_case(cases[0])
-    np.testing.assert_array_equal(linear.estimate(data).mean, replace(linear, detail=0.0).estimate(data).mean)
+    estimate, case_grid = linear.estimate(data).mean, linear.case_grid(data)
+    assert np.abs(estimate - replace(linear, detail=0.0).estimate(data).mean)[data.mask].max() > 0
+    latent = linear.model.sample(linear.encode(data), ["any"], seed=5, sampler="ddim", num_inference_steps=1)[0]
+    detail, volume = linear._detail(case_grid), linear._decode(latent, case_grid)
+    drawn = np.array([case_grid.values(detail(volume, noise(detail, seed))) for seed in range(200)])
+    positive = drawn.min(axis=0) > 0  # values below 0 are raised to 0
+    tolerance = 5 * np.std(drawn, axis=0) / np.sqrt(len(drawn)) + 1e-3 * data.scale
+    difference = np.abs(np.mean(drawn, axis=0) - estimate[data.mask])
+    assert positive.sum() > 10 and (difference < tolerance)[positive].all()
 
 
 def test_the_temperature_scales_it(cases, linear, monkeypatch):

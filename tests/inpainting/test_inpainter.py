@@ -529,9 +529,7 @@ def test_an_input_is_never_overwritten(pair, tmp_path, model, which):
 
 def test_a_failure_on_the_way_leaves_nothing_behind(pair, tmp_path, model, monkeypatch):
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(
-        CaseGrid, "values", lambda self, volume: np.full(self.data.mask.sum(), np.nan)
-    )
+    monkeypatch.setattr(CaseGrid, "values", lambda self, volume: np.full(self.data.mask.sum(), np.nan))
     with pytest.raises(InputError, match="inpainted voxels are not finite"):
         inpaint(*pair, tmp_path / "out.nii.gz", n_samples=2, **model)
     assert sorted(tmp_path.iterdir()) == before
