@@ -1,9 +1,10 @@
 """Draw the detail of a sample that is finer than what the latents of a linear autoencoder hold.
 
 A linear autoencoder is a probabilistic principal component analysis: what its latents leave out is Gaussian noise, and
-a decoded volume is the mean over that noise. Here the noise is drawn. Its standard deviation in each tissue and its
-autocorrelation are those of the autoencoder's own error in visible voxels of the same scan; and it is conditioned on
-the voxels around the mask, so that the edge of the mask is not visible.
+a decoded volume is the mean over that noise. Here the noise is drawn. Its autocorrelation and its standard deviation,
+which is larger where the decoded volume varies, as at the edges of tissues, are those of the autoencoder's own error
+in visible voxels of the same scan; and it is conditioned on the voxels around the mask, so that the edge of the mask is
+not visible.
 
 Sources: Tipping & Bishop 1999, Probabilistic principal component analysis (J. R. Stat. Soc. B 61:611), eq. 2;
 Hoffman & Ribak 1991, Constrained realizations of Gaussian random fields (Astrophys. J. 380:L5), eq. 3.
@@ -25,7 +26,9 @@ from ldm_lib.geometry import bounding_box, face_neighbours, latent_mask
 REACH_MM = 40.0  # distance from the mask within which the autoencoder's error is measured
 SURFACE_MM = 3.0  # distance from air within which its error, that of a step, is not measured
 SMOOTH_MM = 2.5  # sd of the Gaussian whose blur of the error around the mask is left to the edge correction
-MIN_VISIBLE_VOXELS = 1000  # below which nothing is measured, in all or in one tissue
+MIN_VISIBLE_VOXELS = 1000  # below which nothing is measured
+LEVELS = 16  # of the variation of the decoded volume, at each of which the error is measured
+VARIATION_VOX = 1.0  # sd of the Gaussian over which the squared gradient is averaged
 LAGS = 8  # voxels along an axis, beyond which the error is uncorrelated: half a block and more
 LEAST_STD = 1e-6  # against division by 0 where nothing is lost
 NEIGHBOURS = 0.02, 0.98  # range of the correlation of two neighbouring voxels
@@ -38,18 +41,22 @@ class Detail:
 
     Attributes:
         shape: (x, y, z) of the noise, in voxels.
-        std: (x, y, z) standard deviation of the detail in the bounding box of the mask, in normalised intensity.
+        levels: (2, LEVELS) variation of the decoded volume, and standard deviation of the detail there; normalised.
         correlation: (2 LAGS + 1,) * 3, of two voxels by the distance between them, 1 in the centre.
     """
 
-    def __init__(self, case: GridCase, std: np.ndarray, correlation: np.ndarray, *, spacing_mm: float) -> None:
-        """Take the standard deviation (x, y, z) on the whole grid."""
+    def __init__(self, case: GridCase, levels: np.ndarray, correlation: np.ndarray, *, spacing_mm: float) -> None:
         around = face_neighbours(case.mask) & (case.voided > 0)
         self._box = bounding_box(case.mask, 1)
         self._mask, self._around, self._known = case.mask[self._box], around[self._box], case.voided[self._box]
-        self._smooth_vox, self.std, self.correlation = SMOOTH_MM / spacing_mm, std[self._box], correlation
+        self._smooth_vox, self.levels, self.correlation = SMOOTH_MM / spacing_mm, levels, correlation
+        # of voxels that may not be decoded, the nearest one that is
+        self._nearest = tuple(
+            ndimage.distance_transform_edt(~(self._mask | self._around), return_distances=False, return_indices=True)
+        )
+        self._brain = case.tissue[self._box] > 0 if case.tissue.any() else np.ones_like(self._mask)
         # large enough that opposite sides of the box, which the Fourier transform joins, are uncorrelated
-        self.shape = tuple(fft.next_fast_len(max(n, LAGS + 1) + LAGS, real=True) for n in self.std.shape)
+        self.shape = tuple(fft.next_fast_len(max(n, LAGS + 1) + LAGS, real=True) for n in self._mask.shape)
         self._filter = _filter(correlation, self.shape)
         neighbours = [correlation[LAGS + x, LAGS + y, LAGS + z] for x, y, z in np.eye(3, dtype=int)]
         units = np.sqrt(-np.log(np.clip(neighbours, *NEIGHBOURS)))  # so that exp(-distance^2) is their correlation
@@ -62,8 +69,9 @@ class Detail:
         """Measure the autoencoder's error in the visible voxels of a case; None if there are too few."""
         factor, spacing_mm = autoencoder.factor, autoencoder.spacing_mm
         box = _block_box(case.mask, factor, max(2, round(REACH_MM / spacing_mm / factor)))
-        voided, tissue = case.voided[box], case.tissue[box]
-        error = voided - autoencoder.reconstruct(voided)
+        voided = case.voided[box]
+        decoded = autoencoder.reconstruct(voided)
+        error, variation = voided - decoded, _variation(decoded)
         hidden = latent_mask(case.mask[box], factor, dilation=1)  # a block is decoded from those around it, too
         visible = ndimage.binary_erosion(voided > 0, iterations=max(1, round(SURFACE_MM / spacing_mm)))
         visible &= ~hidden.repeat(factor, 0).repeat(factor, 1).repeat(factor, 2)
@@ -71,15 +79,10 @@ class Detail:
             np.moveaxis(visible, axis, 0)[[*range(factor), *range(-factor, 0)]] = False
         if np.count_nonzero(visible) < MIN_VISIBLE_VOXELS:
             return None
-        rms = np.full(4, _rms(error[visible]))
-        for label in range(4):
-            if np.count_nonzero(inside := visible & (tissue == label)) >= MIN_VISIBLE_VOXELS:
-                rms[label] = _rms(error[inside])
-        rms = np.maximum(rms, LEAST_STD)
-        std = rms.astype(np.float32)[case.tissue]
-        if case.tissue.any():
-            std[case.mask & (case.tissue == 0)] = 0  # outside the brain
-        return cls(case, std, _autocorrelation(error / rms[tissue], visible), spacing_mm=spacing_mm)
+        order = np.array_split(np.argsort(variation[visible]), LEVELS)
+        levels = np.array([(variation[visible][part].mean(), _rms(error[visible][part])) for part in order]).T
+        std = np.maximum(np.interp(variation, *levels), LEAST_STD)
+        return cls(case, levels, _autocorrelation(error / std, visible), spacing_mm=spacing_mm)
 
     def __call__(self, volume: np.ndarray, noise: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
         """Add detail to a decoded volume, in the mask and around it.
@@ -92,7 +95,7 @@ class Detail:
         Returns:
             (x, y, z); around the mask it is the scan, less the smooth part of the decoded volume's error.
         """
-        std, around, result = scale * self.std, self._around, volume.copy()
+        std, around, result = scale * self.std(volume), self._around, volume.copy()
         fixed = self._less_local_mean((self._known - volume[self._box])[around])
         detail = std * self._unconditioned(noise)
         missing = (fixed - detail[around]) / np.maximum(std[around], LEAST_STD)
@@ -102,13 +105,18 @@ class Detail:
         result[self._box] += np.where(self._mask | around, detail, 0)
         return result
 
+    def std(self, volume: np.ndarray) -> np.ndarray:
+        """Return the standard deviation (x, y, z) of the detail of a decoded volume, in the box around the mask."""
+        variation = _variation(volume[self._box][self._nearest])
+        return np.where(self._brain | ~self._mask, np.interp(variation, *self.levels), 0).astype(np.float32)
+
     def _unconditioned(self, noise: np.ndarray) -> np.ndarray:
         """Filter white noise (`shape`), so that it has the correlation, and return it in the box."""
-        return fft.irfftn(self._filter * fft.rfftn(noise), noise.shape)[tuple(slice(n) for n in self.std.shape)]
+        return fft.irfftn(self._filter * fft.rfftn(noise), noise.shape)[tuple(slice(n) for n in self._mask.shape)]
 
     def _less_local_mean(self, error: np.ndarray) -> np.ndarray:
         """Subtract from an error (n,), known around the mask alone, its own local mean."""
-        volumes = np.zeros((2, 1, *self.std.shape), np.float32)
+        volumes = np.zeros((2, 1, *self._mask.shape), np.float32)
         volumes[0, 0, self._around], volumes[1, 0, self._around] = error, 1
         total, count = gaussian_blur(torch.from_numpy(volumes), self._smooth_vox)[:, 0].numpy()[:, self._around]
         return error - total / count
@@ -118,6 +126,12 @@ def _block_box(mask: np.ndarray, factor: int, margin: int) -> tuple[slice, ...]:
     """Return the bounding box of a mask, in voxels, of whole blocks and with a margin of blocks."""
     box = bounding_box(latent_mask(mask, factor), margin)
     return tuple(slice(side.start * factor, side.stop * factor) for side in box)
+
+
+def _variation(image: np.ndarray) -> np.ndarray:
+    """Return the root mean square of the gradient around each voxel of an image (x, y, z)."""
+    squared = sum(np.square(part) for part in np.gradient(image))
+    return np.sqrt(gaussian_blur(torch.from_numpy(squared)[None, None], VARIATION_VOX)[0, 0].numpy())
 
 
 def _autocorrelation(error: np.ndarray, visible: np.ndarray) -> np.ndarray:
