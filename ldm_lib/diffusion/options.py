@@ -92,5 +92,5 @@ class SamplerOptions(Options):
         1.0, description="classifier-free guidance scale: 0 unconditional, 1 conditional, > 1 amplified"
     )
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(
-        0.0, description="scale of the initial noise: 1 as trained, below 1 less diverse, 0 the default of the model"
+        0.0, description="scale of initial noise and detail: 1 as trained, below 1 less diverse, 0 the model's default"
     )

@@ -1,7 +1,7 @@
 """Draw the detail of a sample that is finer than what the latents of a linear autoencoder hold.
 
-A linear autoencoder is a probabilistic principal component analysis: what its latents leave out is Gaussian noise, and
-a decoded volume is the mean over that noise. Here the noise is drawn. Its autocorrelation and its standard deviation,
+Read as a probabilistic principal component analysis, a linear autoencoder leaves out Gaussian noise, and a decoded
+volume is the mean over that noise. Here the noise is drawn. Its autocorrelation and its standard deviation,
 which is larger where the decoded volume varies, as at the edges of tissues, are those of the autoencoder's own error
 in visible voxels of the same scan; and it is conditioned on the voxels around the mask, so that the edge of the mask is
 not visible.
@@ -24,15 +24,15 @@ from ldm_lib.data.model_grid import GridCase
 from ldm_lib.geometry import bounding_box, face_neighbours, latent_mask
 
 REACH_MM = 40.0  # distance from the mask within which the autoencoder's error is measured
-SURFACE_MM = 3.0  # distance from air within which its error, that of a step, is not measured
-SMOOTH_MM = 2.5  # sd of the Gaussian whose blur of the error around the mask is left to the edge correction
+SURFACE_MM = 3.0  # errors within this distance from air are left out: the step to air dominates them
+SMOOTH_MM = 2.5  # sd of a Gaussian; the error around the mask, blurred by it, is corrected by `edge_blending` instead
 MIN_VISIBLE_VOXELS = 1000  # below which nothing is measured
 LEVELS = 16  # of the variation of the decoded volume, at each of which the error is measured
 VARIATION_VOX = 1.0  # sd of the Gaussian over which the squared gradient is averaged
-LAGS = 8  # voxels along an axis, beyond which the error is uncorrelated: half a block and more
+LAGS = 8  # voxels along an axis, beyond which errors count as uncorrelated: a block of the pretrained model
 LEAST_STD = 1e-6  # against division by 0 where nothing is lost
-NEIGHBOURS = 0.02, 0.98  # range of the correlation of two neighbouring voxels
-LEAST_COVARIANCE = 0.005  # with a voxel around the mask; a smaller one counts as 0
+NEIGHBOURS = 0.02, 0.94  # correlations of neighbours are clipped to this; above it, the covariance were not positive
+LEAST_COVARIANCE = 0.005  # a covariance with a voxel around the mask that is smaller counts as 0
 NUGGET = 0.05  # relative variance of the error around the mask that is noise, so that covariances can be inverted
 
 
@@ -41,7 +41,8 @@ class Detail:
 
     Attributes:
         shape: (x, y, z) of the noise, in voxels.
-        levels: (2, LEVELS) variation of the decoded volume, and standard deviation of the detail there; normalised.
+        levels: (2, LEVELS): root mean square of the decoded volume's gradient, ascending, in normalised intensity per
+            voxel, and below it the standard deviation of the detail there, in normalised intensity.
         correlation: (2 LAGS + 1,) * 3, of two voxels by the distance between them, 1 in the centre.
     """
 
@@ -66,7 +67,10 @@ class Detail:
 
     @classmethod
     def of(cls, case: GridCase, autoencoder: Autoencoder) -> Self | None:
-        """Measure the autoencoder's error in the visible voxels of a case; None if there are too few."""
+        """Measure the autoencoder's error in the visible voxels of a case on the model's grid.
+
+        None where fewer than `MIN_VISIBLE_VOXELS` are visible, or where the autoencoder makes no error.
+        """
         factor, spacing_mm = autoencoder.factor, autoencoder.spacing_mm
         box = _block_box(case.mask, factor, max(2, round(REACH_MM / spacing_mm / factor)))
         voided = case.voided[box]
@@ -77,7 +81,7 @@ class Detail:
         visible &= ~hidden.repeat(factor, 0).repeat(factor, 1).repeat(factor, 2)
         for axis in range(3):  # the outermost blocks lack neighbours
             np.moveaxis(visible, axis, 0)[[*range(factor), *range(-factor, 0)]] = False
-        if np.count_nonzero(visible) < MIN_VISIBLE_VOXELS:
+        if np.count_nonzero(visible) < MIN_VISIBLE_VOXELS or not error[visible].any():
             return None
         order = np.array_split(np.argsort(variation[visible]), LEVELS)
         levels = np.array([(variation[visible][part].mean(), _rms(error[visible][part])) for part in order]).T
@@ -89,11 +93,11 @@ class Detail:
 
         Args:
             volume: (x, y, z) normalised, decoded in the mask and its face neighbours at least.
-            noise: (`shape`) standard normal; zeros give the mean of all detail, simple kriging.
+            noise: (`self.shape`) standard normal; zeros give the mean of all detail, simple kriging.
             scale: factor of the standard deviation.
 
         Returns:
-            (x, y, z); around the mask it is the scan, less the smooth part of the decoded volume's error.
+            (x, y, z). At the visible face neighbours of the mask, the volume's error is reduced to its smooth part.
         """
         std, around, result = scale * self.std(volume), self._around, volume.copy()
         fixed = self._less_local_mean((self._known - volume[self._box])[around])
@@ -111,7 +115,7 @@ class Detail:
         return np.where(self._brain | ~self._mask, np.interp(variation, *self.levels), 0).astype(np.float32)
 
     def _unconditioned(self, noise: np.ndarray) -> np.ndarray:
-        """Filter white noise (`shape`), so that it has the correlation, and return it in the box."""
+        """Filter white noise (`self.shape`), so that it has the correlation, and return it in the box."""
         return fft.irfftn(self._filter * fft.rfftn(noise), noise.shape)[tuple(slice(n) for n in self._mask.shape)]
 
     def _less_local_mean(self, error: np.ndarray) -> np.ndarray:
@@ -136,7 +140,7 @@ def _variation(image: np.ndarray) -> np.ndarray:
 
 def _autocorrelation(error: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """Return the correlation of two visible voxels for every distance up to `LAGS`, by the Wiener-Khinchin theorem."""
-    size = [fft.next_fast_len(n + LAGS, real=True) for n in error.shape]
+    size = [fft.next_fast_len(max(n, LAGS + 1) + LAGS, real=True) for n in error.shape]
     products, pairs = (
         np.roll(fft.irfftn(np.abs(fft.rfftn(part.astype(np.float32), size)) ** 2, size), [LAGS] * 3, (0, 1, 2))
         for part in (np.where(visible, error, 0), visible)
@@ -156,7 +160,10 @@ def _filter(correlation: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _covariance(first: cKDTree, second: cKDTree) -> sparse.csr_matrix:
-    """Return exp(-distance^2) between two sets of points, sparse (n, m)."""
+    """Return exp(-distance^2) between two sets of points in scaled units, sparse (n, m).
+
+    It is an approximation of the measured correlation, which would have to be cut off and were not positive definite.
+    """
     reach = np.sqrt(-np.log(LEAST_COVARIANCE))
     covariance = first.sparse_distance_matrix(second, reach, output_type="coo_matrix").tocsr()
     covariance.data = np.exp(-(covariance.data**2))

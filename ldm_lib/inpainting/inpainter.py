@@ -45,8 +45,8 @@ class Inpainter:
     Attributes:
         model: autoencoder, denoiser and schedule.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
-        detail: scale of the random detail that the latents of a linear autoencoder cannot hold (`inpainting.detail`),
-            times the model's temperature; 0 is off.
+        detail: scale of the random detail that is finer than the latents of a linear autoencoder hold
+            (`inpainting.detail`), times the model's temperature; 0 leaves out its mean, too.
 
     Examples:
         >>> import ldm_lib as ldm

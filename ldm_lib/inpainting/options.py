@@ -18,7 +18,8 @@ class InpaintOptions(SamplerOptions, DeviceOptions, SeedOptions):
         16.0, description="reach of the intensity correction at the mask's edge, mm; 0 is off"
     )
     detail: Annotated[float, Field(ge=0, le=2)] = Field(
-        1.0, description="scale of the random detail that latents cannot hold, times the temperature; 0 is off"
+        1.0,
+        description="scale of random detail finer than the latents, times the temperature; 0 leaves out its mean, too",
     )
 
     @classmethod

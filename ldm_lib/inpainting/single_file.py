@@ -66,8 +66,8 @@ def inpaint(
         num_inference_steps: denoiser evaluations of a sample.
         guidance: classifier-free guidance scale: 0 unconditional, 1 conditional, above 1 amplified.
         blend_mm: reach of the intensity correction at the mask's edge, mm; 0 is off.
-        detail: scale of the random detail that latents cannot hold, times the temperature; 0 is off.
-        temperature: scale of the initial noise; 0 takes the model's own.
+        detail: scale of the random detail finer than the latents, times the temperature; 0 leaves out its mean, too.
+        temperature: scale of the initial noise and of detail; 0 takes the model's own.
 
     Raises:
         LdmError: an input, parameter, model or output path that cannot be used; nothing is written then.

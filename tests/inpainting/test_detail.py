@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from scipy.sparse.linalg import eigsh
 
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import load_case
@@ -170,6 +171,18 @@ def test_a_scan_with_too_little_to_measure_has_none(scan, smoother):
     voided = np.where(np.indices(SHAPE)[0] > 60, scan.voided, 0)
     voided[:66] = 0
     assert Detail.of(replace(scan, voided=voided.astype(np.float32)), smoother) is None
+
+
+def test_an_autoencoder_that_loses_nothing_leaves_none_to_draw(scan, smoother):
+    exact = SimpleNamespace(**vars(smoother) | {"reconstruct": lambda image: image})
+    assert Detail.of(scan, exact) is None
+
+
+def test_a_scan_whose_detail_is_as_smooth_as_can_be_has_a_covariance_that_is_positive(scan, smoother):
+    smooth = replace(scan, voided=np.where(scan.mask, 0, DECODED + STD * field(1, (4, 4, 4))).astype(np.float32))
+    made = Detail.of(smooth, smoother)
+    assert eigsh(made._among_fixed, 1, which="SA", return_eigenvectors=False, tol=0.01)[0] > 0
+    assert np.abs(made(DECODED, noise(made, 0)) - DECODED)[scan.mask].max() < 1
 
 
 # ---- in samples
