@@ -86,11 +86,8 @@ def probe_bf16(device: torch.device) -> tuple[float, float]:
         faster bf16 is, 0.5 for half as fast.
     """
     draw, error, seconds = torch.Generator().manual_seed(0), 0.0, dict.fromkeys(("32", "bf16"), math.inf)
-    weight = (
-        (torch.randn(PROBE_CHANNELS, PROBE_CHANNELS, 3, 3, 3, generator=draw) / PROBE_CHANNELS)
-        .to(device)
-        .requires_grad_()
-    )
+    weight = torch.randn(PROBE_CHANNELS, PROBE_CHANNELS, 3, 3, 3, generator=draw) / PROBE_CHANNELS
+    weight = weight.to(device).requires_grad_()
     for shape, _ in itertools.product(((3, 12, 12), (12, 12, 12)), range(PROBE_TRIALS)):
         x = torch.randn(4, PROBE_CHANNELS, *shape, generator=draw).to(device, memory_format=torch.channels_last_3d)
         gradients = {}

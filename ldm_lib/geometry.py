@@ -182,6 +182,11 @@ def latent_mask(mask: np.ndarray, factor: int, dilation: int = 0) -> np.ndarray:
     return ndimage.binary_dilation(latent, np.ones((3, 3, 3), bool), iterations=dilation)
 
 
+def in_voxels(box: Iterable[slice], factor: int) -> tuple[slice, ...]:
+    """Return the voxels of a box of latent voxels."""
+    return tuple(slice(side.start * factor, side.stop * factor) for side in box)
+
+
 def face_neighbours(mask: np.ndarray) -> np.ndarray:
     """Return the voxels (x, y, z) that share a face with a mask and lie outside it."""
     box = bounding_box(mask, 1)

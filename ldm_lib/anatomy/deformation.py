@@ -156,9 +156,8 @@ def interpolate(
         matrix: affine map (4, 4) from positions to voxels of the volumes; None is the identity.
         outside: "zeros", or "border": the nearest voxel's value.
     """
-    scale = np.diag(
-        [*(2 / max(n - 1, 1) for n in volumes.shape[2:]), 1.0]
-    )  # `grid_sample` counts from -1 to 1, and z y x
+    # `grid_sample` counts from -1 to 1, and z y x
+    scale = np.diag([*(2 / max(n - 1, 1) for n in volumes.shape[2:]), 1.0])
     scale[:3, 3] = -1
     rows = (scale if matrix is None else scale @ matrix)[2::-1].copy()
     turn, shift = (torch.from_numpy(part).to(positions) for part in (rows[:, :3].T, rows[:, 3]))

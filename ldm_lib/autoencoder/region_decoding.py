@@ -10,7 +10,7 @@ from ldm_lib.autoencoder.linear_codec import LinearCodec
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.devices import autocast, timed
 from ldm_lib.errors import InputError
-from ldm_lib.geometry import bounding_box, latent_mask
+from ldm_lib.geometry import bounding_box, in_voxels, latent_mask
 
 AnyCodec = Autoencoder | LinearCodec
 
@@ -53,10 +53,9 @@ def decode_box(autoencoder: AnyCodec, latent: Tensor, mask: np.ndarray, margin: 
     masked = latent_mask(mask, factor)
     box, wide = bounding_box(masked, 0), bounding_box(masked, margin)
     decoded = autoencoder.decode(latent[(..., *wide)])
-    spans = ((b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True))
-    inside = tuple(slice(start * factor, stop * factor) for start, stop in spans)
+    inside = in_voxels((slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True)), factor)
     volume = decoded.new_zeros((*decoded.shape[:2], *mask.shape))
-    volume[(..., *(slice(b.start * factor, b.stop * factor) for b in box))] = decoded[(..., *inside)]
+    volume[(..., *in_voxels(box, factor))] = decoded[(..., *inside)]
     return volume
 
 

@@ -88,8 +88,7 @@ def evaluate(
     """
     if pictures < 0:
         raise ConfigError(f"pictures = {pictures}: 0 or more are allowed")
-    fixed = {name: getattr(inpainter, name) for name in ("blend_mm", "detail")}
-    fixed |= {"temperature": inpainter.model.temperature}
+    fixed = {"blend_mm": inpainter.blend_mm, "detail": inpainter.detail, "temperature": inpainter.model.temperature}
     sampling = {"sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "guidance": guidance}
     options = InpaintOptions.of_arguments(n_samples=n_samples, **(fixed | sampling))
     check_sampler(sampler, num_inference_steps, inpainter.model.schedule)

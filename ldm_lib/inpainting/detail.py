@@ -21,7 +21,7 @@ from scipy.spatial import cKDTree
 from ldm_lib.anatomy.initial_estimate import gaussian_blur
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.model_grid import GridCase
-from ldm_lib.geometry import bounding_box, face_neighbours, latent_mask
+from ldm_lib.geometry import bounding_box, face_neighbours, in_voxels, latent_mask
 
 REACH_MM = 40.0  # distance from the mask within which the autoencoder's error is measured
 SURFACE_MM = 3.0  # errors within this distance from air are left out: the step to air dominates them
@@ -31,7 +31,7 @@ LEVELS = 16  # of the variation of the decoded volume, at each of which the erro
 VARIATION_VOX = 1.0  # sd of the Gaussian over which the squared gradient is averaged
 LAGS = 8  # voxels along an axis, beyond which errors count as uncorrelated: a block of the pretrained model
 LEAST_STD = 1e-6  # against division by 0 where nothing is lost
-NEIGHBOURS = 0.02, 0.94  # correlations of neighbours are clipped to this; above it, the covariance were not positive
+NEIGHBOURS = 0.02, 0.94  # correlations of neighbours are clipped to this; above, no covariance would be positive
 LEAST_COVARIANCE = 0.005  # a covariance with a voxel around the mask that is smaller counts as 0
 NUGGET = 0.05  # relative variance of the error around the mask that is noise, so that covariances can be inverted
 
@@ -72,7 +72,8 @@ class Detail:
         None where fewer than `MIN_VISIBLE_VOXELS` are visible, or where the autoencoder makes no error.
         """
         factor, spacing_mm = autoencoder.factor, autoencoder.spacing_mm
-        box = _block_box(case.mask, factor, max(2, round(REACH_MM / spacing_mm / factor)))
+        reach = max(2, round(REACH_MM / spacing_mm / factor))
+        box = in_voxels(bounding_box(latent_mask(case.mask, factor), reach), factor)
         voided = case.voided[box]
         decoded = autoencoder.reconstruct(voided)
         error, variation = voided - decoded, _variation(decoded)
@@ -83,8 +84,9 @@ class Detail:
             np.moveaxis(visible, axis, 0)[[*range(factor), *range(-factor, 0)]] = False
         if np.count_nonzero(visible) < MIN_VISIBLE_VOXELS or not error[visible].any():
             return None
-        order = np.array_split(np.argsort(variation[visible]), LEVELS)
-        levels = np.array([(variation[visible][part].mean(), _rms(error[visible][part])) for part in order]).T
+        seen, squared = variation[visible], np.square(error[visible], dtype=np.float64)
+        order = np.array_split(np.argsort(seen), LEVELS)
+        levels = np.array([(seen[part].mean(), np.sqrt(squared[part].mean())) for part in order]).T
         std = np.maximum(np.interp(variation, *levels), LEAST_STD)
         return cls(case, levels, _autocorrelation(error / std, visible), spacing_mm=spacing_mm)
 
@@ -126,12 +128,6 @@ class Detail:
         return error - total / count
 
 
-def _block_box(mask: np.ndarray, factor: int, margin: int) -> tuple[slice, ...]:
-    """Return the bounding box of a mask, in voxels, of whole blocks and with a margin of blocks."""
-    box = bounding_box(latent_mask(mask, factor), margin)
-    return tuple(slice(side.start * factor, side.stop * factor) for side in box)
-
-
 def _variation(image: np.ndarray) -> np.ndarray:
     """Return the root mean square of the gradient around each voxel of an image (x, y, z)."""
     squared = sum(np.square(part) for part in np.gradient(image))
@@ -162,13 +158,9 @@ def _filter(correlation: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _covariance(first: cKDTree, second: cKDTree) -> sparse.csr_matrix:
     """Return exp(-distance^2) between two sets of points in scaled units, sparse (n, m).
 
-    It is an approximation of the measured correlation, which would have to be cut off and were not positive definite.
+    It is an approximation of the measured correlation, which would not be positive definite once cut off.
     """
     reach = np.sqrt(-np.log(LEAST_COVARIANCE))
     covariance = first.sparse_distance_matrix(second, reach, output_type="coo_matrix").tocsr()
     covariance.data = np.exp(-(covariance.data**2))
     return covariance
-
-
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))

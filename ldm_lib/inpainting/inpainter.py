@@ -6,6 +6,7 @@ not depend on their noise, and only the region around the mask is sampled and de
 
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class Inpainter:
         case_grid, values = self.case_grid(data), []
         latents = latents or self.encode(case_grid)
         names = [sample_name(data, k) for k in range(n_samples)]
-        detail, random = self._detail(case_grid), num_inference_steps > 1
+        detail = self._detail(case_grid)
         at_once = self.model.samples_at_once(latents) if n_samples > 1 else 1
         with Progress(-(-n_samples // at_once) * num_inference_steps, name="sampling step") as progress:
             sampling["callback"] = _followed(progress, callback)
@@ -140,9 +141,8 @@ class Inpainter:
                 for name, latent in zip(batch, self.model.sample(latents, batch, **sampling), strict=True):
                     volume = self._decode(latent, case_grid)
                     if detail:
-                        noise = CaseNoise([name], seed, detail.shape, torch.device("cpu"))(DETAIL_STEP)[0].numpy()
-                        scale = self.detail * self.model.temperature
-                        volume = detail(volume, noise if random else np.zeros_like(noise), scale=scale)
+                        noise = _detail_noise(name, seed, detail.shape, random=num_inference_steps > 1)
+                        volume = detail(volume, noise, scale=self.detail * self.model.temperature)
                     values.append(case_grid.values(volume))
         return Inpainting(data, np.stack(values))
 
@@ -226,6 +226,13 @@ class Inpainter:
                 autoencoder.decode(latent) if whole else decode_box(autoencoder, latent, case_grid.to_decode, margin)
             )
         return volume[0, 0].float().cpu().numpy()
+
+
+def _detail_noise(name: str, seed: int, shape: Sequence[int], *, random: bool) -> np.ndarray:
+    """Draw the noise of a sample's detail; zeros for the mean of all samples."""
+    if not random:
+        return np.zeros(shape, np.float32)
+    return CaseNoise([name], seed, shape, torch.device("cpu"))(DETAIL_STEP)[0].numpy()
 
 
 def _followed(progress: Progress, callback: Callback | None) -> Callback:

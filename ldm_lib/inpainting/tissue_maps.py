@@ -75,7 +75,5 @@ def _map_folder() -> Iterator[tuple[Path, bool]]:
 
 def _key(data: CaseData, refine: str, device: torch.device | str) -> str:
     arrays = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in (data.voided, data.mask)]
-    affine, place = np.asarray(data.source.affine).tolist(), torch.device(device).type
-    return fingerprint({"arrays": arrays, "affine": affine, "scale": data.scale, "refine": refine, "device": place})[
-        :32
-    ]
+    key = {"arrays": arrays, "affine": np.asarray(data.source.affine).tolist(), "scale": data.scale, "refine": refine}
+    return fingerprint(key | {"device": torch.device(device).type})[:32]
