@@ -13,12 +13,13 @@ from functools import cached_property
 import numpy as np
 from scipy import ndimage
 
-from ldm_lib.anatomy.tissue import TISSUES
+from ldm_lib.anatomy.tissue import TISSUES, WM
 from ldm_lib.anatomy.tumour_growth import GROWTH_THRESHOLD, threshold_growth
 from ldm_lib.data.case import CaseData
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import block_centre, block_mean, blur_for, latent_mask, nearest_rotation, oblique_degrees
-from ldm_lib.images.volume import normalise
+from ldm_lib.images.bias_field import bias_field
+from ldm_lib.images.volume import intensity_scale, normalise
 
 CONDITIONING_CHANNELS = ("growth", "CSF", "GM", "WM")
 SAME_SPACING = 0.01  # relative difference of voxel sizes that is ignored: 2 mm over a head
@@ -152,6 +153,26 @@ def resample_case(data: CaseData, resampling: Resampling | None) -> CaseData:
         growth=None if data.growth is None else resampling.image(data.growth, everywhere),
         tissue=None if data.tissue is None else resampling.labels(data.tissue),
     )  # fmt: skip
+
+
+def without_bias_field(data: CaseData) -> tuple[CaseData, np.ndarray]:
+    """Divide a case by the bias field of its visible white matter.
+
+    White matter is that of the tissue map; of a case without one it is what is brighter than the median.
+
+    Returns:
+        The case, and the field, (x, y, z) in the file's order.
+    """
+    frame, hidden = data.frame(1), data.mask if data.unhealthy is None else data.mask | data.unhealthy
+    visible = (data.voided > 0) & ~hidden
+    if not visible.any():
+        return data, np.ones(data.mask.shape, np.float32)
+    white = data.voided > np.median(data.voided[visible]) if data.tissue is None else data.tissue == WM
+    # in LPS order, as sums over the same voxels are rounded differently in another one
+    image, white = frame.to_lps(data.voided), frame.to_lps(white & visible)
+    field = frame.to_file(bias_field(image, white, spacing_mm=data.lps_spacing_mm))
+    voided, target = data.voided / field, None if data.target is None else data.target / field
+    return replace(data, voided=voided, target=target, scale=intensity_scale(voided, data.mask)), field
 
 
 @dataclass(frozen=True)

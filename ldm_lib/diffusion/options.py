@@ -26,6 +26,9 @@ class LatentOptions(Options):
     contralateral: bool = Field(
         False, description="show the other hemisphere, mirrored, to the denoiser; needs context initial_estimate"
     )
+    bias_field_correction: bool = Field(
+        False, description="divide each scan by its bias field, and multiply the result by it"
+    )
 
     @model_validator(mode="after")
     def _contralateral_has_an_estimate(self) -> Self:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ldm_lib.anatomy.contralateral import midsagittal_reflection
 from ldm_lib.anatomy.initial_estimate import SURFACE_MM
-from ldm_lib.anatomy.tissue import TISSUES
+from ldm_lib.anatomy.tissue import TISSUES, WM
 from ldm_lib.anatomy.tissue_segmentation import mixture_labels
 from ldm_lib.data.case import CaseData
 from ldm_lib.diffusion.latents import CPU
 from ldm_lib.geometry import bounding_box
+from ldm_lib.images.bias_field import bias_field
 from ldm_lib.images.volume import normalise
 
 TISSUE_BITS, BRAIN, NEAR, UNHEALTHY, FIRST_HEALTHY = 3, 4, 8, 16, 5  # of `Scan.codes`; the last is a bit's number
@@ -34,11 +35,14 @@ class Scan:
     reflection: np.ndarray | None = None  # across the mid-sagittal plane, voxel to voxel (4, 4)
 
     @classmethod
-    def of(cls, cases: Sequence[CaseData], device: torch.device = CPU, *, reflect: bool = False) -> "Scan":
+    def of(
+        cls, cases: Sequence[CaseData], device: torch.device = CPU, *, reflect: bool = False, correct: bool = False
+    ) -> "Scan":
         """Build it on a device from all cases of a scan, which differ in the healthy mask.
 
         Args:
             reflect: find the mid-sagittal plane too; the voxels must be isotropic.
+            correct: divide the image by its bias field.
         """
         first = cases[0]
         image = first.lps(normalise(first.target, first.scale))
@@ -48,6 +52,9 @@ class Scan:
         unhealthy = nothing > 0 if first.unhealthy is None else first.lps(first.unhealthy)
         box = bounding_box(np.any([image > 0, tissue > 0, *healthy], axis=0), 2)
         image, tissue, unhealthy = image[box], tissue[box], unhealthy[box]
+        if correct:
+            white = (tissue == WM) & ~unhealthy
+            image = image / bias_field(image, white, spacing_mm=first.lps_spacing_mm)
         distance_mm = ndimage.distance_transform_edt(tissue == 0, sampling=first.lps_spacing_mm)
         codes = tissue + BRAIN * (image > 0) + NEAR * (distance_mm <= SURFACE_MM) + UNHEALTHY * unhealthy
         codes = codes.astype(np.int16)

@@ -193,7 +193,8 @@ class Inpainter:
 
     def case_grid(self, data: CaseData) -> CaseGrid:
         """Return what all samples of a case share."""
-        return CaseGrid(data, self.model.autoencoder.spacing_mm, self.model.autoencoder.factor, self.blend_mm)
+        autoencoder, corrected = self.model.autoencoder, self.model.spec.bias_field_correction
+        return CaseGrid(data, autoencoder.spacing_mm, autoencoder.factor, self.blend_mm, corrected)
 
     def decode(self, latent: Tensor, data: CaseData) -> np.ndarray:
         """Decode a latent (c x y z) and paste it into the voided image: (x, y, z) in the file's order and units."""
@@ -214,7 +215,12 @@ class Inpainter:
         """Measure the detail of a case; None where it is off, or where a network decodes."""
         if not self.detail or self.model.autoencoder.network is not None:
             return None
-        return Detail.of(case_grid.to_see, self.model.autoencoder)
+        detail = Detail.of(case_grid.to_see, self.model.autoencoder)
+        if detail is None:
+            log.warning(
+                "%s: too few visible voxels around the mask to measure detail: none is added", case_grid.data.key
+            )
+        return detail
 
     def _decode(self, latent: Tensor, case_grid: CaseGrid) -> np.ndarray:
         """Decode a latent (c x y z) around the mask: (x, y, z) on the model's grid, normalised."""

@@ -10,7 +10,14 @@ import numpy as np
 
 from ldm_lib.anatomy.initial_estimate import air_at_surface
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.model_grid import GridCase, Resampling, grid_case, resample_case, resampling_to
+from ldm_lib.data.model_grid import (
+    GridCase,
+    Resampling,
+    grid_case,
+    resample_case,
+    resampling_to,
+    without_bias_field,
+)
 from ldm_lib.geometry import Frame
 from ldm_lib.images.volume import normalise
 from ldm_lib.inpainting.edge_blending import EdgeCorrection, rim
@@ -27,6 +34,7 @@ class CaseGrid:
     spacing_mm: float  # the model's voxel size
     multiple: int  # voxels per latent voxel and axis
     blend_mm: float  # reach of the intensity correction at the mask's edge (`edge_blending`), 0 is off
+    bias_field_correction: bool = False
 
     @cached_property
     def to_see(self) -> GridCase:
@@ -47,18 +55,33 @@ class CaseGrid:
         decoded = self._on_file_grid(self._frame.to_file(volume))
         values = decoded[self.data.mask]
         if self._edge:
-            values = values + self._edge(decoded, normalise(self.data.voided, self.data.scale))
-        return np.maximum(values, 0) * np.float32(self.data.scale)
+            values = values + self._edge(decoded, normalise(self._flat.voided, self._flat.scale))
+        return np.maximum(values, 0) * (self._field[self.data.mask] * np.float32(self._flat.scale))
 
     def _on_file_grid(self, volume: np.ndarray) -> np.ndarray:
         """Resample a volume from the model's voxels to the file's, in the mask and its face neighbours at least."""
         if self._resampling is None:
             return volume
-        known = normalise(self._resampled.voided, self.data.scale)
+        known = normalise(self._resampled.voided, self._flat.scale)
         needed, result = rim(self.data.mask), np.zeros(self.data.mask.shape, np.float32)
         combined = np.where(rim(self._resampled.mask), volume, known)
         result[needed] = self._resampling.back(combined, np.argwhere(needed))
         return result
+
+    @cached_property
+    def _without_bias_field(self) -> tuple[CaseData, np.ndarray]:
+        """Return the case as the network sees it, and what its results are multiplied by: (x, y, z), file's order."""
+        if self.bias_field_correction:
+            return without_bias_field(self.data)
+        return self.data, np.ones(self.data.mask.shape, np.float32)
+
+    @property
+    def _flat(self) -> CaseData:
+        return self._without_bias_field[0]
+
+    @property
+    def _field(self) -> np.ndarray:
+        return self._without_bias_field[1]
 
     @cached_property
     def _resampling(self) -> Resampling | None:
@@ -66,7 +89,7 @@ class CaseGrid:
 
     @cached_property
     def _resampled(self) -> CaseData:
-        return resample_case(self.data, self._resampling)
+        return resample_case(self._flat, self._resampling)
 
     @cached_property
     def _frame(self) -> Frame:

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from ldm_lib.data.case import Case, CaseData
-from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_mask
+from ldm_lib.data.model_grid import (
+    CONDITIONING_CHANNELS,
+    GridCase,
+    conditioning,
+    grid_case,
+    loss_mask,
+    without_bias_field,
+)
 from ldm_lib.images.volume import Volume
 
 SHAPE = (12, 8, 16)
@@ -163,3 +170,53 @@ def test_missing_maps_and_targets_are_distinguished_from_empty_ones():
     assert case.tissue.dtype == np.uint8
     assert not case.tissue.any()
     assert not conditioning(case.growth, case.tissue, factor=4).any()
+
+
+# ---- the bias field of a case
+
+
+def _gained(gain, tissue=True):
+    """A head of two tissues times a gain, with a mask in its white matter."""
+    shape, axes = (30, 36, 24), np.meshgrid(*[np.linspace(-1, 1, n) for n in (30, 36, 24)], indexing="ij")
+    brain = sum(axis**2 for axis in axes) < 0.9
+    labels = np.where(brain, np.where(np.abs(axes[0]) < 0.5, 3, 2), 0).astype(np.uint8)
+    mask = np.zeros(shape, bool)
+    mask[12:18, 10:20, 8:16] = True
+    target = (100 * np.where(labels == 3, 1.0, 0.6) * brain * np.exp(gain * axes[1])).astype(np.float32)
+    data = _data(np.diag([-3.0, -3, 3, 1]), shape)
+    return replace(
+        data, target=target, voided=np.where(mask, 0, target).astype(np.float32), mask=mask, healthy=mask,
+        unhealthy=None, growth=None, tissue=labels if tissue else None, scale=float(target.max()),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("tissue", "error"), [(True, 0.02), (False, 0.08)])
+def test_a_case_without_its_bias_field_is_that_of_a_scan_without_one(tissue, error):
+    """Without a tissue map, bright white matter is easier to find than dark one."""
+    flat, field = without_bias_field(_gained(0.4, tissue))
+    plain = _gained(0.0)
+    found, expected = (case.target[plain.mask] / case.scale for case in (flat, plain))
+    np.testing.assert_allclose(found, expected, rtol=error)
+    np.testing.assert_allclose(flat.target * field, _gained(0.4).target, rtol=1e-5)
+    assert not flat.voided[flat.mask].any()
+
+
+def test_the_bias_field_does_not_depend_on_hidden_voxels_or_on_their_order():
+    data = _gained(0.4)
+    other = replace(data, target=np.where(data.mask, 7, data.target).astype(np.float32))
+    (_, one), (_, two) = without_bias_field(data), without_bias_field(other)
+    np.testing.assert_array_equal(one, two)
+    turned = nib.orientations.ornt_transform(*(nib.orientations.axcodes2ornt(codes) for codes in ("LPS", "SRA")))
+    source = replace(data.source, raw=nib.orientations.apply_orientation(data.source.raw, turned),
+                     affine=data.affine @ nib.orientations.inv_ornt_aff(turned, data.mask.shape))  # fmt: skip
+    names = ("voided", "target", "mask", "healthy", "tissue")
+    arrays = {name: nib.orientations.apply_orientation(getattr(data, name), turned) for name in names}
+    _, again = without_bias_field(replace(data, source=source, **arrays))
+    np.testing.assert_array_equal(again, nib.orientations.apply_orientation(one, turned))
+
+
+def test_a_case_without_any_visible_brain_has_no_bias_field():
+    data = _gained(0.4)
+    empty = replace(data, voided=np.zeros_like(data.voided))
+    flat, field = without_bias_field(empty)
+    assert flat is empty and (field == 1).all()

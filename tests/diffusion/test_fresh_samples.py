@@ -12,8 +12,10 @@ from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import load_case
 from ldm_lib.data.model_grid import grid_case
 from ldm_lib.diffusion import fresh_samples as module
+from ldm_lib.diffusion import scan as scan_module
 from ldm_lib.diffusion.fresh_samples import RIM, Scan, draw, fresh_samples
 from ldm_lib.diffusion.latents import LatentSpec, encode_case
+from ldm_lib.diffusion.scan import TISSUE_BITS, UNHEALTHY
 from ldm_lib.errors import InputError
 from ldm_lib.geometry import bounding_box
 from ldm_lib.model_io import load_model
@@ -193,3 +195,21 @@ def test_scans_of_another_voxel_size_and_too_many_masks_are_rejected(cases, line
         sources_of(cases, fine)
     with pytest.raises(InputError, match="11 masks, at most 10 are supported"):
         fresh_samples([cases[0]] * 11, linear, SPEC, crop=CROP, seed=0)
+
+
+def test_draws_are_made_from_the_scan_without_its_bias_field(cases, linear, monkeypatch):
+    """The field is that of the whole scan, whose white matter is fitted without the lesion."""
+    fitted = []
+
+    def field(image, white, *, spacing_mm):
+        fitted.append(white)
+        return np.full(image.shape, 2, np.float32)
+
+    monkeypatch.setattr(scan_module, "bias_field", field)
+    corrected = SPEC.model_copy(update={"bias_field_correction": True})
+    plain, flat = (sources_of(cases, linear, spec)[0].scan for spec in (SPEC, corrected))
+    torch.testing.assert_close(flat.image.float(), plain.image.float() / 2, atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose(flat.means, np.array(plain.means) / 2, rtol=0.01)
+    (white,) = fitted
+    codes = plain.codes.numpy()
+    np.testing.assert_array_equal(white, ((codes & TISSUE_BITS) == 3) & ((codes & UNHEALTHY) == 0))

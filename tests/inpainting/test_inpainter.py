@@ -17,9 +17,11 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 from ldm_lib.data.case import case_of_files, load_case
+from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.model_grid import grid_case, resample_case, resampling_to
+from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
 from ldm_lib.diffusion import model as model_module
-from ldm_lib.diffusion.latents import LatentSpec, context_box, encode_case
+from ldm_lib.diffusion.latents import LatentSpec, case_to_encode, context_box, encode_case
 from ldm_lib.diffusion.model import CaseNoise, LatentDiffusion
 from ldm_lib.diffusion.parameterisation import prediction_target
 from ldm_lib.diffusion.samplers import samplers_for
@@ -668,3 +670,42 @@ def test_an_input_is_never_removed(pair, tmp_path, model):
     mask.write_bytes(pair[1].read_bytes())
     inpaint(scan, mask, tmp_path / "out.nii.gz", **model)
     assert scan.read_bytes() == pair[0].read_bytes() and mask.read_bytes() == pair[1].read_bytes()
+
+
+# ---- the bias field
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    """A patient with voxels of 4 mm, whose white matter is more than one voxel thick."""
+    folder = tmp_path_factory.mktemp("bias_field")
+    make_synthetic_cohort(folder, 1, first=0, spacing_mm=4.0, masks=1)
+    return load_case(find_cases(folder / "data", conditioning_dir=folder / "conditioning_data")[0])
+
+
+def gained(data):
+    """The same scan with another bias field, and the ratio of the two in its voxels."""
+    gain = np.broadcast_to(np.exp(0.3 * np.linspace(-1, 1, data.mask.shape[1]))[:, None], data.mask.shape)
+    return replace(data, target=data.target * gain, voided=data.voided * gain), gain
+
+
+def test_a_result_has_the_bias_field_of_its_scan(scan):
+    other, gain = gained(scan)
+    flat, again = (CaseGrid(each, 4.0, 2, 0.0, bias_field_correction=True) for each in (scan, other))
+    ratio = (again.to_see.voided / np.maximum(flat.to_see.voided, 1e-6))[flat.to_see.voided > 0.1]
+    assert np.ptp(ratio) < 0.1 < np.ptp(gain) / 3
+    for each, grid in ((scan, flat), (other, again)):
+        truth = case_to_encode(each, 2, LatentSpec(bias_field_correction=True)).target
+        np.testing.assert_allclose(grid.values(truth), np.maximum(each.target[each.mask], 0), rtol=1e-4, atol=1e-3)
+
+
+def test_the_bias_field_of_a_scan_changes_its_result_by_itself_alone(scan, inpainter):
+    spec = inpainter.model.spec.model_copy(update={"bias_field_correction": True})
+    corrected = replace(inpainter, model=replace(inpainter.model, spec=spec))
+    other, gain = gained(scan)
+
+    def difference(model):
+        plain, changed = (model.estimate(each).values[0] for each in (scan, other))
+        return np.abs(changed / gain[scan.mask] - plain).mean() / scan.scale
+
+    assert difference(corrected) < difference(inpainter) / 3
