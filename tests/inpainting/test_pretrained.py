@@ -63,7 +63,8 @@ def test_the_presets_describe_the_pretrained_model(pretrained, preset):
     built = build_denoiser(training, in_channels=pretrained.model.denoiser.config["in_channels"], out_channels=channels)
     assert {**built.config, "dropout": 0} == {**pretrained.model.denoiser.config, "dropout": 0}
     assert (training.prediction, training.latent_crop) == (pretrained.model.prediction, pretrained.model.crop)
-    for name in ("context", "contralateral", "mask_dilation", "pooling", "growth_threshold"):
+    names = ("context", "contralateral", "bias_field_correction", "mask_dilation", "pooling", "growth_threshold")
+    for name in names:
         assert getattr(conditioning, name) == getattr(pretrained.model.spec, name)
     assert configs["02_autoencoder_check"].latent_channels == channels
     assert configs["01_data_audit"].spacing_mm == pretrained.model.autoencoder.spacing_mm == 1.0
