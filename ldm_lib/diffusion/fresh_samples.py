@@ -95,8 +95,7 @@ def fresh_samples(
                          fix="leave some masks out, or set fresh_samples=false")  # fmt: skip
     loaded = [load_case(case) for case in cases]
     require_spacing(loaded[0], autoencoder.spacing_mm)
-    device = next(autoencoder.parameters()).device
-    scan = Scan.of(loaded, device, reflect=spec.contralateral, correct=spec.bias_field_correction)
+    scan = Scan.of(loaded, spec, next(autoencoder.parameters()).device)
     return [FreshSamples(case, scan, k, autoencoder, spec, crop, seed) for k, case in enumerate(cases)]
 
 

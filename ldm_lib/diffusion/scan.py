@@ -13,7 +13,7 @@ from ldm_lib.anatomy.initial_estimate import SURFACE_MM
 from ldm_lib.anatomy.tissue import TISSUES, WM
 from ldm_lib.anatomy.tissue_segmentation import mixture_labels
 from ldm_lib.data.case import CaseData
-from ldm_lib.diffusion.latents import CPU
+from ldm_lib.diffusion.latents import CPU, LatentSpec
 from ldm_lib.geometry import bounding_box
 from ldm_lib.images.bias_field import bias_field
 from ldm_lib.images.volume import normalise
@@ -35,14 +35,12 @@ class Scan:
     reflection: np.ndarray | None = None  # across the mid-sagittal plane, voxel to voxel (4, 4)
 
     @classmethod
-    def of(
-        cls, cases: Sequence[CaseData], device: torch.device = CPU, *, reflect: bool = False, correct: bool = False
-    ) -> "Scan":
+    def of(cls, cases: Sequence[CaseData], spec: LatentSpec, device: torch.device = CPU) -> "Scan":
         """Build it on a device from all cases of a scan, which differ in the healthy mask.
 
         Args:
-            reflect: find the mid-sagittal plane too; the voxels must be isotropic.
-            correct: divide the image by its bias field.
+            spec: with `contralateral` the mid-sagittal plane is found, for which voxels must be isotropic; with
+                `bias_field_correction` the image is divided by its bias field.
         """
         first = cases[0]
         image = first.lps(normalise(first.target, first.scale))
@@ -52,7 +50,7 @@ class Scan:
         unhealthy = nothing > 0 if first.unhealthy is None else first.lps(first.unhealthy)
         box = bounding_box(np.any([image > 0, tissue > 0, *healthy], axis=0), 2)
         image, tissue, unhealthy = image[box], tissue[box], unhealthy[box]
-        if correct:
+        if spec.bias_field_correction:
             white = (tissue == WM) & ~unhealthy
             image = image / bias_field(image, white, spacing_mm=first.lps_spacing_mm)
         distance_mm = ndimage.distance_transform_edt(tissue == 0, sampling=first.lps_spacing_mm)
@@ -67,7 +65,7 @@ class Scan:
         grown = np.rint(growth[box] * 255).astype(np.uint8)
         half, coded, grown = (torch.from_numpy(each).to(device) for each in (image.astype(np.float16), codes, grown))
         found = None
-        if reflect:
+        if spec.contralateral:
             found = midsagittal_reflection(image, np.zeros(image.shape, bool), spacing_mm=first.lps_spacing_mm[0])
         return cls(half, coded, grown, _tissue_means(image, tissue), tuple(centres), found)
 

@@ -149,7 +149,7 @@ def test_image_mask_and_tissue_map_move_together(cases, linear, monkeypatch):
     )
     data = load_case(cases[0])
     labels = data.tissue.astype(np.float32)
-    scan = Scan.of([replace(data, target=labels * data.scale)])
+    scan = Scan.of([replace(data, target=labels * data.scale)], SPEC)
     source = replace(sources_of(cases, linear)[0], scan=scan)
     kept = {}
     monkeypatch.setattr(module, "_latents", lambda _, __, drawn: kept.update(vars(drawn)) or {})
