@@ -187,8 +187,10 @@ class GridCase:
     tissue: np.ndarray  # uint8 labels 0..3; zero (unlabelled) when missing
 
 
-def grid_case(data: CaseData, multiple: int) -> GridCase:
+def grid_case(data: CaseData, multiple: int, *, bias_field_correction: bool = False) -> GridCase:
     """Normalise a case and reorder and pad it to the grid of a network that divides each axis by `multiple`."""
+    if bias_field_correction:
+        data, _ = without_bias_field(data)
     to_model = data.frame(multiple).to_model
     nothing = np.zeros(data.mask.shape, bool)
     without_growth = data.growth is None and data.unhealthy is not None

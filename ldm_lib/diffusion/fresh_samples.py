@@ -26,7 +26,7 @@ from ldm_lib.diffusion.latents import Latents, LatentSpec, case_seed
 from ldm_lib.diffusion.scan import BRAIN, FIRST_HEALTHY, MOST_MASKS, NEAR, TISSUE_BITS, UNHEALTHY, Scan
 from ldm_lib.errors import InputError
 
-CODE_VERSION = 4  # raise it when a draw changes
+CODE_VERSION = 3  # raise it when a draw changes
 ENDLESS = 2**31 - 1
 REACH = 1 / 6  # of the crop, from its centre to a voxel of the mask along each axis
 RIM = 1  # latent voxels around the trained crop, from which the estimate is made

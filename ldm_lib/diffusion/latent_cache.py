@@ -29,9 +29,9 @@ from torch import Tensor
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.augmentation import Augmentation
 from ldm_lib.data.case import Case, load_case
-from ldm_lib.data.model_grid import GridCase, require_spacing
+from ldm_lib.data.model_grid import GridCase, grid_case, require_spacing
 from ldm_lib.diffusion.fresh_samples import FreshSamples, fresh_samples, fresh_version
-from ldm_lib.diffusion.latents import Latents, LatentSpec, case_seed, case_to_encode, encode_case
+from ldm_lib.diffusion.latents import Latents, LatentSpec, case_seed, encode_case
 from ldm_lib.errors import InputError, RunError
 from ldm_lib.files import fingerprint, replacing, sha256
 from ldm_lib.process_control import parallel_map
@@ -149,7 +149,7 @@ class LatentCache:
     def _on_grid(self, case: Case) -> GridCase:
         data = load_case(case)
         require_spacing(data, self.autoencoder.spacing_mm)
-        return case_to_encode(data, self.autoencoder.factor, self.spec)
+        return grid_case(data, self.autoencoder.factor, bias_field_correction=self.spec.bias_field_correction)
 
     def _entries(self, name: str, scan: tuple[Case, ...], variants: int, fresh_crop: int) -> list[_Entry]:
         """List the entries of a scan, one for each variant."""

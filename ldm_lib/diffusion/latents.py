@@ -21,14 +21,7 @@ from ldm_lib.anatomy.contralateral import contralateral_image
 from ldm_lib.anatomy.initial_estimate import initial_estimate
 from ldm_lib.autoencoder.model import Autoencoder
 from ldm_lib.data.case import Case, CaseData
-from ldm_lib.data.model_grid import (
-    CONDITIONING_CHANNELS,
-    GridCase,
-    conditioning,
-    grid_case,
-    loss_mask,
-    without_bias_field,
-)
+from ldm_lib.data.model_grid import CONDITIONING_CHANNELS, GridCase, conditioning, grid_case, loss_mask
 from ldm_lib.devices import autocast
 from ldm_lib.diffusion.options import LatentOptions
 from ldm_lib.geometry import block_mean, bounding_box, latent_mask
@@ -61,11 +54,6 @@ class LatentSpec(LatentOptions):
     def residual_scale(self, latent: Tensor) -> Tensor | float:
         """Return `residual_std` so that it broadcasts over latents (... c x y z)."""
         return torch.tensor(self.residual_std, device=latent.device).view(-1, 1, 1, 1) if self.residual_std else 1.0
-
-
-def case_to_encode(data: CaseData, factor: int, spec: LatentSpec) -> GridCase:
-    """Return a case on the model's grid as the denoiser sees it, for `encode_case`."""
-    return grid_case(without_bias_field(data)[0] if spec.bias_field_correction else data, factor)
 
 
 def encode_case(
@@ -120,9 +108,8 @@ def measure_residual_std(spec: LatentSpec, cases: Iterable[CaseData], autoencode
     """
     total, count = torch.zeros(autoencoder.latent_channels).double(), 0
     for data in islice(cases, RESIDUAL_CASES):
-        latents = encode_case(
-            case_to_encode(data, autoencoder.factor, spec), autoencoder, spec, device=CPU, precision="32"
-        )
+        case = grid_case(data, autoencoder.factor, bias_field_correction=spec.bias_field_correction)
+        latents = encode_case(case, autoencoder, spec, device=CPU, precision="32")
         residual = latents["target"][:, latents["loss"][0] > 0].double()
         total, count = total + residual.square().sum(dim=1), count + residual.shape[1]
     return spec.model_copy(update={"residual_std": tuple((total / max(count, 1)).sqrt().clamp(min=LEAST_STD).tolist())})

@@ -14,9 +14,8 @@ PRETRAINED_MODEL: dict[str, Any] = {
     "spacing_mm": 1.0, "domain_randomisation": "wide", "tissue_map": "registered", "workers": 2,
     "channels": "8,8,8,8", "latent_channels": 16, "learned": "none", "min_gain_over_pca": 0.0,
     "context": "initial_estimate", "contralateral": True, "bias_field_correction": True, "mask_dilation": 0,
-    "training_tissue": "given",
-    "base_width": 48, "multipliers": "1,2,2", "schedule": "cosine", "latent_crop": 12, "cache_variants": 1,
-    "latent_flip_probability": 0.5,
+    "training_tissue": "given", "base_width": 48, "multipliers": "1,2,2", "schedule": "cosine", "latent_crop": 12,
+    "cache_variants": 1, "latent_flip_probability": 0.5,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {

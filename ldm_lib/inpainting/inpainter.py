@@ -217,9 +217,8 @@ class Inpainter:
             return None
         detail = Detail.of(case_grid.to_see, self.model.autoencoder)
         if detail is None:
-            log.warning(
-                "%s: too few visible voxels around the mask to measure detail: none is added", case_grid.data.key
-            )
+            cause = "no error of the autoencoder was found in the visible voxels around the mask"
+            log.warning("%s: no detail is added: %s", case_grid.data.key, cause)
         return detail
 
     def _decode(self, latent: Tensor, case_grid: CaseGrid) -> np.ndarray:

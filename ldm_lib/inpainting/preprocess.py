@@ -10,14 +10,7 @@ import numpy as np
 
 from ldm_lib.anatomy.initial_estimate import air_at_surface
 from ldm_lib.data.case import CaseData
-from ldm_lib.data.model_grid import (
-    GridCase,
-    Resampling,
-    grid_case,
-    resample_case,
-    resampling_to,
-    without_bias_field,
-)
+from ldm_lib.data.model_grid import GridCase, Resampling, grid_case, resample_case, resampling_to, without_bias_field
 from ldm_lib.geometry import Frame
 from ldm_lib.images.volume import normalise
 from ldm_lib.inpainting.edge_blending import EdgeCorrection, rim
@@ -53,10 +46,10 @@ class CaseGrid:
             volume: (x, y, z) normalised, on the model's grid, decoded at least where `to_decode` is True.
         """
         decoded = self._on_file_grid(self._frame.to_file(volume))
-        values = decoded[self.data.mask]
+        values, (flat, field) = decoded[self.data.mask], self._without_bias_field
         if self._edge:
-            values = values + self._edge(decoded, normalise(self._flat.voided, self._flat.scale))
-        return np.maximum(values, 0) * (self._field[self.data.mask] * np.float32(self._flat.scale))
+            values = values + self._edge(decoded, normalise(flat.voided, flat.scale))
+        return np.maximum(values, 0) * (field[self.data.mask] * np.float32(flat.scale))
 
     def _on_file_grid(self, volume: np.ndarray) -> np.ndarray:
         """Resample a volume from the model's voxels to the file's, in the mask and its face neighbours at least."""
@@ -78,10 +71,6 @@ class CaseGrid:
     @property
     def _flat(self) -> CaseData:
         return self._without_bias_field[0]
-
-    @property
-    def _field(self) -> np.ndarray:
-        return self._without_bias_field[1]
 
     @cached_property
     def _resampling(self) -> Resampling | None:

@@ -21,7 +21,7 @@ from ldm_lib.data.cohort import find_cases
 from ldm_lib.data.model_grid import grid_case, resample_case, resampling_to
 from ldm_lib.data.synthetic_cohort import make_synthetic_cohort
 from ldm_lib.diffusion import model as model_module
-from ldm_lib.diffusion.latents import LatentSpec, case_to_encode, context_box, encode_case
+from ldm_lib.diffusion.latents import LatentSpec, context_box, encode_case
 from ldm_lib.diffusion.model import CaseNoise, LatentDiffusion
 from ldm_lib.diffusion.parameterisation import prediction_target
 from ldm_lib.diffusion.samplers import samplers_for
@@ -695,7 +695,7 @@ def test_a_result_has_the_bias_field_of_its_scan(scan):
     ratio = (again.to_see.voided / np.maximum(flat.to_see.voided, 1e-6))[flat.to_see.voided > 0.1]
     assert np.ptp(ratio) < 0.1 < np.ptp(gain) / 3
     for each, grid in ((scan, flat), (other, again)):
-        truth = case_to_encode(each, 2, LatentSpec(bias_field_correction=True)).target
+        truth = grid_case(each, 2, bias_field_correction=True).target
         np.testing.assert_allclose(grid.values(truth), np.maximum(each.target[each.mask], 0), rtol=1e-4, atol=1e-3)
 
 
