@@ -52,6 +52,42 @@ def test_pages_are_short(page):
     assert len(page.read_text().splitlines()) <= most
 
 
+def score_tables(text: str) -> list[dict[str, list[str]]]:
+    """Tables with PSNR in a section: the name in the first cell of a row -> the numbers in its other cells."""
+    tables = [[line for line in table.splitlines() if line.startswith("| ")] for table in re.split(r"\n\n+", text)]
+    return [
+        {row.split(" | ")[0]: re.findall(r"\d+\.\d+", row.partition(" | ")[2]) for row in table[1:]}
+        for table in tables if table and re.match(r"\| method ", table[0])
+    ]  # fmt: skip
+
+
+def section(page: Path, heading: str) -> str:
+    return page.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+
+
+RESULTS = ROOT / "docs" / "results.md"
+
+
+@pytest.mark.parametrize("page, heading", [("README.md", "Results"), ("ldm_lib/pretrained/README.md", "Scores")])
+def test_summaries_of_scores_repeat_those_of_the_results_page(page, heading):
+    people, patients, synthetic = score_tables(section(RESULTS, "Pretrained weights"))
+    (summary,) = score_tables(section(ROOT / page, heading))
+    assert len(summary) > 5
+    for method, numbers in summary.items():
+        all_numbers = iter(people[method] + patients[method] + synthetic.get(method, []))
+        assert all(number in all_numbers for number in numbers), method  # in this order
+
+
+def test_decibels_above_harmonic_are_differences_of_the_scores():
+    people, _, synthetic = score_tables(section(RESULTS, "Pretrained weights"))
+    for table in (people, synthetic):
+        harmonic = float(table["| harmonic inpainting"][0])
+        above = {method: (float(n[0]) - harmonic, float(n[6])) for method, n in table.items() if len(n) == 9}
+        assert len(above) == len(table) - 1
+        for method, (difference, stated) in above.items():
+            assert abs(abs(difference) - stated) < 0.011, method
+
+
 def test_the_parameters_page_is_what_its_generator_writes():
     spec = importlib.util.spec_from_file_location("generate_parameters", ROOT / "docs" / "generate_parameters.py")
     generator = importlib.util.module_from_spec(spec)
