@@ -16,6 +16,7 @@ DEGREE = 3  # of the polynomial
 STEP_MM = 3.0  # distance of the voxels that it is fitted to
 OUTLIERS = (0.4, 0.3, 0.2, 0.2)  # largest logarithm of an intensity over the median, in each iteration
 MIN_VOXELS = 200  # of white matter; with fewer the field is 1
+BEYOND = 0.1  # largest logarithm of the field over its range in white matter: further out a polynomial has no bound
 
 
 def bias_field(image: np.ndarray, white: np.ndarray, *, spacing_mm: Sequence[float]) -> np.ndarray:
@@ -28,8 +29,8 @@ def bias_field(image: np.ndarray, white: np.ndarray, *, spacing_mm: Sequence[flo
         spacing_mm: of the voxels along each axis.
 
     Returns:
-        float32 (x, y, z), above 0, 1 on geometric average over white matter, and constant beyond its ends; all 1 where
-        too little white matter is found.
+        float32 (x, y, z), above 0, 1 on geometric average over white matter, at most `BEYOND` outside its range there,
+        and constant beyond its ends; all 1 where too little white matter is found.
 
     Source: Van Leemput et al. 1999 (IEEE Trans. Med. Imaging 18:885), eq. 5, for one tissue and hard labels.
 
@@ -58,4 +59,6 @@ def bias_field(image: np.ndarray, white: np.ndarray, *, spacing_mm: Sequence[flo
     coefficients[powers], coefficients[0, 0, 0] = solution, solution[0] - fitted.mean()
     clipped = (np.clip(axis, own.min(), own.max()) for axis, own in zip(axes, positions, strict=True))
     x, y, z = (legvander(axis, DEGREE).astype(np.float32) for axis in clipped)
-    return np.exp(np.einsum("xi,yj,zk,ijk->xyz", x, y, z, coefficients, optimize=True))
+    logarithm = np.einsum("xi,yj,zk,ijk->xyz", x, y, z, coefficients, optimize=True)
+    in_white = fitted - fitted.mean()
+    return np.exp(np.clip(logarithm, in_white.min() - BEYOND, in_white.max() + BEYOND)).astype(np.float32)

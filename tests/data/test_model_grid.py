@@ -176,13 +176,14 @@ def test_missing_maps_and_targets_are_distinguished_from_empty_ones():
 
 
 def _gained(gain, tissue=True):
-    """A head of two tissues times a gain, with a mask in its white matter."""
+    """A noisy head of two tissues times a gain, with a mask in its white matter."""
     shape, axes = (30, 36, 24), np.meshgrid(*[np.linspace(-1, 1, n) for n in (30, 36, 24)], indexing="ij")
     brain = sum(axis**2 for axis in axes) < 0.9
     labels = np.where(brain, np.where(np.abs(axes[0]) < 0.5, 3, 2), 0).astype(np.uint8)
     mask = np.zeros(shape, bool)
     mask[12:18, 10:20, 8:16] = True
-    target = (100 * np.where(labels == 3, 1.0, 0.6) * brain * np.exp(gain * axes[1])).astype(np.float32)
+    noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(shape)
+    target = (100 * np.where(labels == 3, 1.0, 0.6) * noise * brain * np.exp(gain * axes[1])).astype(np.float32)
     data = _data(np.diag([-3.0, -3, 3, 1]), shape)
     return replace(
         data, target=target, voided=np.where(mask, 0, target).astype(np.float32), mask=mask, healthy=mask,
@@ -213,6 +214,15 @@ def test_the_bias_field_does_not_depend_on_hidden_voxels_or_on_their_order():
     arrays = {name: nib.orientations.apply_orientation(getattr(data, name), turned) for name in names}
     _, again = without_bias_field(replace(data, source=source, **arrays))
     np.testing.assert_array_equal(again, nib.orientations.apply_orientation(one, turned))
+
+
+def test_the_bias_field_does_not_depend_on_the_lesion():
+    data = _gained(0.4)
+    unhealthy = np.zeros_like(data.mask)
+    unhealthy[12:18, 20:28, 8:16] = True
+    fields = [without_bias_field(replace(data, unhealthy=unhealthy, voided=data.voided * np.where(unhealthy, k, 1)))[1]
+              for k in (1, 0.8)]  # fmt: skip
+    np.testing.assert_array_equal(*fields)
 
 
 def test_a_case_without_any_visible_brain_has_no_bias_field():

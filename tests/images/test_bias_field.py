@@ -1,9 +1,9 @@
 """The bias field: a known one is recovered up to a factor, whatever else is in the scan."""
 
 import numpy as np
-import pytest
+from scipy import ndimage
 
-from ldm_lib.images.bias_field import bias_field
+from ldm_lib.images.bias_field import BEYOND, MIN_VOXELS, bias_field
 
 SHAPE, MM = (40, 48, 32), (4.0, 4.0, 4.0)
 X, Y, Z = np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij")
@@ -49,9 +49,31 @@ def test_it_is_constant_beyond_the_white_matter():
     assert (found[0] != found[20]).any()
 
 
-@pytest.mark.parametrize("white", [np.zeros(SHAPE, bool), BALL & (X**2 + Y**2 + Z**2 < 0.005)], ids=["none", "little"])
-def test_where_white_matter_is_lacking_it_is_1(white):
-    np.testing.assert_array_equal(bias_field(TISSUES, white, spacing_mm=MM), np.ones(SHAPE, np.float32))
+def test_it_is_bounded_where_all_white_matter_is_in_an_oblique_plate():
+    """As when a mask leaves one side of the brain: within the plate's bounding box a polynomial has no bound."""
+    plate = WHITE & (np.abs(X + Y - 0.2 * Z) < 0.15)
+    found = bias_field(TISSUES * GAIN, plate, spacing_mm=MM)
+    least, largest = found[plate].min(), found[plate].max()
+    assert found.min() > least * np.exp(-BEYOND) / 1.01 and found.max() < largest * np.exp(BEYOND) * 1.01
+    assert found.max() > largest * 1.05, "a trend goes on a little further"
+
+
+def test_voxels_at_the_border_of_white_matter_and_empty_ones_do_not_matter():
+    border = WHITE & ~ndimage.binary_erosion(WHITE)
+    image, expected = TISSUES * GAIN, bias_field(TISSUES * GAIN, WHITE, spacing_mm=MM)
+    np.testing.assert_array_equal(bias_field(np.where(border, 0.8 * image, image), WHITE, spacing_mm=MM), expected)
+    empty = WHITE & (np.random.default_rng(1).random(SHAPE) < 0.02)
+    assert deviation(bias_field(np.where(empty, 0, image), WHITE, spacing_mm=MM), GAIN) < 0.01
+
+
+def test_where_white_matter_is_lacking_it_is_1():
+    """Voxels of its border do not count."""
+    for white in (np.zeros(SHAPE, bool), BALL & (X**2 + Y**2 + Z**2 < 0.04)):
+        assert ndimage.binary_erosion(white).sum() < MIN_VOXELS
+        np.testing.assert_array_equal(bias_field(TISSUES * GAIN, white, spacing_mm=MM), np.ones(SHAPE, np.float32))
+    enough = BALL & (X**2 + Y**2 + Z**2 < 0.06)
+    assert ndimage.binary_erosion(enough).sum() > MIN_VOXELS
+    assert (bias_field(TISSUES * GAIN, enough, spacing_mm=MM) != 1).any()
 
 
 def test_voxels_of_other_sizes_give_the_same_field():
