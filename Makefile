@@ -59,7 +59,7 @@ weights: .venv/ready ## train the pretrained weights: further, on people with BR
 	  echo "ERROR DATA_DIR is set; pretrained weights are made from synthetic patients or BRAINS only. Fix: unset it, or make train PRESET=weights" >&2; exit 1; fi
 	@PRESET=weights; if [ -n "$$BRAINS" ]; then PRESET=people; fi; \
 	($(call STAGES,01 02 03 04)) && \
-	  exec $(LDM) export "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model" --output ldm_lib/pretrained --temperature 0.6
+	  rm -f ldm_lib/pretrained/README.md && exec $(LDM) export "$${LDM_OUTPUTS:-outputs}/$${RUN:-$$PRESET}/04_training/model" --output ldm_lib/pretrained --temperature 0.6
 
 picture: .venv/ready ## draw README's first figure from a healthy person's scan, BRAIN=FILE; without it, a synthetic patient for the gallery
 	@set -e; \

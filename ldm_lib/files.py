@@ -98,9 +98,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Write rows as a CSV file, atomically; return its columns, in order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> list[str]:
+    """Write rows as a CSV file, atomically; return its columns: those given, and others in order of appearance."""
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     with replacing(path) as partial, partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()

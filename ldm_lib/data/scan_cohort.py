@@ -6,7 +6,7 @@ interruptions.
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,8 @@ def _tables(folder: Path, records: Sequence[dict[str, Any]]) -> tuple[list[dict[
     """Write cohort.csv and exclusions.csv, and return what they hold."""
     rows = [{name: record["row"][name] for name in COLUMNS} for record in records if not record["excluded"]]
     exclusions = [Exclusion(record["id"], record["excluded"]) for record in records if record["excluded"]]
-    write_csv(folder / "cohort.csv", rows)
-    write_csv(folder / "exclusions.csv", [vars(e) for e in exclusions] or [{"case": "none", "reason": ""}])
+    write_csv(folder / "cohort.csv", rows, COLUMNS)
+    write_csv(folder / "exclusions.csv", [vars(e) for e in exclusions], [f.name for f in fields(Exclusion)])
     if not rows:
         raise InputError(f"0 of {len(records)} scans are usable", where=folder, fix="see exclusions.csv there")
     return rows, exclusions

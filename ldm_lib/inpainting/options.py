@@ -53,7 +53,9 @@ class ResultOptions(InpaintOptions):
 
     samples: Samples = Field(1, description="samples per case (K); the result is their mean when K > 1")
     estimate: Literal["samples", "mean"] = Field(
-        "samples", description="what is computed: samples, or the mean of all samples in one denoiser evaluation"
+        "samples",
+        description="what is computed: samples, or the mean of all samples in one denoiser evaluation, which does not "
+        "depend on sampler, steps, seed and temperature",
     )
     dilate: Annotated[int, Field(ge=0, le=50)] = Field(
         0, description="voxels by which the mask grows in every direction before it is inpainted"

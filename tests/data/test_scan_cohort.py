@@ -358,6 +358,7 @@ def test_without_a_usable_scan_there_is_no_cohort(scans, tmp_path):
     with pytest.raises(InputError, match=r"0 of 1 scans are usable\. Fix: see exclusions\.csv"):
         make_scan_cohort(source, tmp_path / "out", **SETTINGS)
     assert "9.22 litres" in (tmp_path / "out" / "exclusions.csv").read_text()
+    assert (tmp_path / "out" / "cohort.csv").read_text().strip() == ",".join(module.COLUMNS)
 
 
 # ---- names
