@@ -9,7 +9,7 @@ them expects it in every scan. Divided by it, scans of all scanners are alike.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.polynomial.legendre import legvander, legvander3d
+from numpy.polynomial.legendre import leggrid3d, legvander3d
 from scipy import ndimage
 
 DEGREE = 3  # of the polynomial
@@ -51,14 +51,11 @@ def bias_field(image: np.ndarray, white: np.ndarray, *, spacing_mm: Sequence[flo
     values = np.log(image[every][tuple(voxels.T)].astype(np.float64))
     fitted = np.zeros_like(values)
     for limit in OUTLIERS:
-        rest = values - fitted
-        used = np.abs(rest - np.median(rest)) < limit
+        used = np.abs(values - fitted - np.median(values - fitted)) < limit
         solution, *_ = np.linalg.lstsq(basis[used], values[used], rcond=None)
         fitted = basis @ solution
-    coefficients = np.zeros(powers.shape, np.float32)
+    coefficients = np.zeros(powers.shape)
     coefficients[powers], coefficients[0, 0, 0] = solution, solution[0] - fitted.mean()
     clipped = (np.clip(axis, own.min(), own.max()) for axis, own in zip(axes, positions, strict=True))
-    x, y, z = (legvander(axis, DEGREE).astype(np.float32) for axis in clipped)
-    logarithm = np.einsum("xi,yj,zk,ijk->xyz", x, y, z, coefficients, optimize=True)
-    in_white = fitted - fitted.mean()
-    return np.exp(np.clip(logarithm, in_white.min() - BEYOND, in_white.max() + BEYOND)).astype(np.float32)
+    limits = fitted.min() - fitted.mean() - BEYOND, fitted.max() - fitted.mean() + BEYOND
+    return np.exp(np.clip(leggrid3d(*clipped, coefficients), *limits)).astype(np.float32)

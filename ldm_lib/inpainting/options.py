@@ -53,9 +53,7 @@ class ResultOptions(InpaintOptions):
 
     samples: Samples = Field(1, description="samples per case (K); the result is their mean when K > 1")
     estimate: Literal["samples", "mean"] = Field(
-        "samples",
-        description="what is computed: samples, or the mean of all samples in one denoiser evaluation, which does not "
-        "depend on sampler, steps, seed and temperature",
+        "samples", description="samples, or their mean in one evaluation, without sampler, steps, seed and temperature"
     )
     dilate: Annotated[int, Field(ge=0, le=50)] = Field(
         0, description="voxels by which the mask grows in every direction before it is inpainted"
