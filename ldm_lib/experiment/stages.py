@@ -135,7 +135,7 @@ class EvaluationConfig(StageConfig):
     hint = "see `ldm params 06`"
 
     heading = "Evaluation"
-    baselines: bool = Field(True, description="scores of mean, mirror, harmonic and tissue-paint baselines")
+    baselines: bool = Field(True, description="scores of five baselines, from mean intensity to initial estimate")
     show_cases: Positive = Field(3, description="cases to plot: best, median and worst by SSIM first")
 
 

@@ -126,7 +126,7 @@ def initial_estimate_baseline(
 
 # All have one signature, f(voided, mask, tissue=labels, lateral_axis=axis, spacing_mm=edge); each takes what it needs.
 BASELINES: dict[str, Callable[..., np.ndarray]] = {
-    "mean": lambda voided, mask, **_: mean_fill(voided, mask),
+    "mean intensity": lambda voided, mask, **_: mean_fill(voided, mask),
     "mirror": lambda voided, mask, *, lateral_axis, **_: mirror_fill(voided, mask, lateral_axis=lateral_axis),
     "harmonic": lambda voided, mask, **_: harmonic_fill(voided, mask),
     "tissue paint": lambda voided, mask, *, tissue, **_: tissue_paint(voided, mask, tissue),

@@ -59,7 +59,7 @@ def test_unusable_volumes_are_rejected(fill, spoil, message):
         fill(spoil(volume), BALL, tissue=tissue, lateral_axis=0, spacing_mm=1.0)
 
 
-@pytest.mark.parametrize("name", ["mean", "mirror", "tissue paint"])
+@pytest.mark.parametrize("name", ["mean intensity", "mirror", "tissue paint"])
 def test_a_volume_of_air_is_rejected(name):
     with pytest.raises(InputError, match="there is no brain"):
         BASELINES[name](np.zeros(SHAPE), BALL, tissue=np.ones(SHAPE), lateral_axis=0, spacing_mm=1.0)
