@@ -28,10 +28,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "checkpoint_every": 2, "wandb_mode": "off", "use_mlflow": False,
     },
     "demo": PRETRAINED_MODEL | {
-        "pretrained": True, "synthetic_patients": 6, "masks_per_patient": 1, "validation_fraction": 0.34,
+        "pretrained": True, "synthetic_patients": 4, "masks_per_patient": 1, "validation_fraction": 0.34,
         "max_brains": 4, "check_cases": 2, "learning_rate": 2e-5, "batch_size": 4, "max_epochs": 50, "val_every": 25,
         "val_cases": 1, "save_samples_every": 25, "max_cases": 2, "compare_cases": 1, "compare_steps": "4,8",
-        "fidelity_cases": 1, "guidance_scales": "1,2", "counterfactual_days": "0,90,180", "show_cases": 2,
+        "fidelity_cases": 1, "guidance_scales": "1,2", "counterfactual_days": "0,120", "show_cases": 2,
     },
     "coarse": {},
     "full": {
