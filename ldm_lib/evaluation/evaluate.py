@@ -82,7 +82,7 @@ def evaluate(
         >>> cases, quiet = ldm.find_cases(cohort)[:1], {"say": lambda line: None}
         >>> table = ldm.evaluate(inpainter, cases, n_samples=2, num_inference_steps=1, tissue="given", **quiet)
         >>> sorted(table["method"])[:4]
-        ['estimate', 'harmonic', 'initial estimate', 'mean']
+        ['estimate', 'harmonic', 'initial estimate', 'mean intensity']
         >>> ldm.summarise(table).loc["estimate", "psnr"].index.tolist()
         ['mean', 'low', 'high']
     """

@@ -96,7 +96,7 @@ def session_holds(names: dict, folder: Path) -> None:
         assert np.array_equal(volume[~case.mask], case.voided[~case.mask]) and np.isfinite(volume).all()
     assert not result.std[~case.mask].any() and result.std[case.mask].any()
     methods = set(names["table"]["method"])
-    assert {"sample", "medoid sample", "upper bound", "harmonic", "mean", "initial estimate"} <= methods
+    assert {"sample", "medoid sample", "upper bound", "harmonic", "mean intensity", "initial estimate"} <= methods
     assert len(names["table"]) == names["table"].groupby(["case", "method"]).ngroups
 
 

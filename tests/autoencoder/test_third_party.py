@@ -364,7 +364,7 @@ def test_a_damaged_file_of_the_old_format_is_rejected(tmp_path):
     torch.save(network.state_dict(), file, _use_new_zipfile_serialization=False)
     whole = file.read_bytes()
     assert furthest(network, load_autoencoder(tmp_path, spacing_mm=1.0).autoencoder) < 1e-5
-    storage = re.search(rb"\d{12,}", whole).group()
+    storage = re.search(rb"\d{7,}", whole).group()  # an address, which is short on some systems
     for damaged in [whole[: len(whole) * k // 10] for k in range(10)] + [whole.replace(storage, b"?" + storage[1:], 1)]:
         file.write_bytes(damaged)
         rejected(tmp_path, "damaged, not as torch.save")

@@ -29,7 +29,7 @@ METHODS = {
     "mean of 2",
     "medoid sample",
     "upper bound",
-    "mean",
+    "mean intensity",
     "mirror",
     "harmonic",
     "tissue paint",
